@@ -1,0 +1,333 @@
+"""One run on disk: `run.json`, append-only samples, a timings sidecar, `results.json`.
+
+    runs/<id>/run.json                 what was run: command, model, config, versions, hardware
+    runs/<id>/samples/<suite>.jsonl    one line a sample, written and fsynced when it is answered
+    runs/<id>/timings/<suite>.jsonl    seconds of each sample; apart, so that equal runs are
+                                       byte-equal
+    runs/<id>/results.json             one TaskResult a suite, written when the suite is complete
+    runs/<id>/measurements.jsonl       what the profiler measured
+
+While a suite runs its lines are in the order of answering; `finish` rewrites them, atomically, in
+the order of the data set. A process killed at any moment loses at most the lines it was writing: a
+torn last line is cut off at the next start and its sample is answered again.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+Row = dict[str, Any]
+
+SCHEMA = 1
+# What makes two commands the same run. Everything else in run.json is a record of circumstances.
+_IDENTITY = ("mode", "model.digest", "suites", "config")
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class StoreError(ValueError):
+    """A run directory that cannot be used, or cannot be written to."""
+
+
+def dumps(row: Mapping[str, Any]) -> str:
+    """One compact JSON line with sorted keys, so that equal rows are equal bytes."""
+    return json.dumps(row, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as readable JSON, all or nothing.
+
+    Raises:
+        StoreError: no space left, or the directory cannot be written.
+    """
+    _replace(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a JSON-lines file; a torn last line is left out, a missing file is empty.
+
+    Raises:
+        StoreError: a line other than the last is not JSON.
+    """
+    if not path.exists():
+        return []
+    rows, _ = _parse(path)
+    return rows
+
+
+class RunStore:
+    """The run directory of one command; open it with `RunStore.open`, in a `with` block."""
+
+    def __init__(self, root: Path, run: Row, lock: IO[str]):
+        self.root = root
+        self.run = run
+        self._lock = lock
+
+    @classmethod
+    def open(cls, root: Path, run: Row) -> "RunStore":
+        """Create the run directory, or continue the one that is there.
+
+        Args:
+            root: the directory.
+            run: the content of run.json for this command.
+
+        Raises:
+            StoreError: the directory holds another command's run (what differs is listed), holds
+                files that are no run, is in use by another process, or cannot be written.
+        """
+        with _explained(root):
+            root.mkdir(parents=True, exist_ok=True)
+            lock = _locked(root)
+            try:
+                kept = _continued(root, run)
+                write_json(root / "run.json", kept)
+                _prepare(root)
+            except BaseException:
+                lock.close()
+                raise
+        return cls(root, kept, lock)
+
+    def __enter__(self) -> "RunStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def answered(self, suite: str) -> dict[str, Row]:
+        """The samples of `suite` that are on disk, by id."""
+        return {row["id"]: row for row in read_rows(self._samples(suite))}
+
+    def add(self, suite: str, rows: Sequence[Row], timings: Sequence[Row]) -> None:
+        """Append answered samples; when this returns they survive a crash.
+
+        Timings are written first: a crash in between leaves timings without a sample, which the
+        next answer to that sample replaces, and never a sample without timings.
+
+        Raises:
+            StoreError: no space left; what was on disk before stays readable.
+        """
+        _append(self._timings(suite), timings)
+        _append(self._samples(suite), rows)
+
+    def finish(self, suite: str, order: Sequence[str], result: Row) -> None:
+        """Sort the suite's files into the data set's order and record its result.
+
+        Args:
+            suite: the suite, all of whose samples are on disk.
+            order: its sample ids in the order of the data set.
+            result: the suite's TaskResult as a dict.
+
+        Raises:
+            StoreError: no space left; the unsorted files stay as they were.
+        """
+        for path in (self._timings(suite), self._samples(suite)):
+            rows = {row["id"]: row for row in read_rows(path)}
+            _replace(path, "".join(dumps(rows[key]) + "\n" for key in order if key in rows))
+        results = self.results() | {suite: result}
+        write_json(self.root / "results.json", dict(sorted(results.items())))
+
+    def results(self) -> Row:
+        """The results recorded so far, by suite."""
+        path = self.root / "results.json"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+    def _samples(self, suite: str) -> Path:
+        return self.root / "samples" / f"{suite}.jsonl"
+
+    def _timings(self, suite: str) -> Path:
+        return self.root / "timings" / f"{suite}.jsonl"
+
+
+def read_run(root: Path) -> Row:
+    """The content of run.json of a finished or unfinished run.
+
+    Raises:
+        StoreError: `root` is not a run directory.
+    """
+    path = root / "run.json"
+    if not path.is_file():
+        raise StoreError(
+            f"{root} is not a run directory: it has no run.json. "
+            "Give the directory that was the --out of `internvideo3 eval`."
+        )
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise StoreError(
+            f"{path} is not JSON ({error}). Restore it, or run again elsewhere."
+        ) from None
+
+
+def suites_of(root: Path) -> list[str]:
+    """The suites that have samples in a run directory, by name."""
+    return sorted(path.stem for path in (root / "samples").glob("*.jsonl"))
+
+
+def append_measurements(root: Path, rows: Sequence[Row]) -> None:
+    """Append profiler rows to a run's measurements.jsonl.
+
+    Raises:
+        StoreError: no space left, or the directory cannot be written.
+    """
+    with _explained(root):
+        root.mkdir(parents=True, exist_ok=True)
+        _append(root / "measurements.jsonl", rows)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two commands' run.json, one line each; empty for the same run."""
+    old, new = dict(_flat(_identity(before))), dict(_flat(_identity(now)))
+    return [
+        f"{key}: {old.get(key, 'absent')} in the directory, {new.get(key, 'absent')} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, "absent") != new.get(key, "absent")
+    ]
+
+
+def _identity(run: Mapping[str, Any]) -> Row:
+    picked: Row = {}
+    for name in _IDENTITY:
+        value: Any = run
+        for part in name.split("."):
+            value = value.get(part, {}) if isinstance(value, Mapping) else {}
+        picked[name] = value
+    return picked
+
+
+def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, json.dumps(value, ensure_ascii=False)
+
+
+def _continued(root: Path, run: Row) -> Row:
+    """The run.json to keep: the present one if it is of the same command, else `run`."""
+    if (root / "run.json").exists():
+        before = read_run(root)
+        differing = differences(before, run)
+        if differing:
+            listed = "\n".join(f"  {line}" for line in differing)
+            raise StoreError(
+                f"{root} holds the run of another command. What differs:\n{listed}\n"
+                "Give another --out, or repeat the command that made it (run.json has it)."
+            )
+        if (before.get("commit"), before.get("dirty")) != (run.get("commit"), run.get("dirty")):
+            resumed = [*before.get("resumed", []), _circumstances(run)]
+            return before | {"resumed": resumed}
+        return before
+    foreign = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+    if foreign:
+        raise StoreError(
+            f"{root} is not empty and not a run directory (it holds {', '.join(foreign[:5])}). "
+            "Give a new --out."
+        )
+    return run
+
+
+def _prepare(root: Path) -> None:
+    for folder in (root / "samples", root / "timings"):
+        folder.mkdir(exist_ok=True)
+        for path in sorted(folder.glob("*.jsonl")):
+            _repair(path)
+
+
+def _circumstances(run: Row) -> Row:
+    return {key: run.get(key) for key in ("created", "commit", "dirty")}
+
+
+def _locked(root: Path) -> IO[str]:
+    lock = (root / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise StoreError(
+            f"{root} is in use by another process. Wait for it, or give another --out."
+        ) from None
+    return lock
+
+
+def _parse(path: Path) -> tuple[list[Row], int]:
+    """The whole rows of a file, and how many bytes they take."""
+    rows: list[Row] = []
+    good = 0
+    data = path.read_bytes()
+    for number, line in enumerate(data.splitlines(keepends=True), start=1):
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            if good + len(line) < len(data):
+                raise StoreError(
+                    f"{path}, line {number}, is not a JSON object, and more lines follow: the file "
+                    "was damaged. Delete that line; its sample is then answered again."
+                )
+            break
+        rows.append(row)
+        good += len(line)
+    return rows, good
+
+
+def _repair(path: Path) -> None:
+    """Cut off a torn last line."""
+    _, good = _parse(path)
+    if good < path.stat().st_size:
+        os.truncate(path, good)
+
+
+def _append(path: Path, rows: Iterable[Row]) -> None:
+    data = "".join(dumps(row) + "\n" for row in rows).encode()
+    with _explained(path), path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            _write_all(file.fileno(), data)
+            os.fsync(file.fileno())
+        except OSError:
+            # Half a line on a full disk would be repaired at the next start anyway; cutting it off
+            # now keeps the file readable for `score` and `report` until then.
+            with contextlib.suppress(OSError):
+                os.truncate(path, before)
+            raise
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _replace(path: Path, text: str) -> None:
+    with _explained(path):
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            try:
+                _write_all(descriptor, text.encode())
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Say in words what an operating-system error at `path` means for the run."""
+    try:
+        yield
+    except OSError as error:
+        reason = "no space left" if error.errno in _FULL else (error.strerror or str(error))
+        raise StoreError(
+            f"Cannot write {path}: {reason}. Everything answered before is kept; "
+            "make room or fix the directory, and repeat the command to continue."
+        ) from error
