@@ -1,0 +1,77 @@
+"""Averages that benchmarks share: the mean of all rows, and the mean of each group of rows."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+from .result import Doc, Group, Outcome, Row, Rule, TaskResult
+
+LENGTH_BANDS_S = (8.0, 16.0, 32.0, 64.0, 128.0)
+"""Upper ends of the bands of video length, in seconds."""
+
+
+def length_band(length_s: float) -> str:
+    """Return the band of a video length, `8-16` for 12 s; the upper end belongs to the band."""
+    low = 0.0
+    for high in LENGTH_BANDS_S:
+        if length_s <= high:
+            return f"{low:g}-{high:g}"
+        low = high
+    return f"{low:g}+"
+
+
+def band_order(band: str) -> float:
+    """Return a sort key that puts bands in order of length."""
+    return float(band.rstrip("+").split("-")[0])
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are not `None`, or `None` if there is none."""
+    present = [v for v in values if v is not None]
+    return sum(present) / len(present) if present else None
+
+
+def group_means(rows: Sequence[Row], key: Callable[[Doc], str | None]) -> dict[str, Group]:
+    """Return the mean and size of every group; rows whose key is `None` belong to none."""
+    values: dict[str, list[float | None]] = {}
+    for doc, score in rows:
+        name = key(doc)
+        if name is not None:
+            values.setdefault(name, []).append(score.value)
+    return {name: Group(mean(v), len(v)) for name, v in sorted(values.items())}
+
+
+def summarise(
+    benchmark: str,
+    rows: Sequence[Row],
+    rule: Rule,
+    *,
+    metric: str = "accuracy",
+    value: float | None = None,
+    family: Callable[[Doc], str | None] = lambda doc: None,
+    length_s: Callable[[Doc], float | None] = lambda doc: None,
+    extra: dict[str, float | None] | None = None,
+) -> TaskResult:
+    """Build a `TaskResult`: outcome counts, group means, and the mean unless a value is given."""
+    outcomes = Counter(score.outcome for _, score in rows)
+
+    def band(doc: Doc) -> str | None:
+        seconds = length_s(doc)
+        return None if seconds is None else length_band(seconds)
+
+    by_length = group_means(rows, band)
+    return TaskResult(
+        benchmark=benchmark,
+        rule=rule,
+        metric=metric,
+        value=mean(score.value for _, score in rows) if value is None else value,
+        n=len(rows),
+        n_scored=sum(score.value is not None for _, score in rows),
+        unreadable=outcomes[Outcome.UNREADABLE],
+        errors=outcomes[Outcome.ERROR],
+        dropped=outcomes[Outcome.DROPPED],
+        judge_needed=outcomes[Outcome.JUDGE_NEEDED],
+        no_truth=outcomes[Outcome.NO_TRUTH],
+        by_family=group_means(rows, family),
+        by_length={k: by_length[k] for k in sorted(by_length, key=band_order)},
+        extra=extra or {},
+    )

@@ -1,0 +1,169 @@
+"""Reading the chosen option from a reply, as a careful reader would (`plain`), or strictly."""
+
+import re
+from collections.abc import Sequence
+from string import ascii_uppercase
+
+from .text import final_answer, fold, unmark
+
+_LONE = re.compile(r"[(\[<{\"']?\s*([A-Za-z])\s*[)\]>}\"']?\s*[.:,;)]?\s*", re.ASCII)
+_LEAD_BRACKET = re.compile(r"[(\[]\s*([A-Za-z])\s*[)\]]", re.ASCII)
+_LEAD_MARK = re.compile(r"([A-Za-z])\s*[).:](?=\s|$)", re.ASCII)
+_NEGATED = re.compile(
+    r"\b(?:not|isn't|rather than|instead of|neither|nor)\s+(?:option\s+)?[(\[]?[A-Z][)\]]?(?!\w)",
+    re.ASCII | re.IGNORECASE,
+)
+_STATED = re.compile(
+    r"(?:\b(?:answer|option|choice|choose|select|pick)(?:\s+(?:is|would be|should be))?\s*[:=]?"
+    r"|\b(?:it is|it's|is)\b)"
+    r"\s*(?:option\s+|choice\s+)?"
+    r"(?:[(\[]\s*([A-Za-z])\s*[)\]]|([A-Z])(?![\w'’])|([a-z])(?=\s*(?:[.:,;!)]|$)))",
+    re.ASCII | re.IGNORECASE,
+)
+_BRACKETED = re.compile(r"[(\[]\s*([A-Z])\s*[)\]]", re.ASCII)
+_STANDALONE = re.compile(r"(?<![\w'’])([A-Z])(?![\w'’])", re.ASCII)
+# "A" before a lower-case word is the article, unless the word is one that follows no article.
+_NO_NOUNS = frozenset(
+    ("because", "since", "as", "for", "due", "given", "and", "which", "based", "or", "is")
+)
+_NO_WORD = re.compile(r"\W+")
+_NEXT_WORD = re.compile(r"\s+([a-z]+)")
+
+
+def letter_index(letter: str, n_options: int) -> int | None:
+    """Return 0 for A or a, 1 for B … or `None` if the letter names no option."""
+    index = ascii_uppercase.find(letter.upper()) if len(letter) == 1 else -1
+    return index if 0 <= index < n_options else None
+
+
+def read_strict(text: str, options: Sequence[str]) -> int | None:
+    """Read a reply that is only a letter, only an option's text, or a letter and its own text.
+
+    Case, outer punctuation and blanks do not matter. Anything more is not read.
+    """
+    exact = _equal_option(text, options)
+    if exact is not None:
+        return exact
+    lone = _LONE.fullmatch(text.strip())
+    if lone:
+        return letter_index(lone.group(1), len(options))
+    return _letter_and_text(text.strip(), options)
+
+
+def read_plain(text: str, n_options: int, options: Sequence[str] = ()) -> int | None:
+    """Read the option that a careful reader would take the reply to choose.
+
+    In this order, and only if what is found is not contradicted: the reply as a letter or an
+    option's text; a letter and then its text; a stated answer ("the answer is B"); the only
+    bracketed letter; the only option whose text is mentioned; the only standalone capital.
+    Articles ("A dog"), pronouns ("I") and negated letters ("not A") are no answers.
+
+    Args:
+        text: The reply without thinking.
+        n_options: Number of options; letters beyond are not read.
+        options: Option texts in order, where they are known.
+
+    Returns:
+        Index of the option, or `None` if the reply names none or several.
+    """
+    candidate = final_answer(text)
+    found = _read_plain(candidate, n_options, options)
+    if found is None and candidate != unmark(text):
+        found = _read_plain(unmark(text), n_options, options)
+    return found
+
+
+def _read_plain(text: str, n_options: int, options: Sequence[str]) -> int | None:
+    exact = _equal_option(text, options)
+    if exact is not None:
+        return exact
+    lone = _LONE.fullmatch(text)
+    if lone:
+        return letter_index(lone.group(1), n_options)
+    mark = _LEAD_BRACKET.match(text) or _LEAD_MARK.match(text)
+    if mark:
+        return _letter_with_text(mark, text, n_options, options)
+    text = _NEGATED.sub(" ", text)
+    for found in (
+        _stated(text, n_options),
+        _single(_BRACKETED.findall(text), n_options),
+        _mentioned(text, options),
+        _single(_capitals(text), n_options),
+    ):
+        if found is not None:
+            return found
+    return None
+
+
+def _equal_option(text: str, options: Sequence[str]) -> int | None:
+    wanted = fold(text)
+    matches = [i for i, option in enumerate(options) if fold(option) == wanted]
+    return matches[0] if wanted and len(matches) == 1 else None
+
+
+def _letter_and_text(text: str, options: Sequence[str]) -> int | None:
+    """Read "B. red circle" if B is the red circle; a letter with another option's text is none."""
+    mark = _LEAD_BRACKET.match(text) or _LEAD_MARK.match(text)
+    if not mark:
+        return None
+    index = letter_index(mark.group(1), len(options))
+    rest = text[mark.end() :]
+    if index is None or not fold(rest):
+        return index
+    return index if _equal_option(rest, options) == index else None
+
+
+def _letter_with_text(
+    mark: re.Match[str], text: str, n_options: int, options: Sequence[str]
+) -> int | None:
+    """Return the letter that opens the reply, unless it is followed by another option's text."""
+    other = _equal_option(text[mark.end() :], options)
+    index = letter_index(mark.group(1), n_options)
+    return index if other in (None, index) else None
+
+
+def _stated(text: str, n_options: int) -> int | None:
+    """Return the letter of the last statement such as "the answer is B"."""
+    found = None
+    for statement in _STATED.finditer(text):
+        letter = statement.group(1) or statement.group(2) or statement.group(3)
+        bare = statement.group(2)
+        if bare and (bare.islower() or _is_article(bare, text, statement.end())):
+            continue
+        index = letter_index(letter, n_options)
+        found = found if index is None else index
+    return found
+
+
+def _is_article(letter: str, text: str, end: int) -> bool:
+    following = _NEXT_WORD.match(text, end)
+    return letter in "AI" and following is not None and following.group(1) not in _NO_NOUNS
+
+
+def _capitals(text: str) -> list[str]:
+    return [m.group(1) for m in _STANDALONE.finditer(text)
+            if not _is_article(m.group(1), text, m.end())]  # fmt: skip
+
+
+def _single(letters: Sequence[str], n_options: int) -> int | None:
+    indices = {letter_index(letter, n_options) for letter in letters} - {None}
+    return indices.pop() if len(indices) == 1 else None
+
+
+def _words(text: str) -> str:
+    return f" {_NO_WORD.sub(' ', text.casefold()).strip()} "
+
+
+def _mentioned(text: str, options: Sequence[str]) -> int | None:
+    """Return the only option whose text occurs in the reply as whole words.
+
+    An option inside a longer option that also occurs ("circle" in "red circle") does not count.
+    """
+    haystack = _words(text)
+    needles = [_words(option) for option in options]
+    hits: list[int] = []
+    for i in sorted(range(len(needles)), key=lambda i: -len(needles[i])):
+        if needles[i].strip() and needles[i] in haystack:
+            hits.append(i)
+            haystack = haystack.replace(needles[i], " | ")
+    return hits[0] if len(hits) == 1 else None

@@ -1,0 +1,89 @@
+"""`score` and `aggregate`: find the benchmark by name and apply its rule."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from . import world
+from .result import (
+    RULES,
+    Benchmark,
+    Doc,
+    Outcome,
+    Row,
+    Rule,
+    Score,
+    ScoringError,
+    TaskResult,
+    unreadable,
+)
+from .text import strip_thinking
+
+_BENCHMARKS: dict[str, Benchmark] = {b.name: b for b in (*world.BENCHMARKS,)}
+
+
+def benchmark_names() -> tuple[str, ...]:
+    """Return the names that `score` and `aggregate` accept, in alphabetical order."""
+    return tuple(sorted(_BENCHMARKS))
+
+
+def score(benchmark: str, doc: Doc, prediction: Any, *, rule: Rule = "official") -> Score:
+    """Score one prediction.
+
+    Thinking (`<think>…</think>` and its kin) is removed first; a thinking block that never closes
+    makes the answer unreadable. Arbitrary text never raises and nothing is drawn at random.
+
+    Args:
+        benchmark: One of `benchmark_names()`.
+        doc: The benchmark's document, with the fields that its scorer names.
+        prediction: The model's text; `None` for a sample that failed before it was answered.
+        rule: `official` is what the benchmark's own code computes, `plain` what a careful reader
+            would say.
+
+    Returns:
+        The score, with the reading and the outcome.
+
+    Raises:
+        ScoringError: Unknown benchmark or rule, or a document without the fields that it needs.
+    """
+    scorer = _find(benchmark, rule)
+    if prediction is None:
+        return Score(0.0, None, Outcome.ERROR)
+    if isinstance(prediction, str):
+        prediction = strip_thinking(prediction)
+        if prediction is None:
+            return unreadable()
+    try:
+        return scorer.score(doc, prediction, rule)
+    except KeyError as error:
+        raise ScoringError(
+            f"{benchmark}: document {doc.get('id')!r} lacks the field {error}; it has {sorted(doc)}"
+        ) from error
+
+
+def aggregate(benchmark: str, scored_rows: Sequence[Row], rule: Rule = "official") -> TaskResult:
+    """Average scored rows by the benchmark's official averages.
+
+    Args:
+        benchmark: One of `benchmark_names()`.
+        scored_rows: `(doc, Score)` in dataset order; some benchmarks group neighbouring rows.
+        rule: The rule that the scores were made with.
+
+    Returns:
+        The result; its `value` is `None` when no row has a value.
+
+    Raises:
+        ScoringError: Unknown benchmark or rule, or a document without the fields that it needs.
+    """
+    return _find(benchmark, rule).aggregate(benchmark, scored_rows, rule)
+
+
+def _find(benchmark: str, rule: Rule) -> Benchmark:
+    if rule not in RULES:
+        raise ScoringError(f"unknown rule {rule!r}; the rules are {', '.join(RULES)}")
+    scorer = _BENCHMARKS.get(benchmark)
+    if scorer is None:
+        near = difflib.get_close_matches(benchmark, _BENCHMARKS, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "known: " + ", ".join(_BENCHMARKS)
+        raise ScoringError(f"unknown benchmark {benchmark!r}; {hint}")
+    return scorer
