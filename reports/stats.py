@@ -1,0 +1,186 @@
+"""How sure a mean is when questions about one video are not independent.
+
+Clusters are videos. Interval: percentile bootstrap over whole clusters, widened for few clusters
+(the "expanded percentile" of Hesterberg, "What Teachers Should Know About the Bootstrap", 2015).
+Standard error: the clustered formula of Miller, "Adding Error Bars to Evals", 2024 (equation 4),
+with the factor C / (C - 1). Two systems on the same samples are compared by the paired difference,
+resampled in the same clusters, and by McNemar's exact test.
+
+Letters: N samples, C clusters, R resamples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import bdtr, ndtr, ndtri, stdtrit
+
+Floats = NDArray[np.float64]
+RESAMPLES = 10_000
+_CHUNK = 4_000_000  # resampled cluster indices held at once
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean and the interval that contains the true one with probability `level`."""
+
+    mean: float
+    low: float
+    high: float
+    se: float
+    """Clustered standard error; nan for a single cluster."""
+    n: int
+    clusters: int
+    level: float = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """System b minus system a on the samples that both answered."""
+
+    interval: Interval
+    wins: int
+    """Samples where b scores higher."""
+    losses: int
+    """Samples where b scores lower."""
+    ties: int
+    p_mcnemar: float
+    """Exact two-sided McNemar (sign) test on wins and losses; ignores clustering."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Clustered:
+    """Per-cluster sums of the values and sizes."""
+
+    sums_C: Floats
+    sizes_C: Floats
+
+    @property
+    def mean(self) -> float:
+        return float(self.sums_C.sum() / self.sizes_C.sum())
+
+
+def cluster_interval(
+    values: Sequence[float] | Floats,
+    clusters: Sequence[str],
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> Interval:
+    """Return the mean of `values` with a cluster-bootstrap interval.
+
+    Args:
+        values: [N] one score per sample.
+        clusters: [N] the cluster (video) of each sample.
+        level: Coverage of the interval.
+        resamples: Bootstrap resamples.
+        seed: Seed of the resampling; equal inputs give equal intervals.
+        bounds: Smallest and largest possible value; where every cluster has the same mean, the
+            bootstrap has no spread and Wilson's limit for unseen deviations is given instead. With a single cluster the interval is the bounds themselves.
+
+    Raises:
+        ValueError: No values, or not one cluster per value.
+    """
+    data = _gather(values, clusters)
+    count = len(data.sums_C)
+    mean, se = data.mean, _standard_error(data)
+    if count == 1:
+        low, high = bounds
+    elif np.ptp(data.sums_C / data.sizes_C) < 1e-12:
+        low, high = _unspread(mean, count, level, bounds)
+    else:
+        means_R = _resampled_means(data, resamples, seed)
+        tail = _expanded_tail(level, count)
+        low, high = (float(q) for q in np.quantile(means_R, [tail, 1 - tail]))
+    return Interval(mean, low, high, se, int(data.sizes_C.sum()), count, level)
+
+
+def clustered_se(values: Sequence[float] | Floats, clusters: Sequence[str]) -> float:
+    """Return the clustered standard error of the mean of `values`; nan for one cluster."""
+    return _standard_error(_gather(values, clusters))
+
+
+def paired_difference(
+    a: Sequence[float] | Floats,
+    b: Sequence[float] | Floats,
+    clusters: Sequence[str],
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Difference:
+    """Compare two systems on the same samples: b minus a, [N] scores each.
+
+    Raises:
+        ValueError: No values, or lengths that differ.
+    """
+    a_N, b_N = np.asarray(a, float), np.asarray(b, float)
+    if a_N.shape != b_N.shape:
+        raise ValueError(f"paired scores differ in length: {a_N.shape} and {b_N.shape}")
+    interval = cluster_interval(
+        b_N - a_N, clusters, level=level, resamples=resamples, seed=seed, bounds=(-1.0, 1.0)
+    )
+    wins, losses = int((b_N > a_N).sum()), int((b_N < a_N).sum())
+    return Difference(interval, wins, losses, len(a_N) - wins - losses, mcnemar(wins, losses))
+
+
+def mcnemar(wins: int, losses: int) -> float:
+    """Return the exact two-sided p-value that wins and losses are equally likely."""
+    discordant = wins + losses
+    if discordant == 0:
+        return 1.0
+    return float(min(1.0, 2 * bdtr(min(wins, losses), discordant, 0.5)))
+
+
+def _gather(values: Sequence[float] | Floats, clusters: Sequence[str]) -> _Clustered:
+    values_N = np.asarray(values, float)
+    if values_N.ndim != 1 or not len(values_N):
+        raise ValueError(f"need a non-empty list of scores, got shape {values_N.shape}")
+    if len(clusters) != len(values_N):
+        raise ValueError(f"{len(values_N)} scores but {len(clusters)} cluster names")
+    _, index_N = np.unique(np.asarray(clusters), return_inverse=True)
+    sizes_C: Floats = np.bincount(index_N).astype(np.float64)
+    return _Clustered(np.bincount(index_N, weights=values_N), sizes_C)
+
+
+def _standard_error(data: _Clustered) -> float:
+    count = len(data.sums_C)
+    if count == 1:
+        return float("nan")
+    residuals_C = data.sums_C - data.mean * data.sizes_C
+    variance = float((residuals_C**2).sum()) * count / (count - 1)
+    return float(np.sqrt(variance) / data.sizes_C.sum())
+
+
+def _resampled_means(data: _Clustered, resamples: int, seed: int) -> Floats:
+    """Return [R] means of resamples of C whole clusters with replacement."""
+    rng = np.random.default_rng(seed)
+    count = len(data.sums_C)
+    means_R = np.empty(resamples)
+    rows = max(1, _CHUNK // count)
+    for start in range(0, resamples, rows):
+        stop = min(start + rows, resamples)
+        index_RC = rng.integers(0, count, (stop - start, count))
+        means_R[start:stop] = data.sums_C[index_RC].sum(1) / data.sizes_C[index_RC].sum(1)
+    return means_R
+
+
+def _expanded_tail(level: float, clusters: int) -> float:
+    """Return the bootstrap quantile whose interval is as wide as a t interval would be."""
+    t = float(stdtrit(clusters - 1, (1 - level) / 2))
+    return float(ndtr(t * np.sqrt(clusters / (clusters - 1))))
+
+
+def _unspread(
+    mean: float, clusters: int, level: float, bounds: tuple[float, float]
+) -> tuple[float, float]:
+    """Return an interval for clusters that all have the same mean.
+
+    Wilson's upper limit for 0 deviating clusters of C, each of which could reach a bound.
+    """
+    z2 = float(ndtri(0.5 + level / 2)) ** 2
+    rate = z2 / (clusters + z2)
+    return mean - (mean - bounds[0]) * rate, mean + (bounds[1] - mean) * rate
