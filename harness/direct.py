@@ -1,0 +1,294 @@
+"""Direct answers: one prefill for a video and its prompt prefix, one fork for a question.
+
+Questions that share a prompt prefix (system turn, video) form a group. A group's video is decoded
+by a thread while the group before it is answered, encoded and prefilled once, and forked for each
+question; the forks of a group are decoded together. Answers are those of one-by-one decoding.
+
+A sample that fails (unreadable video, out of memory) is an outcome with an error, never an
+exception: one bad file does not end a run.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resize
+
+from internvideo3.harness.settings import Settings
+from internvideo3.model.session import Limits, Reply, Session
+from internvideo3.tasks.video import Frames, read_frames
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """A video, or the part of it between two times."""
+
+    path: str
+    """Path of the file."""
+    start_s: float | None = None
+    """Where the part starts; None for the beginning."""
+    end_s: float | None = None
+    """Where the part ends; None for the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One thing to answer: a chat whose last turn awaits a reply."""
+
+    id: str
+    """Identifier, unique in the run."""
+    messages: tuple[Message, ...]
+    """Chat messages in the Hugging Face form; videos are `{"type": "video"}` placeholders."""
+    clips: tuple[Clip, ...] = ()
+    """The videos of the placeholders, in order."""
+    max_new_tokens: int | None = None
+    """Most tokens of the reply; None for the settings' value."""
+    temperature: float = 0.0
+    """0 for greedy decoding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seconds:
+    """Where one sample's time went; what a group shares is divided by its questions."""
+
+    decode_s: float = 0.0
+    encode_s: float = 0.0
+    prefill_s: float = 0.0
+    generate_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a question: a reply, or the error that prevented it."""
+
+    question: Question
+    reply: Reply | None
+    error: dict[str, str] | None
+    seconds: Seconds
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A question's chat as text, cut behind its last video."""
+
+    question: Question
+    prefix: str
+    tail: str
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    frames: tuple[Frames, ...]
+    seconds: float
+
+
+Batch = list[_Rendered]
+
+
+class Answerer:
+    """Answers questions with one model; holds no state between calls."""
+
+    def __init__(self, model: Any, processor: Any, settings: Settings):
+        self.model = model
+        self.processor = processor
+        self.settings = settings
+        tokenizer = processor.tokenizer
+        self._video_end = tokenizer.decode([model.config.vision_end_token_id])
+        self._stop_ids = (tokenizer.eos_token_id,)
+
+    def answer(
+        self,
+        questions: Sequence[Question],
+        known: Callable[[str], bool] = lambda _: False,
+    ) -> Iterator[list[Outcome]]:
+        """Answer questions, a batch at a time, in the order in which their videos first appear.
+
+        Args:
+            questions: what to answer.
+            known: whether the question of an id needs no answer. Known questions are left out
+                after the batches are formed, so that a resumed run decodes the same batches.
+
+        Yields:
+            The outcomes of one batch: questions on the same video, together complete.
+        """
+        groups = self._groups(questions, known)
+        for batches, decoded in _decoded_ahead(groups, self._decode):
+            yield from self._answer_group(batches, decoded)
+
+    def _groups(
+        self, questions: Sequence[Question], known: Callable[[str], bool]
+    ) -> Iterator[list[Batch]]:
+        """Batches that share a prefix, without what is known."""
+        groups: dict[tuple[str, tuple[Clip, ...]], Batch] = {}
+        for question in questions:
+            rendered = self._render(question)
+            groups.setdefault((rendered.prefix, question.clips), []).append(rendered)
+        size = self.settings.batch
+        for group in groups.values():
+            whole = [group[at : at + size] for at in range(0, len(group), size)]
+            left = [[one for one in batch if not known(one.question.id)] for batch in whole]
+            if any(left):
+                yield [batch for batch in left if batch]
+
+    def _render(self, question: Question) -> _Rendered:
+        text = self.processor.apply_chat_template(
+            list(question.messages), tokenize=False, add_generation_prompt=True
+        )
+        cut = text.rfind(self._video_end)
+        cut = cut + len(self._video_end) if cut >= 0 else 0
+        return _Rendered(question, text[:cut], text[cut:])
+
+    def _decode(self, batches: list[Batch]) -> _Decoded:
+        started = time.perf_counter()
+        settings = self.settings
+        frames = tuple(
+            fit_frames(
+                read_frames(
+                    Path(clip.path),
+                    fps=settings.fps,
+                    max_frames=settings.max_frames,
+                    start_s=clip.start_s,
+                    end_s=clip.end_s,
+                ),
+                factor=_pixel_factor(self.model.config),
+                min_pixels=settings.min_pixels,
+                max_pixels=settings.max_pixels,
+            )
+            for clip in batches[0][0].question.clips
+        )
+        return _Decoded(frames, time.perf_counter() - started)
+
+    def _answer_group(
+        self, batches: list[Batch], decoded: "Future[_Decoded]"
+    ) -> Iterator[list[Outcome]]:
+        everything = [one for batch in batches for one in batch]
+        try:
+            video = decoded.result()
+            started = time.perf_counter()
+            prefix = Session(self.model, self.processor)
+            if everything[0].prefix:
+                prefix.append_text(everything[0].prefix, video.frames)
+            _wait_for_device(self.model)
+            appended_s = time.perf_counter() - started
+        except Exception as error:  # an outcome of these samples, recorded with its reason
+            yield [failed(one.question, error) for one in everything]
+            return
+        shared = Seconds(
+            decode_s=video.seconds / len(everything),
+            encode_s=prefix.encode_s / len(everything),
+            prefill_s=(appended_s - prefix.encode_s) / len(everything),
+        )
+        for batch in batches:
+            yield self._answer_batch(prefix, batch, shared)
+
+    def _answer_batch(self, prefix: Session, batch: Batch, shared: Seconds) -> list[Outcome]:
+        """Decode a batch together; if that fails, one by one, so that one cannot fail others."""
+        try:
+            return self._generate(prefix, batch, shared)
+        except Exception as error:  # as above
+            if len(batch) == 1:
+                return [failed(batch[0].question, error)]
+        return [self._answer_batch(prefix, [one], shared)[0] for one in batch]
+
+    def _generate(self, prefix: Session, batch: Batch, shared: Seconds) -> list[Outcome]:
+        started = time.perf_counter()
+        forks = []
+        for one in batch:
+            fork = prefix.fork()
+            fork.append_text(one.tail)
+            forks.append(fork)
+        _wait_for_device(self.model)
+        prefilled = time.perf_counter()
+        replies = Session.generate_batch(forks, [self._limits(one.question) for one in batch])
+        done = time.perf_counter()
+        seconds = replace(
+            shared,
+            prefill_s=shared.prefill_s + (prefilled - started) / len(batch),
+            generate_s=(done - prefilled) / len(batch),
+        )
+        return [
+            Outcome(question=one.question, reply=reply, error=None, seconds=seconds)
+            for one, reply in zip(batch, replies, strict=True)
+        ]
+
+    def _limits(self, question: Question) -> Limits:
+        return Limits(
+            max_new_tokens=question.max_new_tokens or self.settings.max_new_tokens,
+            stop_ids=self._stop_ids,
+            temperature=question.temperature,
+            seed=self.settings.seed,
+        )
+
+
+def fit_frames(frames: Frames, *, factor: int, min_pixels: int, max_pixels: int) -> Frames:
+    """Resize frames to a multiple of `factor` within a pixel budget, keeping their shape nearly.
+
+    The size rule and the interpolation (bicubic, antialiased, on bytes) are those of
+    qwen-vl-utils 0.0.14 `vision_process.py: smart_resize, fetch_video`, so that a video gives the
+    model the same pixels here as in lmms-eval's own Qwen3-VL class.
+    """
+    height, width = frames.pixels_THWC.shape[1:3]
+    size = _fitted_size(height, width, factor, min_pixels, max_pixels)
+    if size == (height, width):
+        return frames
+    pixels_TCHW = torch.from_numpy(np.ascontiguousarray(frames.pixels_THWC)).permute(0, 3, 1, 2)
+    resized_TCHW = resize(pixels_TCHW, list(size), InterpolationMode.BICUBIC, antialias=True)
+    return replace(frames, pixels_THWC=resized_TCHW.permute(0, 2, 3, 1).contiguous().numpy())
+
+
+def _fitted_size(
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    fitted = [max(factor, round(side / factor) * factor) for side in (height, width)]
+    if math.prod(fitted) > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        fitted = [
+            max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width)
+        ]
+    elif math.prod(fitted) < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        fitted = [math.ceil(side * grow / factor) * factor for side in (height, width)]
+    return fitted[0], fitted[1]
+
+
+def _pixel_factor(config: Any) -> int:
+    return int(config.vision_config.patch_size * config.vision_config.spatial_merge_size)
+
+
+def _decoded_ahead(
+    groups: Iterable[list[Batch]], decode: Callable[[list[Batch]], _Decoded]
+) -> Iterator[tuple[list[Batch], "Future[_Decoded]"]]:
+    """Each group with its frames, which a thread decodes while the group before is answered."""
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
+    waiting: tuple[list[Batch], Future[_Decoded]] | None = None
+    try:
+        for group in groups:
+            following = (group, pool.submit(decode, group))
+            if waiting is not None:
+                yield waiting
+            waiting = following
+        if waiting is not None:
+            yield waiting
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def failed(question: Question, error: BaseException) -> Outcome:
+    """The outcome of a question that an error kept from being answered."""
+    reason = {"type": type(error).__name__, "message": str(error)}
+    return Outcome(question=question, reply=None, error=reason, seconds=Seconds())
+
+
+def _wait_for_device(model: Any) -> None:
+    """Let queued work finish, so that a clock read next is that work's."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

@@ -1,0 +1,290 @@
+"""The one file that talks to lmms-eval (0.7.3): our model as its plugin, its engine as ours.
+
+`InternVideo3` is what `lmms-eval --model internvideo3` loads through the entry point of
+lmms_manifest.py, and what `internvideo3 eval` hands to the engine in-process (`run_benchmark`).
+
+Things about the engine that this file is shaped by: it deletes modules in `clean()` after the
+first task; it fingerprints a model by `repr`; it pads shards with repeated requests; it takes
+answers from a generator in the order of the requests; one failing sample would end every task; a
+chat model's request is `(context, doc_to_messages, gen_kwargs, doc_id, task, split)`.
+"""
+
+import argparse
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.protocol import ChatMessages
+from lmms_eval.tasks import TaskManager, get_task_dict
+from loguru import logger
+
+from internvideo3.harness.direct import Answerer, Clip, Outcome, Question, failed
+from internvideo3.harness.settings import SYSTEM_PROMPT, Settings, pixels_for
+from internvideo3.model.checkpoint import load_model
+
+Doc = Mapping[str, Any]
+
+
+class LmmsError(ValueError):
+    """A request or an argument that this plugin does not take."""
+
+
+class Recorder(Protocol):
+    """Keeps answers as they come, and knows those of an earlier, interrupted run."""
+
+    def known(self, task: str, doc: Doc) -> str | None:
+        """The recorded answer to a document, or None if it has to be computed."""
+
+    def video(self, task: str, doc: Doc) -> str | None:
+        """The video to show instead of the document's own, or None for its own."""
+
+    def record(self, task: str, answers: Sequence[tuple[Doc, Outcome]]) -> None:
+        """Keep a batch of answers; when this returns they are on disk."""
+
+
+class InternVideo3(lmms):  # type: ignore[misc]  # lmms_eval has no types
+    """Qwen3-VL-shaped video models, GQA or M²LA, answering by groups of questions on one video.
+
+    Args:
+        pretrained: checkpoint folder, or a name such as `scale:m2la`.
+        device: torch device; by default CUDA if there is one.
+        dtype: float32, bfloat16 or auto (float32 on CPU, bfloat16 on CUDA).
+        fps: frames taken from a second of video.
+        max_num_frames: most frames of a video.
+        min_pixels: fewest pixels of a frame.
+        max_pixels: most pixels of a frame.
+        system_prompt: text of the system turn; empty for none.
+        max_new_tokens: most tokens of an answer where the task sets none.
+        question_batch: most questions of one video decoded together.
+        threads: CPU threads of torch.
+        batch_size: taken for compatibility with lmms-eval's command line; questions are batched
+            by video, see `question_batch`.
+        max_batch_size: as `batch_size`.
+        answerer: an answerer that is already built, instead of everything above.
+        name: what `repr` and lmms-eval's cache know the answerer as.
+        recorder: keeps answers and knows earlier ones.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str = "scale:m2la",
+        device: str | None = None,
+        dtype: str = "auto",
+        fps: float = 2.0,
+        max_num_frames: int = 768,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        system_prompt: str = SYSTEM_PROMPT,
+        max_new_tokens: int = 32,
+        question_batch: int = 16,
+        threads: int = 1,
+        batch_size: int | str | None = None,
+        max_batch_size: int | str | None = None,
+        answerer: Answerer | None = None,
+        name: str | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        super().__init__()
+        if answerer is None:
+            torch.set_num_threads(int(threads))
+            settings = Settings(
+                fps=float(fps),
+                max_frames=int(max_num_frames),
+                min_pixels=int(min_pixels or pixels_for(pretrained)),
+                max_pixels=int(max_pixels or pixels_for(pretrained)),
+                system_prompt=system_prompt,
+                max_new_tokens=int(max_new_tokens),
+                batch=int(question_batch),
+            )
+            answerer = Answerer(*load_model(pretrained, device, dtype), settings)
+        self.answerer = answerer
+        self.name = name or pretrained
+        self.recorder = recorder
+        self.batch_size = answerer.settings.batch
+
+    def __repr__(self) -> str:
+        """Stable from one process to the next: lmms-eval's cache hashes it."""
+        return f"InternVideo3({self.name}, {self.answerer.settings})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return torch.device(self.answerer.model.device)
+
+    def clean(self) -> None:
+        """Keep the weights; the base class deletes them after the first task."""
+
+    def generate_until(self, requests: list[Instance]) -> Iterator[GenerationResult]:
+        """Answer requests; yields in their order, and records each batch before it is yielded."""
+        docs = [self._doc(request) for request in requests]
+        given = [self._given(*pair) for pair in zip(requests, docs, strict=True)]
+        pending: dict[int, GenerationResult] = {
+            at: GenerationResult(text=text) for at, text in enumerate(given) if text is not None
+        }
+        asked = [
+            self._ask(at, request, docs[at])
+            for at, request in enumerate(requests)
+            if not request.metadata.get("__padding_only__")
+        ]
+        questions = [one for one in asked if isinstance(one, Question)]
+        unasked = [[one] for one in asked if isinstance(one, Outcome)]
+        answers = self.answerer.answer(questions, known=lambda key: int(key) in pending)
+        batches = itertools.chain(unasked, answers)
+        for at in range(len(requests)):
+            while at not in pending:
+                outcomes = next(batches)
+                self._record(outcomes, requests, docs)
+                pending.update((int(one.question.id), _result(one)) for one in outcomes)
+            yield pending[at]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Not offered.
+
+        Raises:
+            LmmsError: always.
+        """
+        raise LmmsError(
+            "InternVideo3 answers by generation only; take a task whose output_type is "
+            "generate_until."
+        )
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Not offered.
+
+        Raises:
+            LmmsError: always.
+        """
+        raise LmmsError(
+            "InternVideo3 has no multi-round form; take a task whose output_type is generate_until."
+        )
+
+    def _doc(self, request: Instance) -> Doc:
+        _, _, _, doc_id, task, split = request.args
+        return dict(self.task_dict[task][split][doc_id])
+
+    def _given(self, request: Instance, doc: Doc) -> str | None:
+        """An answer that needs no model: of a padding request, or recorded by an earlier run."""
+        if request.metadata.get("__padding_only__"):
+            return ""
+        return self.recorder.known(request.args[4], doc) if self.recorder else None
+
+    def _ask(self, at: int, request: Instance, doc: Doc) -> Question | Outcome:
+        """The question of a request; or the reason why the task could not pose it."""
+        try:
+            return self._question(at, request, doc)
+        except (Exception, SystemExit) as error:  # some tasks call sys.exit on a missing video
+            return failed(Question(id=str(at), messages=()), error)
+
+    def _question(self, at: int, request: Instance, doc: Doc) -> Question:
+        _, doc_to_messages, gen_kwargs, _, task, _ = request.args
+        messages = ChatMessages(messages=doc_to_messages(doc)).to_hf_messages()
+        if self.answerer.settings.system_prompt and messages[0]["role"] != "system":
+            system = {"type": "text", "text": self.answerer.settings.system_prompt}
+            messages.insert(0, {"role": "system", "content": [system]})
+        shown = self.recorder.video(task, doc) if self.recorder else None
+        return Question(
+            id=str(at),
+            messages=tuple(messages),
+            clips=tuple(_clips(messages, shown)),
+            max_new_tokens=gen_kwargs.get("max_new_tokens"),
+            temperature=float(gen_kwargs.get("temperature") or 0.0),
+        )
+
+    def _record(
+        self, outcomes: list[Outcome], requests: list[Instance], docs: Sequence[Doc]
+    ) -> None:
+        if self.recorder is None:
+            for one in outcomes:
+                if one.error is not None:
+                    logger.error("{}: {}", one.error["type"], one.error["message"])
+            return
+        task = requests[int(outcomes[0].question.id)].args[4]
+        self.recorder.record(task, [(docs[int(one.question.id)], one) for one in outcomes])
+
+
+def run_benchmark(
+    model: InternVideo3, task: str, tasks_folder: Path, ids: Sequence[str] | None
+) -> dict[str, float]:
+    """Run one task of a folder of YAML files through lmms-eval's evaluator, in this process.
+
+    Args:
+        model: the model; its recorder keeps the answers.
+        task: the task's name.
+        tasks_folder: the folder with its YAML; lmms-eval's own tasks are not indexed.
+        ids: the `id` fields of the documents to run, in the data set's order; None for all.
+
+    Returns:
+        lmms-eval's own aggregates, by metric.
+    """
+    manager = TaskManager("ERROR", include_path=[str(tasks_folder)], include_defaults=False)
+    loaded = get_task_dict([task], manager, "chat")[task]
+    if ids is not None:
+        _select(loaded, set(ids))
+    # Without `cli_args` reasoning tags are not stripped and aggregators get no arguments.
+    arguments = argparse.Namespace(
+        output_path=None,
+        process_with_media=False,
+        reasoning_tags='[["<think>","</think>"]]',
+        agentic_trace_mode="full",
+    )
+    results = simple_evaluate(
+        model=model,
+        tasks=[loaded],
+        task_manager=manager,
+        batch_size=1,
+        cli_args=arguments,
+        log_samples=False,
+        bootstrap_iters=0,
+        process_docs_parallel=1,
+        verbosity="ERROR",
+    )
+    numbers = results["results"][task]
+    return {
+        key.split(",")[0]: float(value)
+        for key, value in numbers.items()
+        if isinstance(value, int | float) and "stderr" not in key
+    }
+
+
+def quiet() -> None:
+    """Leave only lmms-eval's errors on the terminal; its log would bury ours."""
+    logger.disable("lmms_eval")
+
+
+def _select(task: Any, ids: set[str]) -> None:
+    """Keep only the documents of some ids in a loaded task."""
+    split = task.config.test_split
+    keep = [at for at, key in enumerate(task.dataset[split]["id"]) if key in ids]
+    task.dataset[split] = task.dataset[split].select(keep)
+    task.dataset_no_image[split] = task.dataset_no_image[split].select(keep)
+
+
+def _clips(messages: Sequence[dict[str, Any]], shown: str | None) -> Iterator[Clip]:
+    for part in (part for message in messages for part in message["content"]):
+        if part["type"] == "video":
+            yield Clip(
+                path=shown or part["video"],
+                start_s=part.get("video_start"),
+                end_s=part.get("video_end"),
+            )
+        elif part["type"] != "text":
+            raise LmmsError(
+                f"A message holds {part['type']}; this model takes video and text. "
+                "Take a task on video."
+            )
+
+
+def _result(outcome: Outcome) -> GenerationResult:
+    if outcome.reply is None:
+        return GenerationResult(text="")
+    counts = TokenCounts(
+        input_tokens=outcome.reply.prompt_tokens, output_tokens=outcome.reply.new_tokens
+    )
+    return GenerationResult(text=outcome.reply.text, token_counts=counts)

@@ -1,0 +1,34 @@
+"""`internvideo3 score`: score the stored answers of a run again. No torch, no lmms-eval."""
+
+from pathlib import Path
+
+from internvideo3.harness.evaluate import score_fields, suite_result
+from internvideo3.harness.store import Row, RunStore, StoreError, read_run, suites_of
+
+
+def rescore(root: Path) -> Row:
+    """Score every stored answer of a run with the scorers of today; rewrites what changed.
+
+    Args:
+        root: the run directory.
+
+    Returns:
+        The results by suite.
+
+    Raises:
+        StoreError: not a run directory, no samples in it, or it cannot be written.
+    """
+    run = read_run(root)
+    suites = suites_of(root)
+    if not suites:
+        raise StoreError(f"{root} has no samples yet. Run `internvideo3 eval --out {root}` first.")
+    with RunStore.open(root, run) as store:
+        for suite in suites:
+            rows = list(store.answered(suite).values())
+            again = [
+                row | score_fields(suite, row, row["prediction"], row["error"]) for row in rows
+            ]
+            changed = [new for new, old in zip(again, rows, strict=True) if new != old]
+            store.add(suite, changed, ())
+            store.finish(suite, [row["id"] for row in again], suite_result(suite, again))
+        return store.results()
