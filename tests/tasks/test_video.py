@@ -1,0 +1,278 @@
+"""Reading videos: the same frames as lmms-eval's stock path, and clear errors for bad files.
+
+Run: python -m pytest tests/tasks/test_video.py
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from qwen_vl_utils import vision_process as stock
+
+from internvideo3.tasks import video
+from internvideo3.tasks.video import VideoError, frame_indices, read_frames
+from internvideo3.tasks.world.media import Tone, encode_video
+
+
+def moving_square(frames: int, side: int = 64) -> np.ndarray:
+    """`[T,H,W,3]` frames of a square that moves, in a colour that tells the frame's number."""
+    pixels_THWC = np.full((frames, side, side, 3), 40, np.uint8)
+    for t in range(frames):
+        x = t % (side - 16)
+        pixels_THWC[t, 20:36, x : x + 16] = (255 - t % 200, t % 256, 60)
+    return pixels_THWC
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("video") / "clip.mp4"
+    path.write_bytes(encode_video(moving_square(203)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps"), [(2, 8), (3, 30), (7, 8), (16, 8), (31, 8), (97, 25), (128, 8), (150, 30)]
+)
+def test_frames_are_those_of_the_stock_path(tmp_path: Path, frames: int, fps: int) -> None:
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(encode_video(moving_square(frames), fps=fps))
+    theirs_TCHW, metadata, _ = stock._read_video_decord(
+        {"video": str(path), "fps": 2, "max_frames": 768}
+    )
+    ours = read_frames(path)
+    assert list(ours.indices) == metadata["frames_indices"]
+    assert ours.source_fps == metadata["fps"] == fps
+    assert ours.total_frames == metadata["total_num_frames"] == frames
+    assert ours.duration_s == pytest.approx(frames / fps)
+    np.testing.assert_array_equal(ours.pixels_THWC, theirs_TCHW.permute(0, 2, 3, 1).numpy())
+
+
+@pytest.mark.parametrize(
+    ("start_s", "end_s"), [(3.0, 9.5), (None, 4.0), (20.3, None), (-1.0, 99.0)]
+)
+def test_clips_are_those_of_the_stock_path(
+    clip: Path, start_s: float | None, end_s: float | None
+) -> None:
+    request = {"video": str(clip), "fps": 2, "max_frames": 768}
+    request |= {"video_start": start_s} if start_s is not None else {}
+    request |= {"video_end": end_s} if end_s is not None else {}
+    theirs_TCHW, metadata, _ = stock._read_video_decord(request)
+    ours = read_frames(clip, start_s=start_s, end_s=end_s)
+    assert list(ours.indices) == metadata["frames_indices"]
+    np.testing.assert_array_equal(ours.pixels_THWC, theirs_TCHW.permute(0, 2, 3, 1).numpy())
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    total=st.integers(2, 400_000),
+    source_fps=st.sampled_from([0.5, 1.0, 8.0, 23.976, 25.0, 29.97, 30.0, 60.0]),
+    fps=st.sampled_from([0.5, 1.0, 2.0, 4.0]),
+    max_frames=st.sampled_from([2, 5, 64, 768, 2048]),
+)
+def test_the_choice_of_frames_equals_torch_to_the_last_bit(
+    total: int, source_fps: float, fps: float, max_frames: int
+) -> None:
+    request = {"fps": fps, "max_frames": max_frames}
+    count = stock.smart_nframes(request, total_frames=total, video_fps=source_fps)
+    theirs = torch.linspace(0, total - 1, count).round().long().tolist()
+    assert list(frame_indices(total, source_fps, fps=fps, max_frames=max_frames)) == theirs
+
+
+def test_every_half_second_of_a_world_video_gives_one_frame() -> None:
+    for length_s in range(2, 121):
+        indices = frame_indices(length_s * 8, 8.0)
+        assert [index // 4 for index in indices] == list(range(2 * length_s))
+
+
+def test_pyav_gives_the_same_frames(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_decord = read_frames(clip)
+    monkeypatch.setitem(sys.modules, "decord", None)
+    with_pyav = read_frames(clip)
+    assert with_pyav.digest == with_decord.digest
+    assert with_pyav.indices == with_decord.indices
+
+
+def test_chunks_join_without_a_seam(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = read_frames(clip, fps=8.0)
+    monkeypatch.setattr(video, "_CHUNK", 7)
+    assert read_frames(clip, fps=8.0).digest == whole.digest
+    assert len(whole.indices) == 202
+
+
+def test_the_digest_tells_different_inputs_apart(clip: Path, tmp_path: Path) -> None:
+    again, fewer, later = (
+        read_frames(clip, max_frames=8),
+        read_frames(clip, max_frames=6),
+        read_frames(clip, max_frames=8, start_s=1.0),
+    )
+    assert again.digest == read_frames(str(clip), max_frames=8).digest
+    assert len({again.digest, fewer.digest, later.digest}) == 3
+
+
+def test_a_still_video_read_at_two_places_has_two_digests(tmp_path: Path) -> None:
+    path = tmp_path / "still.mp4"
+    path.write_bytes(encode_video(np.full((64, 32, 32, 3), 90, np.uint8)))
+    first, second = read_frames(path, end_s=2.0), read_frames(path, start_s=5.0, end_s=7.0)
+    np.testing.assert_array_equal(first.pixels_THWC, second.pixels_THWC)
+    assert first.digest != second.digest
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(VideoError, match=r"no video at .*gone\.mp4.*world build"):
+        read_frames(tmp_path / "gone.mp4")
+
+
+def test_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "empty.mp4"
+    path.touch()
+    with pytest.raises(VideoError, match=r"empty\.mp4 is empty"):
+        read_frames(path)
+
+
+def test_folder(tmp_path: Path) -> None:
+    with pytest.raises(VideoError, match="is not a file"):
+        read_frames(tmp_path)
+
+
+def test_not_a_video(tmp_path: Path) -> None:
+    path = tmp_path / "notes.mp4"
+    path.write_text("These are my notes.\n" * 50)
+    with pytest.raises(VideoError, match=r"cannot read the video .*notes\.mp4") as caught:
+        read_frames(path)
+    assert caught.value.__cause__ is not None
+
+
+def test_truncated_file(clip: Path, tmp_path: Path) -> None:
+    whole = clip.read_bytes()
+    path = tmp_path / "cut.mp4"
+    for share in (0.05, 0.5, 0.99):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(VideoError, match=r"cannot read the video .*cut\.mp4"):
+            read_frames(path)
+
+
+def test_sound_without_picture(tmp_path: Path) -> None:
+    path = tmp_path / "sound.mp4"
+    _write_sound(path)
+    with pytest.raises(VideoError, match=r"no picture.*audio"):
+        read_frames(path)
+
+
+def test_one_frame_is_too_short(tmp_path: Path) -> None:
+    path = tmp_path / "photo.mp4"
+    path.write_bytes(encode_video(moving_square(1)))
+    with pytest.raises(VideoError, match=r"1 frame\(s\), and at least 2"):
+        read_frames(path)
+
+
+def test_a_clip_after_the_end(clip: Path) -> None:
+    with pytest.raises(VideoError, match="fewer than two frames; the video lasts 25.3"):
+        read_frames(clip, start_s=60.0, end_s=70.0)
+
+
+@pytest.mark.parametrize("fps", [0.0, -1.0, float("nan"), float("inf")])
+def test_senseless_rate(clip: Path, fps: float) -> None:
+    with pytest.raises(ValueError, match="fps must be a positive number"):
+        read_frames(clip, fps=fps)
+
+
+def test_senseless_frame_limit(clip: Path) -> None:
+    with pytest.raises(ValueError, match="max_frames must be at least 2, got 1"):
+        read_frames(clip, max_frames=1)
+
+
+def test_frames_that_would_not_fit_in_memory(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "MAX_BYTES", 100_000)
+    with pytest.raises(VideoError, match="50 frames of 64x64 need"):
+        read_frames(clip)
+
+
+def test_a_decoder_that_never_returns_ends_at_the_limit(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(video, "_read_decord", lambda *_: release.wait(60))
+    started = time.monotonic()
+    with pytest.raises(VideoError, match="reached its time limit"):
+        read_frames(clip, time_limit_s=0.2)
+    assert time.monotonic() - started < 5
+    release.set()
+
+
+def test_a_slow_decoder_notices_the_limit_itself(clip: Path) -> None:
+    with pytest.raises(VideoError, match="reached its time limit"):
+        read_frames(clip, time_limit_s=-1.0)
+
+
+def test_an_interrupt_in_the_decoder_reaches_the_caller(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(video, "_read_decord", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        read_frames(clip)
+
+
+def test_mutated_files_give_frames_or_a_video_error(clip: Path, tmp_path: Path) -> None:
+    """120 damaged files: every one is read or refused by name, quickly, and the process lives."""
+    whole, rng, path = clip.read_bytes(), random.Random(7), tmp_path / "hurt.mp4"
+    refused = 0
+    for round_index in range(120):
+        path.write_bytes(_damage(whole, rng, round_index % 4))
+        started = time.monotonic()
+        try:
+            frames = read_frames(path, time_limit_s=20.0)
+        except VideoError as error:
+            refused += 1
+            assert "hurt.mp4" in str(error)
+        else:
+            assert frames.pixels_THWC.shape[0] == len(frames.indices) >= 2
+        assert time.monotonic() - started < 15
+    assert refused > 40
+
+
+def _damage(whole: bytes, rng: random.Random, kind: int) -> bytes:
+    data = bytearray(whole)
+    place = rng.randrange(len(data))
+    if kind == 0:
+        return whole[: place + 1]
+    if kind == 1:
+        del data[place : place + rng.randrange(1, 3000)]
+    elif kind == 2:
+        for _ in range(rng.choice((1, 5, 50))):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    else:
+        index = whole.rfind(b"moov")
+        for _ in range(rng.choice((1, 4, 20))):
+            data[rng.randrange(index, len(data))] = rng.randrange(256)
+    return bytes(data)
+
+
+def _write_sound(path: Path) -> None:
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        samples = np.zeros((1, 1024), np.float32)
+        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def test_a_sound_track_does_not_change_the_frames(clip: Path, tmp_path: Path) -> None:
+    path = tmp_path / "loud.mp4"
+    path.write_bytes(encode_video(moving_square(203), tones=[Tone(1.0, 0.5, 440.0)]))
+    assert path.stat().st_size > clip.stat().st_size
+    assert read_frames(path).digest == read_frames(clip).digest
