@@ -11,6 +11,7 @@ Letters: N samples, C clusters, R resamples.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from scipy.special import bdtr, ndtr, ndtri, stdtrit
 
 Floats = NDArray[np.float64]
 RESAMPLES = 10_000
-_CHUNK = 4_000_000  # resampled cluster indices held at once
+_CHUNK = 2_000_000  # draws held at once in full width
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,9 @@ def cluster_interval(
         level: Coverage of the interval.
         resamples: Bootstrap resamples.
         seed: Seed of the resampling; equal inputs give equal intervals.
-        bounds: Smallest and largest possible value; where every cluster has the same mean, the
-            bootstrap has no spread and Wilson's limit for unseen deviations is given instead. With a single cluster the interval is the bounds themselves.
+        bounds: Smallest and largest possible value. Where every cluster has the same mean the
+            bootstrap has no spread, and Wilson's limit for unseen deviations is given instead;
+            with a single cluster the interval is the bounds themselves.
 
     Raises:
         ValueError: No values, or not one cluster per value.
@@ -142,8 +144,11 @@ def _gather(values: Sequence[float] | Floats, clusters: Sequence[str]) -> _Clust
     if len(clusters) != len(values_N):
         raise ValueError(f"{len(values_N)} scores but {len(clusters)} cluster names")
     _, index_N = np.unique(np.asarray(clusters), return_inverse=True)
-    sizes_C: Floats = np.bincount(index_N).astype(np.float64)
-    return _Clustered(np.bincount(index_N, weights=values_N), sizes_C)
+    count = int(index_N.max()) + 1
+    sums_C, sizes_C = np.zeros(count), np.zeros(count)
+    np.add.at(sums_C, index_N, values_N)
+    np.add.at(sizes_C, index_N, 1.0)
+    return _Clustered(sums_C, sizes_C)
 
 
 def _standard_error(data: _Clustered) -> float:
@@ -157,15 +162,33 @@ def _standard_error(data: _Clustered) -> float:
 
 def _resampled_means(data: _Clustered, resamples: int, seed: int) -> Floats:
     """Return [R] means of resamples of C whole clusters with replacement."""
-    rng = np.random.default_rng(seed)
-    count = len(data.sums_C)
     means_R = np.empty(resamples)
-    rows = max(1, _CHUNK // count)
+    counts_RC = _draws(len(data.sums_C), resamples, seed)
+    rows = max(1, _CHUNK // len(data.sums_C))
+    for start in range(0, resamples, rows):
+        weights_RC = counts_RC[start : start + rows].astype(np.float64)
+        means_R[start : start + rows] = (weights_RC @ data.sums_C) / (weights_RC @ data.sizes_C)
+    return means_R
+
+
+# Systems on one suite have the same number of videos, so they share their draws.
+@lru_cache(maxsize=3)
+def _draws(clusters: int, resamples: int, seed: int) -> NDArray[np.uint8]:
+    """Return [R, C]: how often each cluster was drawn in each resample.
+
+    A count above 255 would need that many draws of one cluster: impossible up to C = 255, and
+    less likely than 1e-300 beyond.
+    """
+    rng = np.random.default_rng(seed)
+    counts_RC = np.empty((resamples, clusters), np.uint8)
+    rows = max(1, _CHUNK // clusters)
     for start in range(0, resamples, rows):
         stop = min(start + rows, resamples)
-        index_RC = rng.integers(0, count, (stop - start, count))
-        means_R[start:stop] = data.sums_C[index_RC].sum(1) / data.sizes_C[index_RC].sum(1)
-    return means_R
+        index_RC = rng.integers(0, clusters, (stop - start, clusters))
+        index_RC += np.arange(stop - start)[:, None] * clusters
+        counted = np.bincount(index_RC.ravel(), minlength=(stop - start) * clusters)
+        counts_RC[start:stop] = counted.reshape(stop - start, clusters)
+    return counts_RC
 
 
 def _expanded_tail(level: float, clusters: int) -> float:

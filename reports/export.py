@@ -1,0 +1,68 @@
+"""The report as CSV: one row per system, suite and group, with every number unrounded."""
+
+import csv
+import io
+from collections.abc import Iterator
+
+from internvideo3.reports.summary import Cell, SuiteSummary, Summary, System
+
+COLUMNS = (
+    *("system", "model", "label", "control", "run", "suite", "metric", "group", "name"),
+    *("value", "low", "high", "se", "n", "videos", "unreadable", "errors", "plain", "chance"),
+)
+
+
+def render(summary: Summary) -> str:
+    """Return the whole file; values are fractions, empty where there is none."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for suite in summary.suites:
+        for system in summary.systems:
+            writer.writerows(_rows(suite, system))
+    return out.getvalue()
+
+
+def _rows(suite: SuiteSummary, system: System) -> Iterator[dict[str, object]]:
+    whole = suite.cells.get(system.name)
+    if whole is not None:
+        yield _row(suite, system, "suite", suite.name, whole, suite.chance)
+    for group, names, cells in (
+        ("family", suite.families, suite.by_family),
+        ("length_s", suite.bands, suite.by_length),
+    ):
+        for name in names:
+            cell = cells.get((system.name, name))
+            if cell is not None:
+                yield _row(suite, system, group, name, cell, suite.family_chance.get(name))
+
+
+def _row(
+    suite: SuiteSummary, system: System, group: str, name: str, cell: Cell, chance: float | None
+) -> dict[str, object]:
+    return {
+        "system": _inert(system.name),
+        "model": _inert(system.model),
+        "label": system.label or "",
+        "control": system.control or "",
+        "run": _inert(system.run.id),
+        "suite": _inert(suite.name),
+        "metric": suite.metric,
+        "group": group,
+        "name": _inert(name),
+        "value": cell.value,
+        "low": cell.interval.low if cell.interval_fits else None,
+        "high": cell.interval.high if cell.interval_fits else None,
+        "se": cell.interval.se if cell.interval_fits else None,
+        "n": cell.n,
+        "videos": cell.interval.clusters,
+        "unreadable": cell.unreadable,
+        "errors": cell.errors,
+        "plain": cell.plain,
+        "chance": chance,
+    }
+
+
+def _inert(text: str) -> str:
+    """Keep spreadsheets from reading a name as a formula."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text

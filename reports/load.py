@@ -1,0 +1,219 @@
+"""Reading runs from disk: `runs/<id>/` with run.json, samples, timings, results, measurements.
+
+Tolerant where a run that was killed may be damaged (a torn last line, a missing results.json), and
+strict elsewhere. What was tolerated is said in `Run.notes`.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from internvideo3.tasks.scoring import Outcome, Score
+
+SCHEMA = 1
+
+
+class RunError(ValueError):
+    """A folder that is not a run, or a run that cannot be read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One answered question, as recorded."""
+
+    id: str
+    suite: str
+    video_id: str
+    family: str
+    length_s: float | None
+    question: str
+    options: tuple[str, ...]
+    answer: str
+    answer_type: str
+    evidence: tuple[tuple[float, float], ...]
+    """Spans of the video, in seconds, in which the answer can be seen."""
+    video: Path | None
+    prediction: str | None
+    official: Score
+    plain: Score
+    error: str | None
+
+    @property
+    def value(self) -> float | None:
+        """The official score, 0 to 1."""
+        return self.official.value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One run: one model, one configuration, any number of suites."""
+
+    path: Path
+    meta: Mapping[str, Any]
+    """The content of run.json."""
+    samples: Mapping[str, tuple[Sample, ...]]
+    """Samples of each suite in dataset order."""
+    results: Mapping[str, Mapping[str, Any]]
+    """results.json: the TaskResult of each finished suite."""
+    measurements: tuple[Mapping[str, Any], ...]
+    timings: Mapping[str, tuple[Mapping[str, Any], ...]]
+    notes: tuple[str, ...] = field(default=())
+    """What was tolerated while reading, in words."""
+
+    @property
+    def id(self) -> str:
+        """The run's id."""
+        return str(self.meta.get("id") or self.path.name)
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """The `model` part of run.json."""
+        return _mapping(self.meta.get("model"))
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The `config` part of run.json."""
+        return _mapping(self.meta.get("config"))
+
+    @property
+    def control(self) -> str | None:
+        """Name of the control (`blind`) that this run is, if it is one."""
+        control = self.config.get("control")
+        return str(control) if control else None
+
+
+def load_runs(paths: list[Path]) -> list[Run]:
+    """Read several runs, in the order given.
+
+    Raises:
+        RunError: No paths, or a folder that cannot be read as a run.
+    """
+    if not paths:
+        raise RunError("no run folders were given; name at least one folder with a run.json")
+    return [load_run(Path(path)) for path in paths]
+
+
+def load_run(path: Path) -> Run:
+    """Read one run folder.
+
+    Raises:
+        RunError: No run.json, an unknown schema, or a damaged file (other than its last line).
+    """
+    meta = _read_object(path / "run.json")
+    if meta.get("schema") != SCHEMA:
+        raise RunError(
+            f"{path / 'run.json'} has schema {meta.get('schema')!r}; this version reads {SCHEMA}. "
+            "Use the version that wrote the run."
+        )
+    notes: list[str] = []
+    samples = {}
+    for file in sorted((path / "samples").glob("*.jsonl")):
+        rows = _unique(_read_lines(file, notes), file, notes)
+        read = [_sample(row, file) for row in rows]
+        samples[file.stem] = tuple(sorted(read, key=lambda s: _natural(s.id)))
+    timings = {
+        file.stem: tuple(_read_lines(file, notes))
+        for file in sorted((path / "timings").glob("*.jsonl"))
+    }
+    measured = path / "measurements.jsonl"
+    results = path / "results.json"
+    return Run(
+        path=path,
+        meta=meta,
+        samples=samples,
+        results=_read_object(results) if results.exists() else {},
+        measurements=tuple(_read_lines(measured, notes)) if measured.exists() else (),
+        timings=timings,
+        notes=tuple(notes),
+    )
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise RunError(
+            f"{file} does not exist, so {file.parent} is not a run folder; "
+            "give the folder that `internvideo3 eval --out` wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read {file}: {error}") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{file} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _read_lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Read JSON lines; a torn last line is left out and noted."""
+    lines = file.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8", errors="replace"))
+        except ValueError as error:
+            if number != len(lines):
+                raise RunError(
+                    f"{file}, line {number}, is not JSON ({error}); restore the file or delete "
+                    "that line, and its sample will be answered again"
+                ) from error
+            notes.append(f"{file.parent.name}/{file.name}: the last line is torn and was left out")
+            continue
+        if not isinstance(row, dict):
+            raise RunError(f"{file}, line {number}, is not a JSON object")
+        rows.append(row)
+    return rows
+
+
+def _unique(rows: list[dict[str, Any]], file: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the first row of each id; later ones are noted."""
+    seen: set[str] = set()
+    for row in rows:
+        if row.get("id") in seen:
+            notes.append(f"{file.name}: {row['id']} was recorded twice; the first one counts")
+            continue
+        seen.add(str(row.get("id")))
+        yield row
+
+
+def _sample(row: Mapping[str, Any], file: Path) -> Sample:
+    try:
+        error = _mapping(row.get("error"))
+        return Sample(
+            id=str(row["id"]),
+            suite=file.stem,
+            video_id=str(row["video_id"]),
+            family=str(row.get("family") or "all"),
+            length_s=None if row.get("length_s") is None else float(row["length_s"]),
+            question=str(row.get("question") or ""),
+            options=tuple(map(str, row.get("options") or ())),
+            answer=str(row["answer"]),
+            answer_type=str(row.get("answer_type") or "choice"),
+            evidence=tuple((float(a), float(b)) for a, b in row.get("evidence") or ()),
+            video=Path(row["video"]) if row.get("video") else None,
+            prediction=None if row.get("prediction") is None else str(row["prediction"]),
+            official=_score(row.get("official")),
+            plain=_score(row.get("plain")),
+            error=f"{error.get('type')}: {error.get('message')}" if error else None,
+        )
+    except (KeyError, TypeError, ValueError) as problem:
+        raise RunError(f"{file}: sample {row.get('id')!r} cannot be read: {problem!r}") from problem
+
+
+def _score(data: Any) -> Score:
+    """Read a recorded score; none was recorded for a sample that failed."""
+    return Score.from_dict(data) if data else Score(0.0, None, Outcome.ERROR)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _natural(text: str) -> tuple[tuple[int, str], ...]:
+    """Return a sort key under which `q10` follows `q9`."""
+    parts = re.split(r"([0-9]+)", text)
+    return tuple((int(p[:18]), p) if p.isdecimal() and p.isascii() else (-1, p) for p in parts)

@@ -1,0 +1,324 @@
+"""From runs to the numbers that every form of the report shows (terminal, Markdown, CSV, page).
+
+One `System` per run; one `Cell` per system and suite. Nothing here is formatted, and no number
+comes from anywhere but the runs' files.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from internvideo3.reports.load import Run, Sample, load_runs
+from internvideo3.reports.stats import (
+    Difference,
+    Interval,
+    cluster_interval,
+    paired_difference,
+)
+from internvideo3.reports.wording import MODEL_TITLES
+from internvideo3.tasks.scoring import Outcome
+from internvideo3.tasks.scoring.averages import band_order, length_band
+
+SUITE_ORDER = (
+    "world_long",
+    "world_ego",
+    "world_short",
+    "world_grounding",
+    "world_spatial",
+    "world_manyq",
+)
+TOLERATED_LOSS = 0.03
+"""The loss that a conversion may cost, as a fraction: a reference line, not a test."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class System:
+    """One run as a row of the leaderboard."""
+
+    name: str
+    """For readers, unique among the systems of a report."""
+    model: str
+    """The checkpoint's name."""
+    attention: str
+    """`gqa`, `m2la` or, where the run does not say, empty."""
+    control: str | None
+    """Name of the control that this run is (`blind`), else `None`."""
+    label: str | None
+    """`scale` where run.json says so; goes with every number."""
+    cache_bytes_per_token: int | None
+    parameters: int | None
+    run: Run
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the run shows a floor, not a system."""
+        return self.control is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One system on one suite (or family, or length band)."""
+
+    value: float
+    """The headline number, 0 to 1."""
+    interval: Interval
+    """Interval of the mean score per question."""
+    interval_fits: bool
+    """Whether the headline is that mean; some benchmarks have other averages."""
+    plain: float | None
+    """Mean score under the plain rule."""
+    n: int
+    expected: int | None
+    """Questions that the run set out to answer."""
+    unreadable: int
+    errors: int
+    above_floor: bool | None
+    """Whether the whole interval lies above chance and every control; `None` for controls."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every question that was set out is there."""
+        return self.expected is None or self.n >= self.expected
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """System `b` minus system `a` on one suite, on the samples both answered."""
+
+    a: str
+    b: str
+    suite: str
+    difference: Difference
+
+
+Cells = dict[tuple[str, str], Cell]
+"""(system name, group name) → cell."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuiteSummary:
+    """Everything about one suite."""
+
+    name: str
+    metric: str
+    chance: float | None
+    """Expected accuracy of guessing among the options; `None` where answers are not options."""
+    videos: int
+    cells: dict[str, Cell]
+    """By system name; a system that was not run on the suite is absent."""
+    families: tuple[str, ...]
+    by_family: Cells
+    family_chance: dict[str, float | None]
+    bands: tuple[str, ...]
+    by_length: Cells
+    comparisons: tuple[Comparison, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """Everything that a report says about a list of runs."""
+
+    systems: tuple[System, ...]
+    suites: tuple[SuiteSummary, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels that runs carry, such as `scale`."""
+        return tuple(sorted({s.label for s in self.systems if s.label}))
+
+    def mean(self, system: str) -> tuple[float, float] | None:
+        """Return a system's mean over suites and its standard error, if it ran them all.
+
+        Suites weigh the same and share no videos, so their standard errors add in squares.
+        """
+        cells = [suite.cells.get(system) for suite in self.suites]
+        present = [cell for cell in cells if cell is not None]
+        if not present or len(present) < len(cells):
+            return None
+        variance = sum(cell.interval.se**2 for cell in present)
+        return sum(c.value for c in present) / len(cells), math.sqrt(variance) / len(cells)
+
+
+def summarise_paths(paths: Sequence[Path]) -> Summary:
+    """Read runs and summarise them.
+
+    Raises:
+        RunError: As `load_runs`.
+    """
+    return summarise(load_runs(list(paths)))
+
+
+def summarise(runs: Sequence[Run]) -> Summary:
+    """Summarise runs; systems keep the order given, controls go last."""
+    systems = tuple(sorted(_systems(runs), key=lambda s: s.is_control))
+    names = {name for run in runs for name, samples in run.samples.items() if samples}
+    ordered = [s for s in SUITE_ORDER if s in names] + sorted(names - set(SUITE_ORDER))
+    notes = [f"{run.id}: {note}" for run in runs for note in run.notes]
+    return Summary(
+        systems=systems,
+        suites=tuple(_suite(name, systems) for name in ordered),
+        notes=tuple(notes),
+    )
+
+
+def _systems(runs: Sequence[Run]) -> list[System]:
+    names = [_base_name(run) for run in runs]
+    repeated = {name for name, count in Counter(names).items() if count > 1}
+    return [
+        System(
+            name=f"{name} ({run.id})" if name in repeated else name,
+            model=str(run.model.get("name") or run.id),
+            attention=str(run.model.get("attention") or ""),
+            control=run.control,
+            label=run.model.get("label") or None,
+            cache_bytes_per_token=_int(run.model.get("cache_bytes_per_token")),
+            parameters=_int(run.model.get("parameters")),
+            run=run,
+        )
+        for name, run in zip(names, runs, strict=True)
+    ]
+
+
+def _base_name(run: Run) -> str:
+    model = str(run.model.get("name") or run.id)
+    name = MODEL_TITLES.get(model, model)
+    return f"{name}, {run.control}" if run.control else name
+
+
+def _int(value: Any) -> int | None:
+    return int(value) if isinstance(value, (int, float)) else None
+
+
+def _suite(name: str, systems: Sequence[System]) -> SuiteSummary:
+    tested = [s for s in systems if s.run.samples.get(name)]
+    everything = [x for s in tested for x in s.run.samples[name]]
+    families = tuple(sorted({x.family for x in everything}))
+    bands = {length_band(x.length_s) for x in everything if x.length_s is not None}
+    return SuiteSummary(
+        name=name,
+        metric=_metric(name, tested),
+        chance=_chance(everything),
+        videos=len({x.video_id for x in everything}),
+        cells=_with_floor(
+            {s.name: _cell(s, name, s.run.samples[name], whole=True) for s in tested},
+            systems,
+            _chance(everything),
+        ),
+        families=families,
+        by_family=_grouped(tested, name, lambda x: x.family),
+        family_chance={f: _chance([x for x in everything if x.family == f]) for f in families},
+        bands=tuple(sorted(bands, key=band_order)),
+        by_length=_grouped(
+            tested, name, lambda x: None if x.length_s is None else length_band(x.length_s)
+        ),
+        comparisons=tuple(_comparisons(name, tested)),
+    )
+
+
+def _metric(suite: str, tested: Sequence[System]) -> str:
+    for system in tested:
+        metric = system.run.results.get(suite, {}).get("metric")
+        if metric:
+            return str(metric)
+    kinds = {x.answer_type for s in tested for x in s.run.samples[suite]}
+    names = {"choice": "accuracy", "span": "mIoU"}
+    return names.get(kinds.pop(), "score") if len(kinds) == 1 else "score"
+
+
+def _chance(samples: Iterable[Sample]) -> float | None:
+    """Return the mean of 1 / options, or `None` if any answer is not one of several options."""
+    shares = [1 / len(x.options) if x.options else None for x in samples]
+    known = [share for share in shares if share is not None]
+    return sum(known) / len(known) if known and len(known) == len(shares) else None
+
+
+def _cell(system: System, suite: str, samples: Sequence[Sample], *, whole: bool = False) -> Cell:
+    scored = [x for x in samples if x.value is not None] or list(samples)
+    interval = cluster_interval(
+        [x.value or 0.0 for x in scored], [x.video_id for x in scored], resamples=10_000
+    )
+    recorded = system.run.results.get(suite, {}) if whole else {}
+    # A result that was written before the last samples were added is not this suite's result.
+    current = recorded.get("n") == len(samples) and recorded.get("value") is not None
+    value = float(recorded["value"]) if current else interval.mean
+    plain = [x.plain.value for x in samples if x.plain.value is not None]
+    outcomes = Counter(x.official.outcome for x in samples)
+    expected = system.run.meta.get("suites", {}).get(suite, {}).get("n") if whole else None
+    return Cell(
+        value=value,
+        interval=interval,
+        interval_fits=abs(value - interval.mean) < 1e-6,
+        plain=sum(plain) / len(plain) if plain else None,
+        n=len(samples),
+        expected=_int(expected),
+        unreadable=outcomes[Outcome.UNREADABLE] + outcomes[Outcome.DROPPED],
+        errors=outcomes[Outcome.ERROR],
+        above_floor=None,
+    )
+
+
+def _with_floor(
+    cells: dict[str, Cell], systems: Sequence[System], chance: float | None
+) -> dict[str, Cell]:
+    """Mark the cells whose whole interval lies above chance and above every control's mean."""
+    controls = {s.name for s in systems if s.is_control}
+    floors = [cells[name].value for name in controls & cells.keys()]
+    floors += [chance] if chance is not None else []
+    if not floors:
+        return cells
+    return {
+        name: cell
+        if name in controls
+        else replace(cell, above_floor=cell.interval.low > max(floors))
+        for name, cell in cells.items()
+    }
+
+
+def _grouped(tested: Sequence[System], suite: str, key: Callable[[Sample], str | None]) -> Cells:
+    groups: dict[str, dict[System, list[Sample]]] = {}
+    for system in tested:
+        for sample in system.run.samples[suite]:
+            name = key(sample)
+            if name is not None:
+                groups.setdefault(name, {}).setdefault(system, []).append(sample)
+    return {
+        (system.name, name): _cell(system, suite, samples)
+        for name, by_system in groups.items()
+        for system, samples in by_system.items()
+    }
+
+
+def pairs(systems: Sequence[System]) -> list[tuple[System, System]]:
+    """Return the pairs worth comparing as (reference, candidate).
+
+    Every M²LA system against every GQA system, then the GQA systems against the first of them;
+    where attention is not told apart, every system against the first.
+    """
+    real = [s for s in systems if not s.is_control]
+    gqa = [s for s in real if s.attention == "gqa"]
+    latent = [s for s in real if s.attention == "m2la"]
+    if gqa and latent:
+        return [(g, m) for m in latent for g in gqa] + [(gqa[0], g) for g in gqa[1:]]
+    return [(real[0], s) for s in real[1:]]
+
+
+def _comparisons(suite: str, tested: Sequence[System]) -> Iterable[Comparison]:
+    for a, b in pairs(tested):
+        left = {x.id: x for x in a.run.samples[suite]}
+        right = {x.id: x for x in b.run.samples[suite]}
+        shared = [
+            (left[i], right[i])
+            for i in left
+            if i in right and left[i].value is not None and right[i].value is not None
+        ]
+        if shared:
+            difference = paired_difference(
+                [x.value or 0.0 for x, _ in shared],
+                [y.value or 0.0 for _, y in shared],
+                [x.video_id for x, _ in shared],
+            )
+            yield Comparison(a=a.name, b=b.name, suite=suite, difference=difference)

@@ -1,0 +1,102 @@
+"""The leaderboard in the terminal."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from internvideo3.reports import wording
+from internvideo3.reports.summary import Cell, Summary, System, summarise_paths
+
+
+def print_report(runs: Sequence[Path], *, console: Console | None = None) -> None:
+    """Print the leaderboard and the paired differences of runs.
+
+    Raises:
+        RunError: A folder that cannot be read as a run.
+    """
+    show(summarise_paths(runs), console or Console())
+
+
+def show(summary: Summary, console: Console) -> None:
+    """Print a summary."""
+    console.print(leaderboard(summary))
+    if any(suite.comparisons for suite in summary.suites):
+        console.print(differences(summary))
+    for line in footnotes(summary):
+        console.print(Text(line, style="dim"))
+
+
+def leaderboard(summary: Summary) -> Table:
+    """Return the table of systems by suites; scores in percent with 95 % intervals."""
+    label = " · ".join(summary.labels)
+    table = Table(title=f"Leaderboard ({label})" if label else "Leaderboard", title_justify="left")
+    table.add_column("system", no_wrap=True)
+    for suite in summary.suites:
+        table.add_column(f"{wording.suite_title(suite.name)}\n{suite.metric}", justify="right")
+    table.add_column("Mean\nof suites", justify="right")
+    for system in summary.systems:
+        cells = [_cell(suite.cells.get(system.name)) for suite in summary.suites]
+        table.add_row(_name(system), *cells, _mean(summary, system))
+    chances = [Text(wording.percent(suite.chance), style="dim") for suite in summary.suites]
+    table.add_row(Text("chance", style="dim"), *chances, "")
+    return table
+
+
+def differences(summary: Summary) -> Table:
+    """Return the table of paired differences, one row per pair and suite."""
+    table = Table(title="Paired differences, percentage points", title_justify="left")
+    for name in ("systems", "suite"):
+        table.add_column(name)
+    for name in ("difference", "95 % interval", "won", "lost", "McNemar p", "n"):
+        table.add_column(name, justify="right")
+    for suite in summary.suites:
+        for c in suite.comparisons:
+            d = c.difference
+            table.add_row(
+                Text(f"{c.b} − {c.a}"),
+                wording.suite_title(suite.name),
+                wording.points(d.interval.mean),
+                wording.signed_span(d.interval),
+                str(d.wins),
+                str(d.losses),
+                wording.p_value(d),
+                str(d.interval.n),
+            )
+    return table
+
+
+def footnotes(summary: Summary) -> list[str]:
+    """Return what a reader must know beside the tables: counts, labels, damage."""
+    lines = ["Intervals: 95 %, bootstrap over videos. ≈: not above chance and the controls."]
+    for system in summary.systems:
+        cells = [s.cells[system.name] for s in summary.suites if system.name in s.cells]
+        unreadable, errors = sum(c.unreadable for c in cells), sum(c.errors for c in cells)
+        n, missing = sum(c.n for c in cells), [c for c in cells if not c.complete]
+        line = f"{system.name}: {n} answers, {unreadable} unreadable, {errors} failed"
+        lines.append(line + (f"; {len(missing)} suites incomplete" if missing else ""))
+    return lines + list(summary.notes)
+
+
+def _name(system: System) -> Text:
+    name = Text(system.name, style="dim" if system.is_control else "bold")
+    return name.append(f" {system.label}", style="yellow") if system.label else name
+
+
+def _cell(cell: Cell | None) -> Text:
+    if cell is None:
+        return Text("–", style="dim")
+    mark = "≈" if cell.above_floor is False else ""
+    text = Text(mark + wording.percent(cell.value), style="dim" if mark else "")
+    note = wording.span(cell.interval) if cell.interval_fits else "no interval"
+    return text.append(f"\n{note}", style="dim").append("" if cell.complete else "\nincomplete")
+
+
+def _mean(summary: Summary, system: System) -> Text:
+    mean = summary.mean(system.name)
+    if mean is None:
+        return Text("–", style="dim")
+    value, se = mean
+    return Text(wording.percent(value)).append(f"\n± {wording.percent(1.96 * se)}", style="dim")
