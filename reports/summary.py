@@ -106,6 +106,7 @@ class SuiteSummary:
     metric: str
     chance: float | None
     """Expected accuracy of guessing among the options; `None` where answers are not options."""
+    questions: int
     videos: int
     cells: dict[str, Cell]
     """By system name; a system that was not run on the suite is absent."""
@@ -129,6 +130,12 @@ class Summary:
     def labels(self) -> tuple[str, ...]:
         """The labels that runs carry, such as `scale`."""
         return tuple(sorted({s.label for s in self.systems if s.label}))
+
+    @property
+    def floored(self) -> bool:
+        """Whether any score is marked as not above chance and the controls."""
+        cells = [cell for suite in self.suites for cell in suite.cells.values()]
+        return any(cell.above_floor is False for cell in cells)
 
     def mean(self, system: str) -> tuple[float, float] | None:
         """Return a system's mean over suites and its standard error, if it ran them all.
@@ -202,6 +209,7 @@ def _suite(name: str, systems: Sequence[System]) -> SuiteSummary:
         name=name,
         metric=_metric(name, tested),
         chance=_chance(everything),
+        questions=len({x.id for x in everything}),
         videos=len({x.video_id for x in everything}),
         cells=_with_floor(
             {s.name: _cell(s, name, s.run.samples[name], whole=True) for s in tested},

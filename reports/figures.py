@@ -1,0 +1,133 @@
+"""Which figures a report has, made from its summary."""
+
+from collections.abc import Callable, Sequence
+
+from internvideo3.reports import wording
+from internvideo3.reports.plots import (
+    Group,
+    Plot,
+    Point,
+    Style,
+    curves,
+    dots,
+    forest,
+    lines,
+    styles,
+)
+from internvideo3.reports.profile import Profile
+from internvideo3.reports.stats import Interval
+from internvideo3.reports.summary import (
+    TOLERATED_LOSS,
+    Cell,
+    Cells,
+    SuiteSummary,
+    Summary,
+)
+
+
+def looks(summary: Summary) -> dict[str, Style]:
+    """Return how each system is drawn, the same in every figure and legend."""
+    controls = [s.name for s in summary.systems if s.is_control]
+    return styles([s.name for s in summary.systems], controls)
+
+
+def families(summary: Summary) -> list[Plot]:
+    """Return one figure per suite: score by question family."""
+    given = looks(summary)
+    return [
+        dots(
+            f"family-{suite.name}",
+            _title(suite),
+            _groups(summary, suite.families, suite.by_family, _family, suite.family_chance),
+            given,
+        )
+        for suite in summary.suites
+    ]
+
+
+def lengths(summary: Summary) -> list[Plot]:
+    """Return one figure per suite with more than one length band: score by video length."""
+    given = looks(summary)
+    return [
+        lines(
+            f"length-{suite.name}",
+            _title(suite),
+            _groups(summary, suite.bands, suite.by_length, wording.length, {}),
+            given,
+        )
+        for suite in summary.suites
+        if len(suite.bands) > 1
+    ]
+
+
+def differences(summary: Summary) -> Plot | None:
+    """Return the forest of paired differences, or `None` where nothing is compared.
+
+    A pair is drawn in the style of the system that is not the reference of its first pair.
+    """
+    given = pair_looks(summary)
+    if not given:
+        return None
+    groups = [
+        Group(
+            wording.suite_title(suite.name),
+            tuple(_difference_point(f"{c.b} − {c.a}", c.difference.interval)
+                  for c in suite.comparisons),
+        )
+        for suite in summary.suites
+        if suite.comparisons
+    ]  # fmt: skip
+    title = "Difference, percentage points"
+    return forest("differences", title, groups, given, tolerance=100 * TOLERATED_LOSS)
+
+
+def pair_looks(summary: Summary) -> dict[str, Style]:
+    """Return how each compared pair is drawn."""
+    names = [f"{c.b} − {c.a}" for suite in summary.suites for c in suite.comparisons]
+    return styles(list(dict.fromkeys(names)), [])
+
+
+def efficiency(profile: Profile, given: dict[str, Style]) -> list[Plot]:
+    """Return speed and cache over context length for the systems that were measured."""
+    wanted = (
+        ("prefill", "Prefill, tokens per second", profile.prefill, ""),
+        ("decode", "Decode, tokens per second", profile.decode, ""),
+        ("cache", "Cache, bytes", profile.cache, "B"),
+    )
+    return [
+        curves(f"profile-{name}", title, {k: list(v.items()) for k, v in data.items()}, given, unit)
+        for name, title, data, unit in wanted
+        if data
+    ]
+
+
+def _title(suite: SuiteSummary) -> str:
+    return f"{wording.suite_title(suite.name)}, {suite.metric}"
+
+
+def _family(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _groups(
+    summary: Summary,
+    names: Sequence[str],
+    cells: Cells,
+    label: Callable[[str], str],
+    chance: dict[str, float | None],
+) -> list[Group]:
+    groups = []
+    for name in names:
+        found = [(s.name, cells.get((s.name, name))) for s in summary.systems]
+        points = tuple(_point(series, cell) for series, cell in found if cell is not None)
+        floor = chance.get(name)
+        groups.append(Group(label(name), points, None if floor is None else 100 * floor))
+    return groups
+
+
+def _point(series: str, cell: Cell) -> Point:
+    return Point(series, 100 * cell.value, 100 * cell.interval.low, 100 * cell.interval.high)
+
+
+def _difference_point(series: str, interval: Interval) -> Point:
+    return Point(series, 100 * interval.mean, 100 * interval.low, 100 * interval.high)

@@ -1,0 +1,246 @@
+"""One self-contained HTML page: no network, no style attributes, scripts by their hash only."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from internvideo3.reports import browser, export, figures, markdown, profile, wording
+from internvideo3.reports.plots import SERIES, Plot, Style, inline
+from internvideo3.reports.summary import (
+    TOLERATED_LOSS,
+    Summary,
+    System,
+    pairs,
+    summarise_paths,
+)
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def build_report(runs: Sequence[Path], out: Path, *, title: str) -> Path:
+    """Write report.html, report.md, leaderboard.csv and plots/*.svg from runs.
+
+    Args:
+        runs: Run folders, the reference first.
+        out: Folder to write to; made if missing.
+        title: Title of the report.
+
+    Returns:
+        Path of report.html.
+
+    Raises:
+        RunError: A folder that cannot be read as a run.
+    """
+    summary = summarise_paths(runs)
+    out.mkdir(parents=True, exist_ok=True)
+    plots = _Plots(summary)
+    folder = out / "plots"
+    folder.mkdir(exist_ok=True)
+    for plot in plots.all:
+        (folder / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
+    (out / "report.md").write_text(markdown.render(summary, title), encoding="utf-8")
+    (out / "leaderboard.csv").write_text(export.render(summary), encoding="utf-8")
+    page = out / "report.html"
+    page.write_text(render(summary, plots, title), encoding="utf-8", errors="replace")
+    return page
+
+
+class _Plots:
+    """All figures of a report."""
+
+    def __init__(self, summary: Summary):
+        self.looks = figures.looks(summary)
+        self.pair_looks = figures.pair_looks(summary)
+        self.profile = profile.collect(summary)
+        self.families = figures.families(summary)
+        self.lengths = figures.lengths(summary)
+        self.differences = figures.differences(summary)
+        self.efficiency = figures.efficiency(self.profile, self.looks)
+
+    @property
+    def all(self) -> list[Plot]:
+        one = [self.differences] if self.differences else []
+        return [*self.families, *self.lengths, *one, *self.efficiency]
+
+
+def render(summary: Summary, plots: _Plots, title: str) -> str:
+    """Return the page."""
+    classes: dict[str, str] = {}
+
+    def draw(plot: Plot) -> Markup:
+        return Markup(inline(plot, classes))
+
+    shown = browser.collect(summary)
+    drawn = {
+        "families": [draw(p) for p in plots.families],
+        "lengths": [draw(p) for p in plots.lengths],
+        "differences": draw(plots.differences) if plots.differences else None,
+        "efficiency": [draw(p) for p in plots.efficiency],
+    }
+    style = _file("report.css") + _plot_rules(classes)
+    script = _file("report.js")
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(w=wording, marker=_marker)
+    return environment.get_template("report.html.jinja").render(
+        title=title,
+        summary=summary,
+        plots=drawn,
+        looks=plots.looks,
+        pair_looks=plots.pair_looks,
+        profile=plots.profile,
+        browser=shown,
+        data=_json(shown.payload),
+        facts=[(system, _facts(system)) for system in summary.systems],
+        comparable=_comparable(summary),
+        lede=_lede(summary),
+        reading=_reading(summary),
+        profile_looks={k: v for k, v in plots.looks.items() if k in plots.profile.systems},
+        tolerance=TOLERATED_LOSS,
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_source_hash(style),
+        script_hash=_source_hash(script),
+    )
+
+
+def _file(name: str) -> str:
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def _plot_rules(classes: Mapping[str, str]) -> str:
+    return "".join(f".{name}{{{rules}}}\n" for rules, name in classes.items())
+
+
+def _source_hash(text: str) -> str:
+    """Return the content-policy source of an inline block."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def _json(payload: Mapping[str, Any]) -> Markup:
+    """Return JSON that cannot end its script element, whatever text it holds."""
+    text = json.dumps(payload, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _marker(look: Style) -> Markup:
+    """Return the legend's glyph for a style."""
+    shapes = {
+        "o": '<circle cx="6" cy="6" r="4.2"/>',
+        "D": '<path d="M6 1 11 6 6 11 1 6z"/>',
+        "s": '<path d="M2 2h8v8H2z"/>',
+        "^": '<path d="M6 1.5 11 10.5H1z"/>',
+        "v": '<path d="M6 10.5 1 1.5H11z"/>',
+        "P": '<path d="M4.3 1h3.4v3.3H11v3.4H7.7V11H4.3V7.7H1V4.3h3.3z"/>',
+    }
+    name = "control" if look.hollow else f"s{SERIES.index(look.colour)}"
+    return Markup(
+        f'<svg class="glyph glyph-{name}" viewBox="0 0 12 12" aria-hidden="true">'
+        f"{shapes[look.marker]}</svg>"
+    )
+
+
+def _lede(summary: Summary) -> str:
+    """Return the report in two sentences: what was done, and what the conversion cost."""
+    real = [s for s in summary.systems if not s.is_control]
+    controls = len(summary.systems) - len(real)
+    questions = sum(suite.questions for suite in summary.suites)
+    videos = sum(suite.videos for suite in summary.suites)
+    who = _plural(len(real), "system") + (
+        f" and {_plural(controls, 'control')}" if controls else ""
+    )
+    first = (
+        f"{who} answered {_plural(questions, 'question')} about {_plural(videos, 'video')} "
+        f"in {_plural(len(summary.suites), 'suite')}."
+    )
+    return f"{first} {_headline(summary)}".strip()
+
+
+def _headline(summary: Summary) -> str:
+    for a, b in pairs(summary.systems)[:1]:
+        left, right = summary.mean(a.name), summary.mean(b.name)
+        if left and right:
+            score = f"{b.name} scores {wording.percent(right[0])} on average"
+            against = f"{a.name} {wording.percent(left[0])}"
+            before, after = a.cache_bytes_per_token, b.cache_bytes_per_token
+            share = f" with {after / before:.0%} of the cache" if before and after else ""
+            return f"{score}{share}, {against}."
+    return ""
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{wording.count(number)} {noun}{'' if number == 1 else 's'}"
+
+
+def _reading(summary: Summary) -> list[dict[str, Any]]:
+    """Return per system how many answers could be read, and what a plain reader would change."""
+    rows = []
+    for system in summary.systems:
+        cells = [s.cells[system.name] for s in summary.suites if system.name in s.cells]
+        shifts = [c.plain - c.interval.mean for c in cells if c.plain is not None]
+        rows.append(
+            {
+                "name": system.name,
+                "label": system.label,
+                "n": sum(c.n for c in cells),
+                "unreadable": sum(c.unreadable for c in cells),
+                "errors": sum(c.errors for c in cells),
+                "shift": sum(shifts) / len(shifts) if shifts else 0.0,
+            }
+        )
+    return rows
+
+
+def _comparable(summary: Summary) -> list[str]:
+    """Return why the numbers cannot be set beside the paper's, one sentence per reason."""
+    reasons: dict[str, None] = {}
+    for system in summary.systems:
+        verdict = system.run.meta.get("comparable", {})
+        if not verdict.get("paper"):
+            reasons[str(verdict.get("reason") or "the run does not say that it is")] = None
+    return list(reasons)
+
+
+def _facts(system: System) -> list[tuple[str, str]]:
+    """Return the provenance of a run as (name, value), in reading order."""
+    meta, model = system.run.meta, system.run.model
+    verdict = meta.get("comparable", {})
+    dirty = {True: ", with uncommitted changes", False: ", clean", None: ""}[meta.get("dirty")]
+    facts = [
+        ("Run", system.run.id),
+        ("Started", meta.get("created")),
+        ("Command", " ".join(map(str, meta.get("command", [])))),
+        ("Commit", f"{meta['commit']}{dirty}" if meta.get("commit") else None),
+        ("Checkpoint", f"{model.get('name')} ({model.get('path')})"),
+        ("Weights", model.get("digest")),
+        ("Parameters", wording.count(system.parameters)),
+        ("Attention", system.attention),
+        ("Cache", _per_token(system.cache_bytes_per_token)),
+        ("Settings", _flat(system.run.config)),
+        ("Data", _flat({k: v.get("data_digest") for k, v in meta.get("suites", {}).items()})),
+        ("Packages", _flat(meta.get("packages", {}))),
+        ("Hardware", _flat(meta.get("hardware", {}))),
+        ("Comparable with the paper", "yes" if verdict.get("paper")
+         else f"no: {verdict.get('reason') or 'not stated'}"),
+    ]  # fmt: skip
+    return [(name, str(value)) for name, value in facts if value not in (None, "", "–")]
+
+
+def _per_token(size: int | None) -> str | None:
+    return None if size is None else f"{wording.count(size)} bytes per token"
+
+
+def _flat(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
