@@ -13,6 +13,7 @@ the *words* add counts as a leak there.
 
 from __future__ import annotations
 
+import operator
 import random
 import zlib
 from collections import Counter, defaultdict
@@ -24,6 +25,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from internvideo3.tasks.scoring.numeric import mean_relative_accuracy
+from internvideo3.tasks.scoring.world import RELATIVE_FAMILIES
 from internvideo3.tasks.world.questions import Question, questions
 from internvideo3.tasks.world.scenes import draw_video
 from internvideo3.tasks.world.suites import SUITES, Suite
@@ -36,8 +39,6 @@ AUDIT_SEED: Final = 5 * 10**12
 _FEATURES: Final = 1 << 14
 _STEPS: Final = 60
 _L2: Final = 2.0
-_MRA_THRESHOLDS: Final = np.arange(0.05, 0.55, 0.05)
-"""Relative errors that still count, from 50 % down to 5 % (VSI-Bench's mean relative accuracy)."""
 
 Gains = NDArray[np.float64]
 Asked = list[tuple[int, Question]]
@@ -275,12 +276,13 @@ def _scores(asked: Asked, candidates: Sequence[str]) -> NDArray[np.float64]:
     answers = [question.answer for _, question in asked]
     if asked[0][1].answer_type == "span":
         return _iou(_spans(answers)[:, None], _spans(candidates)[None])
-    truth_N1 = np.array(answers, np.float64)[:, None]
-    guess_C = np.array(candidates, np.float64)
-    if asked[0][1].family != "distance":
-        return np.asarray(truth_N1 == guess_C, np.float64)
-    error_NC = np.abs(guess_C - truth_N1) / truth_N1
-    return np.asarray((error_NC[..., None] <= _MRA_THRESHOLDS + 1e-9).mean(-1))
+    relative = asked[0][1].family in RELATIVE_FAMILIES
+    rule = mean_relative_accuracy if relative else operator.eq
+    rows = {
+        answer: [float(rule(float(guess), float(answer))) for guess in candidates]
+        for answer in set(answers)
+    }
+    return np.array([rows[answer] for answer in answers])
 
 
 def _spans(texts: Sequence[str]) -> NDArray[np.float64]:

@@ -19,13 +19,15 @@ from numpy.typing import NDArray
 from internvideo3.tasks.world import difficulty as d
 from internvideo3.tasks.world.scenes import VideoSpec
 
-ENCODING: Final = "libx264 crf=12 preset=medium yuv420p v1"
+ENCODING: Final = "libx264 crf=12 preset=veryfast tune=fastdecode yuv420p v1"
 """Part of the build cache's key; the digits at the end change when the bytes would."""
 SAMPLE_RATE: Final = 16000
 TONE_S: Final = 0.25
 CUE_S: Final = 1.5
 
-_VIDEO_OPTIONS: Final = {"crf": "12", "preset": "medium", "threads": "1"}
+# Measured against preset medium without a tune: encoding takes 0.6 of the time, decoding 0.9, the
+# files are 1.17 times as large; the mean error (about 1 of 255, from chroma) is the same.
+_VIDEO_OPTIONS: Final = {"crf": "12", "preset": "veryfast", "tune": "fastdecode", "threads": "1"}
 _AUDIO_FRAME: Final = 1024
 """Samples in one AAC frame."""
 _LOUDNESS: Final = 0.2
