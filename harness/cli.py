@@ -5,7 +5,7 @@ Nothing heavy is imported at the top, so that `--help` answers at once.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -21,13 +21,13 @@ INTERRUPTED = 130
 _EXAMPLES = """
 [bold]First steps[/bold]
 
-  internvideo3 demo                                  everything, small, in a few minutes
+  internvideo3 demo                               all of it, small, in minutes
 
-  internvideo3 world show world_long --index 3       look at one video and its question
+  internvideo3 world show world_long --index 3    one video and its question
 
 [bold]Evaluate, compare, read[/bold]
 
-  internvideo3 world build world_long                make the videos and questions
+  internvideo3 world build world_long             make the videos, once
 
   internvideo3 eval --model scale:base --suite world_long --out runs/base
 
@@ -35,7 +35,8 @@ _EXAMPLES = """
 
   internvideo3 report runs/base runs/m2la --out page
 
-An interrupted eval continues when the same command is repeated; nothing is computed twice.
+An interrupted eval continues when the same command is repeated; nothing is
+computed twice.
 """
 
 app = typer.Typer(
@@ -155,7 +156,7 @@ def evaluate_command(
             dtype=_one_of("--dtype", dtype, ("auto", "float32", "bfloat16")),
             threads=threads,
             retry_errors=retry_errors,
-            command=tuple(["internvideo3", *sys.argv[1:]]),
+            command=_command(),
         )
         summary = _evaluate_with_bars(options)
         _print_runs([out])
@@ -199,6 +200,157 @@ def report_command(
         print(f"Page: {page}")
 
 
+@world_app.command("build")
+def world_build_command(
+    suites: Annotated[
+        list[str] | None, typer.Argument(help="Suites; all of them by default.")
+    ] = None,
+    root: RootOption = None,
+    split: Annotated[str, typer.Option(help="test, validation or train.")] = "test",
+    videos: Annotated[
+        int | None, typer.Option(help="Only the first so many videos of each suite.")
+    ] = None,
+    sound: Annotated[bool, typer.Option("--sound", help="With a sound track.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes. Default: one a core.")] = None,
+) -> None:
+    """Make the videos, questions and lmms-eval tasks of suites; only what is missing.
+
+    [bold]Example[/bold]
+
+      internvideo3 world build world_long world_ego --videos 50
+    """
+    with _errors_in_words(Path("world")):
+        from internvideo3.tasks.world.build import world_build, world_root
+
+        with _bars() as advance:
+            built = world_build(
+                suites,
+                root=root,
+                split=split,
+                limit_videos=videos,
+                sound=sound,
+                workers=workers,
+                progress=advance,
+            )
+        for one in built:
+            print(f"{one.suite}: {one.videos} videos, {one.questions} questions")
+        print(f"World: {world_root(root)}; for stock lmms-eval: --include_path {built[-1].tasks}")
+
+
+@app.command("profile")
+def profile_command(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Checkpoint; repeatable. Default: scale:base and scale:m2la in turns."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for one run directory a model.")] = Path(
+        "runs/profile"
+    ),
+    contexts: Annotated[
+        str, typer.Option(help="Context lengths in tokens, comma-separated.")
+    ] = "512,2048,8192",
+    repeats: Annotated[int, typer.Option(min=1, help="Timings of each kind.")] = 5,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    threads: ThreadsOption = 1,
+) -> None:
+    """Measure prefill and decode rates and cache bytes on this CPU, models in turns.
+
+    A model is timed only after its session's logits agree with one forward pass.
+
+    [bold]Example[/bold]
+
+      internvideo3 profile --model scale:base --model scale:m2la --out runs/profile
+    """
+    with _errors_in_words(out):
+        from internvideo3.harness.profile_cpu import ProfileOptions, profile
+
+        options = ProfileOptions(
+            models=tuple(model or ("scale:base", "scale:m2la")),
+            out=out,
+            contexts=_numbers(contexts),
+            repeats=repeats,
+            threads=threads,
+            dtype=_one_of("--dtype", dtype, ("float32", "bfloat16")),
+            command=_command(),
+        )
+        for run in profile(options, print):
+            print(f"Measurements: {run / 'measurements.jsonl'}")
+
+
+@app.command("demo")
+def demo_command(
+    full: Annotated[
+        bool, typer.Option("--full", help="Whole suites: hours instead of minutes.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for runs and page.")] = Path("demo"),
+    root: RootOption = None,
+    threads: ThreadsOption = 1,
+) -> None:
+    """The whole story, small: videos, evaluation before and after conversion, profile, page.
+
+    Repeat the command to continue an interrupted demo.
+
+    [bold]Example[/bold]
+
+      internvideo3 demo --out demo
+    """
+    with _errors_in_words(out):
+        from internvideo3.harness.demo import DemoOptions, demo
+
+        options = DemoOptions(out=out, full=full, root=root, threads=threads, command=_command())
+        page = demo(options, print, _evaluate_with_bars)
+        print(f"Page: {page.resolve()}")
+
+
+@app.command("compare-stock")
+def compare_stock_command(
+    model: Annotated[str, typer.Option(help="A GQA checkpoint; both classes run its weights.")] = (
+        "scale:base"
+    ),
+    videos: Annotated[int, typer.Option(min=1, help="Videos of world_manyq.")] = 6,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; the classes take turns.")] = 3,
+    out: Annotated[Path, typer.Option(help="JSON file for the figures.")] = Path(
+        "reports/results/compare_stock.json"
+    ),
+    root: RootOption = None,
+    threads: ThreadsOption = 1,
+) -> None:
+    """Time our model class against lmms-eval's own qwen3_vl on many questions per video.
+
+    The gate first: equal input ids and grids, equal answers. Then seconds for decoding, prefill
+    and answering, apart.
+
+    [bold]Example[/bold]
+
+      internvideo3 compare-stock --videos 6 --repeats 3
+    """
+    with _errors_in_words(out):
+        from internvideo3.harness.compare_stock import CompareOptions, compare, lines
+
+        options = CompareOptions(
+            model=model, videos=videos, repeats=repeats, out=out, root=root, threads=threads
+        )
+        for line in lines(compare(options, print)):
+            print(line)
+
+
+@app.command("inspect")
+def inspect_command(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, or e.g. scale:m2la.")],
+) -> None:
+    """Say what a checkpoint is: attention, ranks, parameters, cache bytes per token.
+
+    [bold]Example[/bold]
+
+      internvideo3 inspect scale:m2la
+    """
+    with _errors_in_words(Path(checkpoint)):
+        from internvideo3.harness.inspection import describe
+
+        for line in describe(checkpoint):
+            print(line)
+
+
 def main() -> None:
     """Entry point of the `internvideo3` command."""
     app()
@@ -210,6 +362,19 @@ def _one_of(option: str, given: str, known: tuple[str, ...]) -> str:
     if given not in known:
         raise PreflightError(f"{option} {given!r} is not known. {nearest(given, known)}")
     return given
+
+
+def _command() -> tuple[str, ...]:
+    return ("internvideo3", *sys.argv[1:])
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    from internvideo3.harness.preflight import PreflightError
+
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise PreflightError(f"Expected whole numbers with commas between, got {text!r}.") from None
 
 
 def _control(given: str | None) -> str | None:
@@ -242,16 +407,24 @@ def _leave(status: int) -> NoReturn:
 
 
 def _evaluate_with_bars(options: "EvalOptions") -> "EvalSummary":
+    from internvideo3.harness.evaluate import evaluate
+
+    with _bars() as advance:
+        return evaluate(options, advance)
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str, int, int], None]]:
+    """One progress bar a name, with the time that is left; yields what moves them."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        TaskID,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
-
-    from internvideo3.harness.evaluate import evaluate
 
     columns = (
         TextColumn("{task.description:<16}"),
@@ -261,13 +434,16 @@ def _evaluate_with_bars(options: "EvalOptions") -> "EvalSummary":
         TimeRemainingColumn(),
     )
     with Progress(*columns) as bars:
-        tasks = {suite: bars.add_task(suite, start=False) for suite in options.suites}
+        tasks: dict[str, TaskID] = {}
 
-        def advance(suite: str, done: int, total: int) -> None:
-            bars.start_task(tasks[suite])
-            bars.update(tasks[suite], completed=done, total=total)
+        def advance(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                # The bar starts where an earlier command stopped: its samples tell nothing
+                # about how fast this command is.
+                tasks[name] = bars.add_task(name, completed=done, total=total)
+            bars.update(tasks[name], completed=done, total=total)
 
-        return evaluate(options, advance)
+        yield advance
 
 
 def _print_runs(runs: list[Path]) -> None:

@@ -21,7 +21,7 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
-from internvideo3.harness.settings import Settings
+from internvideo3.harness.settings import NEW_TOKENS, Settings
 from internvideo3.model.session import Limits, Reply, Session
 from internvideo3.tasks.video import Frames, read_frames
 
@@ -51,7 +51,7 @@ class Question:
     clips: tuple[Clip, ...] = ()
     """The videos of the placeholders, in order."""
     max_new_tokens: int | None = None
-    """Most tokens of the reply; None for the settings' value."""
+    """Most tokens of the reply as the task has it; the settings' value goes first."""
     temperature: float = 0.0
     """0 for greedy decoding."""
 
@@ -222,7 +222,7 @@ class Answerer:
 
     def _limits(self, question: Question) -> Limits:
         return Limits(
-            max_new_tokens=question.max_new_tokens or self.settings.max_new_tokens,
+            max_new_tokens=self.settings.max_new_tokens or question.max_new_tokens or NEW_TOKENS,
             stop_ids=self._stop_ids,
             temperature=question.temperature,
             seed=self.settings.seed,

@@ -15,13 +15,12 @@ from internvideo3.harness.preflight import (
     check_videos,
     count_parameters,
     load_benchmark,
-    world_root,
 )
 from internvideo3.harness.settings import SYSTEM_PROMPT, Settings, pixels_for
 from internvideo3.harness.store import SCHEMA, Row, RunStore
-from internvideo3.tasks.scoring import aggregate, score
-from internvideo3.tasks.scoring.result import Outcome as ScoreOutcome
-from internvideo3.tasks.scoring.result import Score
+from internvideo3.tasks.scoring import Score, aggregate, score
+from internvideo3.tasks.scoring.result import RULES
+from internvideo3.tasks.world.build import world_root
 
 if TYPE_CHECKING:
     from internvideo3.harness.direct import Outcome
@@ -133,7 +132,7 @@ class SuiteRecorder:
     def known(self, task: str, doc: Doc) -> str | None:
         """The recorded answer to a document, or None."""
         row = self.answered.get(doc["id"])
-        return None if row is None else row["prediction"]
+        return None if row is None else row["prediction"] or ""
 
     def video(self, task: str, doc: Doc) -> str | None:
         """The blind control's video for a document, or None for the document's own."""
@@ -153,14 +152,14 @@ class SuiteRecorder:
 
     def _row(self, doc: Doc, outcome: "Outcome") -> Row:
         reply = outcome.reply
-        prediction = reply.text if reply else ""
+        prediction = reply.text if reply else None
         video = self.video("", doc) or str(self.benchmark.video(doc))
         return {
             **{key: doc[key] for key in _DOC_FIELDS},
             "suite": self.benchmark.suite,
             "video": video,
             "prediction": prediction,
-            **score_fields(self.benchmark.suite, doc, prediction, outcome.error),
+            **score_fields(self.benchmark.suite, doc, prediction),
             "tokens": {
                 "prompt": reply.prompt_tokens if reply else 0,
                 "new": reply.new_tokens if reply else 0,
@@ -182,15 +181,9 @@ _DOC_FIELDS = (
 )
 
 
-def score_fields(suite: str, doc: Doc, prediction: str, error: Row | None) -> Row:
-    """Both scores of an answer, as they are stored; an error scores 0 under both rules."""
-    if error is not None:
-        failed = Score(0.0, None, ScoreOutcome.ERROR).as_dict()
-        return {"official": failed, "plain": failed}
-    return {
-        "official": score(suite, dict(doc), prediction, rule="official").as_dict(),
-        "plain": score(suite, dict(doc), prediction, rule="plain").as_dict(),
-    }
+def score_fields(suite: str, doc: Doc, prediction: str | None) -> Row:
+    """Both scores of an answer, as they are stored; None, a sample that failed, scores 0."""
+    return {rule: score(suite, doc, prediction, rule=rule).as_dict() for rule in RULES}
 
 
 def suite_result(suite: str, rows: Sequence[Row]) -> Row:
@@ -199,7 +192,7 @@ def suite_result(suite: str, rows: Sequence[Row]) -> Row:
         rule: aggregate(
             suite, [(row, Score.from_dict(row[rule])) for row in rows], rule=rule
         ).as_dict()
-        for rule in ("official", "plain")
+        for rule in RULES
     }
     return {**both["official"], "plain": both["plain"]}
 
@@ -219,6 +212,7 @@ def evaluate(options: EvalOptions, progress: Progress = lambda *_: None) -> Eval
         StoreError: the run directory is another command's, or cannot be written.
         CheckpointError: the weights cannot be loaded.
     """
+    settle_environment()
     benchmarks = load_benchmarks(options)
     blind = {one.suite: _blind(one, options.control) for one in benchmarks}
     with RunStore.open(options.out, describe_run(options, benchmarks)) as store:
@@ -332,7 +326,6 @@ def load_plugin(options: EvalOptions) -> "InternVideo3":
     Raises:
         CheckpointError: the weights cannot be loaded.
     """
-    _settle_environment()
     import torch
 
     from internvideo3.harness import lmms
@@ -356,8 +349,11 @@ def resolve_device(options: EvalOptions) -> tuple[str, str]:
     return device, "bfloat16" if device.startswith("cuda") else "float32"
 
 
-def _settle_environment() -> None:
-    """Environment that lmms-eval and datasets read at import: no network, no bars, one thread."""
+def settle_environment() -> None:
+    """Set what lmms-eval, datasets and tqdm read when they are imported: no network, no bars.
+
+    Call it before torch is imported; what the user has set stays.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -376,7 +372,15 @@ def _run(model: "InternVideo3", recorder: SuiteRecorder) -> None:
     benchmark = recorder.benchmark
     ids = [doc["id"] for doc in benchmark.docs] if benchmark.selected else None
     model.recorder = recorder
-    run_benchmark(model, benchmark.task, benchmark.tasks_folder, ids)
+    numbers = run_benchmark(model, benchmark.task, benchmark.tasks_folder, ids)
+    ours = suite_result(benchmark.suite, [recorder.answered[doc["id"]] for doc in benchmark.docs])
+    theirs = numbers[ours["metric"]]
+    if abs(theirs - ours["value"]) > 1e-9:
+        raise PreflightError(
+            f"lmms-eval's {ours['metric']} of {benchmark.suite} is {theirs}, from the same answers "
+            f"ours is {ours['value']}: {benchmark.tasks_folder} is of another version. "
+            "Run `internvideo3 world build` again, then repeat this command; the answers are kept."
+        )
 
 
 def _finish(store: RunStore, recorder: SuiteRecorder) -> None:

@@ -59,7 +59,7 @@ class InternVideo3(lmms):  # type: ignore[misc]  # lmms_eval has no types
         min_pixels: fewest pixels of a frame.
         max_pixels: most pixels of a frame.
         system_prompt: text of the system turn; empty for none.
-        max_new_tokens: most tokens of an answer where the task sets none.
+        max_new_tokens: most tokens of an answer; None for what the task says.
         question_batch: most questions of one video decoded together.
         threads: CPU threads of torch.
         batch_size: taken for compatibility with lmms-eval's command line; questions are batched
@@ -82,7 +82,7 @@ class InternVideo3(lmms):  # type: ignore[misc]  # lmms_eval has no types
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         system_prompt: str = SYSTEM_PROMPT,
-        max_new_tokens: int = 32,
+        max_new_tokens: int | None = None,
         question_batch: int = 16,
         threads: int = 1,
         batch_size: int | str | None = None,
@@ -100,7 +100,7 @@ class InternVideo3(lmms):  # type: ignore[misc]  # lmms_eval has no types
                 min_pixels=int(min_pixels or pixels_for(pretrained)),
                 max_pixels=int(max_pixels or pixels_for(pretrained)),
                 system_prompt=system_prompt,
-                max_new_tokens=int(max_new_tokens),
+                max_new_tokens=max_new_tokens,
                 batch=int(question_batch),
             )
             answerer = Answerer(*load_model(pretrained, device, dtype), settings)
@@ -288,3 +288,37 @@ def _result(outcome: Outcome) -> GenerationResult:
         input_tokens=outcome.reply.prompt_tokens, output_tokens=outcome.reply.new_tokens
     )
     return GenerationResult(text=outcome.reply.text, token_counts=counts)
+
+
+def requests_for(model: lmms, task: str, tasks_folder: Path, ids: Sequence[str]) -> list[Instance]:
+    """The requests that the evaluator would hand to a chat model for some documents of a task."""
+    manager = TaskManager("ERROR", include_path=[str(tasks_folder)], include_defaults=False)
+    loaded = get_task_dict([task], manager, "chat")[task]
+    _select(loaded, set(ids))
+    model.task_dict[task] = loaded.dataset
+    loaded.build_all_requests(limit=None, rank=0, world_size=1)
+    return list(loaded.instances)
+
+
+def stock_model(path: Path, settings: Settings, weights: Any) -> Any:
+    """lmms-eval's own `qwen3_vl` chat class at our settings, around weights already in memory.
+
+    Its own loading would round to bfloat16; the weights are replaced by ours, so that both classes
+    run the very same module.
+    """
+    from lmms_eval.models.chat.qwen3_vl import Qwen3_VL
+
+    device = str(weights.device)
+    stock = Qwen3_VL(
+        pretrained=str(path),
+        device=device,
+        device_map=device,
+        batch_size=1,
+        min_pixels=settings.min_pixels,
+        max_pixels=settings.max_pixels,
+        max_num_frames=settings.max_frames,
+        fps=settings.fps,
+        system_prompt=settings.system_prompt,
+    )
+    stock._model = weights
+    return stock

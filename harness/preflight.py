@@ -5,7 +5,6 @@ No torch here: a wrong name should cost a second, not a minute.
 
 import difflib
 import json
-import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,14 +82,6 @@ def suite_names(text: str) -> list[str]:
             offer = nearest(part, [*SUITES, ALL_SUITES])
             raise PreflightError(f"Unknown suite {part!r}. {offer}")
     return list(dict.fromkeys(names))
-
-
-def world_root(root: Path | None) -> Path:
-    """Where the scale world is built: `root`, else $IV3_WORLD, else the user's cache."""
-    if root is not None:
-        return root
-    named = os.environ.get("IV3_WORLD")
-    return Path(named) if named else Path("~/.cache/internvideo3/world").expanduser()
 
 
 def load_benchmark(

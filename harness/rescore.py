@@ -25,10 +25,7 @@ def rescore(root: Path) -> Row:
     with RunStore.open(root, run) as store:
         for suite in suites:
             rows = list(store.answered(suite).values())
-            again = [
-                row | score_fields(suite, row, row["prediction"], row["error"]) for row in rows
-            ]
-            changed = [new for new, old in zip(again, rows, strict=True) if new != old]
-            store.add(suite, changed, ())
+            again = [row | score_fields(suite, row, row["prediction"]) for row in rows]
+            store.rewrite(suite, again)
             store.finish(suite, [row["id"] for row in again], suite_result(suite, again))
         return store.results()

@@ -11,6 +11,8 @@ SYSTEM_PROMPT = "You are a helpful assistant."
 SCALE_PIXELS = 64 * 64
 # 256 visual tokens a frame of 32 x 32 pixels each: what most of the paper's scripts give Video-MME.
 DEFAULT_PIXELS = 256 * 32 * 32
+# Most tokens of an answer where neither the command nor the task says.
+NEW_TOKENS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +29,8 @@ class Settings:
     """Most pixels of a frame; larger frames are reduced."""
     system_prompt: str = SYSTEM_PROMPT
     """Text of the system turn; empty for none."""
-    max_new_tokens: int = 32
-    """Most tokens of an answer, where the task does not say."""
+    max_new_tokens: int | None = None
+    """Most tokens of an answer; None for what the task says."""
     batch: int = 16
     """Most questions of one video decoded together."""
     seed: int = 0

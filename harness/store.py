@@ -114,6 +114,14 @@ class RunStore:
         _append(self._timings(suite), timings)
         _append(self._samples(suite), rows)
 
+    def rewrite(self, suite: str, rows: Sequence[Row]) -> None:
+        """Replace the samples of a suite, all or nothing.
+
+        Raises:
+            StoreError: no space left; the old samples stay.
+        """
+        _replace(self._samples(suite), "".join(dumps(row) + "\n" for row in rows))
+
     def finish(self, suite: str, order: Sequence[str], result: Row) -> None:
         """Sort the suite's files into the data set's order and record its result.
 

@@ -1,0 +1,86 @@
+"""The command line: fast help, light imports, errors in words.
+
+pytest tests/harness/test_cli.py
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "transformers", "lmms_eval", "datasets", "pandas", "matplotlib", "numpy", "scipy")
+
+
+def internvideo3(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "internvideo3.harness.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"COLUMNS": "200"} | env,
+    )
+
+
+def test_help_answers_within_half_a_second() -> None:
+    best = float("inf")
+    for _ in range(3):
+        # Processor time of the child: on an idle machine it is the wall time, and it stays so
+        # when other tests share the cores.
+        before = os.times()
+        done = internvideo3("--help")
+        after = os.times()
+        used = after.children_user + after.children_system
+        best = min(best, used - before.children_user - before.children_system)
+        assert done.returncode == 0
+        assert "internvideo3 eval --model scale:base" in done.stdout
+    assert best <= 0.5
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["eval", "--help"], ["score", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from internvideo3.harness.cli import main\n"
+        f"sys.argv = ['internvideo3', *{arguments!r}]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        f"print('HEAVY', sorted(set({HEAVY!r}) & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "HEAVY []" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--suite", "world_lnog"], "Unknown suite 'world_lnog'. Did you mean world_long"),
+        (["--suite", "world_long", "--control", "blnd"], "Did you mean blind?"),
+        (["--suite", "world_long", "--split", "tset"], "Did you mean test"),
+        (["--suite", "world_long", "--dtype", "float16"], "--dtype 'float16' is not known"),
+        (
+            ["--suite", "world_long", "--root", "/nonexistent"],
+            "internvideo3 world build world_long",
+        ),
+    ],
+)
+def test_a_wrong_name_is_one_message_and_a_status(
+    tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    done = internvideo3("eval", "--model", "scale:base", "--out", str(tmp_path / "r"), *arguments)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_score_of_something_else_says_what_to_give(tmp_path: Path) -> None:
+    done = internvideo3("score", str(tmp_path))
+    assert done.returncode == 1
+    assert "is not a run directory: it has no run.json" in done.stderr
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = internvideo3("--debug", "score", str(tmp_path))
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr

@@ -1,0 +1,117 @@
+"""What is found out before weights are read.
+
+pytest tests/harness/test_preflight.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from internvideo3.harness import preflight
+from internvideo3.harness.preflight import PreflightError
+
+
+def a_world(root: Path, lengths: list[float], missing: frozenset[int] = frozenset()) -> Path:
+    folder = root / "test"
+    (folder / "videos").mkdir(parents=True)
+    docs: list[dict[str, Any]] = []
+    for number, length in enumerate(lengths):
+        video = f"videos/v{number}.mp4"
+        if number not in missing:
+            (folder / video).write_bytes(b"x")
+        for _ in range(2):
+            docs.append(
+                {
+                    "id": f"world_long/{len(docs):06}",
+                    "video_id": f"v{number}",
+                    "video": video,
+                    "length_s": length,
+                }
+            )
+    lines = "".join(json.dumps(doc) + "\n" for doc in docs)
+    (folder / "world_long.jsonl").write_text(lines)
+    return root
+
+
+def load(root: Path, **options: Any) -> preflight.Benchmark:
+    return preflight.load_benchmark(
+        "world_long", root, "test", **({"limit": None, "sample_ids": ()} | options)
+    )
+
+
+def test_suite_names_are_split_expanded_and_not_repeated() -> None:
+    assert preflight.suite_names("world_ego, world_long") == ["world_ego", "world_long"]
+    whole = preflight.suite_names("world_short,scale")
+    assert whole[0] == "world_short"
+    assert sorted(whole) == sorted(set(whole)) == sorted(preflight.SUITES)
+
+
+def test_limit_takes_the_first_and_ids_take_theirs(tmp_path: Path) -> None:
+    root = a_world(tmp_path, [4, 8, 8])
+    assert [doc["id"][-1] for doc in load(root, limit=3).docs] == ["0", "1", "2"]
+    chosen = load(root, sample_ids=("world_long/000004", "world_long/000001"))
+    assert [doc["id"][-1] for doc in chosen.docs] == ["1", "4"]
+    assert chosen.selected and chosen.whole == 6
+    assert load(root).selected is False
+
+
+def test_an_unknown_id_offers_near_ones(tmp_path: Path) -> None:
+    with pytest.raises(PreflightError, match="Near: world_long/00000"):
+        load(a_world(tmp_path, [4]), sample_ids=("world_long/000009",))
+
+
+def test_missing_and_empty_videos_are_listed(tmp_path: Path) -> None:
+    root = a_world(tmp_path, [4] * 9, missing=frozenset(range(1, 8)))
+    (root / "test/videos/v8.mp4").write_bytes(b"")
+    with pytest.raises(PreflightError) as refusal:
+        preflight.check_videos([load(root)])
+    message = str(refusal.value)
+    assert "8 of 9 videos are missing or empty" in message
+    assert "v1.mp4" in message and "and 3 more" in message
+    assert "internvideo3 world build" in message
+
+
+def test_blind_shows_another_video_of_the_same_length(tmp_path: Path) -> None:
+    root = a_world(tmp_path, [4, 8, 4, 16, 8, 4])
+    partner = {key: path.stem for key, path in preflight.blind_videos(load(root)).items()}
+    assert all(key != other for key, other in partner.items())
+    assert {partner[key] for key in ("v0", "v2", "v5")} == {"v0", "v2", "v5"}
+    assert partner["v1"] == "v4" and partner["v4"] == "v1"
+    assert partner["v3"] in {"v1", "v4"}
+    limited = preflight.blind_videos(load(root, limit=2))
+    assert {key: path.stem for key, path in limited.items()} == partner
+
+
+def test_blind_needs_two_videos(tmp_path: Path) -> None:
+    with pytest.raises(PreflightError, match="needs two videos"):
+        preflight.blind_videos(load(a_world(tmp_path, [4])))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "has no config.json"),
+        ("{", "is not JSON"),
+        ('{"model_type": "llama"}', "model of type 'llama'; this program runs qwen3_vl and"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_refused(
+    tmp_path: Path, content: str | None, said: str
+) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(PreflightError, match=said):
+        preflight.check_checkpoint(tmp_path)
+
+
+def test_parameters_are_counted_from_headers(tmp_path: Path) -> None:
+    save_file(
+        {"a": np.zeros((3, 4), np.float32), "b": np.zeros(5, np.float16)},
+        tmp_path / "m.safetensors",
+    )
+    save_file({"c": np.zeros((), np.float32)}, tmp_path / "n.safetensors", {"format": "pt"})
+    assert preflight.count_parameters(tmp_path) == 12 + 5 + 1
