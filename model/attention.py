@@ -1,0 +1,311 @@
+"""Attention over cached segments, and M²LA's latent attention in its two forms.
+
+One attention, two forms with the same numbers (paper section 3.2.1, notation of DeepSeek's MLA):
+
+- reconstruct: up-project keys and values of every head from the latent, then attend (prefill,
+  training);
+- absorbed: fold the up-projections into query and output, then attend over the cached rows
+  themselves (decode).
+
+With x the layer input, h a KV head, f a rotary frequency and s a rotary slot of frequency f(s):
+
+    k, v        = norm(W_k x), W_v x                    exact QK-norm, before anything is compressed
+    c           = A [k; v] + b                          latent, rank r
+    k'_s        = e^{i θ_f(s) m} Σ_h w_{s,h} k_{h,f(s)}   shared rotary key, complex
+    row         = [c | Re k' | Im k']                   what is cached
+    score_a     = scale · ( (ḡ_a q_a) · B^k_h c + Re Σ_s conj(e^{iθm} p̄_{a,s} q_{a,f(s)}) k'_s )
+    out         = W_o [ B^v_h Σ_j attention_j c_j ]_a + b_o
+
+where ḡ is the conjugate positional gain of the part of the key that is not rotated, and p̄ reads a
+slot for query head a. A complex number is a pair of channels (f, f + D/2), transformers'
+`rotate_half` convention.
+
+Axes: B batch, b batch of a segment (B or 1), T new tokens, N cached tokens, H query heads,
+K key/value heads, G query heads per key/value head, D head width, F = D/2, R rank, S slots,
+W width of a key, V width of a value, X model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
+
+from internvideo3.model.cache import LatentCache, Part
+from internvideo3.model.config import InternVideo3TextConfig
+
+
+def attend(q_BKGTW: Tensor, parts: list[Part], scale: float) -> Tensor:
+    """Softmax attention over several segments, merged by log-sum-exp.
+
+    Each part holds keys [b, K, N, W] and values [b, K, N, V]. With b = 1 and B > 1 the batch is
+    folded into the queries, so that the shared segment is read once and never expanded.
+
+    Returns:
+        [B, K, G, T, V].
+    """
+    outs: list[Tensor] = []
+    sums: list[Tensor] = []
+    for part in parts:
+        out, lse = _attend_part(q_BKGTW, part, scale)
+        outs.append(out)
+        sums.append(lse)
+    if len(outs) == 1:
+        return outs[0]
+    lse_PBKGT = torch.stack(sums)
+    # A padding query may see nothing at all; the clamp gives it zeros, not NaN.
+    total_BKGT = lse_PBKGT.logsumexp(0).clamp_min(torch.finfo(lse_PBKGT.dtype).min)
+    weight_PBKGT = (lse_PBKGT - total_BKGT).exp().to(outs[0].dtype)
+    return (weight_PBKGT[..., None] * torch.stack(outs)).sum(0)
+
+
+def _attend_part(q_BKGTW: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention over one segment: normalised output [B,K,G,T,V] and log-sum-exp [B,K,G,T]."""
+    k_bKNW, v_bKNV = part.tensors
+    B, K, G, T, W = q_BKGTW.shape
+    b, N = k_bKNW.shape[0], k_bKNW.shape[2]
+    fold = B // b
+    q_bKMW = q_BKGTW
+    if fold > 1:
+        q_bKMW = q_BKGTW.permute(1, 0, 2, 3, 4)[None]
+    q_bKMW = q_bKMW.reshape(b, K, fold * G * T, W)
+    scores = torch.matmul(q_bKMW * scale, k_bKNW.transpose(-1, -2)).view(b, K, fold, G, T, N)
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
+    mask = _causal_mask(T, N, scores.device) if part.causal else part.mask_BxTN
+    if mask is not None:
+        # [B or 1, 1, T, N] -> [b, 1, fold or 1, 1, T, N]
+        mask = mask.reshape(-1, 1, 1, 1, T, N) if fold == 1 else mask.reshape(1, 1, -1, 1, T, N)
+        scores = _masked(scores, mask)
+    lse = scores.logsumexp(-1)
+    # A row that sees nothing of this segment has lse = -inf and gets weight 0 in the merge.
+    probs = (scores - lse.clamp_min(torch.finfo(lse.dtype).min)[..., None]).exp()
+    out = torch.matmul(probs.to(v_bKNV.dtype).view(b, K, fold * G * T, N), v_bKNV)
+    out = out.view(b, K, fold, G, T, -1)
+    if fold > 1:
+        return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+    return out[:, :, 0], lse[:, :, 0]
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, float("-inf"))
+    return scores + mask.to(scores.dtype)
+
+
+def _causal_mask(new_tokens: int, cached: int, device: torch.device) -> Tensor:
+    """Boolean [1, 1, T, N]: query t sees tokens up to N - T + t."""
+    queries = torch.arange(cached - new_tokens, cached, device=device)
+    return (torch.arange(cached, device=device) <= queries[:, None])[None, None]
+
+
+def attend_one(q_BHTW: Tensor, part: Part, scale: float) -> Tensor:
+    """Attention over a single segment through torch's fused kernels.
+
+    Returns:
+        [B, H, T, V].
+    """
+    k_BKNW, v_BKNV = part.tensors
+    T, N, groups = q_BHTW.shape[2], k_BKNW.shape[2], q_BHTW.shape[1] // k_BKNW.shape[1]
+    mask = part.mask_BxTN
+    if part.causal and T != N:
+        mask = _causal_mask(T, N, q_BHTW.device)
+    return functional.scaled_dot_product_attention(
+        q_BHTW,
+        _repeat_heads(k_BKNW, groups),
+        _repeat_heads(v_BKNV, groups),
+        attn_mask=mask,
+        is_causal=part.causal and T == N,
+        scale=scale,
+    )
+
+
+def _repeat_heads(x_BKNW: Tensor, groups: int) -> Tensor:
+    if groups == 1:
+        return x_BKNW
+    return x_BKNW[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Multiplies complex numbers `[Re | Im]` (last axis 2 S) by cos + i sin (last axis S)."""
+    re, im = x.chunk(2, dim=-1)
+    return torch.cat([re * cos - im * sin, re * sin + im * cos], dim=-1)
+
+
+class LatentAttention(nn.Module):
+    """M²LA of one layer, in place of transformers' `Qwen3VLTextAttention`."""
+
+    def __init__(self, config: InternVideo3TextConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads or config.num_attention_heads
+        self.rank = config.rank(layer_idx)
+        self.slot_frequencies = config.slot_frequencies(layer_idx)
+        self.scale = self.head_dim**-0.5
+
+        X, H, K, D = config.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim
+        S, R, bias = len(self.slot_frequencies), self.rank, config.attention_bias
+        self.q_proj = nn.Linear(X, H * D, bias=bias)
+        self.k_proj = nn.Linear(X, K * D, bias=bias)
+        self.v_proj = nn.Linear(X, K * D, bias=bias)
+        self.q_norm = Qwen3VLTextRMSNorm(D, eps=config.rms_norm_eps)
+        self.k_norm = Qwen3VLTextRMSNorm(D, eps=config.rms_norm_eps)
+        self.latent_proj = nn.Linear(2 * K * D, R, bias=True)
+        self.rope_write = nn.Parameter(torch.empty(2, S, K))
+        self.rope_read = nn.Parameter(torch.empty(2, S, H))
+        self.nope_gain = nn.Parameter(torch.empty(2, H, D // 2))
+        self.k_up = nn.Parameter(torch.empty(K, D, R))
+        self.v_up = nn.Parameter(torch.empty(K, D, R))
+        self.o_proj = nn.Linear(H * D, X, bias=True)
+        if config.modality_adapters:
+            self.adapter_weight = nn.Parameter(torch.empty(2, R, R))
+            self.adapter_bias = nn.Parameter(torch.empty(2, R))
+        self._slots: Tensor | None = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: LatentCache | None = None,
+        modality_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attends from new tokens to themselves and to the cache.
+
+        Args:
+            hidden_states: [B, T, X].
+            position_embeddings: cos and sin of the source's rotary angles, each [B, T, D].
+            attention_mask: boolean (True: attend) or additive, [B or 1, 1, T, N] over all cached
+                and new tokens; None: causal.
+            past_key_values: the cache; None: attend among the new tokens only.
+            modality_mask: [B, T], True for vision tokens; None: all text.
+            **kwargs: ignored (transformers passes its own).
+
+        Returns:
+            Output [B, T, X], and None in the place of attention weights.
+        """
+        B, T, _ = hidden_states.shape
+        slots = self._slot_index(hidden_states.device)
+        cos_BTS, sin_BTS = (x.index_select(-1, slots) for x in position_embeddings)
+        row_B1TW = self.write(hidden_states, cos_BTS, sin_BTS, modality_mask)[:, None]
+        q_BHTD, q_rope_BHTS = self.queries(hidden_states, cos_BTS, sin_BTS)
+        if past_key_values is None:
+            parts = [Part((row_B1TW,), attention_mask, attention_mask is None and T > 1)]
+        else:
+            parts = past_key_values.extend(self.layer_idx, (row_B1TW,), attention_mask)
+        if self._absorbs(B, T, parts):
+            heads_BHTD = self.attend_absorbed(q_BHTD, q_rope_BHTS, parts)
+        else:
+            heads_BHTD = self.attend_reconstructed(q_BHTD, q_rope_BHTS, parts)
+        return self.o_proj(heads_BHTD.transpose(1, 2).reshape(B, T, -1)), None
+
+    def write(
+        self, x_BTX: Tensor, cos_BTS: Tensor, sin_BTS: Tensor, vision_BT: Tensor | None
+    ) -> Tensor:
+        """The cached rows `[c | k_rope]` of new tokens, [B, T, r + 2 S]."""
+        B, T, _ = x_BTX.shape
+        k_BTKD = self.k_norm(self.k_proj(x_BTX).view(B, T, self.num_kv_heads, self.head_dim))
+        kv_BTE = torch.cat([k_BTKD.flatten(2), self.v_proj(x_BTX)], dim=-1)
+        c_BTR = self.adapt(self.latent_proj(kv_BTE), vision_BT)
+        return torch.cat([c_BTR, rotate(self.rotary_key(k_BTKD), cos_BTS, sin_BTS)], dim=-1)
+
+    def rotary_key(self, k_BTKD: Tensor) -> Tensor:
+        """Shared rotary key before rotation, [B, T, 2 S]: `k'_s = Σ_h w_{s,h} k_{h,f(s)}`."""
+        slots = self._slot_index(k_BTKD.device)
+        re, im = (k.index_select(-1, slots).mT for k in k_BTKD.chunk(2, dim=-1))  # [B, T, S, K]
+        w_re, w_im = self.rope_write
+        return torch.cat([(w_re * re - w_im * im).sum(-1), (w_re * im + w_im * re).sum(-1)], dim=-1)
+
+    def adapt(self, c_BTR: Tensor, vision_BT: Tensor | None) -> Tensor:
+        """Modality adapter `c -> M_t c + δ_t`, t = text or vision (paper section 3.2.1).
+
+        It is applied before the row is cached: per token and linear, it commutes with caching, so
+        attention needs no modality mask.
+        """
+        if not self.config.modality_adapters:
+            return c_BTR
+        text = functional.linear(c_BTR, self.adapter_weight[0], self.adapter_bias[0])
+        if vision_BT is None:
+            return text
+        vision = functional.linear(c_BTR, self.adapter_weight[1], self.adapter_bias[1])
+        return torch.where(vision_BT.to(c_BTR.device)[..., None], vision, text)
+
+    def queries(self, x_BTX: Tensor, cos_BTS: Tensor, sin_BTS: Tensor) -> tuple[Tensor, Tensor]:
+        """Content query `ḡ q` [B, H, T, D] and rotated slot query [B, H, T, 2 S]."""
+        B, T, _ = x_BTX.shape
+        q_BTHD = self.q_norm(self.q_proj(x_BTX).view(B, T, self.num_heads, self.head_dim))
+        re, im = q_BTHD.chunk(2, dim=-1)
+        q_nope = rotate(q_BTHD, *self.nope_gain)
+        slots = self._slot_index(x_BTX.device)
+        q_slot = torch.cat([re.index_select(-1, slots), im.index_select(-1, slots)], dim=-1)
+        q_slot = rotate(q_slot, *self.rope_read.mT)
+        q_slot = rotate(q_slot, cos_BTS[:, :, None], sin_BTS[:, :, None])
+        return q_nope.transpose(1, 2), q_slot.transpose(1, 2)
+
+    def attend_reconstructed(
+        self, q_BHTD: Tensor, q_rope_BHTS: Tensor, parts: list[Part]
+    ) -> Tensor:
+        """Attention on keys and values rebuilt per head; returns [B, H, T, D]."""
+        q_BHTW = torch.cat([q_BHTD, q_rope_BHTS], dim=-1)
+        rebuilt = [Part(self.rebuild(p.tensors[0][:, 0]), p.mask_BxTN, p.causal) for p in parts]
+        if len(rebuilt) == 1 and rebuilt[0].tensors[0].shape[0] == q_BHTW.shape[0]:
+            return attend_one(q_BHTW, rebuilt[0], self.scale)
+        q_BKGTW = q_BHTW.unflatten(1, (self.num_kv_heads, -1))
+        return attend(q_BKGTW, rebuilt, self.scale).flatten(1, 2)
+
+    def rebuild(self, row_bNW: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [b, K, N, D + 2 S] (rotary part shared by all heads) and values [b, K, N, D]."""
+        K, D = self.num_kv_heads, self.head_dim
+        c_bNR, rope_bNS = row_bNW.split([self.rank, row_bNW.shape[-1] - self.rank], dim=-1)
+        up = torch.cat([self.k_up.flatten(0, 1), self.v_up.flatten(0, 1)])
+        k_bNKD, v_bNKD = (
+            x.unflatten(-1, (K, D)) for x in functional.linear(c_bNR, up).chunk(2, dim=-1)
+        )
+        rope_bKNS = rope_bNS[:, None].expand(-1, K, -1, -1)
+        return torch.cat([k_bNKD.transpose(1, 2), rope_bKNS], dim=-1), v_bNKD.transpose(1, 2)
+
+    def attend_absorbed(self, q_BHTD: Tensor, q_rope_BHTS: Tensor, parts: list[Part]) -> Tensor:
+        """Attention on the cached rows themselves (one shared head); returns [B, H, T, D]."""
+        q_BKGTD = q_BHTD.unflatten(1, (self.num_kv_heads, -1))
+        q_BKGTR = torch.einsum("bkgtd,kdr->bkgtr", q_BKGTD, self.k_up)
+        q_B1HTW = torch.cat([q_BKGTR.flatten(1, 2), q_rope_BHTS], dim=-1)[:, None]
+        rows = [
+            Part((p.tensors[0], p.tensors[0][..., : self.rank]), p.mask_BxTN, p.causal)
+            for p in parts
+        ]
+        c_BKGTR = attend(q_B1HTW, rows, self.scale)[:, 0].unflatten(1, (self.num_kv_heads, -1))
+        return torch.einsum("bkgtr,kdr->bkgtd", c_BKGTR, self.v_up).flatten(1, 2)
+
+    def _absorbs(self, batch: int, new_tokens: int, parts: list[Part]) -> bool:
+        """Whether the absorbed form is chosen."""
+        if self.config.attention_form != "auto":
+            return self.config.attention_form == "absorbed"
+        if torch.is_grad_enabled():
+            return False
+        longest = max(parts, key=lambda p: p.tensors[0].shape[2])
+        queries = new_tokens * (batch // longest.tensors[0].shape[0])
+        return queries < break_even(self)
+
+    def _slot_index(self, device: torch.device) -> Tensor:
+        """Frequency index of each slot."""
+        # Not a buffer: transformers drops the values of non-persistent buffers on loading.
+        if self._slots is None or self._slots.device != device:
+            self._slots = torch.tensor(self.slot_frequencies, dtype=torch.long, device=device)
+        return self._slots
+
+
+def break_even(attention: LatentAttention) -> float:
+    """New queries per cached token above which reconstruction needs fewer multiplications.
+
+    Per cached token, with Q queries: reconstruct 2 K D r + Q H (2 D + 2 S), absorbed
+    Q H (2 r + 2 S); equal at Q = K D r / (H (r - D)).
+    """
+    K, D, H, r = attention.num_kv_heads, attention.head_dim, attention.num_heads, attention.rank
+    return K * D * r / (H * (r - D)) if r > D else float("inf")

@@ -1,0 +1,332 @@
+"""Caches that grow in blocks and share their past: for latent rows, and for GQA keys and values.
+
+A layer holds a tuple of frozen segments (immutable, possibly shared with other caches) and a tail
+of its own. Forking freezes the tail for the child and gives it an empty one: no tensor is read or
+written, so a fork costs O(layers) whatever the context length. Attention runs over each segment
+separately and merges by log-sum-exp (`attention.attend`), so a prefix shared by a batch of forks is
+stored once and read once per step.
+
+Axes: B batch, b batch of a segment (B, or 1 when all rows of the batch share it), K stored heads
+(1 for latent rows), T new tokens, N cached tokens, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+BLOCK_TOKENS = 64
+"""Storage is allocated in multiples of this many tokens."""
+
+GROWTH = 1.25
+"""Factor by which a full tail grows, so that appending N tokens copies O(N) rows in all."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """An immutable run of cached tokens; only the first `length` tokens of the storage count."""
+
+    tensors: tuple[Tensor, ...]
+    """Storage, each [b, K, capacity, W]."""
+    length: int
+
+    def views(self) -> tuple[Tensor, ...]:
+        """The cached tokens, each [b, K, length, W]."""
+        return tuple(t[:, :, : self.length] for t in self.tensors)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one attention call reads from one segment."""
+
+    tensors: tuple[Tensor, ...]
+    """Views, each [b, K, N, W]."""
+    mask_BxTN: Tensor | None = None
+    """Boolean (True: attend) or additive mask [B or 1, 1, T, N]; None: see `causal`."""
+    causal: bool = False
+    """The last T tokens are the queries' own: query t sees tokens up to N - T + t."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a step writes when rows of a batch have tails of different lengths."""
+
+    offsets_B: Tensor
+    """Own tail length of each row before the step, int64."""
+    positions_BT: Tensor
+    """Tail index of each new token."""
+    stop: int
+    """One past the last tail index written."""
+    visible_BxTN: Tensor
+    """Boolean mask [B, 1, T, stop] over the tail."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], new_tokens: int, device: torch.device) -> Placement:
+        """Places `new_tokens` tokens after the own tail of each row."""
+        offsets_B = torch.tensor(lengths, device=device)
+        positions_BT = offsets_B[:, None] + torch.arange(new_tokens, device=device)
+        stop = max(lengths) + new_tokens
+        visible_BTN = torch.arange(stop, device=device) <= positions_BT[..., None]
+        return cls(offsets_B, positions_BT, stop, visible_BTN[:, None])
+
+
+class SegmentedLayer(CacheLayerMixin):
+    """One layer of a cache: frozen segments and an own tail (see the head of this file)."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, frozen: tuple[Segment, ...] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.frozen = frozen
+        self.tail: tuple[Tensor, ...] = ()
+        self.length = 0
+        self.is_initialized = bool(frozen)
+        # Tail tokens below this index belong to a fork as well and must not be overwritten.
+        self._shared_length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: storage is allocated by the first `write`."""
+        self.is_initialized = True
+
+    def fork(self) -> Self:
+        """A layer that shares everything cached so far; no tensor is touched."""
+        frozen = self.frozen
+        if self.length:
+            frozen = (*frozen, Segment(self.tail, self.length))
+        self._shared_length = self.length
+        return type(self)(frozen)
+
+    def reserve(self, like: tuple[Tensor, ...], tokens: int) -> None:
+        """Makes room for `tokens` tail tokens in storage shaped like `like` ([B, K, any, W])."""
+        capacity = self.tail[0].shape[2] if self.tail else 0
+        if tokens <= capacity:
+            return
+        wanted = max(tokens, int(capacity * GROWTH))
+        wanted = -(-wanted // BLOCK_TOKENS) * BLOCK_TOKENS
+        grown = tuple(t.new_empty(*t.shape[:2], wanted, t.shape[3]) for t in like)
+        for new, old in zip(grown, self.tail, strict=bool(self.tail)):
+            new[:, :, : self.length] = old[:, :, : self.length]
+        self.tail = grown
+        # The forks keep the storage they were given; this one is ours alone.
+        self._shared_length = 0
+        self.is_initialized = True
+
+    def write(self, new: tuple[Tensor, ...], placement: Placement | None = None) -> None:
+        """Appends tokens, each tensor [B, K, T, W], to the tail.
+
+        Raises:
+            ValueError: the tensors carry gradients (a cache holds constants).
+        """
+        if any(t.requires_grad for t in new):
+            raise ValueError(
+                "a cache holds constants, but the new rows need gradients. "
+                "Run under torch.no_grad(), or pass use_cache=False to train."
+            )
+        stop = self.length + new[0].shape[2] if placement is None else placement.stop
+        self.reserve(new, stop)
+        for storage, value in zip(self.tail, new, strict=True):
+            if placement is None:
+                storage[:, :, self.length : stop] = value
+            else:
+                rows_B1 = torch.arange(value.shape[0], device=value.device)[:, None]
+                storage[rows_B1, :, placement.positions_BT] = value.transpose(1, 2)
+        self.length = stop
+
+    def parts(
+        self, new_tokens: int, mask_BxTN: Tensor | None, placement: Placement | None = None
+    ) -> list[Part]:
+        """What the `new_tokens` tokens written last may read, oldest segment first.
+
+        A given mask spans all cached tokens and rules alone; without one the frozen segments are
+        visible and the tail is causal.
+        """
+        parts: list[Part] = []
+        start = 0
+        for segment in self.frozen:
+            part_mask = _columns(mask_BxTN, start, segment.length)
+            parts.append(Part(segment.views(), part_mask))
+            start += segment.length
+        tail = tuple(t[:, :, : self.length] for t in self.tail)
+        if placement is not None:
+            parts.append(Part(tail, placement.visible_BxTN))
+        else:
+            tail_mask = _columns(mask_BxTN, start, self.length)
+            parts.append(Part(tail, tail_mask, causal=tail_mask is None and new_tokens > 1))
+        return parts
+
+    def joined(self) -> tuple[Tensor, ...]:
+        """All cached tokens in one tensor each, [B, K, N, W]; a copy if there are segments."""
+        own = tuple(t[:, :, : self.length] for t in self.tail)
+        if not self.frozen:
+            return own
+        batch = max([s.tensors[0].shape[0] for s in self.frozen] + [t.shape[0] for t in own])
+        pieces = [s.views() for s in self.frozen] + ([own] if own else [])
+        return tuple(
+            torch.cat([t.expand(batch, -1, -1, -1) for t in same], dim=2)
+            for same in zip(*pieces, strict=True)
+        )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Transformers' entry: appends keys and values, returns all of them."""
+        self.write((key_states, value_states))
+        keys, values = self.joined()
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Number of cached tokens."""
+        return sum(s.length for s in self.frozen) + self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that `query_length` new queries will meet."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def reset(self) -> None:
+        """Forgets everything; storage shared with forks is left alone."""
+        self.frozen, self.tail, self.length, self._shared_length = (), (), 0, 0
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens (a negative number, as in transformers) of the own tail.
+
+        Raises:
+            ValueError: a positive number, or more tokens than the own tail holds.
+        """
+        kept = self.length + tokens_to_remove
+        if tokens_to_remove > 0 or kept < 0:
+            raise ValueError(
+                f"cannot crop by {tokens_to_remove}: give the number of tokens to remove as a "
+                f"negative number, at most {self.length} (the tokens cached since the last fork)."
+            )
+        if kept < self._shared_length:
+            self.frozen = (*self.frozen, Segment(self.tail, kept))
+            self.tail, self.length, self._shared_length = (), 0, 0
+        else:
+            self.length = kept
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Selects rows of the batch (beam search); segments shared by all rows stay as they are."""
+        self._map_batch(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row of the batch; segments shared by all rows stay as they are."""
+        self._map_batch(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the given rows of the batch."""
+        self._map_batch(lambda t: t[indices])
+
+    def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        batch = self.tail[0].shape[0] if self.tail else 1
+        self.tail = tuple(change(t) for t in self.tail)
+        self.frozen = tuple(
+            s
+            if s.tensors[0].shape[0] == 1 and batch > 1
+            else Segment(tuple(change(t) for t in s.tensors), s.length)
+            for s in self.frozen
+        )
+        self._shared_length = 0
+
+    def storages(self) -> Iterator[torch.UntypedStorage]:
+        """Every storage that this layer keeps alive, shared ones included."""
+        for segment in self.frozen:
+            yield from (t.untyped_storage() for t in segment.tensors)
+        yield from (t.untyped_storage() for t in self.tail)
+
+
+class SegmentedCache(Cache):
+    """A transformers cache of `SegmentedLayer`s."""
+
+    def __init__(self, layers: Iterable[SegmentedLayer]) -> None:
+        super().__init__(layers=list(layers))
+        self.placement: Placement | None = None
+        self.over_segments = False
+
+    def segmented(self, layer_idx: int) -> SegmentedLayer:
+        """One layer."""
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, SegmentedLayer)
+        return layer
+
+    def extend(
+        self, layer_idx: int, new: tuple[Tensor, ...], mask_BxTN: Tensor | None = None
+    ) -> list[Part]:
+        """Appends the new tokens of one layer and says what they may attend to."""
+        layer = self.segmented(layer_idx)
+        layer.write(new, self.placement)
+        return layer.parts(new[0].shape[2], mask_BxTN, self.placement)
+
+    @contextmanager
+    def step(self, placement: Placement | None = None) -> Iterator[None]:
+        """Marks a forward pass whose attention reads segments, not one joined tensor."""
+        self.placement, self.over_segments = placement, True
+        try:
+            yield
+        finally:
+            self.placement, self.over_segments = None, False
+
+    def fork(self) -> Self:
+        """A cache with the same past. O(layers): no tensor is copied."""
+        child = type(self).__new__(type(self))
+        SegmentedCache.__init__(child, [self.segmented(i).fork() for i in range(len(self.layers))])
+        return child
+
+    def allocated_bytes(self) -> int:
+        """Bytes of all storage this cache keeps alive, shared segments and spare room included."""
+        return allocated_bytes([self])
+
+
+class LatentCache(SegmentedCache):
+    """Cache of an M²LA model: per token and layer one contiguous row `[c (r) | k_rope (2 S)]`."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(SegmentedLayer() for _ in range(num_layers))
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: object,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor]:
+        """Appends rows [B, 1, T, W], given as keys and as values; returns all rows twice."""
+        assert key_states is value_states, "a latent cache stores one row per token"
+        layer = self.segmented(layer_idx)
+        layer.write((key_states,))
+        (rows,) = layer.joined()
+        return rows, rows
+
+
+class SharedKVCache(SegmentedCache):
+    """Cache of a GQA model (keys and values [B, K, T, D]) whose forks share their past."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(SegmentedLayer() for _ in range(num_layers))
+
+
+def allocated_bytes(caches: Iterable[SegmentedCache]) -> int:
+    """Bytes of all storage that these caches keep alive together, each storage counted once."""
+    sizes: dict[int, int] = {}
+    for cache in caches:
+        for index in range(len(cache.layers)):
+            for storage in cache.segmented(index).storages():
+                sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def _columns(mask_BxTN: Tensor | None, start: int, length: int) -> Tensor | None:
+    return None if mask_BxTN is None else mask_BxTN[..., start : start + length]

@@ -1,0 +1,99 @@
+"""Which parts of the keys keep their rotation, and what replaces it elsewhere.
+
+RoPE multiplies the pair f of every KV head by the same e^{iθ_f m}, so it commutes with any complex
+mixing of the heads within one frequency. Per frequency the weighted complex PCA of the K heads'
+pairs gives components e; a rotary slot is one (frequency, component), and the S most important
+ones over all frequencies are kept. This holds for interleaved MRoPE: a pair has one axis.
+
+Axes: H query heads, K key/value heads, G = H/K, F frequencies, S slots, E = 2 K D.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from internvideo3.model.conversion.statistics import LayerStatistics
+
+
+@dataclass(frozen=True)
+class RotarySlots:
+    """Shared rotary keys of one layer: `k'_s = Σ_h write_{s,h} k_{h,f(s)}`."""
+
+    frequencies: list[int]
+    """f(s)."""
+    write_SK: Tensor
+    """Complex."""
+    rebuild_SK: Tensor
+    """Complex p: `k_h ≈ Σ_s p_{s,h} k'_s` within a frequency."""
+    energy_kept: float
+    """Share of the importance Σ λ that the chosen slots carry."""
+
+
+def positional_gain(stats: LayerStatistics) -> Tensor:
+    """Best constant in place of e^{-iθΔ}, [H, F].
+
+    `g_{a,f} = Σ_Δ om_a(Δ) e^{-iθ_f Δ} / Σ_Δ om_a(Δ)`, where om_a(Δ) is Σ (dLoss/dscore)² over the
+    pairs at distance Δ. Near 1 for slow frequencies; near 0 for fast ones, where an unrotated key
+    would only be noise.
+    """
+    return stats.gain_HF / stats.score_H.clamp_min(1e-300)[:, None]
+
+
+def choose_slots(stats: LayerStatistics, gain_HF: Tensor, slots: int) -> RotarySlots:
+    """The `slots` components whose rotation the loss would miss most.
+
+    Weights `w_{h,f} = Σ_{a in group(h)} Σ om_a |q_{a,f}|² (1 − |g_{a,f}|²)`; eigenvectors u and
+    eigenvalues λ of `diag(w)^{1/2} E[k kᴴ] diag(w)^{1/2}`; `write = uᴴ diag(w)^{1/2}`,
+    `p = diag(w)^{-1/2} u`.
+    """
+    moment_FKK = _pair_moments(stats)
+    F, K = moment_FKK.shape[:2]
+    lost_HF = stats.query_HF * (1 - gain_HF.abs().square()).clamp_min(0)
+    w_FK = lost_HF.unflatten(0, (K, -1)).sum(1).T
+    w_FK = w_FK.clamp_min(1e-6 * float(w_FK.mean()) + 1e-300)
+    root_FK = w_FK.sqrt()
+    values_FK, u_FKK = torch.linalg.eigh(root_FK[:, :, None] * moment_FKK * root_FK[:, None, :])
+    chosen = values_FK.flatten().argsort(descending=True)[:slots].sort().values
+    freq_S, component_S = chosen // K, chosen % K
+    u_SK = u_FKK[freq_S, :, component_S]
+    return RotarySlots(
+        frequencies=freq_S.tolist(),
+        write_SK=u_SK.conj() * root_FK[freq_S],
+        rebuild_SK=u_SK / root_FK[freq_S],
+        energy_kept=float(values_FK.flatten()[chosen].sum() / values_FK.sum()),
+    )
+
+
+def _pair_moments(stats: LayerStatistics) -> Tensor:
+    """Complex `E[k_{h,f} conj(k_{g,f})]`, [F, K, K]."""
+    H, F = stats.gain_HF.shape
+    keys = stats.second_moment().shape[0] // 2
+    K = keys // (2 * F)
+    blocks = stats.second_moment()[:keys, :keys].view(K, 2, F, K, 2, F)
+    same = blocks.diagonal(dim1=2, dim2=5)  # [K, 2, K, 2, F]
+    real = same[:, 0, :, 0] + same[:, 1, :, 1]
+    imag = same[:, 1, :, 0] - same[:, 0, :, 1]
+    return torch.complex(real, imag).permute(2, 0, 1)
+
+
+def residual_map(slots: RotarySlots, kv_heads: int, head_dim: int) -> Tensor:
+    """Real matrix [E, E] that takes z = [k; v] to [k − Σ_s p_s k'_s; v]."""
+    F = head_dim // 2
+    device = slots.write_SK.device
+    kept_FKK = torch.zeros(F, kv_heads, kv_heads, dtype=torch.complex128, device=device)
+    outer = slots.rebuild_SK[:, :, None] * slots.write_SK[:, None, :]
+    kept_FKK.index_add_(0, torch.tensor(slots.frequencies, device=device), outer)
+    left_FKK = torch.eye(kv_heads, device=device) - kept_FKK
+    block = torch.zeros(kv_heads, 2, F, kv_heads, 2, F, dtype=torch.float64, device=device)
+    for f in range(F):
+        block[:, 0, f, :, 0, f] = left_FKK[f].real
+        block[:, 0, f, :, 1, f] = -left_FKK[f].imag
+        block[:, 1, f, :, 0, f] = left_FKK[f].imag
+        block[:, 1, f, :, 1, f] = left_FKK[f].real
+    keys = kv_heads * head_dim
+    residual = torch.eye(2 * keys, dtype=torch.float64, device=device)
+    residual[:keys, :keys] = block.reshape(keys, keys)
+    return residual
