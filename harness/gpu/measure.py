@@ -1,0 +1,238 @@
+"""Timing, ceilings and the results file of the GPU benchmarks."""
+
+import gc
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+NVIDIA_FIELDS = (
+    "name,driver_version,memory.total,clocks.sm,clocks.mem,temperature.gpu,power.draw,"
+    "clocks_event_reasons.active"
+)
+
+
+def say(text: str) -> None:
+    """Tell progress at once, with the time of day."""
+    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+    sys.stdout.flush()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call."""
+
+    median_s: float
+    low_s: float
+    """25th percentile."""
+    high_s: float
+    """75th percentile."""
+    repeats: int
+    calls_per_repeat: int
+
+
+def summarize(seconds: Sequence[float], calls: int) -> Timing:
+    """Median and quartiles of repeated measurements of ``calls`` calls each."""
+    per_call = sorted(s / calls for s in seconds)
+    low, _, high = statistics.quantiles(per_call, n=4) if len(per_call) > 1 else [per_call[0]] * 3
+    return Timing(statistics.median(per_call), low, high, len(per_call), calls)
+
+
+def time_calls(
+    calls: Sequence[Callable[[], Any]],
+    device: torch.device,
+    *,
+    repeats: int = 15,
+    target_s: float = 0.006,
+) -> Timing:
+    """Time calls that rotate over different buffers, as replays of one CUDA graph.
+
+    Args:
+        calls: the same work on different memory, so that no call finds its input in the L2 cache.
+        device: on a CPU the calls are timed directly (a rehearsal, not a result).
+        repeats: graph replays.
+        target_s: aimed length of one replay.
+    """
+    if device.type != "cuda":
+        seconds = []
+        for call in calls:
+            began_s = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - began_s)
+        return summarize(seconds, 1)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for call in calls:
+            call()
+        end.record()
+        stream.synchronize()
+    once_s = max(start.elapsed_time(end) / 1e3, 1e-6)
+    rounds = max(1, min(200, int(target_s / once_s)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    graph.replay()
+    graph.replay()
+    seconds = []
+    for _ in range(repeats if once_s < 0.05 else 4):
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3)
+    del graph
+    return summarize(seconds, rounds * len(calls))
+
+
+def release() -> None:
+    """Give freed memory back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def copy_bandwidth(device: torch.device, size_bytes: int) -> float:
+    """Bytes read plus written per second by a device-to-device copy."""
+    source = torch.empty(size_bytes // 2, dtype=torch.bfloat16, device=device).normal_()
+    target = torch.empty_like(source)
+    timing = time_calls([lambda: target.copy_(source)], device)
+    return 2 * size_bytes / timing.median_s
+
+
+def matmul_rate(device: torch.device, size: int) -> float:
+    """FLOP/s of a square bf16 matrix product on random data."""
+    a = torch.randn(size, size, device=device).bfloat16()
+    b = torch.randn(size, size, device=device).bfloat16()
+    timing = time_calls([lambda: a @ b], device)
+    return 2 * size**3 / timing.median_s
+
+
+def device_state() -> dict[str, Any]:
+    """What nvidia-smi says of the card now: clocks, temperature, power, throttle reasons."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    answer = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={NVIDIA_FIELDS}", "--format=csv,noheader,nounits"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    values = [v.strip() for v in answer.split("\n")[0].split(",")]
+    return dict(zip(NVIDIA_FIELDS.split(","), values, strict=False))
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """Name, memory and versions; a CPU is labelled a rehearsal."""
+    from importlib.metadata import version
+
+    about: dict[str, Any] = {
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "python": platform.python_version(),
+    }
+    if device.type != "cuda":
+        return {"name": f"rehearsal on {platform.processor() or 'cpu'}"} | about
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+    } | about
+
+
+class Results:
+    """Measured points in one JSON file, rewritten whole and atomically after each point."""
+
+    def __init__(self, path: Path, device: torch.device, budget_s: float) -> None:
+        """Open the file; points of the same device and versions are kept and not measured again."""
+        self.path = path
+        self.deadline = time.monotonic() + budget_s
+        about = describe_device(device)
+        self.data: dict[str, Any] = {
+            "schema": SCHEMA,
+            "device": about,
+            "ceilings": {},
+            "points": {},
+        }
+        if path.exists():
+            old = json.loads(path.read_text())
+            if old.get("schema") == SCHEMA and old["device"] == about:
+                self.data = old
+        self.data["state_at_start"] = device_state()
+        self.write()
+
+    def write(self) -> None:
+        """Replace the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps(self.data, indent=1) + "\n")
+        Path(new).replace(self.path)
+
+    def left_s(self) -> float:
+        """Seconds of the budget that are left."""
+        return self.deadline - time.monotonic()
+
+    def point(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """Measure a point unless it is known or the budget is spent.
+
+        Running out of memory is recorded as the point's result.
+
+        Returns:
+            The point, or None when the budget was spent before it.
+        """
+        known: dict[str, Any] | None = self.data["points"].get(key)
+        if known is not None and known["status"] != "failed":
+            return known
+        if self.left_s() <= 0:
+            return None
+        start = time.monotonic()
+        try:
+            found = {"status": "ok"} | measure()
+        except torch.OutOfMemoryError as error:
+            found = {"status": "out of memory", "error": str(error).split(". ")[0]}
+        except (RuntimeError, ValueError) as error:
+            found = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:400]}
+        release()
+        found["wall_s"] = round(time.monotonic() - start, 2)
+        self.data["points"][key] = found
+        self.write()
+        return found
+
+    def ceilings(self, device: torch.device) -> dict[str, float]:
+        """Copy bandwidth and matrix rate of this device, measured once per file."""
+        known: dict[str, float] = self.data["ceilings"]
+        if not known:
+            real = device.type == "cuda"
+            known["copy_bytes_per_s"] = copy_bandwidth(device, 2**32 if real else 2**20)
+            known["matmul_flop_per_s"] = matmul_rate(device, 8192 if real else 128)
+            release()
+            self.write()
+        return known
+
+    def close(self) -> None:
+        """Record the card's state at the end."""
+        self.data["state_at_end"] = device_state()
+        self.write()
+
+
+def timing_fields(timing: Timing) -> dict[str, Any]:
+    """A timing as JSON fields."""
+    return asdict(timing)

@@ -1,0 +1,107 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""Matrix-vector products for one token, with norm, gate and residual fused, in Triton.
+
+Axes: K input width, N output width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Which part of the weight one program reads."""
+
+    block_n: int
+    """Output rows per program."""
+    block_k: int
+    """Input columns per step."""
+    num_warps: int
+
+
+PLAIN = Tile(4, 1024, 4)
+GATED_TILE = Tile(2, 1024, 4)
+
+
+@triton.jit
+def linear_kernel(
+    x_ptr,
+    weight_ptr,
+    norm_ptr,
+    residual_ptr,
+    out_ptr,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    NORM: tl.constexpr,
+    GATED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """BLOCK_N outputs; the norm's scale is a scalar, so it is applied after the product."""
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (row < N)[:, None]
+    row_ptr = weight_ptr + row.to(tl.int64)[:, None] * K
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    acc_factor = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    for first in tl.static_range(0, K, BLOCK_K):
+        column = first + tl.arange(0, BLOCK_K)
+        real = column < K
+        mask = inside & real[None, :]
+        weight = tl.load(row_ptr + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + column, mask=real, other=0.0).to(tl.float32)
+        if NORM:
+            squares += x * x
+            x = x * tl.load(norm_ptr + column, mask=real, other=0.0).to(tl.float32)
+        acc += weight * x[None, :]
+        if GATED:
+            factor = tl.load(row_ptr + N * K + column[None, :], mask=mask, other=0.0)
+            acc_factor += factor.to(tl.float32) * x[None, :]
+    out = tl.sum(acc, axis=1)
+    inverse = 1.0
+    if NORM:
+        inverse = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / K + eps)
+        out = out * inverse
+    if GATED:
+        out = out / (1.0 + tl.exp(-out)) * (tl.sum(acc_factor, axis=1) * inverse)
+    if RESIDUAL:
+        out += tl.load(residual_ptr + row, mask=row < N, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty), mask=row < N)
+
+
+def decode_linear(
+    x_K: torch.Tensor,
+    weight_NK: torch.Tensor,
+    *,
+    norm_weight_K: torch.Tensor | None = None,
+    residual_N: torch.Tensor | None = None,
+    gated: bool = False,
+    eps: float = 1e-6,
+    tile: Tile,
+) -> torch.Tensor:
+    """Multiply one token by a contiguous weight; see ``naive.decode_linear``."""
+    n_rows, width = weight_NK.shape
+    n_out = n_rows // 2 if gated else n_rows
+    out_N = torch.empty(n_out, dtype=x_K.dtype, device=x_K.device)
+    linear_kernel[(triton.cdiv(n_out, tile.block_n),)](
+        x_K,
+        weight_NK,
+        x_K if norm_weight_K is None else norm_weight_K,
+        x_K if residual_N is None else residual_N,
+        out_N,
+        eps,
+        N=n_out,
+        K=width,
+        NORM=norm_weight_K is not None,
+        GATED=gated,
+        RESIDUAL=residual_N is not None,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps,
+    )
+    return out_N

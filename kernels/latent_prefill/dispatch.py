@@ -1,0 +1,31 @@
+"""Prefill attention on whatever device the tensors are.
+
+Axes: B batch, Q new queries, T keys, H query heads, K key/value heads, D query/key width,
+V value width.
+"""
+
+import torch
+
+from internvideo3.kernels.choice import wants_triton
+from internvideo3.kernels.latent_prefill import naive
+
+KERNEL_WIDTHS = (128, 256)
+
+
+def latent_prefill(
+    q_BQHD: torch.Tensor,
+    k_BTKD: torch.Tensor,
+    v_BTKV: torch.Tensor,
+    *,
+    scale: float,
+    offset: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend from a chunk of queries over reconstructed keys; see ``naive.latent_prefill``."""
+    width = q_BQHD.shape[-1]
+    if width not in KERNEL_WIDTHS or not wants_triton(q_BQHD):
+        return naive.latent_prefill(q_BQHD, k_BTKD, v_BTKV, scale=scale, offset=offset)
+    from internvideo3.kernels.latent_prefill import triton
+
+    return triton.latent_prefill(
+        q_BQHD, k_BTKD, v_BTKV, scale=scale, offset=offset, tile=triton.TILES[width]
+    )

@@ -1,0 +1,47 @@
+"""Run Triton kernels on the CPU: interpreter on, its bf16 product repaired, scratch poisoned."""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def widen(x: Any) -> Any:
+    """Turn bf16 bit patterns, which numpy cannot multiply, into float32."""
+    if x.dtype.scalar != tl.bfloat16:
+        return x
+    bits = x.data.astype(np.uint32) << 16
+    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreter_multiplies_bf16() -> Iterator[None]:
+    """The stock interpreter multiplies the raw bits (triton-lang/triton issue 11584)."""
+    stock = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, accumulate: Any) -> Any:
+        return stock(self, widen(a), widen(b), d, precision, accumulate)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    yield
+    interpreter.InterpreterBuilder.create_dot = stock
+
+
+@pytest.fixture(autouse=True)
+def scratch_holds_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that reads what nobody wrote gives NaN."""
+    stock = torch.empty
+
+    def empty(*size: Any, **options: Any) -> torch.Tensor:
+        out = stock(*size, **options)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", empty)

@@ -1,0 +1,195 @@
+"""Append, absorb, prefill, GQA, merge and linear kernels under the interpreter against float64.
+
+.venv/bin/python -m pytest tests/kernels/test_others.py -q
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from internvideo3.kernels.decode_linear import naive as linear_naive
+from internvideo3.kernels.decode_linear import triton as linear
+from internvideo3.kernels.gqa_append import naive as gqa_append_naive
+from internvideo3.kernels.gqa_append import triton as gqa_append
+from internvideo3.kernels.gqa_decode import naive as gqa_naive
+from internvideo3.kernels.gqa_decode import triton as gqa
+from internvideo3.kernels.latent_absorb import naive as absorb_naive
+from internvideo3.kernels.latent_absorb import triton as absorb
+from internvideo3.kernels.latent_append import naive as append_naive
+from internvideo3.kernels.latent_append import triton as append
+from internvideo3.kernels.latent_prefill import naive as prefill_naive
+from internvideo3.kernels.latent_prefill import triton as prefill
+from internvideo3.kernels.lse_merge import naive as merge_naive
+from internvideo3.kernels.lse_merge import triton as merge
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
+
+
+def randn(*size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed + sum(size)))
+
+
+def close(out: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype) -> None:
+    assert not out.isnan().any()
+    error = (out.double() - reference.double()).norm() / reference.double().norm()
+    assert error <= TOLERANCE[dtype]
+
+
+def doubled(*tensors: torch.Tensor) -> Any:
+    return tuple(t.double() for t in tensors)
+
+
+@DTYPES
+@pytest.mark.parametrize("lengths", [[1], [63], [64], [65], [130, 0, 17]])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (32, 8), (4, 4)])
+def test_gqa_decode(lengths: list[int], heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+    q = randn(len(lengths), heads, 32).to(dtype)
+    keys = randn(len(lengths), kv_heads, 140, 32, seed=1).to(dtype)
+    values = randn(len(lengths), kv_heads, 140, 32, seed=2).to(dtype)
+    lengths_B = torch.tensor(lengths, dtype=torch.int32)
+    expected, expected_lse = gqa_naive.gqa_decode(*doubled(q, keys, values), lengths_B, scale=0.2)
+    for index, length in enumerate(lengths):
+        keys[index, :, length:] = float("nan")
+        values[index, :, length:] = float("nan")
+    out, lse = gqa.gqa_decode(
+        q, keys, values, lengths_B, scale=0.2, n_splits=3, tile=gqa.Tile(16, 4, 2)
+    )
+    close(out, expected, dtype)
+    live = ~expected_lse.isinf()
+    assert torch.allclose(lse[live].double(), expected_lse[live], atol=1e-4)
+
+
+@DTYPES
+@pytest.mark.parametrize(("queries", "keys", "offset"), [
+    (1, 1, 0), (33, 33, 0), (17, 50, 33), (40, 40, None), (16, 70, None), (20, 12, -8), (50, 50, 3),
+])  # fmt: skip
+@pytest.mark.parametrize(("heads", "kv_heads", "width", "value"), [(2, 2, 64, 32), (4, 2, 32, 32)])
+def test_prefill(
+    queries: int, keys: int, offset: int | None, heads: int, kv_heads: int, width: int, value: int,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    q = randn(2, queries, heads, width).to(dtype)
+    k = randn(2, keys, kv_heads, width, seed=1).to(dtype)
+    v = randn(2, keys, kv_heads, value, seed=2).to(dtype)
+    out, lse = prefill.latent_prefill(
+        q, k, v, scale=0.1, offset=offset, tile=prefill.Tile(16, 16, 4, 2)
+    )
+    expected, expected_lse = prefill_naive.latent_prefill(
+        *doubled(q, k, v), scale=0.1, offset=offset
+    )
+    close(out, expected, dtype)
+    live = ~expected_lse.isinf()
+    assert torch.equal(lse.isinf(), expected_lse.isinf())
+    assert torch.allclose(lse[live].double(), expected_lse[live], atol=1e-4)
+
+
+@DTYPES
+def test_prefill_at_the_real_widths(dtype: torch.dtype) -> None:
+    q, k, v = randn(1, 70, 2, 256).to(dtype), randn(1, 133, 2, 256).to(dtype), randn(1, 133, 2, 128)
+    out, _ = prefill.latent_prefill(
+        q, k, v.to(dtype), scale=1 / 16, offset=63, tile=prefill.Tile(64, 64, 8, 2)
+    )
+    expected, _ = prefill_naive.latent_prefill(*doubled(q, k, v.to(dtype)), scale=1 / 16, offset=63)
+    close(out, expected, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize(("rank", "rotary"), [(896, 64), (384, 64), (512, 32), (40, 8), (16, 3)])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+def test_append(rank: int, rotary: int, norm: bool, affine: bool, dtype: torch.dtype) -> None:
+    tokens, width = 5, rank + 2 * rotary
+    x = randn(tokens, width).to(dtype)
+    angle = randn(tokens, rotary)
+    slots = torch.tensor([7, 0, -1, 3, 9])
+    options: dict[str, torch.Tensor] = {}
+    if norm:
+        options["norm_weight_R"] = randn(rank, seed=1).to(dtype)
+    if affine:
+        options["gain_MR"] = randn(2, rank, seed=2).to(dtype)
+        options["bias_MR"] = randn(2, rank, seed=3).to(dtype)
+        options["modality_N"] = torch.tensor([0, 1, 1, 0, 1], dtype=torch.int32)
+    rows = torch.full((11, width), 7.0, dtype=dtype)
+    append.latent_append(x, angle.cos(), angle.sin(), slots, rows, **options)
+    expected = torch.full((11, width), 7.0, dtype=torch.float64)
+    append_naive.latent_append(
+        x.double(), angle.cos().double(), angle.sin().double(), slots, expected,
+        **{k: v if k == "modality_N" else v.double() for k, v in options.items()},
+    )  # fmt: skip
+    close(rows, expected, dtype)
+    untouched = [1, 2, 4, 5, 6, 8, 10]
+    assert (rows[untouched] == 7).all()
+
+
+@DTYPES
+@pytest.mark.parametrize("minor", [False, True])
+@pytest.mark.parametrize("splits", [1, 31, 33, 70])
+def test_merge(splits: int, minor: bool, dtype: torch.dtype) -> None:
+    parts = randn(2, splits, 4, 24).to(dtype)
+    lse = 20 * randn(2, splits, 4)
+    lse[:, splits // 2] = float("-inf")
+    parts[:, splits // 2] = float("nan")
+    given = parts.transpose(2, 3).contiguous() if minor else parts
+    out, natural = merge.lse_merge(given, lse, out_dtype=torch.float32, head_minor=minor)
+    expected, expected_lse = merge_naive.lse_merge(parts.double(), lse.double())
+    if splits == 1:
+        assert (out == 0).all() and natural.isinf().all()
+        return
+    close(out, expected, torch.float32)
+    assert torch.allclose(natural.double(), expected_lse, atol=1e-4)
+
+
+@DTYPES
+@pytest.mark.parametrize(("rank", "rotary"), [(896, 64), (384, 64), (200, 16)])
+def test_absorb_and_expand(rank: int, rotary: int, dtype: torch.dtype) -> None:
+    q = randn(2, 3, 32 + 2 * rotary).to(dtype)
+    w = randn(3, 32, rank, seed=1).to(dtype)
+    angle = randn(2, rotary)
+    out = absorb.absorb_query(q, w, angle.cos(), angle.sin())
+    expected = absorb_naive.absorb_query(*doubled(q, w, angle.cos(), angle.sin()))
+    close(out, expected, dtype)
+    latent, w_uv = randn(2, 3, rank).to(dtype), randn(3, 20, rank, seed=1).to(dtype)
+    close(
+        absorb.expand_output(latent, w_uv),
+        absorb_naive.expand_output(*doubled(latent, w_uv)),
+        dtype,
+    )
+
+
+@DTYPES
+def test_gqa_append(dtype: torch.dtype) -> None:
+    qkv, angle = randn(2, (8 + 4) * 16).to(dtype), randn(2, 8)
+    norms = randn(16, seed=1).to(dtype), randn(16, seed=2).to(dtype)
+    slots = torch.tensor([3, 0])
+    keys, values = torch.zeros(2, 2, 5, 16, dtype=dtype), torch.zeros(2, 2, 5, 16, dtype=dtype)
+    expected_keys, expected_values = doubled(keys, values)
+    q = gqa_append.gqa_append(qkv, *norms, angle.cos(), angle.sin(), slots, keys, values)
+    expected = gqa_append_naive.gqa_append(
+        *doubled(qkv, *norms, angle.cos(), angle.sin()), slots, expected_keys, expected_values
+    )
+    close(q, expected, dtype)
+    close(keys, expected_keys, dtype)
+    close(values, expected_values, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize(("rows", "width"), [(16, 64), (10, 96), (6, 33)])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_linear(
+    rows: int, width: int, norm: bool, residual: bool, gated: bool, dtype: torch.dtype
+) -> None:
+    x, weight = randn(width).to(dtype), randn(rows, width, seed=1).to(dtype)
+    options: dict[str, Any] = {}
+    if norm:
+        options["norm_weight_K"] = randn(width, seed=2).to(dtype)
+    if residual:
+        options["residual_N"] = randn(rows // 2 if gated else rows, seed=3).to(dtype)
+    out = linear.decode_linear(x, weight, gated=gated, tile=linear.Tile(4, 32, 4), **options)
+    expected = linear_naive.decode_linear(
+        x.double(), weight.double(), gated=gated, **{k: v.double() for k, v in options.items()}
+    )
+    close(out, expected, dtype)
