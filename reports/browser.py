@@ -9,11 +9,11 @@ from typing import Any
 from internvideo3.reports import wording
 from internvideo3.reports.load import Sample
 from internvideo3.reports.summary import SuiteSummary, Summary, System
-from internvideo3.reports.thumbnails import Thumbnailer, moments
+from internvideo3.reports.thumbnails import Thumbnailer, Wanted, moments
 from internvideo3.tasks.scoring.numeric import read_span
 
 SAMPLES_PER_SUITE = 36
-VIDEOS_PER_SUITE = 14
+VIDEOS_PER_SUITE = 10
 FRAMES_PER_SAMPLE = 5
 IMAGE_BUDGET_BYTES = 3_500_000
 LONGEST_TEXT = 2_000
@@ -50,6 +50,7 @@ def collect(summary: Summary) -> Browser:
     payload = {
         "systems": [{"name": s.name, "label": s.label or ""} for s in summary.systems],
         "suites": {s.name: wording.suite_title(s.name) for s in summary.suites},
+        "families": {f: wording.family(f) for s in summary.suites for f in s.families},
         "samples": rows,
         "images": list(images),
         "rightFrom": RIGHT_FROM,
@@ -141,8 +142,9 @@ def _frames(
     if sample.video is None:
         return []
     fps = float(system.run.config.get("fps") or 2.0)
-    times = moments(sample.evidence, sample.length_s, FRAMES_PER_SAMPLE)
-    taken = camera.take(sample.video, times, fps=fps, length_s=sample.length_s)
+    times = moments(sample.evidence, sample.length_s)
+    wanted = Wanted(tuple(times), FRAMES_PER_SAMPLE, fps, sample.length_s)
+    taken = camera.take(sample.video, wanted)
     return [
         {
             "t": picture.time_s,

@@ -38,7 +38,7 @@ def families(summary: Summary) -> list[Plot]:
         dots(
             f"family-{suite.name}",
             _title(suite),
-            _groups(summary, suite.families, suite.by_family, _family, suite.family_chance),
+            _groups(summary, suite.families, suite.by_family, wording.family, suite.family_chance),
             given,
         )
         for suite in summary.suites
@@ -61,52 +61,49 @@ def lengths(summary: Summary) -> list[Plot]:
 
 
 def differences(summary: Summary) -> Plot | None:
-    """Return the forest of paired differences, or `None` where nothing is compared.
-
-    A pair is drawn in the style of the system that is not the reference of its first pair.
-    """
+    """Return the forest of paired differences, or `None` where nothing is compared."""
     given = pair_looks(summary)
     if not given:
         return None
     groups = [
         Group(
             wording.suite_title(suite.name),
-            tuple(_difference_point(f"{c.b} − {c.a}", c.difference.interval)
-                  for c in suite.comparisons),
+            tuple(_difference_point(c.name, c.difference.interval) for c in suite.comparisons),
         )
         for suite in summary.suites
         if suite.comparisons
-    ]  # fmt: skip
+    ]
     title = "Difference, percentage points"
     return forest("differences", title, groups, given, tolerance=100 * TOLERATED_LOSS)
 
 
 def pair_looks(summary: Summary) -> dict[str, Style]:
-    """Return how each compared pair is drawn."""
-    names = [f"{c.b} − {c.a}" for suite in summary.suites for c in suite.comparisons]
-    return styles(list(dict.fromkeys(names)), [])
+    """Return how each compared pair is drawn: the colour of one, the marker of the other."""
+    given = looks(summary)
+    return {
+        c.name: Style(given[c.b].colour, given[c.a].marker)
+        for suite in summary.suites
+        for c in suite.comparisons
+    }
 
 
 def efficiency(profile: Profile, given: dict[str, Style]) -> list[Plot]:
     """Return speed and cache over context length for the systems that were measured."""
     wanted = (
-        ("prefill", "Prefill, tokens per second", profile.prefill, ""),
-        ("decode", "Decode, tokens per second", profile.decode, ""),
-        ("cache", "Cache, bytes", profile.cache, "B"),
+        ("prefill", "Prefill, tokens per second", profile.prefill),
+        ("decode", "Decode, tokens per second", profile.decode),
+        ("cache", "Cache, bytes", profile.cache),
     )
     return [
-        curves(f"profile-{name}", title, {k: list(v.items()) for k, v in data.items()}, given, unit)
-        for name, title, data, unit in wanted
+        curves(f"profile-{name}", title, {k: list(v.items()) for k, v in data.items()}, given,
+               log=name == "cache")
+        for name, title, data in wanted
         if data
-    ]
+    ]  # fmt: skip
 
 
 def _title(suite: SuiteSummary) -> str:
     return f"{wording.suite_title(suite.name)}, {suite.metric}"
-
-
-def _family(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _groups(

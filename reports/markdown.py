@@ -42,20 +42,16 @@ def _leaderboard(summary: Summary) -> str:
     for system in summary.systems:
         cells = [_cell(s.cells.get(system.name)) for s in summary.suites]
         mean = summary.mean(system.name)
-        total = "–" if mean is None else f"{wording.percent(mean[0])} ± {_half(mean[1])}"
+        total = "–" if mean is None else f"{wording.percent(mean.mean)} ({wording.span(mean)})"
         rows.append([_name(system), *cells, total])
     rows.append(["chance", *(wording.percent(s.chance) for s in summary.suites), ""])
     return "## Leaderboard\n\n" + table([*head, "mean of suites"], rows)
 
 
-def _half(se: float) -> str:
-    return wording.percent(1.96 * se)
-
-
 def _comparisons(summary: Summary) -> str:
     rows = [
         [
-            escape(f"{c.b} − {c.a}"),
+            escape(c.name),
             wording.suite_title(suite.name),
             wording.points(c.difference.interval.mean),
             wording.signed_span(c.difference.interval),

@@ -172,11 +172,22 @@ def _headline(summary: Summary) -> str:
     for a, b in pairs(summary.systems)[:1]:
         left, right = summary.mean(a.name), summary.mean(b.name)
         if left and right:
-            score = f"{b.name} scores {wording.percent(right[0])} on average"
-            against = f"{a.name} {wording.percent(left[0])}"
+            score = f"{b.name} scores {wording.percent(right.mean)} on average"
+            against = f"{a.name} scores {wording.percent(left.mean)}"
             before, after = a.cache_bytes_per_token, b.cache_bytes_per_token
-            share = f" with {after / before:.0%} of the cache" if before and after else ""
-            return f"{score}{share}, {against}."
+            share = (
+                f" with {wording.percent(after / before, 0)} % of the cache"
+                if before and after
+                else ""
+            )
+            difference = summary.mean_difference(f"{b.name} − {a.name}")
+            sure = (
+                f" The paired difference is {wording.points(difference.mean)} points "
+                f"(95 % interval {wording.signed_span(difference)})."
+                if difference
+                else ""
+            )
+            return f"{score}{share}; {against}.{sure}"
     return ""
 
 

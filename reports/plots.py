@@ -38,6 +38,7 @@ CSS = {
 }
 MARKERS = ("o", "D", "s", "^", "v", "P")
 WIDTH_IN = 3.7
+LABEL_IN = 1.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def styles(names: Sequence[str], controls: Sequence[str]) -> dict[str, Style]:
 
 def dots(name: str, title: str, groups: Sequence[Group], looks: dict[str, Style]) -> Plot:
     """Draw one row per group: estimates with whiskers from 0 to 100, chance as a tick."""
-    with _canvas(0.62 + 0.34 * len(groups)) as (figure, axes):
+    with _canvas(0.6 + 0.4 * len(groups), label_in=LABEL_IN) as (figure, axes):
         for row, group in enumerate(groups):
             y = len(groups) - 1 - row
             _points(axes, group.points, y, looks, horizontal=True)
@@ -121,7 +122,10 @@ def lines(
                           ls=":")  # fmt: skip
         for series, look in looks.items():
             xy = [
-                (i, p.value) for i, g in enumerate(groups) for p in g.points if p.series == series
+                (column + _offset(i, len(group.points)), point.value)
+                for column, group in enumerate(groups)
+                for i, point in enumerate(group.points)
+                if point.series == series
             ]
             axes.plot(*zip(*xy, strict=True), color=look.colour, lw=1.1, alpha=0.55) if xy else None
         axes.set_xticks(range(len(groups)), [g.label for g in groups])
@@ -141,7 +145,7 @@ def forest(
     tolerance: float | None = None,
 ) -> Plot:
     """Draw differences in points around 0, one row per group, a dashed line at the tolerance."""
-    with _canvas(0.75 + 0.42 * len(groups)) as (figure, axes):
+    with _canvas(0.6 + 0.45 * len(groups), label_in=LABEL_IN) as (figure, axes):
         for row, group in enumerate(groups):
             _points(axes, group.points, len(groups) - 1 - row, looks, horizontal=True)
         ends = [
@@ -166,21 +170,26 @@ def curves(
     title: str,
     series: dict[str, Sequence[tuple[float, float]]],
     looks: dict[str, Style],
-    unit: str,
+    *,
+    log: bool,
 ) -> Plot:
-    """Draw quantities over the context length, both axes logarithmic."""
-    with _canvas(2.15) as (figure, axes):
+    """Draw quantities over the context length; `log` makes the quantity's axis logarithmic."""
+    with _canvas(2.15, label_in=0.5, foot_in=0.42) as (figure, axes):
         for label, xy in series.items():
             look = looks[label]
             axes.plot(*zip(*sorted(xy), strict=True), color=look.colour, marker=look.marker, lw=1.3,
-                      markersize=4.5, markeredgewidth=0)  # fmt: skip
+                      markersize=4.8, markeredgewidth=0)  # fmt: skip
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
         ticks = sorted({x for xy in series.values() for x, _ in xy})
         axes.set_xticks(ticks, [_tokens(t) for t in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_minor_locator(NullLocator())
-        _log_ticks(axes, [y for xy in series.values() for _, y in xy], unit)
+        top = max(y for xy in series.values() for _, y in xy)
+        if log:
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_locator(NullLocator())
+        else:
+            axes.set_ylim(0, top * 1.12)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: wording.quantity(v)))
         axes.set_xlabel("context, tokens", color=MUTED, fontsize=8)
         axes.grid(color=GRID, lw=0.8)
         _left_title(figure, title)
@@ -203,30 +212,43 @@ def inline(plot: Plot, classes: dict[str, str]) -> str:
 
 
 @contextmanager
-def _canvas(height_in: float) -> Iterator[tuple[Figure, Axes]]:
+def _canvas(
+    height_in: float, *, label_in: float = 0.42, foot_in: float = 0.22
+) -> Iterator[tuple[Figure, Axes]]:
+    """Yield a bare figure; margins are fixed in inches so that neighbouring figures line up."""
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "internvideo3",
         "font.size": 8.5,
     }
     with mpl.rc_context(settings):
-        figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
-        figure.patch.set_alpha(0)
+        figure = Figure(figsize=(WIDTH_IN, height_in))
+        figure.patch.set_visible(False)
         axes = figure.add_subplot()
-        axes.patch.set_alpha(0)
+        figure.subplots_adjust(
+            left=label_in / WIDTH_IN,
+            right=1 - 0.12 / WIDTH_IN,
+            top=1 - 0.3 / height_in,
+            bottom=foot_in / height_in,
+        )
+        axes.patch.set_visible(False)
         axes.spines[:].set_visible(False)
         axes.set_axisbelow(True)
         axes.tick_params(length=0, colors=MUTED, labelsize=8.5)
         yield figure, axes
 
 
+def _offset(index: int, count: int) -> float:
+    """Return where the index-th of several points sits beside their common position."""
+    return (index - (count - 1) / 2) * min(0.2, 0.7 / max(1, count))
+
+
 def _points(
     axes: Axes, points: Sequence[Point], at: float, looks: dict[str, Style], *, horizontal: bool
 ) -> None:
     """Draw the points of a group beside one another, around position `at`."""
-    step = min(0.19, 0.66 / max(1, len(points)))
     for i, point in enumerate(points):
-        offset = ((len(points) - 1) / 2 - i) * step * (1 if horizontal else -1)
+        offset = _offset(i, len(points)) * (-1 if horizontal else 1)
         look = looks[point.series]
         place = [at + offset] * 2
         if point.low is not None and point.high is not None:
@@ -245,17 +267,6 @@ def _left_title(figure: Figure, title: str) -> None:
 
 def _tokens(count: float) -> str:
     return f"{count / 1024:g}k" if count >= 1024 and count % 1024 == 0 else f"{count:g}"
-
-
-def _log_ticks(axes: Axes, values: Sequence[float], unit: str) -> None:
-    """Label powers of ten and their 2 and 5 multiples near the data."""
-    low, high = min(values), max(values)
-    ticks = [m * 10.0**e for e in range(-3, 15) for m in (1, 2, 5)]
-    near = [t for t in ticks if low / 1.6 <= t <= high * 1.6]
-    near = near if len(near) <= 5 else [t for t in near if f"{t:.0e}"[0] == "1"]
-    near = near or [low]
-    axes.set_yticks(near, [f"{wording.quantity(t)}{unit}" for t in near])
-    axes.set_ylim(min(low, near[0]) / 1.15, max(high, near[-1]) * 1.15)
 
 
 def _finish(figure: Figure, name: str, title: str) -> Plot:

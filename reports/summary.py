@@ -30,6 +30,7 @@ SUITE_ORDER = (
     "world_spatial",
     "world_manyq",
 )
+NORMAL_95 = 1.959964
 TOLERATED_LOSS = 0.03
 """The loss that a conversion may cost, as a fraction: a reference line, not a test."""
 
@@ -93,6 +94,11 @@ class Comparison:
     suite: str
     difference: Difference
 
+    @property
+    def name(self) -> str:
+        """The pair, for readers."""
+        return f"{self.b} − {self.a}"
+
 
 Cells = dict[tuple[str, str], Cell]
 """(system name, group name) → cell."""
@@ -137,17 +143,29 @@ class Summary:
         cells = [cell for suite in self.suites for cell in suite.cells.values()]
         return any(cell.above_floor is False for cell in cells)
 
-    def mean(self, system: str) -> tuple[float, float] | None:
-        """Return a system's mean over suites and its standard error, if it ran them all.
-
-        Suites weigh the same and share no videos, so their standard errors add in squares.
-        """
+    def mean(self, system: str) -> Interval | None:
+        """Return a system's mean over suites, each with the same weight, if it ran them all."""
         cells = [suite.cells.get(system) for suite in self.suites]
         present = [cell for cell in cells if cell is not None]
         if not present or len(present) < len(cells):
             return None
-        variance = sum(cell.interval.se**2 for cell in present)
-        return sum(c.value for c in present) / len(cells), math.sqrt(variance) / len(cells)
+        return _mean_of([replace(cell.interval, mean=cell.value) for cell in present])
+
+    def mean_difference(self, pair: str) -> Interval | None:
+        """Return a pair's difference as the mean over suites, if both ran more than one."""
+        found = [
+            c.difference.interval for s in self.suites for c in s.comparisons if c.name == pair
+        ]
+        return _mean_of(found) if len(found) > 1 else None
+
+
+def _mean_of(intervals: Sequence[Interval]) -> Interval:
+    """Return the mean over suites that share no videos, so that their variances add."""
+    mean = sum(i.mean for i in intervals) / len(intervals)
+    se = math.sqrt(sum(i.se**2 for i in intervals)) / len(intervals)
+    half = NORMAL_95 * se
+    n, clusters = sum(i.n for i in intervals), sum(i.clusters for i in intervals)
+    return Interval(mean, mean - half, mean + half, se, n, clusters)
 
 
 def summarise_paths(paths: Sequence[Path]) -> Summary:
@@ -165,6 +183,7 @@ def summarise(runs: Sequence[Run]) -> Summary:
     names = {name for run in runs for name, samples in run.samples.items() if samples}
     ordered = [s for s in SUITE_ORDER if s in names] + sorted(names - set(SUITE_ORDER))
     notes = [f"{run.id}: {note}" for run in runs for note in run.notes]
+    notes += [note for name in ordered for note in _data_notes(name, systems)]
     return Summary(
         systems=systems,
         suites=tuple(_suite(name, systems) for name in ordered),
@@ -173,11 +192,9 @@ def summarise(runs: Sequence[Run]) -> Summary:
 
 
 def _systems(runs: Sequence[Run]) -> list[System]:
-    names = [_base_name(run) for run in runs]
-    repeated = {name for name, count in Counter(names).items() if count > 1}
     return [
         System(
-            name=f"{name} ({run.id})" if name in repeated else name,
+            name=name,
             model=str(run.model.get("name") or run.id),
             attention=str(run.model.get("attention") or ""),
             control=run.control,
@@ -186,8 +203,20 @@ def _systems(runs: Sequence[Run]) -> list[System]:
             parameters=_int(run.model.get("parameters")),
             run=run,
         )
-        for name, run in zip(names, runs, strict=True)
+        for name, run in zip(_distinct(runs), runs, strict=True)
     ]
+
+
+def _distinct(runs: Sequence[Run]) -> list[str]:
+    """Return a name for every run; equal ones get the run's id, and then a number."""
+    names = [_base_name(run) for run in runs]
+    for suffix in (" ({id})", " #{number}"):
+        repeated = {name for name, count in Counter(names).items() if count > 1}
+        names = [
+            name + suffix.format(id=run.id, number=i + 1) if name in repeated else name
+            for i, (name, run) in enumerate(zip(names, runs, strict=True))
+        ]
+    return names
 
 
 def _base_name(run: Run) -> str:
@@ -314,8 +343,25 @@ def pairs(systems: Sequence[System]) -> list[tuple[System, System]]:
     return [(real[0], s) for s in real[1:]]
 
 
+def _same_data(suite: str, a: System, b: System) -> bool:
+    """Return whether two runs read the same questions and videos, as far as they say."""
+    digests = {x.run.meta.get("suites", {}).get(suite, {}).get("data_digest") for x in (a, b)}
+    return len(digests - {None}) < 2
+
+
+def _data_notes(suite: str, systems: Sequence[System]) -> list[str]:
+    tested = [s for s in systems if s.run.samples.get(suite)]
+    return [
+        f"{suite}: {a.name} and {b.name} ran on different data and are not compared"
+        for a, b in pairs(tested)
+        if not _same_data(suite, a, b)
+    ]
+
+
 def _comparisons(suite: str, tested: Sequence[System]) -> Iterable[Comparison]:
     for a, b in pairs(tested):
+        if not _same_data(suite, a, b):
+            continue
         left = {x.id: x for x in a.run.samples[suite]}
         right = {x.id: x for x in b.run.samples[suite]}
         shared = [

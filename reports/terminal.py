@@ -56,7 +56,7 @@ def differences(summary: Summary) -> Table:
         for c in suite.comparisons:
             d = c.difference
             table.add_row(
-                Text(f"{c.b} − {c.a}"),
+                Text(c.name),
                 wording.suite_title(suite.name),
                 wording.points(d.interval.mean),
                 wording.signed_span(d.interval),
@@ -98,5 +98,4 @@ def _mean(summary: Summary, system: System) -> Text:
     mean = summary.mean(system.name)
     if mean is None:
         return Text("–", style="dim")
-    value, se = mean
-    return Text(wording.percent(value)).append(f"\n± {wording.percent(1.96 * se)}", style="dim")
+    return Text(wording.percent(mean.mean)).append(f"\n{wording.span(mean)}", style="dim")

@@ -28,42 +28,54 @@ class Thumbnail:
     """The JPEG as a data URI."""
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which pictures of a video to take."""
+
+    times_s: tuple[float, ...]
+    """Moments, the most wanted first."""
+    count: int
+    """Pictures to take; moments that fall on the same sampled frame give one."""
+    fps: float
+    """Frames per second that the model's sampler took."""
+    length_s: float | None
+
+
 class Thumbnailer:
-    """Makes thumbnails until a budget of bytes is spent; decodes a video once per request."""
+    """Takes thumbnails until a budget of bytes is spent; keeps the last decoded video."""
 
     def __init__(self, budget_bytes: int):
         self.left = budget_bytes
         self.failed: dict[str, str] = {}
         """Videos that could not be read, with the reason."""
         self._known: dict[tuple[str, float], Thumbnail] = {}
+        self._last: tuple[tuple[Path, float], Frames] | None = None
 
-    def take(
-        self, video: Path, times_s: Sequence[float], *, fps: float, length_s: float | None
-    ) -> list[Thumbnail]:
-        """Return pictures of the sampled frames nearest to the given times, without repeats.
+    def take(self, video: Path, wanted: Wanted) -> list[Thumbnail]:
+        """Return pictures of the sampled frames nearest to the wanted moments, in order of time.
 
         Fewer or none if the budget is spent or the video cannot be read (see `failed`).
         """
-        if self.left <= 0 or not times_s or str(video) in self.failed:
+        if self.left <= 0 or str(video) in self.failed:
             return []
+        found: dict[float, NDArray[np.uint8]] = {}
         try:
-            frames = [
-                self._frame(clip, at)
-                for clip, moments in _clips(video, times_s, fps, length_s)
-                for at in moments
-            ]
+            for at_s in wanted.times_s:
+                if len(found) < wanted.count:
+                    time_s, pixels_HWC = _nearest(self._clip(video, wanted, at_s), at_s)
+                    found.setdefault(time_s, pixels_HWC)
         except (VideoError, OSError) as error:
             self.failed[str(video)] = str(error)
             return []
-        found = {}
-        for time_s, pixels_HWC in frames:
-            found[time_s] = self._picture(str(video), time_s, pixels_HWC)
-        return [found[time_s] for time_s in sorted(found)]
+        return [self._picture(str(video), time_s, found[time_s]) for time_s in sorted(found)]
 
-    def _frame(self, clip: Frames, at_s: float) -> tuple[float, NDArray[np.uint8]]:
-        times_T = np.asarray(clip.indices) / clip.source_fps
-        index = int(np.abs(times_T - at_s).argmin())
-        return round(float(times_T[index]), 3), clip.pixels_THWC[index]
+    def _clip(self, video: Path, wanted: Wanted, at_s: float) -> Frames:
+        if wanted.length_s is None or wanted.length_s > WHOLE_VIDEO_S:
+            start_s = max(0.0, at_s - 2.0)
+            return read_frames(video, fps=wanted.fps, start_s=start_s, end_s=at_s + 2.0)
+        if self._last is None or self._last[0] != (video, wanted.fps):
+            self._last = (video, wanted.fps), read_frames(video, fps=wanted.fps)
+        return self._last[1]
 
     def _picture(self, video: str, time_s: float, pixels_HWC: NDArray[np.uint8]) -> Thumbnail:
         known = self._known.get((video, time_s))
@@ -72,6 +84,12 @@ class Thumbnailer:
             self._known[video, time_s] = known
             self.left -= len(known.uri)
         return known
+
+
+def _nearest(clip: Frames, at_s: float) -> tuple[float, NDArray[np.uint8]]:
+    times_T = np.asarray(clip.indices) / clip.source_fps
+    index = int(np.abs(times_T - at_s).argmin())
+    return round(float(times_T[index]), 3), clip.pixels_THWC[index]
 
 
 def encode(pixels_HWC: NDArray[np.uint8]) -> str:
@@ -83,25 +101,9 @@ def encode(pixels_HWC: NDArray[np.uint8]) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def moments(
-    evidence: Sequence[tuple[float, float]], length_s: float | None, count: int
-) -> list[float]:
-    """Return up to `count` times to show: inside the evidence first, then spread over the video."""
-    inside = [low + (high - low) * share for share in (0.5, 0.1, 0.9) for low, high in evidence]
-    times = inside[: max(count - 1, 1)] if length_s else inside[:count]
-    if length_s:
-        missing = count - len(times)
-        times += [length_s * (i + 0.5) / missing for i in range(missing)]
-    return sorted(times)
-
-
-def _clips(
-    video: Path, times_s: Sequence[float], fps: float, length_s: float | None
-) -> list[tuple[Frames, Sequence[float]]]:
-    if length_s is not None and length_s <= WHOLE_VIDEO_S:
-        return [(read_frames(video, fps=fps), times_s)]
-    around = 2.0
-    return [
-        (read_frames(video, fps=fps, start_s=max(0.0, t - around), end_s=t + around), [t])
-        for t in times_s
-    ]
+def moments(evidence: Sequence[tuple[float, float]], length_s: float | None) -> list[float]:
+    """Return times to show, the most wanted first: in the evidence, over the video, its ends."""
+    middles = [(low + high) / 2 for low, high in evidence][:3]
+    spread = [length_s * share for share in (0.5, 0.1, 0.9, 0.3, 0.7)] if length_s else []
+    ends = [time_s for span in evidence for time_s in span]
+    return [*middles, *spread, *ends]

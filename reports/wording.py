@@ -19,6 +19,14 @@ MODEL_TITLES = {
 }
 
 
+FAMILY_TITLES = {"attime": "at a time", "ground_flash": "flash", "ground_object": "object"}
+
+
+def family(name: str) -> str:
+    """Return a question family's name for readers."""
+    return FAMILY_TITLES.get(name, name.replace("_", " "))
+
+
 def suite_title(name: str) -> str:
     """Return a suite's name for readers."""
     return SUITE_TITLES.get(name, name)
@@ -67,5 +75,8 @@ def quantity(number: float | None) -> str:
 
 
 def length(band: str) -> str:
-    """Return a length band as `8–16 s`, the open one as `> 128 s`."""
-    return f"> {band[:-1]} s" if band.endswith("+") else f"{band.replace('-', '–')} s"
+    """Return a length band as `8–16 s`, the outer ones as `≤ 8 s` and `> 128 s`."""
+    if band.endswith("+"):
+        return f"> {band[:-1]} s"
+    low, high = band.split("-")
+    return f"≤ {high} s" if low == "0" else f"{low}–{high} s"

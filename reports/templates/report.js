@@ -65,7 +65,7 @@
   };
   const filter = () => {
     const suite = byId("filter-suite").value;
-    choose(byId("filter-family"), [["", "all"], ...families(suite).map((f) => [f, f.replaceAll("_", " ")])]);
+    choose(byId("filter-family"), [["", "all"], ...families(suite).map((f) => [f, data.families[f]])]);
     const family = byId("filter-family").value;
     const result = byId("filter-result").value;
     shown = data.samples.filter((s) => (!suite || s.suite === suite)
@@ -80,7 +80,7 @@
     const node = make("div", "item");
     node.id = `item-${i}`;
     node.setAttribute("role", "option");
-    const title = make("span", "", sample.family.replaceAll("_", " "));
+    const title = make("span", "", data.families[sample.family]);
     const length = sample.seconds === null ? "" : ` · ${seconds(sample.seconds)}`;
     title.append(make("small", "", data.suites[sample.suite] + length));
     const marks = make("span", "marks");
@@ -127,7 +127,7 @@
 
   const bar = (sample) => {
     const node = make("div", "bar");
-    const where = [data.suites[sample.suite], sample.family.replaceAll("_", " ")];
+    const where = [data.suites[sample.suite], data.families[sample.family]];
     if (sample.seconds !== null) where.push(`${seconds(sample.seconds)} video`);
     node.append(make("span", "where", `${where.join(" · ")} · ${sample.id}`));
     const step = make("span", "step");
@@ -153,7 +153,9 @@
       const image = make("img");
       image.src = data.images[frame.image];
       image.alt = `Frame at ${seconds(frame.t)}${frame.evidence ? ", where the answer can be seen" : ""}`;
-      figure.append(image, make("figcaption", "", seconds(frame.t) + (frame.evidence ? " · evidence" : "")));
+      const caption = make("figcaption", "", seconds(frame.t));
+      if (frame.evidence) caption.append(make("span", "", " · evidence"));
+      figure.append(image, caption);
       node.append(figure);
     });
     return node;

@@ -48,14 +48,16 @@ def documents(root: Path, videos: int) -> dict[str, list[dict[str, Any]]]:
         shared = {"video_id": f"v{v}", "video": str(path), "length_s": float(seconds)}
         for family in ("needle", "order", "count"):
             options = rng.sample(COLOURS, 4)
-            if v == 0 and family == "needle":
+            if v % 4 == 0 and family == "needle":
                 options[0] = HOSTILE
             start = rng.randrange(seconds - 2)
             suites["world_long"].append(
                 shared
                 | {
                     "family": family,
-                    "question": HOSTILE if v == 0 else f"Which colour is asked for in {family}?",
+                    "question": HOSTILE
+                    if v % 4 == 0 and family == "needle"
+                    else f"Which colour is asked for in {family}?",
                     "options": options,
                     "answer": options[rng.randrange(4)],
                     "answer_type": "choice",

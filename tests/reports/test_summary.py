@@ -1,0 +1,157 @@
+"""Run with: pytest tests/reports/test_summary.py -q."""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from internvideo3.reports import export, markdown
+from internvideo3.reports.load import load_run
+from internvideo3.reports.profile import collect
+from internvideo3.reports.summary import Summary, summarise, summarise_paths
+from internvideo3.reports.terminal import print_report
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def summary(runs: list[Path]) -> Summary:
+    return summarise_paths(runs)
+
+
+def test_cells_equal_what_scoring_recorded(summary: Summary, runs: list[Path]) -> None:
+    for path, system in zip(runs, ("GQA base", "M²LA", "GQA control"), strict=False):
+        recorded = json.loads((path / "results.json").read_text())
+        for suite in summary.suites:
+            cell = suite.cells[system]
+            assert cell.value == pytest.approx(recorded[suite.name]["value"])
+            assert cell.n == recorded[suite.name]["n"]
+            assert cell.unreadable == recorded[suite.name]["unreadable"]
+            assert cell.errors == 1
+            assert cell.interval.low <= cell.value <= cell.interval.high
+            for family, group in recorded[suite.name]["by_family"].items():
+                assert suite.by_family[system, family].value == pytest.approx(group["value"])
+            for band, group in recorded[suite.name]["by_length"].items():
+                assert suite.by_length[system, band].value == pytest.approx(group["value"])
+
+
+def test_controls_come_last_and_set_the_floor(summary: Summary) -> None:
+    assert [s.name for s in summary.systems][-1] == "GQA base, blind"
+    long = summary.suites[0]
+    assert long.name == "world_long" and long.chance == pytest.approx(0.25)
+    floor = max(0.25, long.cells["GQA base, blind"].value)
+    for name in ("GQA base", "M²LA"):
+        assert long.cells[name].above_floor == (long.cells[name].interval.low > floor)
+    assert long.cells["GQA base, blind"].above_floor is None
+    assert summary.suites[1].chance is None
+
+
+def test_pairs_are_latent_against_gqa_and_never_the_control(summary: Summary) -> None:
+    names = [c.name for c in summary.suites[0].comparisons]
+    assert names == ["M²LA − GQA base", "M²LA − GQA control", "GQA control − GQA base"]
+    first = summary.suites[0].comparisons[0].difference
+    cells = summary.suites[0].cells
+    assert first.interval.mean == pytest.approx(cells["M²LA"].value - cells["GQA base"].value)
+    assert first.wins + first.losses + first.ties == 54
+
+
+def test_the_mean_weighs_suites_alike(summary: Summary) -> None:
+    mean = summary.mean("M²LA")
+    assert mean is not None
+    values = [s.cells["M²LA"].value for s in summary.suites]
+    assert mean.mean == pytest.approx(sum(values) / 2)
+    assert mean.low < mean.mean < mean.high
+    difference = summary.mean_difference("M²LA − GQA base")
+    base = summary.mean("GQA base")
+    assert difference is not None and base is not None
+    assert difference.mean == pytest.approx(mean.mean - base.mean)
+
+
+def test_a_system_without_a_suite_has_no_mean(make_run: MakeRun, runs: list[Path]) -> None:
+    folder = make_run("m2la")
+    (folder / "samples" / "world_grounding.jsonl").unlink()
+    got = summarise([load_run(runs[0]), load_run(folder)])
+    assert got.mean("M²LA") is None
+    assert "M²LA" not in got.suites[1].cells
+
+
+def test_an_unfinished_suite_is_marked_and_its_stale_result_unused(make_run: MakeRun) -> None:
+    folder = make_run(videos=4)
+    file = folder / "samples" / "world_long.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:6]))
+    cell = summarise([load_run(folder)]).suites[0].cells["GQA base"]
+    assert not cell.complete and (cell.n, cell.expected) == (6, 12)
+    assert cell.value == pytest.approx(cell.interval.mean)
+
+
+def test_other_averages_than_the_mean_have_no_interval(make_run: MakeRun) -> None:
+    folder = make_run()
+    file = folder / "results.json"
+    results = json.loads(file.read_text())
+    results["world_long"]["value"] = 0.123
+    file.write_text(json.dumps(results))
+    got = summarise([load_run(folder)])
+    cell = got.suites[0].cells["GQA base"]
+    assert cell.value == 0.123 and not cell.interval_fits
+    assert "12.3 (" not in markdown.render(got, "t") and "12.3" in markdown.render(got, "t")
+
+
+def test_runs_on_different_data_are_not_compared(make_run: MakeRun, runs: list[Path]) -> None:
+    folder = make_run("m2la")
+    file = folder / "run.json"
+    file.write_text(file.read_text().replace("d" * 8, "e" * 8))
+    got = summarise([load_run(runs[0]), load_run(folder)])
+    assert got.suites[0].comparisons == ()
+    assert any("different data" in note for note in got.notes)
+
+
+def test_equal_names_are_told_apart_by_run(runs: list[Path]) -> None:
+    got = summarise([load_run(runs[0]), load_run(runs[0])])
+    assert len({s.name for s in got.systems}) == 2
+
+
+def test_profile_curves(summary: Summary) -> None:
+    profile = collect(summary)
+    assert profile.lengths == (256, 1024, 4096)
+    assert profile.systems == ("GQA base", "M²LA", "GQA control")
+    assert profile.cache["M²LA"][1024] * 2 == profile.cache["GQA base"][1024]
+    assert profile.conditions == ("cpu, float32, 1 thread, median of 5",)
+
+
+def test_terminal_shows_the_numbers_and_the_label(runs: list[Path], summary: Summary) -> None:
+    out = io.StringIO()
+    print_report(runs, console=Console(file=out, width=140))
+    text = out.getvalue()
+    for suite in summary.suites:
+        assert f"{100 * suite.cells['M²LA'].value:.1f}" in text
+    assert "Leaderboard (scale)" in text and "chance" in text and "1 failed" not in text
+    assert "2 failed" in text and "M²LA − GQA base" in text
+
+
+def test_markdown_is_labelled_and_inert(summary: Summary) -> None:
+    text = markdown.render(summary, "<b>|x|</b>")
+    assert text.startswith("# \\<b\\>\\|x\\|")
+    assert "**scale**" in text and "GQA base *scale*" in text
+    assert "comparable with the paper: no, scale model on the scale world" in text
+
+
+def test_csv_has_every_cell_unrounded(summary: Summary) -> None:
+    rows = list(csv.DictReader(io.StringIO(export.render(summary))))
+    whole = [r for r in rows if r["group"] == "suite"]
+    assert len(whole) == 8 and {r["label"] for r in rows} == {"scale"}
+    by_key = {(r["system"], r["suite"]): r for r in whole}
+    cell = summary.suites[0].cells["M²LA"]
+    assert float(by_key["M²LA", "world_long"]["value"]) == cell.value
+    assert {r["group"] for r in rows} == {"suite", "family", "length_s"}
+
+
+def test_names_do_not_become_formulas(make_run: MakeRun) -> None:
+    folder = make_run()
+    file = folder / "run.json"
+    file.write_text(file.read_text().replace('"name": "scale:base"', '"name": "=1+1"'))
+    rows = list(csv.DictReader(io.StringIO(export.render(summarise([load_run(folder)])))))
+    assert rows[0]["system"] == "'=1+1"
