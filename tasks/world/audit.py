@@ -17,7 +17,7 @@ import operator
 import random
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Final
@@ -111,17 +111,15 @@ def _draw(suite: Suite, least: int) -> dict[str, Asked]:
     found: dict[str, Asked] = {family: [] for family in suite.families}
     lengths, weights = list(suite.lengths), list(suite.lengths.values())
     index = 0
-    while min(len(asked) for asked in found.values()) < least:
+    while short := [family for family in suite.families if len(found[family]) < least]:
+        if index > 100 * least:
+            raise ValueError(f"{suite.name}: too few questions of {short} in {index} videos")
         seed = AUDIT_SEED + suite.seed_block * 10**6 + index
         rng = random.Random(f"audit/{seed}")
         spec = draw_video(seed, rng.choices(lengths, weights)[0], suite.profile)
-        for question in questions(spec, rng, suite.families, suite.questions_per_video):
-            if len(found[question.family]) < least:
-                found[question.family].append((index, question))
+        for question in questions(spec, rng, short, suite.questions_per_video):
+            found[question.family].append((index, question))
         index += 1
-        if index > 100 * least:
-            short = {family: len(asked) for family, asked in found.items() if len(asked) < least}
-            raise ValueError(f"{suite.name}: too few questions in {index} videos: {short}")
     return found
 
 
@@ -213,33 +211,30 @@ def _table(asked: Asked) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def _question_features(question: Question) -> list[list[int]]:
+    """Feature numbers of each option."""
     options = question.options or ()
     words = question.question.lower().strip("?").split()
-    return [
-        sorted({_number(name) for name in _option_features(words, options, place)})
-        for place in range(len(options))
-    ]
-
-
-def _option_features(
-    words: Sequence[str], options: Sequence[str], place: int
-) -> Iterator[tuple[object, ...]]:
-    option = options[place]
-    rivals = [word for o, other in enumerate(options) if o != place for word in other.split()]
-    yield "place", place
-    yield "text", option
-    yield "rank", sorted(options, key=lambda text: (len(text), text)).index(option)
-    for part in option.split():
-        yield "part", part
-        yield "shared", rivals.count(part)
-        yield "asked", part in words
-        yield from (("rival", part, rival) for rival in rivals)
-        yield from (("word", part, word) for word in words)
-    yield from (("where", place, word) for word in words)
+    parts = [option.split() for option in options]
+    ranked = sorted(options, key=lambda text: (len(text), text))
+    table = []
+    for place, option in enumerate(options):
+        rivals = [part for o, other in enumerate(parts) if o != place for part in other]
+        names: list[tuple[str | int, ...]] = [
+            ("place", place),
+            ("text", option),
+            ("rank", ranked.index(option)),
+        ]
+        for part in parts[place]:
+            names += [("part", part), ("shared", rivals.count(part)), ("asked", part in words)]
+            names += [("rival", part, rival) for rival in rivals]
+            names += [("word", part, word) for word in words]
+        names += [("where", place, word) for word in words]
+        table.append([_number(name) for name in dict.fromkeys(names)])
+    return table
 
 
 @cache
-def _number(name: tuple[object, ...]) -> int:
+def _number(name: tuple[str | int, ...]) -> int:
     """A feature's number, 1 and up; the same in every process, which `hash` is not."""
     return 1 + zlib.crc32(repr(name).encode()) % (_FEATURES - 1)
 
