@@ -1,11 +1,14 @@
 """Compile the shipped kernels for sm_90 without a GPU and report what ptxas made of them.
 
-    PYTHONPATH=src python tests/kernels/sm90.py [NAME ...]          # the installed triton
-    pip install --no-deps --target /tmp/t36 triton==3.6.0
-    PYTHONPATH=/tmp/t36:src python tests/kernels/sm90.py            # the GPU machine's triton
+    PYTHONPATH=src python tests/kernels/sm90.py [shipped|tried|controls [NAME ...]]
 
-Prints one JSON object per case. Run as a script, because TRITON_INTERPRET (set by the tests)
-replaces the compiler.
+With another triton, say an older one of a GPU machine, isolated:
+
+    pip install --no-deps --target /tmp/t36 triton==3.6.0
+    PYTHONPATH=/tmp/t36:src python tests/kernels/sm90.py shipped
+
+Prints one JSON object per case, its ``faults`` empty when it passes the gate. Run as
+a script, because TRITON_INTERPRET (set by the tests) replaces the compiler.
 """
 
 import contextlib
@@ -25,6 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TARGET = GPUTarget("cuda", 90, 32)
+SHARED_LIMIT = 232448
+REGISTER_LIMIT = 65536
 OPTIONS = ("num_warps", "num_stages")
 UNALIGNED = {"n_splits", "eps", "offset"}
 
@@ -38,7 +43,11 @@ class Case:
     constants: dict[str, Any]
     types: dict[str, str] = field(default_factory=dict)
     opcode: str | None = None
+    """hmma, hgmma, any of them, or None for a kernel without matrix products."""
     aligned: bool = True
+    """Whether pointers, strides and sizes are multiples of 16."""
+    pipelined: bool = False
+    """Whether asynchronous copies must be there, all of them 16 bytes wide."""
 
 
 def signature(case: Case) -> tuple[dict[str, str], dict[Any, Any]]:
@@ -101,7 +110,7 @@ def examine(case: Case) -> dict[str, Any]:
     registers = int(re.findall(r"REG:(\d+)", usage)[-1])
     count = {op: len(re.findall(rf"\b{op}\b", sass)) for op in ("HMMA", "HGMMA", "LDL", "STL")}
     copies = re.findall(r"\bLDGSTS\.\S+", sass)
-    return {
+    found = {
         "name": case.name,
         "triton": triton.__version__,
         "registers": registers,
@@ -115,149 +124,135 @@ def examine(case: Case) -> dict[str, Any]:
         "bars": len(re.findall(r"\bBAR\.", sass)),
         "ldg": len(re.findall(r"\bLDG\b", sass)),
         "warps": options.get("num_warps", 4),
-        "expected_opcode": case.opcode,
     }
+    return found | {"faults": faults(case, found)}
 
 
-def latent_cases() -> Iterator[Case]:
+def faults(case: Case, found: dict[str, Any]) -> list[str]:
+    """What keeps a compiled case from being shipped."""
+    opcodes = {None: 1, "any": found["hmma"] + found["hgmma"]} | found
+    copies = found["async_copies"]
+    rules = {
+        "spills registers": found["stack"] == 0 and found["spills"] == 0,
+        "shared memory over the limit": found["shared"] <= SHARED_LIMIT,
+        "too many registers for one program": (
+            found["registers"] * 32 * found["warps"] <= REGISTER_LIMIT
+        ),
+        "matrix instruction missing": opcodes[case.opcode] > 0,
+        "copies missing or narrow": (not case.pipelined or 0 < copies == found["async_copies_16B"]),
+    }
+    return [fault for fault, holds in rules.items() if not holds]
+
+
+def latent_case(name: str, tile: Any, width: int, value: int, **options: Any) -> Case:
     from internvideo3.kernels.latent_decode import triton as latent
 
-    shapes = {"1024": (1024, 896), "512": (512, 384), "576": (576, 512)}
-    tiles = [
-        ("1024", latent.Tile("transposed", 32, 8, 3), "HMMA|HGMMA"),
-        ("1024", latent.Tile("transposed", 32, 8, 2), "HMMA|HGMMA"),
-        ("1024", latent.Tile("transposed", 16, 8, 3), "HMMA|HGMMA"),
-        ("1024", latent.Tile("grouped", 16, 8, 3), "HMMA"),
-        ("1024", latent.Tile("grouped", 16, 8, 2), "HMMA"),
-        ("1024", latent.Tile("grouped", 32, 8, 3), "HMMA"),
-        ("1024", latent.Tile("grouped", 32, 8, 2), "HMMA"),
-        ("512", latent.Tile("transposed", 64, 4, 2), "HGMMA"),
-        ("512", latent.Tile("transposed", 64, 8, 2), "HGMMA"),
-        ("512", latent.Tile("transposed", 32, 4, 3), "HMMA|HGMMA"),
-        ("512", latent.Tile("grouped", 32, 4, 3), "HMMA"),
-        ("512", latent.Tile("grouped", 32, 4, 2), "HMMA"),
-        ("512", latent.Tile("grouped", 16, 4, 3), "HMMA"),
-        ("512", latent.Tile("grouped", 16, 4, 4), "HMMA"),
-        ("576", latent.Tile("transposed", 64, 4, 2), "HGMMA"),
-        ("576", latent.Tile("transposed", 64, 8, 2), "HGMMA"),
-        ("576", latent.Tile("transposed", 32, 4, 3), "HMMA|HGMMA"),
-    ]
-    for shape, tile, opcode in tiles:
-        width, value = shapes[shape]
-        kernel, constants = latent.launch_constants(tile, heads=32, width=width, value_width=value)
-        name = "-".join(str(v) for v in ("latent_decode", shape, *vars(tile).values()))
-        yield Case(name, kernel, constants, opcode=opcode)
+    kernel, constants = latent.launch_constants(tile, heads=32, width=width, value_width=value)
+    opcode = "hmma" if tile.form == "grouped" else "any"
+    return Case(name, kernel, constants, opcode=opcode, pipelined=True, **options)
 
 
-def gqa_cases() -> Iterator[Case]:
+def gqa_case(name: str, tile: Any) -> Case:
     from internvideo3.kernels.gqa_decode import triton as gqa
 
-    for block, warps, stages in [
-        (64, 4, 2),
-        (64, 4, 3),
-        (64, 4, 4),
-        (128, 4, 2),
-        (128, 4, 3),
-        (128, 8, 3),
-    ]:
-        tile = gqa.Tile(block, warps, stages)
-        constants = gqa.launch_constants(tile, heads=32, kv_heads=8, width=128)
-        yield Case(
-            f"gqa_decode-n{block}-w{warps}-s{stages}", gqa.gqa_kernel, constants, opcode="HMMA"
-        )
+    constants = gqa.launch_constants(tile, heads=32, kv_heads=8, width=128)
+    return Case(name, gqa.gqa_kernel, constants, opcode="hmma", pipelined=True)
 
 
-def prefill_cases() -> Iterator[Case]:
+def prefill_case(name: str, tile: Any, width: int) -> Case:
     from internvideo3.kernels.latent_prefill import triton as prefill
 
-    for width, m, n, warps, stages in [
-        (256, 128, 64, 8, 2),
-        (256, 128, 64, 8, 3),
-        (256, 64, 64, 4, 2),
-        (256, 128, 32, 8, 3),
-        (256, 64, 128, 4, 2),
-        (128, 128, 64, 8, 3),
-        (128, 128, 128, 8, 2),
-        (128, 128, 128, 8, 3),
-        (128, 64, 128, 4, 3),
-    ]:
-        tile = prefill.Tile(m, n, warps, stages)
-        kv_heads = 32 if width == 256 else 8
-        constants = prefill.launch_constants(
-            tile, heads=32, kv_heads=kv_heads, width=width, value_width=128, causal=True
-        )
-        name = f"prefill-{width}-m{m}-n{n}-w{warps}-s{stages}"
-        yield Case(
-            name,
-            prefill.prefill_kernel,
-            constants,
-            opcode="HGMMA",
-            types={"n_queries": "i32", "n_keys": "i32"},
-        )
+    constants = prefill.launch_constants(
+        tile,
+        heads=32,
+        kv_heads=32 if width == 256 else 8,
+        width=width,
+        value_width=128,
+        causal=True,
+    )
+    return Case(name, prefill.prefill_kernel, constants, opcode="hgmma", pipelined=True)
 
 
-def small_cases() -> Iterator[Case]:
+def linear_case(name: str, tile: Any, rows: int, width: int, *, gated: bool) -> Case:
+    from internvideo3.kernels.decode_linear import triton as linear
+
+    constants = {"N": rows, "K": width, "NORM": gated, "GATED": gated, "RESIDUAL": not gated}
+    constants |= {"BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "num_warps": tile.num_warps}
+    return Case(name, linear.linear_kernel, constants)
+
+
+WIDTHS = {1024: 896, 576: 512, 512: 384}
+
+
+def shipped_cases() -> Iterator[Case]:
+    """What ``dispatch`` launches for the 8B model."""
     from internvideo3.kernels.decode_linear import triton as linear
     from internvideo3.kernels.gqa_append import triton as gqa_append
+    from internvideo3.kernels.gqa_decode import triton as gqa
     from internvideo3.kernels.latent_absorb import triton as absorb
     from internvideo3.kernels.latent_append import triton as append
+    from internvideo3.kernels.latent_decode import triton as latent
+    from internvideo3.kernels.latent_prefill import triton as prefill
     from internvideo3.kernels.lse_merge import triton as merge
 
-    for minor, dtype in [(True, "*fp32"), (False, "*fp32"), (True, "*bf16")]:
-        yield Case(
-            f"lse_merge-{minor}-{dtype}",
-            merge.merge_kernel,
-            dict(
-                HEADS=32,
-                VALUE=896,
-                HEAD_MINOR=minor,
-                BLOCK_S=merge.BLOCK_S,
-                BLOCK_C=merge.BLOCK_C,
-                num_warps=4,
-            ),
-            types={"parts_ptr": dtype},
-        )
-    yield Case(
-        "latent_append",
-        append.append_kernel,
-        dict(RANK=896, ROTARY=64, BLOCK_R=1024, BLOCK_S=64, NORM=True, AFFINE=True, num_warps=4),
-    )
-    yield Case(
-        "absorb_query",
-        absorb.absorb_kernel,
-        dict(HEADS=32, CONTENT=128, ROTARY=64, RANK=896, BLOCK_R=absorb.BLOCK_R, num_warps=4),
-    )
-    yield Case(
-        "expand_output",
-        absorb.expand_kernel,
-        dict(HEADS=32, RANK=896, VALUE=128, POW2_R=1024, BLOCK_V=absorb.BLOCK_V, num_warps=4),
-    )
-    yield Case(
-        "gqa_append", gqa_append.gqa_append_kernel, dict(HEADS=32, KV_HEADS=8, HALF=64, num_warps=1)
-    )
-    for n, k, bn, bk, w, norm, gated, res in [
-        (9216, 4096, 4, 1024, 4, True, False, False),
-        (9216, 4096, 8, 512, 4, True, False, False),
-        (9216, 4096, 2, 2048, 4, True, False, False),
-        (12288, 4096, 4, 512, 4, True, True, False),
-        (12288, 4096, 2, 1024, 4, True, True, False),
-        (4096, 12288, 4, 1024, 4, False, False, True),
-        (4096, 12288, 2, 2048, 4, False, False, True),
-        (4096, 4096, 4, 1024, 4, False, False, True),
-        (4096, 4096, 2, 1024, 4, False, False, True),
-    ]:
-        yield Case(
-            f"linear-{n}x{k}-{bn}-{bk}-w{w}-{int(norm)}{int(gated)}{int(res)}",
-            linear.linear_kernel,
-            dict(
-                N=n, K=k, NORM=norm, GATED=gated, RESIDUAL=res, BLOCK_N=bn, BLOCK_K=bk, num_warps=w
-            ),
-        )
+    for width, plan in latent.PLANS.items():
+        yield latent_case(f"latent_decode-{width}", plan.tile, width, WIDTHS[width])
+    yield gqa_case("gqa_decode", gqa.TILE)
+    for width, tile in prefill.TILES.items():
+        yield prefill_case(f"latent_prefill-{width}", tile, width)
+    blocks = {"BLOCK_S": merge.BLOCK_S, "BLOCK_C": merge.BLOCK_C, "num_warps": 4}
+    for minor in (True, False):
+        constants = {"HEADS": 32, "VALUE": 896, "HEAD_MINOR": minor} | blocks
+        yield Case(f"lse_merge-{minor}", merge.merge_kernel, constants)
+    heads: dict[str, Any] = {"HEADS": 32, "RANK": 896, "num_warps": 4}
+    constants = {"RANK": 896, "ROTARY": 64, "BLOCK_R": 1024, "BLOCK_S": 64, "num_warps": 4}
+    constants |= {"NORM": True, "AFFINE": True}
+    yield Case("latent_append", append.append_kernel, constants)
+    constants = heads | {"CONTENT": 128, "ROTARY": 64, "BLOCK_R": absorb.BLOCK_R}
+    yield Case("absorb_query", absorb.absorb_kernel, constants)
+    constants = heads | {"VALUE": 128, "POW2_R": 1024, "BLOCK_V": absorb.BLOCK_V}
+    yield Case("expand_output", absorb.expand_kernel, constants)
+    constants = {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "num_warps": 1}
+    yield Case("gqa_append", gqa_append.gqa_append_kernel, constants)
+    yield linear_case("linear-gate-up", linear.GATED_TILE, 12288, 4096, gated=True)
+    yield linear_case("linear-down", linear.PLAIN, 4096, 12288, gated=False)
+
+
+def tried_cases() -> Iterator[Case]:
+    """Every tile that the GPU benchmark tries."""
+    from internvideo3.harness.gpu import kernels as bench
+
+    for kind, tiles in bench.LATENT_TILES.items():
+        width, value = bench.LATENT[kind]
+        for tile in tiles:
+            yield latent_case(f"{kind}/{bench.tile_id(tile)}", tile, width, value)
+    for gqa_tile in bench.GQA_TILES:
+        yield gqa_case(f"gqa/{bench.tile_id(gqa_tile)}", gqa_tile)
+    for width, prefill_tiles in bench.PREFILL_TILES.items():
+        for prefill_tile in prefill_tiles:
+            name = f"prefill-{width}/{bench.tile_id(prefill_tile)}"
+            yield prefill_case(name, prefill_tile, width)
+    for shape, (rows, width, gated) in bench.LINEAR_SHAPES.items():
+        for linear_tile in bench.LINEAR_TILES:
+            name = f"linear-{shape}/{bench.tile_id(linear_tile)}"
+            n_out = rows // 2 if gated else rows
+            yield linear_case(name, linear_tile, n_out, width, gated=gated)
+
+
+def control_cases() -> Iterator[Case]:
+    """What must fail the gate: a tile too large, and a good tile without alignment."""
+    from internvideo3.kernels.latent_decode.triton import Tile
+
+    yield latent_case("too-large", Tile("transposed", 64, 8, 2), 1024, 896)
+    yield latent_case("unaligned", Tile("transposed", 32, 8, 3), 1024, 896, aligned=False)
+
+
+SETS = {"shipped": shipped_cases, "tried": tried_cases, "controls": control_cases}
 
 
 if __name__ == "__main__":
-    wanted = sys.argv[1:]
-    for case in [*latent_cases(), *gqa_cases(), *prefill_cases(), *small_cases()]:
+    chosen, *wanted = sys.argv[1:] or ["shipped"]
+    for case in SETS[chosen]():
         if not wanted or any(w in case.name for w in wanted):
             sys.stdout.write(json.dumps(examine(case)) + "\n")
             sys.stdout.flush()

@@ -70,6 +70,7 @@ def test_heads(heads: int, tile: Tile) -> None:
     check([41], heads=heads, width=128, value=112, splits=2, tile=tile)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "value", "tile"),
     [
