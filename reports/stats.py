@@ -162,30 +162,22 @@ def _standard_error(data: _Clustered) -> float:
 
 def _resampled_means(data: _Clustered, resamples: int, seed: int) -> Floats:
     """Return [R] means of resamples of C whole clusters with replacement."""
-    means_R = np.empty(resamples)
-    counts_RC = _draws(len(data.sums_C), resamples, seed)
-    rows = max(1, _CHUNK // len(data.sums_C))
-    for start in range(0, resamples, rows):
-        weights_RC = counts_RC[start : start + rows].astype(np.float64)
-        means_R[start : start + rows] = (weights_RC @ data.sums_C) / (weights_RC @ data.sizes_C)
-    return means_R
+    both_C2 = np.stack([data.sums_C, data.sizes_C], 1).astype(np.float32)
+    sums_R, sizes_R = (_draws(len(data.sums_C), resamples, seed) @ both_C2).T.astype(np.float64)
+    return np.asarray(sums_R / sizes_R)
 
 
 # Systems on one suite have the same number of videos, so they share their draws.
-@lru_cache(maxsize=3)
-def _draws(clusters: int, resamples: int, seed: int) -> NDArray[np.uint8]:
-    """Return [R, C]: how often each cluster was drawn in each resample.
-
-    A count above 255 would need that many draws of one cluster: impossible up to C = 255, and
-    less likely than 1e-300 beyond.
-    """
+@lru_cache(maxsize=2)
+def _draws(clusters: int, resamples: int, seed: int) -> NDArray[np.float32]:
+    """Return [R, C]: how often each cluster was drawn; counts are exact in single precision."""
     rng = np.random.default_rng(seed)
-    counts_RC = np.empty((resamples, clusters), np.uint8)
+    counts_RC = np.empty((resamples, clusters), np.float32)
     rows = max(1, _CHUNK // clusters)
     for start in range(0, resamples, rows):
         stop = min(start + rows, resamples)
-        index_RC = rng.integers(0, clusters, (stop - start, clusters))
-        index_RC += np.arange(stop - start)[:, None] * clusters
+        index_RC = rng.integers(0, clusters, (stop - start, clusters), dtype=np.int32)
+        index_RC += np.arange(stop - start, dtype=np.int32)[:, None] * clusters
         counted = np.bincount(index_RC.ravel(), minlength=(stop - start) * clusters)
         counts_RC[start:stop] = counted.reshape(stop - start, clusters)
     return counts_RC

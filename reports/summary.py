@@ -13,6 +13,7 @@ from typing import Any
 
 from internvideo3.reports.load import Run, Sample, load_runs
 from internvideo3.reports.stats import (
+    RESAMPLES,
     Difference,
     Interval,
     cluster_interval,
@@ -31,6 +32,8 @@ SUITE_ORDER = (
     "world_manyq",
 )
 NORMAL_95 = 1.959964
+GROUP_RESAMPLES = 2_000
+"""Resamples for families and length bands, which are many; whole suites take all."""
 TOLERATED_LOSS = 0.03
 """The loss that a conversion may cost, as a fraction: a reference line, not a test."""
 
@@ -276,7 +279,9 @@ def _chance(samples: Iterable[Sample]) -> float | None:
 def _cell(system: System, suite: str, samples: Sequence[Sample], *, whole: bool = False) -> Cell:
     scored = [x for x in samples if x.value is not None] or list(samples)
     interval = cluster_interval(
-        [x.value or 0.0 for x in scored], [x.video_id for x in scored], resamples=10_000
+        [x.value or 0.0 for x in scored],
+        [x.video_id for x in scored],
+        resamples=RESAMPLES if whole else GROUP_RESAMPLES,
     )
     recorded = system.run.results.get(suite, {}) if whole else {}
     # A result that was written before the last samples were added is not this suite's result.

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from internvideo3.reports import wording
-from internvideo3.reports.summary import Cell, Summary, System, summarise_paths
+from internvideo3.reports.summary import Cell, Comparison, Summary, System, summarise_paths
 
 
 def print_report(runs: Sequence[Path], *, console: Console | None = None) -> None:
@@ -46,26 +46,37 @@ def leaderboard(summary: Summary) -> Table:
 
 
 def differences(summary: Summary) -> Table:
-    """Return the table of paired differences, one row per pair and suite."""
-    table = Table(title="Paired differences, percentage points", title_justify="left")
-    for name in ("systems", "suite"):
-        table.add_column(name)
+    """Return the table of paired differences, a block for each pair and a row for each suite."""
+    label = " · ".join(summary.labels)
+    title = "Paired differences, percentage points" + (f" ({label})" if label else "")
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
     for name in ("difference", "95 % interval", "won", "lost", "McNemar p", "n"):
-        table.add_column(name, justify="right")
-    for suite in summary.suites:
-        for c in suite.comparisons:
-            d = c.difference
-            table.add_row(
-                Text(c.name),
-                wording.suite_title(suite.name),
-                wording.points(d.interval.mean),
-                wording.signed_span(d.interval),
-                str(d.wins),
-                str(d.losses),
-                wording.p_value(d),
-                str(d.interval.n),
-            )
+        table.add_column(name, justify="right", no_wrap=True)
+    for pair in dict.fromkeys(c.name for suite in summary.suites for c in suite.comparisons):
+        table.add_section()
+        table.add_row(Text(pair, style="bold"))
+        for suite in summary.suites:
+            for c in suite.comparisons:
+                if c.name == pair:
+                    table.add_row(f"  {wording.suite_title(suite.name)}", *_difference(c))
+        mean = summary.mean_difference(pair)
+        if mean:
+            numbers = wording.points(mean.mean), wording.signed_span(mean)
+            table.add_row("  Mean of suites", *numbers, "", "", "", str(mean.n), style="bold")
     return table
+
+
+def _difference(comparison: Comparison) -> list[str]:
+    d = comparison.difference
+    return [
+        wording.points(d.interval.mean),
+        wording.signed_span(d.interval),
+        str(d.wins),
+        str(d.losses),
+        wording.p_value(d),
+        str(d.interval.n),
+    ]
 
 
 def footnotes(summary: Summary) -> list[str]:
