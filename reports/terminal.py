@@ -56,15 +56,17 @@ def differences(summary: Summary) -> Table:
     for pair in dict.fromkeys(c.name for suite in summary.suites for c in suite.comparisons):
         table.add_section()
         table.add_row(Text(pair, style="bold"))
-        for suite in summary.suites:
-            for c in suite.comparisons:
-                if c.name == pair:
-                    table.add_row(f"  {wording.suite_title(suite.name)}", *_difference(c))
+        for suite, c in _of_pair(summary, pair):
+            table.add_row(f"  {wording.suite_title(suite)}", *_difference(c))
         mean = summary.mean_difference(pair)
         if mean:
             numbers = wording.points(mean.mean), wording.signed_span(mean)
             table.add_row("  Mean of suites", *numbers, "", "", "", str(mean.n), style="bold")
     return table
+
+
+def _of_pair(summary: Summary, pair: str) -> list[tuple[str, Comparison]]:
+    return [(s.name, c) for s in summary.suites for c in s.comparisons if c.name == pair]
 
 
 def _difference(comparison: Comparison) -> list[str]:
