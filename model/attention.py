@@ -37,6 +37,9 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 from internvideo3.model.cache import LatentCache, Part
 from internvideo3.model.config import InternVideo3TextConfig
 
+MAX_SCORES = 1 << 26
+"""Scores held at once by `attend`; longer inputs are taken in runs of queries."""
+
 
 def attend(q_BKGTW: Tensor, parts: list[Part], scale: float) -> Tensor:
     """Softmax attention over several segments, merged by log-sum-exp.
@@ -47,15 +50,49 @@ def attend(q_BKGTW: Tensor, parts: list[Part], scale: float) -> Tensor:
     Returns:
         [B, K, G, T, V].
     """
+    B, K, G, T, _ = q_BKGTW.shape
+    if len(parts) == 1 and K > 1 and parts[0].tensors[0].shape[0] == B:
+        return _attend_whole(q_BKGTW, parts[0], scale)
+    cached = sum(part.tensors[0].shape[2] for part in parts)
+    run = max(1, MAX_SCORES // (B * K * G * cached))
+    if run >= T:
+        return _merge([_attend_part(q_BKGTW, part, scale) for part in parts])
     outs: list[Tensor] = []
-    sums: list[Tensor] = []
-    for part in parts:
-        out, lse = _attend_part(q_BKGTW, part, scale)
-        outs.append(out)
-        sums.append(lse)
+    for start in range(0, T, run):
+        stop = min(start + run, T)
+        cut = [_query_rows(part, start, stop, T) for part in parts]
+        q_run = q_BKGTW[..., start:stop, :]
+        outs.append(_merge([_attend_part(q_run, part, scale) for part in cut]))
+    return torch.cat(outs, dim=3)
+
+
+def _attend_whole(q_BKGTW: Tensor, part: Part, scale: float) -> Tensor:
+    """Attention over a single segment by torch's fused kernels; [B, K, G, T, V]."""
+    K, T = q_BKGTW.shape[1], q_BKGTW.shape[3]
+    if T == 1 and part.mask_BxTN is None:
+        # One query sees everything: a head's group is then a sequence of queries to its keys.
+        out = functional.scaled_dot_product_attention(
+            q_BKGTW.squeeze(3), *part.tensors, scale=scale
+        )
+        return out.unsqueeze(3)
+    return attend_one(q_BKGTW.flatten(1, 2), part, scale).unflatten(1, (K, -1))
+
+
+def _query_rows(part: Part, start: int, stop: int, new_tokens: int) -> Part:
+    """The part as queries `start` to `stop` of `new_tokens` see it."""
+    mask = part.mask_BxTN
+    if part.causal:
+        cached = part.tensors[0].shape[2]
+        mask = _causal_mask(new_tokens, cached, part.tensors[0].device)
+    return part if mask is None else Part(part.tensors, mask[..., start:stop, :])
+
+
+def _merge(found: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Merges outputs [B, K, G, T, V] of several segments by their log-sum-exp [B, K, G, T]."""
+    outs = [out for out, _ in found]
     if len(outs) == 1:
         return outs[0]
-    lse_PBKGT = torch.stack(sums)
+    lse_PBKGT = torch.stack([lse for _, lse in found])
     # A padding query may see nothing at all; the clamp gives it zeros, not NaN.
     total_BKGT = lse_PBKGT.logsumexp(0).clamp_min(torch.finfo(lse_PBKGT.dtype).min)
     weight_PBKGT = (lse_PBKGT - total_BKGT).exp().to(outs[0].dtype)
@@ -255,8 +292,6 @@ class LatentAttention(nn.Module):
         """Attention on keys and values rebuilt per head; returns [B, H, T, D]."""
         q_BHTW = torch.cat([q_BHTD, q_rope_BHTS], dim=-1)
         rebuilt = [Part(self.rebuild(p.tensors[0][:, 0]), p.mask_BxTN, p.causal) for p in parts]
-        if len(rebuilt) == 1 and rebuilt[0].tensors[0].shape[0] == q_BHTW.shape[0]:
-            return attend_one(q_BHTW, rebuilt[0], self.scale)
         q_BKGTW = q_BHTW.unflatten(1, (self.num_kv_heads, -1))
         return attend(q_BKGTW, rebuilt, self.scale).flatten(1, 2)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -57,8 +57,8 @@ class Part:
 class Placement:
     """Where a step writes when rows of a batch have tails of different lengths."""
 
-    offsets_B: Tensor
-    """Own tail length of each row before the step, int64."""
+    rows_B1: Tensor
+    """Index of each row of the batch."""
     positions_BT: Tensor
     """Tail index of each new token."""
     stop: int
@@ -69,11 +69,12 @@ class Placement:
     @classmethod
     def of(cls, lengths: Sequence[int], new_tokens: int, device: torch.device) -> Placement:
         """Places `new_tokens` tokens after the own tail of each row."""
-        offsets_B = torch.tensor(lengths, device=device)
-        positions_BT = offsets_B[:, None] + torch.arange(new_tokens, device=device)
+        offsets_B1 = torch.tensor(lengths, device=device)[:, None]
+        positions_BT = offsets_B1 + torch.arange(new_tokens, device=device)
+        rows_B1 = torch.arange(len(lengths), device=device)[:, None]
         stop = max(lengths) + new_tokens
         visible_BTN = torch.arange(stop, device=device) <= positions_BT[..., None]
-        return cls(offsets_B, positions_BT, stop, visible_BTN[:, None])
+        return cls(rows_B1, positions_BT, stop, visible_BTN[:, None])
 
 
 class SegmentedLayer(CacheLayerMixin):
@@ -96,13 +97,21 @@ class SegmentedLayer(CacheLayerMixin):
         """Nothing to prepare: storage is allocated by the first `write`."""
         self.is_initialized = True
 
+    def segments(self) -> tuple[Segment, ...]:
+        """Everything cached, the own tail as the last segment."""
+        if not self.length:
+            return self.frozen
+        return (*self.frozen, Segment(self.tail, self.length))
+
     def fork(self) -> Self:
         """A layer that shares everything cached so far; no tensor is touched."""
-        frozen = self.frozen
-        if self.length:
-            frozen = (*frozen, Segment(self.tail, self.length))
         self._shared_length = self.length
-        return type(self)(frozen)
+        return type(self)(self.segments())
+
+    def row(self, index: int, length: int) -> Self:
+        """One sequence of the batch, with the first `length` tokens of its tail, as views."""
+        own = tuple(t[index : index + 1] for t in self.tail)
+        return type(self)((*self.frozen, Segment(own, length)) if length else self.frozen)
 
     def reserve(self, like: tuple[Tensor, ...], tokens: int) -> None:
         """Makes room for `tokens` tail tokens in storage shaped like `like` ([B, K, any, W])."""
@@ -136,8 +145,7 @@ class SegmentedLayer(CacheLayerMixin):
             if placement is None:
                 storage[:, :, self.length : stop] = value
             else:
-                rows_B1 = torch.arange(value.shape[0], device=value.device)[:, None]
-                storage[rows_B1, :, placement.positions_BT] = value.transpose(1, 2)
+                storage[placement.rows_B1, :, placement.positions_BT] = value.transpose(1, 2)
         self.length = stop
 
     def parts(
@@ -280,9 +288,18 @@ class SegmentedCache(Cache):
 
     def fork(self) -> Self:
         """A cache with the same past. O(layers): no tensor is copied."""
-        child = type(self).__new__(type(self))
-        SegmentedCache.__init__(child, [self.segmented(i).fork() for i in range(len(self.layers))])
-        return child
+        return self.of_layers([self.segmented(i).fork() for i in range(len(self.layers))])
+
+    def row(self, index: int, length: int) -> Self:
+        """One sequence of a batch whose tails differ in length, as views of its storage."""
+        rows = [self.segmented(i).row(index, length) for i in range(len(self.layers))]
+        return self.of_layers(rows)
+
+    def of_layers(self, layers: Iterable[SegmentedLayer]) -> Self:
+        """A cache of the same kind made of these layers."""
+        made = type(self).__new__(type(self))
+        SegmentedCache.__init__(made, layers)
+        return made
 
     def allocated_bytes(self) -> int:
         """Bytes of all storage this cache keeps alive, shared segments and spare room included."""
@@ -316,6 +333,25 @@ class SharedKVCache(SegmentedCache):
 
     def __init__(self, num_layers: int) -> None:
         super().__init__(SegmentedLayer() for _ in range(num_layers))
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: object,
+        **kwargs: object,
+    ) -> Any:
+        """Appends keys and values.
+
+        Returns:
+            All keys and all values. Within a `step`, the parts to attend to instead, twice:
+            transformers hands them on to the attention function unread.
+        """
+        if not self.over_segments:
+            return super().update(key_states, value_states, layer_idx)
+        parts = self.extend(layer_idx, (key_states, value_states))
+        return parts, parts
 
 
 def allocated_bytes(caches: Iterable[SegmentedCache]) -> int:

@@ -15,6 +15,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 from transformers.video_utils import VideoMetadata
 
 from internvideo3.model.conversion.convert import convert
+from internvideo3.model.conversion.options import PRESETS
 from internvideo3.model.modeling import InternVideo3ForConditionalGeneration
 from internvideo3.model.scale.build import SYSTEM_PROMPT, load_processor, random_model
 
@@ -120,9 +121,12 @@ def lively_model(seed: int = 1) -> Qwen3VLForConditionalGeneration:
     """A random model whose attention is far from uniform."""
     model = random_model(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.mul_(3)
+            elif "q_norm" in name or "k_norm" in name:
+                # Gains that differ within a rotated pair: they must act before the rotation.
+                parameter.add_(0.4 * torch.randn_like(parameter))
     return model.double().eval()
 
 
@@ -149,6 +153,22 @@ def identity(
     return convert(source, calibration, "full")
 
 
+@pytest.fixture(scope="session")
+def half(
+    source: Qwen3VLForConditionalGeneration, calibration: list[Inputs]
+) -> InternVideo3ForConditionalGeneration:
+    """The source at half the cache, with modality adapters, float64."""
+    options = PRESETS["half"](source.config.text_config).with_(adapters="on")
+    return convert(source, calibration, options)
+
+
+@pytest.fixture(params=["gqa", "m2la reconstruct", "m2la absorbed"])
+def model(request: pytest.FixtureRequest, source: Any, with_form: Any) -> Any:
+    """Each model that a session must run on; all compute the same function."""
+    kind, _, form = request.param.partition(" ")
+    return source if kind == "gqa" else with_form(form)
+
+
 @pytest.fixture
 def with_form(
     identity: InternVideo3ForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
@@ -165,6 +185,11 @@ def with_form(
 @pytest.fixture
 def pad() -> Callable[[list[Inputs]], Inputs]:
     return pad_together
+
+
+@pytest.fixture(name="chat")
+def chat_fixture() -> Callable[..., list[dict[str, Any]]]:
+    return chat
 
 
 @pytest.fixture

@@ -136,7 +136,7 @@ def test_gradients_equal_the_source(case: dict[str, Any], source: Any, identity:
 
 def test_a_cache_refuses_gradients(inputs: Any, identity: Any) -> None:
     with torch.enable_grad(), pytest.raises(ValueError, match="use_cache=False"):
-        identity(**inputs("Hello?"), past_key_values=LatentCache(6), use_cache=True)
+        identity(**inputs("Hello?"), past_key_values=LatentCache(8), use_cache=True)
 
 
 @pytest.mark.parametrize("case", ["two videos"], indirect=True)

@@ -1,0 +1,318 @@
+"""Checkpoints: finding, checking, describing and loading them.
+
+A checkpoint is a folder with `config.json`, safetensors weights and processor files. Two layouts
+are known: Qwen3-VL (GQA) and ours (M²LA). Pickled weights are refused, since unpickling runs code.
+torch is imported only to load weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+SCALE_FOLDER = Path(__file__).parent / "scale"
+SCALE_NAMES = {f"scale:{kind}": SCALE_FOLDER / kind for kind in ("base", "m2la", "control")}
+"""Short names of the checkpoints shipped with the package."""
+
+ARCHITECTURES = {"qwen3_vl": "gqa", "internvideo3": "m2la"}
+"""Attention of each model type that can be loaded."""
+
+KERNEL_WIDTHS = (512, 576, 1024)
+"""Row widths that the Triton kernels take; other widths run in plain torch."""
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """What a checkpoint is, read from its headers."""
+
+    path: Path
+    model_type: str
+    attention: str
+    """"gqa" or "m2la"."""
+    parameters: int
+    """Values stored; tied weights count once."""
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    latent_ranks: tuple[int, ...]
+    """Latent rank of each layer; empty for GQA."""
+    rope_widths: tuple[int, ...]
+    """Numbers of rotary key per token of each layer (2 S); empty for GQA."""
+    numbers_per_token: int
+    """Cached numbers per token, all layers together."""
+    gqa_numbers_per_token: int
+    """What a GQA model of the same shape caches."""
+    has_kernels: bool
+    """Whether every layer's row has a width that the Triton kernels take."""
+
+
+def resolve_checkpoint(name: str | Path) -> Path:
+    """Folder of a checkpoint given by path, short name, or the name of a downloaded Hub model.
+
+    Raises:
+        CheckpointError: there is none; offers the nearest known name.
+    """
+    text = str(name)
+    path = SCALE_NAMES.get(text, Path(text).expanduser())
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file; give the folder that holds config.json.")
+    if text in SCALE_NAMES:
+        raise CheckpointError(
+            f"{text} is not in this installation ({path} is missing). Train it with the commands "
+            "in model/scale/README.md, or reinstall the package with its weights."
+        )
+    downloaded = _downloaded(text)
+    if downloaded is not None:
+        return downloaded
+    raise CheckpointError(f"no checkpoint {text!r}.{_suggestion(path, text)}")
+
+
+def _downloaded(name: str) -> Path | None:
+    """Folder of a Hub model in the local cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        return None
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
+def _suggestion(path: Path, text: str) -> str:
+    known = list(SCALE_NAMES)
+    if path.parent.is_dir():
+        folders = [p for p in path.parent.iterdir() if (p / "config.json").is_file()]
+        known += [str(p) for p in folders]
+    near = difflib.get_close_matches(text, known, n=3, cutoff=0.6)
+    if near:
+        return f" Did you mean {' or '.join(near)}?"
+    return (
+        f" Give a folder with config.json, or one of {', '.join(SCALE_NAMES)}; "
+        "a Hub model must be downloaded first (hf download OWNER/NAME)."
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The checkpoint's config.json.
+
+    Raises:
+        CheckpointError: it is missing, not JSON, or of an architecture that is not known.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no config.json, so it is no checkpoint.")
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is not JSON ({error}); copy the file again.") from error
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{path} holds a {kind!r} model. Known are {' and '.join(ARCHITECTURES)}: Qwen3-VL, "
+            "and Qwen3-VL converted to M²LA by this package."
+        )
+    return config
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or only pickled weights.
+    """
+    files = sorted(path.glob("*.safetensors"))
+    if files:
+        return files
+    pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{path} has pickled weights only ({', '.join(pickles[:3])}). Unpickling runs code, so "
+            "they are refused: convert them to safetensors first."
+        )
+    raise CheckpointError(f"{path} has no *.safetensors file; copy the weights again.")
+
+
+def weights_digest(path: Path) -> str:
+    """SHA-256 over the names and contents of a checkpoint's configuration and weights, in hex.
+
+    Raises:
+        CheckpointError: there are no safetensors weights.
+    """
+    digest = hashlib.sha256()
+    for file in [path / "config.json", *weight_files(path)]:
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def cache_bytes_per_token(config: Path | Mapping[str, Any] | Any, dtype: str | Any) -> int:
+    """Bytes that one token takes in the cache, all layers together.
+
+    Args:
+        config: a checkpoint folder, its configuration as a mapping, or as a transformers object.
+        dtype: name of a floating type, or a torch dtype.
+
+    Raises:
+        CheckpointError: the type or the architecture is not known.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in ITEM_BYTES:
+        raise CheckpointError(f"no cache type {name!r}; choose one of {', '.join(ITEM_BYTES)}.")
+    if isinstance(config, Path):
+        config = read_config(config)
+    elif not isinstance(config, Mapping):
+        config = config.to_dict()
+    ranks, ropes = _latent_rows(config)
+    numbers = sum(ranks) + sum(ropes) if ranks else _gqa_numbers(config["text_config"])
+    return numbers * ITEM_BYTES[name]
+
+
+def inspect(name: str | Path) -> CheckpointInfo:
+    """What a checkpoint is, without loading its weights.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used.
+    """
+    path = resolve_checkpoint(name)
+    config = read_config(path)
+    text = config["text_config"]
+    ranks, ropes = _latent_rows(config)
+    widths = [rank + rope for rank, rope in zip(ranks, ropes, strict=True)]
+    return CheckpointInfo(
+        path=path,
+        model_type=config["model_type"],
+        attention=ARCHITECTURES[config["model_type"]],
+        parameters=sum(_stored_values(file) for file in weight_files(path)),
+        layers=text["num_hidden_layers"],
+        query_heads=text["num_attention_heads"],
+        kv_heads=text["num_key_value_heads"],
+        head_dim=text["head_dim"],
+        latent_ranks=ranks,
+        rope_widths=ropes,
+        numbers_per_token=sum(widths) or _gqa_numbers(text),
+        gqa_numbers_per_token=_gqa_numbers(text),
+        has_kernels=bool(widths) and all(width in KERNEL_WIDTHS for width in widths),
+    )
+
+
+def _latent_rows(config: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Rank and rotary width of each layer; empty for GQA."""
+    if config["model_type"] != "internvideo3":
+        return (), ()
+    text = config["text_config"]
+    layers = text["num_hidden_layers"]
+
+    def each(value: int | list[int]) -> list[int]:
+        return value if isinstance(value, list) else [value] * layers
+
+    return tuple(each(text["latent_rank"])), tuple(2 * s for s in each(text["rope_slots"]))
+
+
+def _gqa_numbers(text: Mapping[str, Any]) -> int:
+    return int(2 * text["num_hidden_layers"] * text["num_key_value_heads"] * text["head_dim"])
+
+
+def _stored_values(file: Path) -> int:
+    """Number of values in a safetensors file, from its header."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as stored:
+            names = list(stored.keys())
+            return sum(math.prod(stored.get_slice(name).get_shape()) for name in names)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged ({error}); copy the weights again.") from error
+
+
+def load_model(
+    name: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto"
+) -> tuple[Any, Any]:
+    """Loads a checkpoint for inference.
+
+    Args:
+        name: path or name, see `resolve_checkpoint`.
+        device: where to; by default CUDA if there is a GPU.
+        dtype: a floating type; "auto" is float32 on CPU and bfloat16 on CUDA.
+
+    Returns:
+        The model (a `Qwen3VLForConditionalGeneration`, for M²LA its subclass) and its
+        `Qwen3VLProcessor`.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used.
+    """
+    path = resolve_checkpoint(name)
+    kind = read_config(path)["model_type"]
+    weight_files(path)
+
+    import torch
+    from safetensors import SafetensorError
+    from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+
+    from internvideo3.model.modeling import InternVideo3ForConditionalGeneration
+
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype == "auto":
+        dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    classes: dict[str, Any] = {
+        "qwen3_vl": Qwen3VLForConditionalGeneration,
+        "internvideo3": InternVideo3ForConditionalGeneration,
+    }
+    try:
+        model, report = classes[kind].from_pretrained(
+            path,
+            dtype=_torch_type(dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        processor = Qwen3VLProcessor.from_pretrained(path, local_files_only=True)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    _check_complete(path, report)
+    return model.to(where).eval(), processor
+
+
+def _torch_type(dtype: str | torch.dtype) -> torch.dtype:
+    import torch
+
+    name = str(dtype).removeprefix("torch.")
+    if name not in ITEM_BYTES:
+        raise CheckpointError(f"no weight type {name!r}; choose one of {', '.join(ITEM_BYTES)}.")
+    kind: torch.dtype = getattr(torch, name)
+    return kind
+
+
+def _check_complete(path: Path, report: Mapping[str, Any]) -> None:
+    """Refuses weights that do not fit the configuration; transformers would fill the gaps."""
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        names = sorted(map(str, report.get(problem) or ()))
+        if names:
+            raise CheckpointError(
+                f"{path} does not fit its config.json: {len(names)} "
+                f"{problem.replace('_', ' ')} ({', '.join(names[:3])}, ...). "
+                "Copy the checkpoint again, or give the one that this config.json belongs to."
+            )

@@ -1,0 +1,326 @@
+"""One growing multimodal context on one cache.
+
+A `Session` works on transformers' GQA Qwen3-VL and on the M²LA model. It renders and tokenises like
+the processor, prefills only what is new (in chunks, also across a video), keeps explicit positions
+and never reads the model's `rope_deltas`, and forks without copying.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internvideo3.model import decoding
+from internvideo3.model.decoding import Limits as Limits
+from internvideo3.model.decoding import StopReason as StopReason
+from internvideo3.model.forward import Tokens, logits, new_cache, run
+from internvideo3.model.prompt import Frames, Medium, Message, Piece, Prompter, PromptError
+from internvideo3.model.vision import Encoded, FeatureCache
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model answered."""
+
+    text: str
+    """Without special tokens."""
+    token_ids: tuple[int, ...]
+    """With the stop token, if there was one."""
+    stop_reason: StopReason
+    prompt_tokens: int
+    """Tokens of the context before the reply."""
+    new_tokens: int
+
+
+class Session:
+    """A context that grows by messages, text or ids, and can be forked and continued.
+
+    Text without media is deferred: it is prefilled together with what follows, or with the
+    prompts of other sessions (`generate_batch`), when its outcome is asked for.
+
+    Args:
+        model: a Qwen3-VL for conditional generation, GQA or M²LA; not changed.
+        processor: its `Qwen3VLProcessor`.
+        device: where inputs go; the model's device by default.
+        chunk: most tokens prefilled at once.
+        features: keeps encoded media; give one to several sessions to share it.
+        media_options: further arguments of the processor call for frames and images, e.g.
+            `{"do_resize": False}`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        device: torch.device | str | None = None,
+        chunk: int = 1024,
+        features: FeatureCache | None = None,
+        media_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.device = torch.device(device or model.device)
+        self.chunk = chunk
+        self.features = FeatureCache() if features is None else features
+        self.encode_s = 0.0
+        """Seconds spent in the vision tower by this session, its parents' included."""
+        self.cache = new_cache(model)
+        self._prompter = Prompter(processor, media_options)
+        self._ids: tuple[tuple[int, ...], ...] = ()
+        self._pending: list[int] = []
+        self._position = 0
+        self._tail = ""
+        self._reply_open = False
+        self._said = -1
+        self._logits_Y: Tensor | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        """All token ids so far, deferred ones included."""
+        return [token for run_ in self._ids for token in run_] + self._pending
+
+    def __len__(self) -> int:
+        """Number of tokens so far, deferred ones included."""
+        return sum(len(run_) for run_ in self._ids) + len(self._pending)
+
+    @property
+    def logits_last(self) -> Tensor:
+        """Next-token logits after everything so far, [vocabulary].
+
+        Raises:
+            PromptError: the session is empty.
+        """
+        self.prefill()
+        if self._logits_Y is None:
+            raise PromptError("an empty session predicts nothing; append something first.")
+        return self._logits_Y
+
+    def bytes(self) -> int:
+        """Bytes of cache storage this session keeps alive: shared prefix and spare room included.
+
+        Deferred text is prefilled first.
+        """
+        self.prefill()
+        return self.cache.allocated_bytes()
+
+    def append(self, messages: Sequence[Message], frames: Sequence[Frames] = ()) -> int:
+        """Appends whole turns, and the opening of a reply if the last one is a user's or a tool's.
+
+        Args:
+            messages: turns in transformers' chat form; `{"type": "video"}` contents stand for the
+                frames in order, `{"type": "image", "image": ...}` contents carry their image.
+            frames: the videos.
+
+        Returns:
+            Number of tokens appended.
+
+        Raises:
+            PromptError: placeholders and media do not match.
+        """
+        images = [
+            part["image"]
+            for message in messages
+            if not isinstance(message["content"], str)
+            for part in message["content"]
+            if part.get("type") == "image"
+        ]
+        return self.append_text(
+            self._close_reply() + self._prompter.render(messages), frames, images
+        )
+
+    def append_text(
+        self, text: str, frames: Sequence[Frames] = (), images: Sequence[Any] = ()
+    ) -> int:
+        """Appends rendered text as it stands, special tokens and media placeholders included.
+
+        The ids of all text appended are those of the whole text at once.
+
+        Returns:
+            Number of tokens appended.
+
+        Raises:
+            PromptError: placeholders and media do not match, or the text would merge with a token
+                that is cached already.
+        """
+        before = len(self)
+        joined = self._tail + text
+        piece = self._prompter.piece(joined, frames, images)
+        self._pending += piece.ids[self._unmerge(piece.ids) :]
+        if piece.media:
+            self._prefill(piece.media)
+        self._tail = self._prompter.tail(joined)
+        self._reply_open = False
+        return len(self) - before
+
+    def append_ids(self, ids: Sequence[int]) -> int:
+        """Appends token ids and prefills them at once; vision tokens are not allowed.
+
+        Returns:
+            Number of tokens appended.
+
+        Raises:
+            PromptError: an id stands for an image or a video.
+        """
+        media = {self.model.config.image_token_id, self.model.config.video_token_id}
+        if media.intersection(ids):
+            raise PromptError("these ids hold vision tokens; append their frames with append_text.")
+        self._pending += ids
+        self._tail = ""
+        self._reply_open = False
+        self.prefill()
+        return len(ids)
+
+    def prefill(self) -> None:
+        """Caches deferred text now."""
+        self._prefill([])
+
+    def fork(self) -> Session:
+        """A session with the same past; neither sees what the other appends. Copies nothing.
+
+        Deferred text is prefilled first, so that it is shared as well.
+        """
+        self.prefill()
+        child = object.__new__(type(self))
+        child.__dict__.update(self.__dict__)
+        child.cache = self.cache.fork()
+        child._pending = []
+        return child
+
+    def generate(self, limits: Limits) -> Reply:
+        """Answers, greedily or by sampling; the reply becomes part of the context."""
+        return self.generate_batch([self], limits)[0]
+
+    @staticmethod
+    def generate_batch(
+        sessions: Sequence[Session], limits: Limits | Sequence[Limits]
+    ) -> list[Reply]:
+        """Answers in several sessions of one model together.
+
+        Forks of one session share its cache: the shared prefix is neither copied nor read more than
+        once per step. The replies are those that each session would give alone.
+
+        Raises:
+            PromptError: the models differ, a session is empty, or one is given twice.
+        """
+        if not sessions:
+            return []
+        first = sessions[0]
+        each = [limits] * len(sessions) if isinstance(limits, Limits) else list(limits)
+        distinct = len({id(s) for s in sessions}) == len(sessions)
+        if not distinct or any(s.model is not first.model for s in sessions):
+            raise PromptError("a batch takes different sessions of one model.")
+        if not all(len(s) for s in sessions):
+            raise PromptError("an empty session cannot answer; append something first.")
+        rows = [s._row(limit) for s, limit in zip(sessions, each, strict=True)]
+        continued = decoding.generate(first.model, rows, first._stop_ids(), first.chunk)
+        return [s._accept(c) for s, c in zip(sessions, continued, strict=True)]
+
+    def _row(self, limits: Limits) -> decoding.Row:
+        return decoding.Row(self.cache, self._pending, self._position, self._logits_Y, limits)
+
+    def _accept(self, continued: decoding.Continued) -> Reply:
+        prompt_tokens = len(self)
+        reply_ids = continued.token_ids
+        self._ids = (*self._ids, tuple(self._pending), tuple(reply_ids[:-1]))
+        self._pending = reply_ids[-1:]
+        self.cache = continued.cache
+        self._position = continued.position
+        self._logits_Y = None
+        text: str = self.processor.tokenizer.decode(
+            reply_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        self._tail, self._reply_open, self._said = "", True, reply_ids[-1]
+        return Reply(text, tuple(reply_ids), continued.stop_reason, prompt_tokens, len(reply_ids))
+
+    def _stop_ids(self) -> list[int]:
+        """End-of-turn ids of the generation configuration and of the tokenizer."""
+        named = self.model.generation_config.eos_token_id
+        ids = [named] if isinstance(named, int) else list(named or ())
+        return sorted({*ids, self.processor.tokenizer.eos_token_id} - {None})
+
+    def _close_reply(self) -> str:
+        """What is missing to end the model's own turn before another one begins."""
+        if not self._reply_open:
+            return ""
+        closing = self._prompter.closing
+        end = self._prompter.tokenize(closing)[0]
+        return (
+            closing[len(self.processor.tokenizer.decode([end])) :] if self._said == end else closing
+        )
+
+    def _unmerge(self, joined_ids: list[int]) -> int:
+        """Takes deferred tokens back that would be others together with the text that follows.
+
+        Args:
+            joined_ids: ids of the text since the last special token, with what follows.
+
+        Returns:
+            How many of `joined_ids` are part of the context already.
+        """
+        tail_ids = self._prompter.tokenize(self._tail) if self._tail else []
+        same = 0
+        for old, new in zip(tail_ids, joined_ids, strict=False):
+            if old != new:
+                break
+            same += 1
+        back = len(tail_ids) - same
+        if back > len(self._pending):
+            raise PromptError(
+                f"the text would merge with {self._tail[-20:]!r}, which is cached already. "
+                "Split the prompt at a special token."
+            )
+        if back:
+            del self._pending[-back:]
+        return same
+
+    def _prefill(self, media: list[Medium]) -> None:
+        """Caches the pending tokens, among them those of the given media."""
+        if not self._pending:
+            return
+        piece, self._pending = Piece(self._pending, media), []
+        with torch.no_grad():
+            tokens, following = self._place(piece)
+            for chunk in tokens.chunks(self.chunk):
+                hidden_1TX = run(self.model, self.cache, chunk)
+            self._logits_Y = logits(self.model, hidden_1TX[0, -1])
+        self._position = following
+        self._ids = (*self._ids, tuple(piece.ids))
+
+    def _place(self, piece: Piece) -> tuple[Tokens, int]:
+        """Tokens of a piece with their positions, and the position that follows."""
+        ids_1T = torch.tensor([piece.ids], device=self.device)
+        if not piece.media:
+            following = self._position + len(piece.ids)
+            positions_T = torch.arange(self._position, following, device=self.device)
+            return Tokens(ids_1T, positions_T.expand(3, 1, -1)), following
+        config = self.model.config
+        image_1T, video_1T = ids_1T == config.image_token_id, ids_1T == config.video_token_id
+        grids = {
+            f"{kind}_grid_thw": torch.stack([m.grid_thw for m in piece.media if m.kind == kind])
+            for kind in {m.kind for m in piece.media}
+        }
+        positions_3T, _ = self.model.model.get_rope_index(
+            ids_1T, mm_token_type_ids=image_1T.int() + 2 * video_1T.int(), **grids
+        )
+        positions_3T = positions_3T + self._position
+        tokens = Tokens(ids_1T, positions_3T, image_1T | video_1T, self._encode(piece))
+        return tokens, int(positions_3T.max()) + 1
+
+    def _encode(self, piece: Piece) -> Encoded:
+        started = time.perf_counter()
+        encoded = Encoded.joined(
+            [
+                self.features.encode(self.model, m.kind, m.pixels, m.grid_thw, m.key)
+                for m in piece.media
+            ]
+        )
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.encode_s += time.perf_counter() - started
+        return encoded

@@ -1,0 +1,433 @@
+"""A session's ids and logits are those of one pass over the whole chat, for GQA and M²LA.
+
+Run: .venv/bin/python -m pytest tests/model/test_session.py -q
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from internvideo3.model import decoding
+from internvideo3.model.cache import allocated_bytes
+from internvideo3.model.prompt import Prompter, PromptError
+from internvideo3.model.session import Limits, Session, StopReason
+from internvideo3.model.vision import FeatureCache
+
+TOLERANCE = 1e-9
+QUESTIONS = ("Why?", "Who moves left, then right of the red circle?", "How many squares are there?")
+TWO = ((14, 5), (6, 6))
+"""Frame counts and seeds of two videos."""
+
+
+def gap(got: Tensor, want: Tensor) -> float:
+    return float((got - want).abs().max())
+
+
+def split_chat(processor: Any, messages: list[dict[str, Any]]) -> tuple[str, str]:
+    """A chat's text up to its last video, and the rest."""
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    cut = text.rfind("<|vision_end|>") + len("<|vision_end|>")
+    return text[:cut], text[cut:]
+
+
+class Asker:
+    """Sessions on two videos."""
+
+    def __init__(self, processor: Any, chat: Any, frames: Any) -> None:
+        self.processor, self.chat = processor, chat
+        self.videos = tuple(frames(*which) for which in TWO)
+
+    def prefix(self, model: Any, **options: Any) -> Session:
+        session = Session(model, self.processor, **options)
+        session.append_text(split_chat(self.processor, self.chat("", 2))[0], self.videos)
+        return session
+
+    def ask(self, prefix: Session, question: str) -> Session:
+        fork = prefix.fork()
+        fork.append_text(split_chat(self.processor, self.chat(question, 2))[1])
+        return fork
+
+
+@pytest.fixture
+def asker(processor: Any, chat: Any, frames: Any) -> Asker:
+    return Asker(processor, chat, frames)
+
+
+@pytest.fixture
+def whole(asker: Asker, inputs: Any) -> Callable[[str], dict[str, Any]]:
+    return lambda question: inputs(question, asker.videos)
+
+
+def steps_of(model: Any, run: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
+    """What `run` returns, and the logits that the language-model head gave meanwhile."""
+    caught: list[Tensor] = []
+    hook = model.lm_head.register_forward_hook(lambda _m, _i, out: caught.append(out))
+    try:
+        return run(), caught
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("chunk", [7, 4096])
+def test_append_equals_one_pass(
+    model: Any, asker: Asker, whole: Any, processor: Any, chunk: int
+) -> None:
+    """A chunk of 7 tokens ends inside a video, and inside a frame."""
+    want = whole(QUESTIONS[1])
+    session = Session(model, processor, chunk=chunk)
+    count = session.append(asker.chat(QUESTIONS[1], 2), asker.videos)
+    assert session.ids == want["input_ids"][0].tolist()
+    assert count == len(session) == want["input_ids"].shape[1]
+    assert gap(session.logits_last, model(**want).logits[0, -1]) <= TOLERANCE
+
+
+def test_a_prefix_and_questions_have_the_ids_of_whole_chats(
+    model: Any, asker: Asker, whole: Any
+) -> None:
+    prefix = asker.prefix(model)
+    for question in QUESTIONS:
+        want = whole(question)
+        fork = asker.ask(prefix, question)
+        assert fork.ids == want["input_ids"][0].tolist()
+        assert gap(fork.logits_last, model(**want).logits[0, -1]) <= TOLERANCE
+
+
+def test_text_in_any_pieces_has_the_ids_of_the_whole(source: Any, processor: Any) -> None:
+    text = "<|im_start|>user\nWhich red circles moved before 12 seconds?<|im_end|>\n"
+    want = processor.tokenizer(text)["input_ids"]
+    for cut in range(1, len(text), 3):
+        if "<|" in text[:cut].rpartition("|>")[2]:
+            continue  # a special token cut in two is another text
+        session = Session(source, processor)
+        session.append_text(text[:cut])
+        session.append_text(text[cut:])
+        assert session.ids == want
+
+
+def test_images_among_videos(
+    model: Any, processor: Any, frames: Any, inputs: Any, chat: Any
+) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    video = frames(6, 5)
+    want = inputs("Is it there?", (video,), (image,))
+    messages = chat("Is it there?", 1, 1)
+    messages[1]["content"][1]["image"] = image
+    session = Session(model, processor, chunk=11)
+    session.append(messages, [video])
+    assert session.ids == want["input_ids"][0].tolist()
+    assert gap(session.logits_last, model(**want).logits[0, -1]) <= TOLERANCE
+
+
+def test_another_video_between_fork_and_question(
+    model: Any, asker: Asker, whole: Any, inputs: Any, frames: Any
+) -> None:
+    """The model's own `rope_deltas` then belong to the other video."""
+    fork = asker.prefix(model).fork()
+    other = inputs("Something else?", (frames(30, 9),))
+    model(**other)
+    model.generate(**other, max_new_tokens=2, do_sample=False)
+    deltas = model.model.rope_deltas.clone()
+    fork.append_text(split_chat(asker.processor, asker.chat(QUESTIONS[0], 2))[1])
+    got = fork.logits_last
+    assert torch.equal(model.model.rope_deltas, deltas)
+    assert gap(got, model(**whole(QUESTIONS[0])).logits[0, -1]) <= TOLERANCE
+
+
+def test_a_conversation_in_pieces_equals_one_pass(
+    model: Any, processor: Any, frames: Any, chat: Any
+) -> None:
+    """System turn, video, reply, second video: each appended alone, the second in the open."""
+    first, second = frames(8, 3), frames(5, 4)
+    session = Session(model, processor, chunk=13)
+    turns = chat("What is first?", 1)
+    session.append(turns[:1])
+    session.append(turns[1:], [first])
+    reply = session.generate(Limits(max_new_tokens=4, stop_ids=()))
+    later = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "And now?"}]}
+    session.append([later], [second])
+
+    opened = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    closed = processor.apply_chat_template([later], tokenize=False, add_generation_prompt=True)
+    before = as_inputs(processor, opened, [first])
+    after = as_inputs(processor, "<|im_end|>\n" + closed, [second])
+    said = torch.tensor([reply.token_ids])
+    ids = torch.cat([before["input_ids"], said, after["input_ids"]], dim=1)
+    assert session.ids == ids[0].tolist()
+    types = torch.zeros_like(ids).masked_fill(ids == model.config.video_token_id, 2)
+    want = model(
+        input_ids=ids,
+        mm_token_type_ids=types,
+        pixel_values_videos=torch.cat([x["pixel_values_videos"] for x in (before, after)]),
+        video_grid_thw=torch.cat([x["video_grid_thw"] for x in (before, after)]),
+    ).logits
+    assert gap(session.logits_last, want[0, -1]) <= TOLERANCE
+
+
+def as_inputs(processor: Any, text: str, videos: list[Any]) -> dict[str, Any]:
+    piece = Prompter(processor).piece(text, videos)
+    return {
+        "input_ids": torch.tensor([piece.ids]),
+        "pixel_values_videos": torch.cat([m.pixels for m in piece.media]),
+        "video_grid_thw": torch.stack([m.grid_thw for m in piece.media]),
+    }
+
+
+class CopyCounter(TorchDispatchMode):
+    """Counts the bytes of every tensor that an operation makes or changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copied = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.copied += sum(t.nbytes for t in (out,) if isinstance(t, Tensor))
+        return out
+
+
+def test_fork_copies_nothing(model: Any, asker: Asker) -> None:
+    prefix = asker.prefix(model)
+    prefix.prefill()
+    with CopyCounter() as counter:
+        forks = [prefix.fork() for _ in range(20)]
+    assert counter.copied == 0
+    together = allocated_bytes([prefix.cache, *(fork.cache for fork in forks)])
+    assert together == prefix.bytes()
+    with CopyCounter() as counter:
+        prefix.cache.segmented(0).joined()[0].clone()
+    assert counter.copied > 0
+
+
+def test_fork_leaves_the_parent_untouched(model: Any, asker: Asker, whole: Any) -> None:
+    prefix = asker.prefix(model)
+    before = prefix.logits_last.clone()
+    rows = [t.clone() for t in prefix.cache.segmented(0).joined()]
+    one, other = asker.ask(prefix, QUESTIONS[0]), asker.ask(prefix, QUESTIONS[1])
+    one.generate(Limits(max_new_tokens=70, stop_ids=()))
+    prefix_ids = prefix.ids
+    parent_question = asker.ask(prefix, QUESTIONS[2])
+    prefix.append_text("Parent goes on. ")
+    prefix.prefill()
+    assert torch.equal(prefix.fork().logits_last, prefix.logits_last)
+    for fork, question in ((other, QUESTIONS[1]), (parent_question, QUESTIONS[2])):
+        assert gap(fork.logits_last, model(**whole(question)).logits[0, -1]) <= TOLERANCE
+    after = [
+        t[:, :, : r.shape[2]] for t, r in zip(prefix.cache.segmented(0).joined(), rows, strict=True)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(after, rows, strict=True))
+    assert prefix.ids[: len(prefix_ids)] == prefix_ids
+    assert not torch.equal(prefix.logits_last, before)
+
+
+def test_generate_equals_transformers(model: Any, asker: Asker, whole: Any) -> None:
+    case = whole(QUESTIONS[1])
+    fork = asker.ask(asker.prefix(model), QUESTIONS[1])
+    reply, got = steps_of(model, lambda: fork.generate(Limits(max_new_tokens=5, stop_ids=())))
+    ids, want = steps_of(
+        model,
+        lambda: model.generate(**case, max_new_tokens=5, do_sample=False, eos_token_id=-1),
+    )
+    assert ids[0].tolist() == fork.ids
+    assert reply.prompt_tokens + reply.new_tokens == len(fork) == ids.shape[1]
+    assert reply.stop_reason is StopReason.LENGTH
+    assert max(gap(a[0], b[0, -1]) for a, b in zip(got, want, strict=True)) <= TOLERANCE
+
+
+def test_transformers_generate_on_a_fork(model: Any, asker: Asker, whole: Any) -> None:
+    """Given the whole ids and the right `rope_deltas`, `generate` goes on from a fork's cache."""
+    case = whole(QUESTIONS[1])
+    prefix = asker.prefix(model)
+    position = prefix._position
+    wanted, want = steps_of(
+        model,
+        lambda: model.generate(**case, max_new_tokens=4, do_sample=False, eos_token_id=-1),
+    )
+    model.model.rope_deltas = torch.tensor([[position - len(prefix)]])
+    ids, got = steps_of(
+        model,
+        lambda: model.generate(
+            input_ids=case["input_ids"],
+            attention_mask=case["attention_mask"],
+            past_key_values=prefix.fork().cache,
+            max_new_tokens=4,
+            do_sample=False,
+            eos_token_id=-1,
+        ),
+    )
+    assert torch.equal(ids, wanted)
+    assert max(gap(a[0, -1], b[0, -1]) for a, b in zip(got, want, strict=True)) <= TOLERANCE
+
+
+def batch_of(asker: Asker, model: Any, private: str) -> list[Session]:
+    """Three sessions that have asked; "private" says what they do not share."""
+    prefix = asker.prefix(model, chunk=9)
+    made = [prefix.fork() for _ in QUESTIONS]
+    if private == "videos":
+        made[1] = asker.prefix(model, chunk=9)
+    tail = split_chat(asker.processor, asker.chat("{}", 2))[1]
+    for session, question in zip(made, QUESTIONS, strict=True):
+        session.append_text(tail.replace("{}", question))
+    if private == "cached questions":
+        made[0].prefill()
+        made[2].prefill()
+    return made
+
+
+@pytest.fixture
+def chosen_from(monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
+    """For every reply from here on, in order, the logits that its tokens were chosen from."""
+    seen: list[list[Tensor]] = []
+
+    class Recorder(decoding._Writer):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.mine: list[Tensor] = []
+            seen.append(self.mine)
+
+        def _choose(self, scores_Y: Tensor) -> int:
+            self.mine.append(scores_Y)
+            return super()._choose(scores_Y)
+
+    monkeypatch.setattr(decoding, "_Writer", Recorder)
+    return seen
+
+
+@pytest.mark.parametrize("private", ["nothing cached", "cached questions", "videos"])
+def test_a_batch_equals_one_by_one(
+    model: Any, asker: Asker, private: str, chosen_from: list[list[Tensor]]
+) -> None:
+    """Prompts and replies of different lengths, on shared, partly shared and separate pasts."""
+    limits = [Limits(max_new_tokens=n, stop_ids=()) for n in (3, 6, 1)]
+    alone = batch_of(asker, model, private)
+    single = [s.generate(limit) for s, limit in zip(alone, limits, strict=True)]
+    batch = batch_of(asker, model, private)
+    assert Session.generate_batch(batch, limits) == single
+    for row in range(3):
+        got, want = torch.stack(chosen_from[3 + row]), torch.stack(chosen_from[row])
+        assert gap(got, want) <= TOLERANCE
+        assert batch[row].ids == alone[row].ids
+        # And both go on alike.
+        for session in (alone[row], batch[row]):
+            session.append([{"role": "user", "content": "Go on?"}])
+        assert gap(batch[row].logits_last, alone[row].logits_last) <= TOLERANCE
+
+
+def test_a_batch_stores_the_prefix_once(model: Any, asker: Asker) -> None:
+    prefix = asker.prefix(model)
+    prefix.prefill()
+    forks = [asker.ask(prefix, QUESTIONS[0]) for _ in range(8)]
+    Session.generate_batch(forks, Limits(max_new_tokens=2, stop_ids=()))
+    shared = prefix.cache.segmented(0).tail[0]
+    for fork in forks:
+        assert fork.cache.segmented(0).segments()[0].tensors[0] is shared
+
+
+def test_stop_tokens_end_a_reply(source: Any, asker: Asker) -> None:
+    prefix = asker.prefix(source)
+    free = asker.ask(prefix, QUESTIONS[0]).generate(Limits(max_new_tokens=6, stop_ids=()))
+    stop = free.token_ids[2]
+    first = free.token_ids.index(stop)
+    fork = asker.ask(prefix, QUESTIONS[0])
+    reply = fork.generate(Limits(max_new_tokens=6, stop_ids=[stop]))
+    assert reply.token_ids == free.token_ids[: first + 1]
+    assert reply.stop_reason is StopReason.STOP
+    assert fork.ids[-1] == stop
+
+
+def test_the_turn_is_closed_once(source: Any, processor: Any, chat: Any) -> None:
+    """A reply that ended by its end-of-turn token gets a line break, another one both."""
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for said in (None, end):
+        session = Session(source, processor)
+        session.append(chat("Hello?"))
+        reply = session.generate(Limits(max_new_tokens=1, stop_ids=()))
+        if said is not None:
+            session._pending, session._said = [said], said
+        session.append([{"role": "user", "content": "More?"}])
+        text = processor.tokenizer.decode(session.ids)
+        assert text.count("<|im_end|>\n") == text.count("<|im_end|>") == 4
+        assert reply.new_tokens == 1
+
+
+def test_sampling_follows_the_seed(source: Any, asker: Asker) -> None:
+    prefix = asker.prefix(source)
+
+    def draw(seed: int) -> tuple[int, ...]:
+        limits = Limits(max_new_tokens=8, stop_ids=(), temperature=2.0, seed=seed)
+        return asker.ask(prefix, QUESTIONS[0]).generate(limits).token_ids
+
+    assert draw(1) == draw(1)
+    assert len({draw(seed) for seed in range(4)}) > 1
+    limits = [Limits(max_new_tokens=8, stop_ids=(), temperature=2.0, seed=s) for s in (1, 2)]
+    forks = [asker.ask(prefix, QUESTIONS[0]) for _ in limits]
+    replies = Session.generate_batch(forks, limits)
+    assert [reply.token_ids for reply in replies] == [draw(1), draw(2)]
+
+
+def test_half_the_cache_takes_half_the_bytes(source: Any, half: Any, asker: Asker) -> None:
+    for ask_too in (False, True):
+        sizes = []
+        for model in (source, half):
+            session = asker.prefix(model)
+            if ask_too:
+                session = asker.ask(session, QUESTIONS[1])
+                session.generate(Limits(max_new_tokens=80, stop_ids=()))
+            sizes.append(session.bytes())
+            stored = sum(s.nbytes() for s in session.cache.segmented(0).storages())
+            assert session.bytes() == stored * len(session.cache.layers)
+        assert sizes[1] <= 0.5 * sizes[0]
+
+
+def test_no_frames_are_encoded_twice(source: Any, asker: Asker) -> None:
+    features = FeatureCache()
+    sessions = [asker.prefix(source, features=features) for _ in range(3)]
+    assert (features.misses, features.hits, len(features)) == (2, 4, 2)
+    assert gap(sessions[0].logits_last, sessions[2].logits_last) == 0.0
+    assert sessions[0].encode_s > 0
+    small = FeatureCache(max_bytes=1)
+    asker.prefix(source, features=small)
+    assert len(small) <= 1
+
+
+def test_long_videos_are_encoded_in_runs(
+    source: Any, asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = asker.prefix(source).logits_last
+    monkeypatch.setattr("internvideo3.model.vision.PATCHES_PER_CALL", 40)
+    assert gap(asker.prefix(source).logits_last, want) <= TOLERANCE
+
+
+def test_long_inputs_are_attended_in_runs(
+    model: Any, asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = asker.ask(asker.prefix(model), QUESTIONS[1]).logits_last
+    monkeypatch.setattr("internvideo3.model.attention.MAX_SCORES", 8 * 128 * 5)
+    assert gap(asker.ask(asker.prefix(model), QUESTIONS[1]).logits_last, want) <= TOLERANCE
+
+
+def test_mistakes_are_explained(source: Any, processor: Any, asker: Asker, chat: Any) -> None:
+    session = Session(source, processor)
+    with pytest.raises(PromptError, match="empty session"):
+        session.generate(Limits(max_new_tokens=1))
+    with pytest.raises(PromptError, match="1 video placeholders .* for 0 videos"):
+        session.append(chat("What?", 1))
+    with pytest.raises(PromptError, match="vision tokens"):
+        session.append_ids([source.config.video_token_id])
+    with pytest.raises(PromptError, match="different sessions"):
+        session.append_text("Hello")
+        Session.generate_batch([session, session], Limits(max_new_tokens=1))
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        Limits(max_new_tokens=0)
+    fork = session.fork()
+    with pytest.raises(PromptError, match="special token"):
+        for letters in ("lo", "ow", "s", "ing"):
+            fork.append_text(letters)
+            fork.prefill()
