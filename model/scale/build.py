@@ -1,4 +1,4 @@
-"""The scale model: Qwen3-VL's architecture at 3 million parameters (design page, section 8).
+"""The scale model: Qwen3-VL's architecture at 1.5 million parameters (design page, section 8).
 
 Everything is transformers' own Qwen3-VL (QK-norm, interleaved MRoPE, DeepStack, GQA); only the
 sizes are ours. One second of video at 2 fps is one temporal patch of 64 x 64 pixels: four tokens
@@ -70,11 +70,11 @@ def scale_config() -> Qwen3VLConfig:
     """Sizes of the scale model."""
     text = {
         "vocab_size": VOCABULARY,
-        "hidden_size": 192,
-        "intermediate_size": 384,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "head_dim": 32,
         "hidden_act": "silu",
         "max_position_embeddings": 65536,
@@ -100,7 +100,7 @@ def scale_config() -> Qwen3VLConfig:
         "patch_size": PATCH_SIZE,
         "temporal_patch_size": 2,
         "spatial_merge_size": 2,
-        "out_hidden_size": 192,
+        "out_hidden_size": 128,
         "num_position_embeddings": 64,
         "deepstack_visual_indexes": [1],
         "hidden_act": "gelu_pytorch_tanh",

@@ -56,13 +56,15 @@ EXTRA_OBJECT_SHARE: Final = 0.3
 """Share of scenes with a second object."""
 PARTIAL_VISIT_SHARE: Final = 0.5
 """Share of objects that enter after their scene starts or leave before it ends."""
-RADIUS: Final = (0.10, 0.16)
-RADIUS_FAR: Final = 0.08
-RADIUS_NEAR: Final = 0.20
-TRAVEL: Final = 0.5
-"""How far a moving object travels while visible, in picture widths."""
-MARGIN: Final = 0.18
-"""Object centres stay this far from the picture's edge."""
+RADII: Final = (0.14, 0.17, 0.20)
+RADIUS_FAR: Final = 0.10
+RADIUS_NEAR: Final = 0.24
+JOURNEY: Final = (0.25, 0.75)
+"""Where moving objects start and end along their axis."""
+STATIONS: Final = (0.25, 0.375, 0.5, 0.625, 0.75)
+"""Coordinates where objects rest and journeys start and end (`main` and `ego` videos)."""
+LANES: Final = (0.25, 0.75)
+"""Where two objects of one scene keep to."""
 
 FLASHES: Final = (1, 2, 3, 4)
 FLASH_S: Final = (0.5, 1.0)
@@ -74,10 +76,10 @@ FLASH_GAP_S: Final = 1.0
 SPATIAL_OBJECTS: Final = (2, 4)
 SPATIAL_SCENES: Final = 2
 """Scenes of a spatial video at most, so that four objects each have a colour of their own."""
-SPATIAL_RADIUS: Final = (0.09, 0.12)
+SPATIAL_RADIUS: Final = (0.11, 0.13)
 SPATIAL_TENTHS: Final = (3, 4, 5, 6, 7)
 """Distances asked about, in tenths of the picture width."""
-SPATIAL_GAP: Final = 0.24
+SPATIAL_GAP: Final = 0.27
 
 EGO_LEAD: Final = 0.15
 """The place with most time leads the second by at least this share of the video."""

@@ -191,7 +191,7 @@ def _draw_things(rng: random.Random, spans: Sequence[tuple[int, int]]) -> list[l
         extra = spare > 0 and rng.random() < d.EXTRA_OBJECT_SHARE
         spare -= extra
         motions = [rng.choice(d.MOTIONS) for _ in range(1 + extra)]
-        lanes = rng.sample((0.27, 0.73), 1 + extra)
+        lanes = rng.sample(d.LANES, 1 + extra)
         groups.append(
             [
                 _draw_thing(rng, colours.pop(), motion, lane if extra else None, (start, end))
@@ -206,21 +206,18 @@ def _draw_thing(
 ) -> Thing:
     """One object; with a lane (two objects a scene) it keeps to that half of the picture."""
     enter, leave = _draw_visit(rng, span)
-    free = (d.MARGIN, 1 - d.MARGIN)
-    x, y = rng.uniform(*free), rng.uniform(*free)
-    radius = rng.uniform(*d.RADIUS)
-    start, end = (x, y), (x, y)
-    start_radius = end_radius = radius
+    x, y = rng.choice(d.STATIONS), rng.choice(d.STATIONS)
+    start_radius = end_radius = rng.choice(d.RADII)
+    first, last = d.JOURNEY
     if motion in ("left", "right"):
-        low = rng.uniform(d.MARGIN, 1 - d.MARGIN - d.TRAVEL)
         y = y if lane is None else lane
-        start, end = (low, y), (low + d.TRAVEL, y)
+        start, end = (first, y), (last, y)
     elif motion in ("up", "down"):
-        low = rng.uniform(d.MARGIN, 1 - d.MARGIN - d.TRAVEL)
         x = x if lane is None else lane
-        start, end = (x, low), (x, low + d.TRAVEL)
+        start, end = (x, first), (x, last)
     else:
-        start = end = (x, y) if lane is None else (lane, rng.uniform(*free))
+        x = x if lane is None else lane
+        start = end = (x, y)
     if motion in ("left", "up"):
         start, end = end, start
     if motion in d.DEPTHS:

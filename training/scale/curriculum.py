@@ -16,29 +16,17 @@ class Stretch:
     """End of the stretch as a share of all steps."""
     lengths: Mapping[int, float]
     easy_share: float
-    narration_share: float
 
 
 STRETCHES: tuple[Stretch, ...] = (
-    Stretch(until=0.08, lengths={4: 0.5, 8: 0.5}, easy_share=0.9, narration_share=0.9),
-    Stretch(until=0.20, lengths={4: 0.2, 8: 0.5, 16: 0.3}, easy_share=0.6, narration_share=0.6),
-    Stretch(
-        until=0.40,
-        lengths={2: 0.05, 4: 0.1, 8: 0.3, 16: 0.45, 32: 0.1},
-        easy_share=0.4,
-        narration_share=0.4,
-    ),
-    Stretch(
-        until=0.65,
-        lengths={2: 0.05, 4: 0.1, 8: 0.2, 16: 0.35, 32: 0.25, 64: 0.05},
-        easy_share=0.25,
-        narration_share=0.25,
-    ),
+    Stretch(until=0.12, lengths={2: 0.3, 4: 0.7}, easy_share=1.0),
+    Stretch(until=0.30, lengths={4: 0.4, 8: 0.6}, easy_share=0.8),
+    Stretch(until=0.50, lengths={4: 0.2, 8: 0.5, 16: 0.3}, easy_share=0.5),
+    Stretch(until=0.70, lengths={2: 0.05, 4: 0.1, 8: 0.3, 16: 0.4, 32: 0.15}, easy_share=0.3),
     Stretch(
         until=1.01,
-        lengths={2: 0.04, 4: 0.08, 8: 0.16, 16: 0.27, 32: 0.22, 64: 0.13, 120: 0.1},
+        lengths={2: 0.05, 4: 0.1, 8: 0.2, 16: 0.3, 32: 0.2, 64: 0.09, 120: 0.06},
         easy_share=0.1,
-        narration_share=0.15,
     ),
 )
 
@@ -46,14 +34,10 @@ STRETCHES: tuple[Stretch, ...] = (
 def difficulty_at(progress: float) -> Difficulty:
     """The mixture at a share of training in 0-1."""
     stretch = next(stretch for stretch in STRETCHES if progress < stretch.until)
-    return Difficulty(
-        lengths=stretch.lengths,
-        easy_share=stretch.easy_share,
-        narration_share=stretch.narration_share,
-    )
+    return Difficulty(lengths=stretch.lengths, easy_share=stretch.easy_share)
 
 
-def learning_rate_factor(step: int, steps: int, warmup: int, decay_share: float = 0.3) -> float:
+def learning_rate_factor(step: int, steps: int, warmup: int, decay_share: float = 0.35) -> float:
     """Warm-up, plateau, then linear decay to 2 % over the last `decay_share` of the steps."""
     rise = min(1.0, (step + 1) / warmup)
     left = (steps - step) / max(1.0, decay_share * steps)

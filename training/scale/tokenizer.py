@@ -31,8 +31,11 @@ from internvideo3.model.scale.build import (
 from internvideo3.tasks.world.questions import narration
 from internvideo3.tasks.world.suites import SUITES, draw_suite
 
-PIECES = r"\.\d seconds>|\d{1,3}| ?[A-Za-z_]+| ?[^\sA-Za-z\d]+|\s+"
-"""Split before BPE: timestamp tails, numbers, words with their space, punctuation, blanks."""
+PIECES = (
+    r"\.\d seconds>|\nAnswer with [^.\n]*\.|\n[A-E]\.|\d{1,3}| ?[A-Za-z_]+| ?[^\sA-Za-z\d]+|\s+"
+)
+"""Split before BPE: timestamp tails, fixed prompt lines, option letters with their line break,
+numbers, words with their space, punctuation, blanks. The first three keep prompts short."""
 
 AGENT_WORDS = (
     ' {"name": "zoom", "arguments": {"start_s": 4, "end_s": 9}} tool observation evidence verify '

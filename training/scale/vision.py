@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers.models.qwen3_vl import modeling_qwen3_vl as hf
 
 GRID = (1, 4, 4)
@@ -47,10 +48,10 @@ class FrameEncoder:
             Merged tokens `[P,M,text width]` and one such tensor for every DeepStack level.
         """
         visual = self.visual
-        count, patches, _ = patches_PKV.shape
-        x_PKE = visual.patch_embed(patches_PKV.reshape(count * patches, -1)).view(
-            count, patches, -1
-        )
+        project = visual.patch_embed.proj
+        # The Conv3d sees exactly one window per patch: it is this matrix product, whose backward
+        # pass is 50 times faster on a CPU.
+        x_PKE = functional.linear(patches_PKV, project.weight.flatten(1), project.bias)
         place_KE = (visual.pos_embed(self.indices) * self.weights[:, :, None]).sum(1)
         x_PKE = x_PKE + place_KE
         deep: list[Tensor] = []
@@ -67,9 +68,8 @@ class FrameEncoder:
         qkv = attention.qkv(x_PKE).view(count, patches, 3, attention.num_heads, -1)
         q_PKHD, k_PKHD, v_PKHD = qkv.unbind(2)
         q_PKHD, k_PKHD = hf.apply_rotary_pos_emb_vision(q_PKHD, k_PKHD, *self.rotary)
-        mixed_PHKD = torch.nn.functional.scaled_dot_product_attention(
-            q_PKHD.transpose(1, 2), k_PKHD.transpose(1, 2), v_PKHD.transpose(1, 2)
-        )
+        scores = q_PKHD.transpose(1, 2) * attention.scaling @ k_PKHD.permute(0, 2, 3, 1)
+        mixed_PHKD = functional.softmax(scores, -1).to(v_PKHD.dtype) @ v_PKHD.transpose(1, 2)
         out: Tensor = attention.proj(mixed_PHKD.transpose(1, 2).reshape(count, patches, width))
         return out
 

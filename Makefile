@@ -1,0 +1,37 @@
+# Everything runs in this checkout's own .venv, made on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export TOKENIZERS_PARALLELISM := false
+# One thread a process: on a shared machine more threads are slower (docs/scale_model.md).
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test check test-transformers-5.17 sm90-triton-3.6 scale-model gpu gpu-kernels gpu-figure6 clean
+
+help:  ## Say what can be made
+	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("internvideo3 needs Python 3.11 or newer; run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## Install, run the whole pipeline at scale size, say where the page is
+	$(BIN)/internvideo3 demo --out demo
+
+test: $(STAMP)  ## Run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)  ## Lint and type-check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+scale-model: $(STAMP)  ## Train the scale model from random weights (about two hours on two cores)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash training/scale/recipe.sh
+
+clean:  ## Remove caches; keeps .venv and runs
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
