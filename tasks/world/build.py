@@ -375,7 +375,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 def _locked(folder: Path) -> Iterator[None]:
     """One build at a time in a folder; another one waits. The system frees it with the process."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    with (folder / ".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
