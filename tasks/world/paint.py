@@ -75,11 +75,18 @@ class _Canvas:
     def _background(self, one: Tracks) -> NDArray[np.float64]:
         key = tuple(values.tobytes() for values in (one.place_N2, one.light_N3, one.sway_N2))
         if key != self._key:
-            x_W, y_H = self.axis[None, None, :], self.axis[None, :, None]
-            grey_HW: Any = render._background(one, x_W, y_H, np)[0]
+            grey_HW = self._grey(one)
             self._background_HW3 = np.repeat(grey_HW[..., None], 3, axis=-1)
             self._key = key
         return self._background_HW3
+
+    def _grey(self, one: Tracks) -> Any:
+        """The background `[H,W]`; one texture where nothing fades, which is nearly always."""
+        x_W, y_H = self.axis[None, None, :], self.axis[None, :, None]
+        if one.light_N3[0, 2] < 1:
+            return render._background(one, x_W, y_H, np)[0]
+        x_1HW, y_1HW = x_W - one.sway_N2[0, 0], y_H - one.sway_N2[0, 1]
+        return render._texture(one.place_N2[:, 0], x_1HW, y_1HW, np)[0] * one.light_N3[0, 0]
 
     def _draw_object(self, image_HW3: NDArray[np.float64], one: Tracks, k: int) -> None:
         x, y, radius, opacity, _ = one.object_NK5[0, k]
