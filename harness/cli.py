@@ -282,6 +282,9 @@ def demo_command(
     full: Annotated[
         bool, typer.Option("--full", help="Whole suites: hours instead of minutes.")
     ] = False,
+    videos: Annotated[
+        int | None, typer.Option(min=2, help="Smaller still: at most so many videos of a suite.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for runs and page.")] = Path("demo"),
     root: RootOption = None,
     threads: ThreadsOption = 1,
@@ -297,7 +300,9 @@ def demo_command(
     with _errors_in_words(out):
         from internvideo3.harness.demo import DemoOptions, demo
 
-        options = DemoOptions(out=out, full=full, root=root, threads=threads, command=_command())
+        options = DemoOptions(
+            out=out, full=full, videos=videos, root=root, threads=threads, command=_command()
+        )
         page = demo(options, print, _evaluate_with_bars)
         print(f"Page: {page.resolve()}")
 

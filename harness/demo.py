@@ -35,6 +35,8 @@ class DemoOptions:
     """Folder for the runs and the page."""
     full: bool = False
     """Whole suites instead of their first videos; hours instead of minutes."""
+    videos: int | None = None
+    """At most so many videos of each suite; None for what `VIDEOS` says."""
     root: Path | None = None
     """The scale world's root; None for the usual place."""
     threads: int = 1
@@ -53,11 +55,17 @@ def demo(options: DemoOptions, tell: Tell, run_eval: EvalWithBars) -> Path:
 
     Returns:
         Path of the page.
+
+    Raises:
+        ValueError: whole suites and a number of videos were both asked for.
     """
+    if options.full and options.videos:
+        raise ValueError("--full and --videos exclude each other; leave one of them out.")
     # A subset has a root of its own: a suite's file lists all that is built of it, and a run
     # belongs to one such list.
     root = world_root(options.root)
-    root = root if options.full else root / "demo"
+    if not options.full:
+        root /= "demo" if options.videos is None else f"demo-{options.videos}"
     tell(f"1/4 Videos and questions, in {root}")
     _build(root, options, tell)
     runs = {
@@ -76,7 +84,8 @@ def demo(options: DemoOptions, tell: Tell, run_eval: EvalWithBars) -> Path:
 
 def _build(root: Path, options: DemoOptions, tell: Tell) -> None:
     for name, videos in VIDEOS.items():
-        built = build_suite(name, root, limit_videos=None if options.full else videos)
+        limit = min(videos, options.videos or videos)
+        built = build_suite(name, root, limit_videos=None if options.full else limit)
         tell(
             f"  {name}: {built.videos} videos ({built.made} made now), {built.questions} questions"
         )
