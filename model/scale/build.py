@@ -124,7 +124,8 @@ def load_processor(folder: Path = PROCESSOR_FOLDER) -> Qwen3VLProcessor:
     """
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(
-            f"no processor in {folder}; make it with `python -m internvideo3.training.scale.tokenizer`"
+            f"no processor in {folder}; make it with "
+            "`python -m internvideo3.training.scale.tokenizer`"
         )
     return AutoProcessor.from_pretrained(folder)
 

@@ -14,10 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import AutoModelForImageTextToText
 
-from internvideo3.model.modeling import InternVideo3ForConditionalGeneration
+import internvideo3.model.modeling  # noqa: F401  (registers the latent classes with Auto)
 from internvideo3.model.scale.build import load_processor, random_model
 from internvideo3.training.scale.batches import (
     FAMILY_NAMES,
@@ -41,8 +40,6 @@ from internvideo3.training.scale.batches import (
 )
 from internvideo3.training.scale.curriculum import difficulty_at, learning_rate_factor
 from internvideo3.training.scale.objective import (
-    Answers,
-    MaskedModel,
     PackedModel,
     answer_loss,
     distillation_loss,
@@ -58,7 +55,7 @@ VISION_RATE = 0.5
 SCENE_WEIGHT = 0.3
 """Weight of the dense heads' loss beside the answers'."""
 SAVE_EVERY_S = 120.0
-VALIDATE_EVERY = 500
+VALIDATE_EVERY = 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +109,6 @@ def start_heads(options: Options, width: int) -> SceneHeads | None:
     return heads
 
 
-def answering(model: Any) -> Callable[[Batch], Answers]:
-    """The fastest route to a model's answers."""
-    latent = isinstance(model, InternVideo3ForConditionalGeneration)
-    return MaskedModel(model) if latent else PackedModel(model)
-
-
 def step_difficulty(options: Options, step: int) -> Difficulty:
     """Mixture of a step: the curriculum from random weights, its end from a checkpoint."""
     return difficulty_at(1.0 if options.init is not None else step / options.steps)
@@ -153,13 +144,13 @@ class Trainer:
         torch.manual_seed(options.seed)
         self.processor = load_processor()
         self.model = start_model(options)
-        self.answer = answering(self.model)
+        self.answer = PackedModel(self.model, fuse=True)
         self.teach = None
         if options.teacher is not None:
             teacher = AutoModelForImageTextToText.from_pretrained(
                 options.teacher, dtype=torch.float32
             )
-            self.teach = answering(teacher.requires_grad_(False))
+            self.teach = PackedModel(teacher.requires_grad_(False))
         self.heads = start_heads(options, self.model.config.text_config.hidden_size)
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95))
         self.step = 0
@@ -233,7 +224,7 @@ class Trainer:
             state["heads"] = self.heads.state_dict()
         torch.save(state, folder / "optimizer.part")
         for name in ("model", "optimizer"):
-            os.replace(folder / f"{name}.part", folder / name)
+            (folder / f"{name}.part").replace(folder / name)
 
     def resume(self) -> bool:
         """Load the state in `out`, if there is one."""

@@ -1,8 +1,8 @@
 """Answers and losses of the scale model on packed batches, by two routes to the same logits.
 
-`PackedModel` arranges attention by what it needs (see packed.py) and serves the GQA model.
-`MaskedModel` hands transformers' forward one row per video with an explicit mask; it serves any
-attention, the latent one included.
+`PackedModel` arranges attention by what it needs (see packed.py) and is what trains.
+`MaskedModel` hands transformers' forward one row per video with an explicit mask; it is slower,
+and a test holds the other to it.
 
 Letters: B videos, P prefix tokens, Q questions, L tokens of one, T = P + Q·L tokens of a row,
 N all tokens, A answer tokens of the batch, F seconds of video, M vision tokens of one, W text
@@ -39,11 +39,11 @@ class Answers(NamedTuple):
 
 
 class PackedModel:
-    """The GQA model on packed batches."""
+    """A GQA or latent model on packed batches."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, fuse: bool = False) -> None:
         self.model = model
-        self.text = PackedText(model.model.language_model)
+        self.text = PackedText(model.model.language_model, fuse=fuse)
         self.encoder = FrameEncoder(model.model.visual)
 
     def __call__(self, batch: Batch) -> Answers:

@@ -1,0 +1,101 @@
+"""Stage 3a: convert the trained scale model to M²LA at half the cache, before any recovery.
+
+python -m internvideo3.training.scale.convert_stage --source DIR/checkpoint --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, Qwen3VLProcessor
+from transformers.video_utils import VideoMetadata
+
+from internvideo3.model.conversion.convert import convert_with_report
+from internvideo3.model.scale.build import SYSTEM_PROMPT, load_processor
+from internvideo3.tasks.world.difficulty import FILE_FPS
+from internvideo3.tasks.world.paint import paint
+from internvideo3.tasks.world.questions import draw_question
+from internvideo3.tasks.world.scenes import draw_video
+from internvideo3.training.scale.batches import (
+    PROFILE_FAMILIES,
+    PROFILE_SHARES,
+    answer_text,
+    seed_stream,
+)
+from internvideo3.training.scale.pixels import SIDE_PX, sampled_times
+
+log = logging.getLogger("internvideo3.train")
+LENGTHS_S = (4, 8, 16, 32)
+FIRST_SEED = 9 * 10**8
+"""Calibration videos: training seeds that no training batch uses."""
+
+
+def calibration(processor: Qwen3VLProcessor, videos: int) -> Iterator[dict[str, Tensor]]:
+    """Model inputs of one question and its answer about each of many training videos."""
+    for index, seed in enumerate(seed_stream("train", FIRST_SEED, videos)):
+        rng = random.Random(f"calibration/{seed}")
+        length = LENGTHS_S[index % len(LENGTHS_S)]
+        kind = rng.choices(list(PROFILE_SHARES), list(PROFILE_SHARES.values()))[0]
+        spec = draw_video(seed, length, kind)
+        drawn = None
+        while drawn is None:
+            families = [family for family in PROFILE_FAMILIES[kind] if family != "describe"]
+            drawn = draw_question(spec, rng, rng.choice(families), option_count=2)
+        times = sampled_times(length)
+        messages = [
+            {"role": "system", "content": SYSTEM_PROMPT},
+            {
+                "role": "user",
+                "content": [{"type": "video"}, {"type": "text", "text": drawn.prompt}],
+            },
+            {"role": "assistant", "content": answer_text(drawn)},
+        ]
+        frames = torch.from_numpy(paint(spec, times, SIDE_PX)).permute(0, 3, 1, 2)
+        yield processor(
+            text=[processor.apply_chat_template(messages, tokenize=False)],
+            videos=[frames],
+            video_metadata=[
+                VideoMetadata(
+                    total_num_frames=length * FILE_FPS,
+                    fps=FILE_FPS,
+                    frames_indices=(times * FILE_FPS).astype(int).tolist(),
+                )
+            ],
+            do_sample_frames=False,
+            do_resize=False,
+            return_tensors="pt",
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Convert, write the checkpoint and what each layer kept."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--source", type=Path, required=True, help="GQA checkpoint folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--videos", type=int, default=64, help="calibration videos")
+    named = parser.parse_args(arguments)
+    source = AutoModelForImageTextToText.from_pretrained(named.source, dtype=torch.float32)
+    processor = load_processor()
+    conversion = convert_with_report(source, list(calibration(processor, named.videos)), "half")
+    conversion.model.to(torch.bfloat16).save_pretrained(named.out)
+    processor.save_pretrained(named.out)
+    report = {
+        "cache_share": conversion.cache_share,
+        "layers": [asdict(layer) for layer in conversion.layers],
+    }
+    (named.out / "conversion.json").write_text(json.dumps(report, indent=1) + "\n")
+    log.info("%s", json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
