@@ -139,12 +139,13 @@ class StepStream(IterableDataset[Batch]):
 class Trainer:
     """Holds the model, its optimiser and the step count of one run."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, *, fuse: bool = True) -> None:
+        """Start from the options' weights; `fuse` compiles what runs at every step."""
         self.options = options
         torch.manual_seed(options.seed)
         self.processor = load_processor()
         self.model = start_model(options)
-        self.answer = PackedModel(self.model, fuse=True)
+        self.answer = PackedModel(self.model, fuse=fuse)
         self.teach = None
         if options.teacher is not None:
             teacher = AutoModelForImageTextToText.from_pretrained(
