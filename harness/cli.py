@@ -237,6 +237,36 @@ def world_build_command(
         print(f"World: {world_root(root)}; for stock lmms-eval: --include_path {built[-1].tasks}")
 
 
+@world_app.command("show")
+def world_show_command(
+    suite: Annotated[str, typer.Argument(help="A suite, e.g. world_long.")],
+    index: Annotated[int, typer.Option(help="Which question of the suite, from 0.")] = 0,
+    sample_id: Annotated[
+        str | None, typer.Option(help="The question's id instead, e.g. world_long/000123.")
+    ] = None,
+    root: RootOption = None,
+    split: Annotated[str, typer.Option(help="test, validation or train.")] = "test",
+    out: Annotated[
+        Path | None, typer.Option(help="The PNG file. Default: named after the question.")
+    ] = None,
+) -> None:
+    """Show one question as a picture: frames with their times, options, and the right answer.
+
+    The suite need not be built: frames are then drawn on the spot.
+
+    [bold]Example[/bold]
+
+      internvideo3 world show world_long --index 3
+    """
+    with _errors_in_words(out or Path()):
+        from internvideo3.tasks.world.show import world_show
+
+        picture = world_show(
+            suite, index=index, sample_id=sample_id, root=root, split=split, out=out
+        )
+        print(f"Picture: {picture.resolve()}")
+
+
 @app.command("profile")
 def profile_command(
     model: Annotated[
