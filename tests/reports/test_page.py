@@ -1,6 +1,7 @@
-"""Run with: pytest tests/reports/test_page.py -q (the browser tests need /usr/bin/chromium)."""
+"""Run with: pytest tests/reports/test_page.py -q (the browser tests need Chromium)."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,14 +10,17 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Error, Page, sync_playwright
 
 from internvideo3.reports.browser import collect
 from internvideo3.reports.page import build_report
 from internvideo3.reports.summary import summarise_paths
 from internvideo3.reports.thumbnails import Thumbnailer, Wanted, moments
 
-CHROMIUM = "/usr/bin/chromium"
+# The system's Chromium, or else the one that `playwright install chromium` fetched.
+CHROMIUM = (
+    os.environ.get("IV3_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+)
 MakeRun = Callable[..., Path]
 
 
@@ -28,7 +32,16 @@ def report(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        try:
+            opened = playwright.chromium.launch(
+                executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
+            )
+        except Error as error:
+            pytest.fail(
+                "This test opens the page in Chromium, which did not start. Install it with "
+                "`sudo apt-get install chromium` (or `.venv/bin/playwright install chromium`), or "
+                f"name its program in IV3_CHROMIUM.\n{error}"
+            )
         yield opened
         opened.close()
 
