@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 # One thread a process: on a shared machine more threads are slower (docs/scale_model.md).
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check test-transformers-5.17 sm90-triton-3.6 scale-model gpu gpu-kernels gpu-figure6 clean
+.PHONY: help demo test check scale-model clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
