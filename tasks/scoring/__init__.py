@@ -6,7 +6,7 @@
 Pure Python: no torch, no network, no randomness, no state.
 """
 
-from .entry import aggregate, benchmark_names, score
+from .entry import aggregate, benchmark_names, score, sources
 from .result import Group, Outcome, Row, Rule, Score, ScoringError, TaskResult
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "aggregate",
     "benchmark_names",
     "score",
+    "sources",
 ]

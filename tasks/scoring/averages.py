@@ -30,14 +30,29 @@ def mean(values: Iterable[float | None]) -> float | None:
     return sum(present) / len(present) if present else None
 
 
-def group_means(rows: Sequence[Row], key: Callable[[Doc], str | None]) -> dict[str, Group]:
-    """Return the mean and size of every group; rows whose key is `None` belong to none."""
+def group_means(rows: Sequence[Row], keys: Callable[[Doc], Iterable[str]]) -> dict[str, Group]:
+    """Return the mean and size of every group; a row may belong to several groups or to none."""
     values: dict[str, list[float | None]] = {}
     for doc, score in rows:
-        name = key(doc)
-        if name is not None:
+        for name in keys(doc):
             values.setdefault(name, []).append(score.value)
     return {name: Group(mean(v), len(v)) for name, v in sorted(values.items())}
+
+
+def field(*names: str) -> Callable[[Doc], tuple[str, ...]]:
+    """Return a function from a document to its groups: the first of the fields that is there.
+
+    A list gives several groups.
+    """
+
+    def groups(doc: Doc) -> tuple[str, ...]:
+        for name in names:
+            value = doc.get(name)
+            if value is not None:
+                return tuple(map(str, value)) if isinstance(value, (list, tuple)) else (str(value),)
+        return ()
+
+    return groups
 
 
 def summarise(
@@ -47,18 +62,24 @@ def summarise(
     *,
     metric: str = "accuracy",
     value: float | None = None,
-    family: Callable[[Doc], str | None] = lambda doc: None,
+    families: Callable[[Doc], Iterable[str]] = lambda doc: (),
     length_s: Callable[[Doc], float | None] = lambda doc: None,
     extra: dict[str, float | None] | None = None,
 ) -> TaskResult:
     """Build a `TaskResult`: outcome counts, group means, and the mean unless a value is given."""
     outcomes = Counter(score.outcome for _, score in rows)
 
-    def band(doc: Doc) -> str | None:
+    def band(doc: Doc) -> tuple[str, ...]:
         seconds = length_s(doc)
-        return None if seconds is None else length_band(seconds)
+        return () if seconds is None else (length_band(seconds),)
 
     by_length = group_means(rows, band)
+    extra = dict(extra or {})
+    if outcomes[Outcome.DROPPED]:
+        # Where a rule drops rows, both denominators are shown.
+        extra["mean with dropped rows as 0"] = mean(
+            0.0 if s.outcome is Outcome.DROPPED else s.value for _, s in rows
+        )
     return TaskResult(
         benchmark=benchmark,
         rule=rule,
@@ -71,7 +92,7 @@ def summarise(
         dropped=outcomes[Outcome.DROPPED],
         judge_needed=outcomes[Outcome.JUDGE_NEEDED],
         no_truth=outcomes[Outcome.NO_TRUTH],
-        by_family=group_means(rows, family),
+        by_family=group_means(rows, families),
         by_length={k: by_length[k] for k in sorted(by_length, key=band_order)},
-        extra=extra or {},
+        extra=extra,
     )

@@ -4,7 +4,28 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from . import world
+from . import (
+    dsi_bench,
+    egoschema,
+    grounding,
+    longvideobench,
+    lvbench,
+    mlvu,
+    mmsi_bench,
+    mmsi_video,
+    motionbench,
+    mvbench,
+    nextqa,
+    perceptiontest,
+    qvhighlights,
+    tempcompass,
+    tomato,
+    videomme,
+    videomme_v2,
+    vrbench,
+    vsibench,
+    world,
+)
 from .result import (
     RULES,
     Benchmark,
@@ -19,12 +40,41 @@ from .result import (
 )
 from .text import strip_thinking
 
-_BENCHMARKS: dict[str, Benchmark] = {b.name: b for b in (*world.BENCHMARKS,)}
+_BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        *world.BENCHMARKS,
+        *grounding.BENCHMARKS,
+        dsi_bench.BENCHMARK,
+        egoschema.BENCHMARK,
+        longvideobench.BENCHMARK,
+        lvbench.BENCHMARK,
+        mlvu.BENCHMARK,
+        mmsi_bench.BENCHMARK,
+        mmsi_video.BENCHMARK,
+        motionbench.BENCHMARK,
+        mvbench.BENCHMARK,
+        nextqa.BENCHMARK,
+        perceptiontest.BENCHMARK,
+        qvhighlights.BENCHMARK,
+        tempcompass.BENCHMARK,
+        tomato.BENCHMARK,
+        videomme.BENCHMARK,
+        videomme_v2.BENCHMARK,
+        vrbench.BENCHMARK,
+        vsibench.BENCHMARK,
+    )
+}
 
 
 def benchmark_names() -> tuple[str, ...]:
     """Return the names that `score` and `aggregate` accept, in alphabetical order."""
     return tuple(sorted(_BENCHMARKS))
+
+
+def sources(benchmark: str) -> tuple[str, ...]:
+    """Return the official code that a benchmark's scorer follows, as repository@commit:path."""
+    return _find(benchmark, "official").sources
 
 
 def score(benchmark: str, doc: Doc, prediction: Any, *, rule: Rule = "official") -> Score:
@@ -36,7 +86,8 @@ def score(benchmark: str, doc: Doc, prediction: Any, *, rule: Rule = "official")
     Args:
         benchmark: One of `benchmark_names()`.
         doc: The benchmark's document, with the fields that its scorer names.
-        prediction: The model's text; `None` for a sample that failed before it was answered.
+        prediction: The model's text, or ranked windows `[start_s, end_s, confidence]` where the
+            benchmark takes them; `None` for a sample that failed before it was answered.
         rule: `official` is what the benchmark's own code computes, `plain` what a careful reader
             would say.
 
@@ -53,6 +104,8 @@ def score(benchmark: str, doc: Doc, prediction: Any, *, rule: Rule = "official")
         prediction = strip_thinking(prediction)
         if prediction is None:
             return unreadable()
+    elif not scorer.ranked_windows:
+        return unreadable()
     try:
         return scorer.score(doc, prediction, rule)
     except KeyError as error:

@@ -111,6 +111,8 @@ class Benchmark:
     score: ScoreFunction
     aggregate: AggregateFunction
     sources: tuple[str, ...]
+    ranked_windows: bool = False
+    """Whether a prediction may be ranked windows instead of text."""
 
 
 def answered(value: float, parsed: Any) -> Score:

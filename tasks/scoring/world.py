@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import Any
 
-from .averages import mean, summarise
+from .averages import field, mean, summarise
 from .choice import read_plain, read_strict
 from .numeric import iou, mean_relative_accuracy, read_number, read_span, to_number
 from .result import (
@@ -114,7 +114,7 @@ def aggregate(benchmark: str, rows: Sequence[Row], rule: Rule) -> TaskResult:
         rows,
         rule,
         metric=metric,
-        family=lambda doc: doc.get("family"),
+        families=field("family"),
         length_s=lambda doc: doc.get("length_s"),
         extra=extra,
     )

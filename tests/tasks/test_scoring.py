@@ -181,7 +181,7 @@ def test_iou_and_relative_accuracy_closed_forms() -> None:
 DOCS = [choice(), number(), number("distance", "4.5"), span()]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     reply=st.text(max_size=200),
     doc=st.sampled_from(DOCS),
@@ -205,7 +205,7 @@ PIECES = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(pieces=PIECES, doc=st.sampled_from(DOCS), rule=st.sampled_from(["official", "plain"]))
 def test_answer_like_text_never_raises(pieces: list[str], doc: Any, rule: Any) -> None:
     got = score("world_long", doc, "".join(pieces), rule=rule)
@@ -216,12 +216,12 @@ def test_answer_like_text_never_raises(pieces: list[str], doc: Any, rule: Any) -
 @pytest.mark.parametrize("filler", ["A", "(", "answer is ", "\\boxed{", "<think>", "1,", "4 - ",
                                     "red circle ", "<answer>", "*_"])  # fmt: skip
 def test_long_replies_are_read_in_linear_time(filler: str) -> None:
-    reply = filler * (200_000 // len(filler))
-    start = time.perf_counter()
+    reply = filler * (40_000 // len(filler))
+    start = time.process_time()
     for doc in DOCS:
         for rule in ("official", "plain"):
             score("world_long", doc, reply, rule=rule)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 5
 
 
 def test_failed_samples_are_counted_not_dropped() -> None:
@@ -280,9 +280,9 @@ def test_every_world_suite_is_known() -> None:
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, time; t = time.perf_counter(); import internvideo3.tasks.scoring;"
+        "import sys, time; t = time.process_time(); import internvideo3.tasks.scoring;"
         "heavy = {'torch', 'numpy', 'transformers', 'lmms_eval'} & set(sys.modules);"
-        "print(time.perf_counter() - t, heavy or 'none')"
+        "print(time.process_time() - t, heavy or 'none')"
     )
     seconds, heavy = subprocess.run(
         [sys.executable, "-c", code],

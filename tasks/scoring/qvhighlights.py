@@ -1,0 +1,178 @@
+"""QVHighlights moment retrieval: R1 of the first window and mAP of the ranked windows.
+
+Document: `relevant_windows` ([[start_s, end_s], …]). Prediction: ranked windows
+[[start_s, end_s, confidence], …], or the same as JSON text.
+
+Official rule: R1 takes the first *listed* window against the true window that overlaps it most (the
+union is the hull of both); mAP takes the first ten listed windows, sorts them by confidence, and
+averages interpolated precision over ten overlap thresholds .50 … .95. Short, middle and long keep
+the true windows of 0-10, 10-30 and 30-150 s. The plain rule sorts by confidence for R1 too, keeps
+all windows, and puts reversed ones in order. The official code prints percent with two decimals;
+values here are not rounded.
+
+`Score.value` is the overlap of the R1 window; a prediction without a valid window is unreadable.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from .averages import mean, summarise
+from .numeric import iou
+from .result import (
+    Benchmark,
+    Doc,
+    Row,
+    Rule,
+    Score,
+    TaskResult,
+    answered,
+    unreadable,
+)
+
+THRESHOLDS = tuple(step / 100 for step in range(50, 100, 5))
+LENGTHS_S = {"short": (0, 10), "middle": (10, 30), "long": (30, 150)}
+LISTED = 10
+Window = list[float]
+
+
+def read_windows(prediction: Any) -> list[Window]:
+    """Return the valid windows `[start_s, end_s, confidence]` in the order listed.
+
+    A missing confidence is 0. Text is read as JSON; anything else than finite numbers is left out.
+    """
+    if isinstance(prediction, str):
+        try:
+            prediction = json.loads(prediction)
+        except (ValueError, RecursionError):
+            return []
+    if not isinstance(prediction, (list, tuple)):
+        return []
+    windows = []
+    for item in prediction:
+        numbers = _numbers(item)
+        if len(numbers) >= 2:
+            windows.append([*numbers[:2], numbers[2] if len(numbers) > 2 else 0.0])
+    return windows
+
+
+def _numbers(item: Any) -> list[float]:
+    if not isinstance(item, (list, tuple)):
+        return []
+    if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in item):
+        return []
+    try:
+        numbers = [float(x) for x in item]
+    except OverflowError:
+        return []
+    return numbers if all(map(math.isfinite, numbers)) else []
+
+
+def score(doc: Doc, prediction: Any, rule: Rule) -> Score:
+    """Score ranked windows by the overlap of the one that R1 looks at."""
+    windows = read_windows(prediction)
+    if not windows:
+        return unreadable()
+    if rule == "plain":
+        ordered = [[min(w[:2]), max(w[:2]), w[2]] for w in windows]
+        windows = sorted(ordered, key=lambda w: -w[2])
+    return answered(_best(windows[0], doc["relevant_windows"]), windows)
+
+
+def _best(window: Sequence[float], truths: Sequence[Sequence[float]]) -> float:
+    """Return the overlap with the true window that overlaps most, by the exact union."""
+    nearest = max(truths, key=lambda truth: _exact_iou(window, truth), default=None)
+    return 0.0 if nearest is None else iou(window, nearest)
+
+
+def _exact_iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return intersection over the sum of lengths minus intersection; 0 for two empty spans."""
+    intersection = max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
+    union = (a[1] - a[0]) + (b[1] - b[0]) - intersection
+    return intersection / union if union else 0.0
+
+
+def average_precision(
+    windows: Sequence[Sequence[float]], truths: Sequence[Sequence[float]], threshold: float
+) -> float:
+    """Return interpolated average precision (VOC style) of ranked windows at one threshold.
+
+    A window is a true positive for the free true window that it overlaps most, if it reaches the
+    threshold; each true window is matched once.
+    """
+    ranked = sorted(windows, key=lambda w: -w[2])
+    free = set(range(len(truths)))
+    hits: list[bool] = []
+    for window in ranked:
+        overlaps = {i: _exact_iou(window, truths[i]) for i in free}
+        best = max(overlaps, key=lambda i: overlaps[i], default=None)
+        hit = best is not None and overlaps[best] >= threshold
+        if hit and best is not None:
+            free.discard(best)
+        hits.append(hit)
+    return _area(hits, len(truths))
+
+
+def _area(hits: Sequence[bool], n_truths: int) -> float:
+    """Return the area under precision, made non-increasing, over recall."""
+    found = 0
+    precisions = []
+    for rank, hit in enumerate(hits, start=1):
+        found += hit
+        precisions.append((hit, found / rank))
+    area, ceiling = 0.0, 0.0
+    for hit, precision in reversed(precisions):
+        ceiling = max(ceiling, precision)
+        area += ceiling / n_truths if hit else 0.0
+    return area
+
+
+def _mean_ap(
+    rows: Sequence[Row], rule: Rule, span: tuple[int, int] | None = None
+) -> dict[float, float | None]:
+    """Return mAP at each threshold over the rows that have true windows of the given lengths."""
+    per_threshold: dict[float, list[float]] = {t: [] for t in THRESHOLDS}
+    for doc, row_score in rows:
+        truths = doc["relevant_windows"]
+        if span is not None:
+            truths = [w for w in truths if span[0] < w[1] - w[0] <= span[1]]
+        if not truths:
+            continue
+        windows = row_score.parsed or []
+        windows = windows[:LISTED] if rule == "official" else windows
+        for threshold in THRESHOLDS:
+            per_threshold[threshold].append(average_precision(windows, truths, threshold))
+    return {t: mean(values) for t, values in per_threshold.items()}
+
+
+def aggregate(benchmark: str, rows: Sequence[Row], rule: Rule) -> TaskResult:
+    """Average: mAP over thresholds (the headline), mAP and R1 at some of them, mAP by length."""
+    full = _mean_ap(rows, rule)
+    extra: dict[str, float | None] = {
+        "mAP@0.5": full[0.5],
+        "mAP@0.75": full[0.75],
+        "mIoU": mean(score.value for _, score in rows),
+    }
+    for threshold in (0.3, 0.5, 0.7):
+        extra[f"R1@{threshold}"] = mean(float((s.value or 0.0) >= threshold) for _, s in rows)
+    for name, span in LENGTHS_S.items():
+        extra[f"mAP {name}"] = mean(_mean_ap(rows, rule, span).values())
+    return summarise(
+        benchmark,
+        rows,
+        rule,
+        metric="mAP",
+        value=mean(full.values()),
+        length_s=lambda doc: doc.get("duration"),
+        extra=extra,
+    )
+
+
+BENCHMARK = Benchmark(
+    name="qvhighlights",
+    score=score,
+    aggregate=aggregate,
+    sources=("jayleicn/moment_detr@b7e553a:standalone_eval/eval.py",),
+    ranked_windows=True,
+)

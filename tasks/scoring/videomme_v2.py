@@ -1,0 +1,149 @@
+"""Video-MME-v2: eight options, four questions a group, a non-linear score per group.
+
+Document: `options` (one text, "A. …" lines), `answer` (letter), `group_type` (relevance or logic),
+`group_structure` (for logic: [1, 2, 3, 4], [1, [2, 3], 4] or [[1, 2], 3, 4]), `level`,
+`second_head`, `third_head`, `video_id`, `question_id`.
+
+A relevance group scores (right / 4)², a logic group by the length of its chain of right answers;
+the benchmark's number is the mean over groups.
+
+Official quirks, copied: a group is four neighbouring rows; an unreadable answer is -1, which is
+true in a logic chain (four of them score 1) and is summed in a relevance group. The plain rule
+groups by video and counts unreadable answers as wrong. Groups of fewer than four rows (a limited
+run) have no score; their number is in `extra`.
+"""
+
+import ast
+from collections.abc import Sequence
+from typing import Any
+
+from .averages import field, mean, summarise
+from .letters import first_capital, lettered_options
+from .multiple_choice import MultipleChoice
+from .result import Doc, Outcome, Row, Rule, ScoringError, TaskResult
+
+GROUP = 4
+PREFIXES = (
+    "Final Answer:",
+    "The best answer is",
+    "The correct answer is",
+    "The answer is",
+    "The answer",
+    "The best option is",
+    "The correct option is",
+    "Best answer:",
+    "Best option:",
+    "Answer:",
+    "Option:",
+)
+CHAINS: dict[str, tuple[float, ...]] = {
+    "[1, 2, 3, 4]": (0.0, 1 / 16, 4 / 16, 9 / 16, 1.0),
+    "[1, [2, 3], 4]": (0.0, 1 / 12, 4 / 12, 7 / 12, 1.0),
+    "[[1, 2], 3, 4]": (0.0, 1 / 10, 2 / 10, 5 / 10, 1.0),
+}
+"""Score of a logic group by the length of its chain, 0 to 4."""
+
+
+def _read(text: str, doc: Doc) -> str | None:
+    return first_capital(text, "ABCDEFGH", PREFIXES)
+
+
+def relevance(marks: Sequence[int]) -> float:
+    """Return the score of a relevance group; marks are 1, 0 or (officially, unreadable) -1."""
+    right = sum(marks)
+    return right * right / 16 if right >= 0 else 0.0
+
+
+def logic(marks: Sequence[int], structure: Any) -> float:
+    """Return the score of a logic group.
+
+    The chain ends at the first mark of 0. Where two questions are parallel, either of them
+    continues it: with [1, [2, 3], 4] question 3 if 2 is wrong, with [[1, 2], 3, 4] question 2 if 1
+    is wrong; the chain goes no further then.
+
+    Raises:
+        ScoringError: An unknown structure.
+    """
+    form = str(_parsed(structure))
+    if form not in CHAINS:
+        raise ScoringError(f"unknown group_structure {structure!r}; known: {', '.join(CHAINS)}")
+    chain = next((i for i, mark in enumerate(marks) if not mark), len(marks))
+    parallel = (form == "[1, [2, 3], 4]" and chain == 1 and marks[2]) or (
+        form == "[[1, 2], 3, 4]" and chain == 0 and marks[1]
+    )
+    return CHAINS[form][chain + bool(parallel)]
+
+
+def _parsed(structure: Any) -> Any:
+    try:
+        return ast.literal_eval(structure) if isinstance(structure, str) else structure
+    except (ValueError, SyntaxError):
+        return structure
+
+
+def _group_score(rows: Sequence[Row], rule: Rule) -> float:
+    doc = rows[-1][0]
+    marks = [_mark(row, rule) for row in rows]
+    if doc["group_type"] == "relevance":
+        return relevance(marks)
+    if doc["group_type"] == "logic":
+        return logic(marks, doc["group_structure"])
+    raise ScoringError(f"unknown group_type {doc['group_type']!r}; known: relevance, logic")
+
+
+def _mark(row: Row, rule: Rule) -> int:
+    score = row[1]
+    if rule == "official" and score.outcome in (Outcome.UNREADABLE, Outcome.ERROR):
+        return -1
+    return int(bool(score.value))
+
+
+def _groups(rows: Sequence[Row], rule: Rule) -> list[Sequence[Row]]:
+    if rule == "official":
+        return [rows[i : i + GROUP] for i in range(0, len(rows), GROUP)]
+    by_video: dict[str, list[Row]] = {}
+    for row in rows:
+        by_video.setdefault(str(row[0]["video_id"]), []).append(row)
+    return [sorted(group, key=lambda row: _place(row[0])) for group in by_video.values()]
+
+
+def _place(doc: Doc) -> tuple[int, str]:
+    last = str(doc["question_id"]).rsplit("-", 1)[-1]
+    return (int(last) if last.isascii() and last.isdecimal() else 0, last)
+
+
+def aggregate(benchmark: str, rows: Sequence[Row], rule: Rule) -> TaskResult:
+    """Average over groups; beside it by type and level of group, and question accuracy."""
+    groups = _groups(rows, rule)
+    whole = [(group[-1][0], _group_score(group, rule)) for group in groups if len(group) == GROUP]
+    read = [s.value for _, s in rows if s.outcome is Outcome.ANSWERED]
+    extra: dict[str, float | None] = {
+        "accuracy": mean(score.value for _, score in rows),
+        "accuracy of readable answers": mean(read),
+    }
+    for kind in ("relevance", "logic"):
+        extra[kind] = mean(value for doc, value in whole if doc["group_type"] == kind)
+    for level in ("1", "2", "3"):
+        extra[f"level_{level}"] = mean(v for doc, v in whole if str(doc.get("level")) == level)
+    if len(whole) < len(groups):
+        extra["incomplete groups"] = float(len(groups) - len(whole))
+    return summarise(
+        benchmark,
+        rows,
+        rule,
+        metric="group score",
+        value=mean(value for _, value in whole),
+        families=field("second_head", "group_type"),
+        extra=extra,
+    )
+
+
+BENCHMARK = MultipleChoice(
+    name="videomme_v2",
+    sources=("MME-Benchmarks/Video-MME-v2@b24176a:evaluation/test_video_mme_v2.py",),
+    truth=lambda doc: str(doc["answer"]),
+    options=lambda doc: lettered_options(str(doc.get("options") or "")),
+    n_options=8,
+    read=_read,
+    aggregate=aggregate,
+).build()
