@@ -534,7 +534,7 @@ FILLERS = ["A", "1", "1.", "B ", "(", "answer is ", "\\boxed{", "<answer>", "1:0
 
 @pytest.mark.parametrize("filler", FILLERS)
 def test_long_replies_take_linear_time(filler: str) -> None:
-    reply = filler * (30_000 // len(filler)) + "x"
+    reply = filler * (8_000 // len(filler)) + "x"
     start = time.process_time()
     for benchmark, doc in DOCS.items():
         for rule in ("official", "plain"):

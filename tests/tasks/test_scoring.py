@@ -216,7 +216,7 @@ def test_answer_like_text_never_raises(pieces: list[str], doc: Any, rule: Any) -
 @pytest.mark.parametrize("filler", ["A", "(", "answer is ", "\\boxed{", "<think>", "1,", "4 - ",
                                     "red circle ", "<answer>", "*_"])  # fmt: skip
 def test_long_replies_are_read_in_linear_time(filler: str) -> None:
-    reply = filler * (40_000 // len(filler))
+    reply = filler * (10_000 // len(filler))
     start = time.process_time()
     for doc in DOCS:
         for rule in ("official", "plain"):
