@@ -65,6 +65,10 @@ class Difficulty:
     """Video length in seconds → share of batches."""
     easy_share: float
     """Share of order and at-time questions with two or three options instead of four."""
+    emphasis: Mapping[str, float] = field(default_factory=dict)
+    """Factors on how often a family is tried; 1 where none is given."""
+    speed: bool = False
+    """Whether the vision tower also learns how objects move within a second."""
 
 
 class Batch(NamedTuple):
@@ -155,7 +159,8 @@ def draw_questions(
     shares = PROFILE_FAMILIES[spec.profile]
     rows: list[tuple[list[int], int, int]] = []
     asked: set[str] = set()
-    for family in rng.choices(list(shares), list(shares.values()), k=2 * QUESTIONS):
+    weights = [share * difficulty.emphasis.get(family, 1.0) for family, share in shares.items()]
+    for family in rng.choices(list(shares), weights, k=2 * QUESTIONS):
         if family == "describe":
             drawn: Question | None = describe(spec, rng)
         else:

@@ -12,29 +12,56 @@ from internvideo3.training.scale.batches import Difficulty
 class Stretch:
     """A part of training with one mixture of lengths."""
 
-    until: float
-    """End of the stretch as a share of all steps."""
+    until: int | None
+    """First step after the stretch; None for the last one."""
     lengths: Mapping[int, float]
     easy_share: float
+    late: bool = False
+    """Whether `EMPHASIS` and the speed head apply."""
 
+
+EMPHASIS: Mapping[str, float] = {
+    "needle": 3.0, "motion": 2.0, "depth": 2.0, "order": 1.5, "attime": 1.5, "relation": 2.0,
+    "distance": 2.0, "objects": 1.5, "ground_object": 1.5, "ground_flash": 2.0, "count": 1.5,
+    "shape": 0.7, "whereabouts": 0.3, "holistic": 0.5, "ends": 0.5, "describe": 0.5,
+}  # fmt: skip
+"""Later training asks more of what validation showed as not learned at `STEP_REVIEW`."""
+STEP_REVIEW = 2438
+"""Where the mixture was changed after looking at validation; the run went on from that state."""
 
 STRETCHES: tuple[Stretch, ...] = (
-    Stretch(until=0.12, lengths={2: 0.3, 4: 0.7}, easy_share=1.0),
-    Stretch(until=0.30, lengths={4: 0.4, 8: 0.6}, easy_share=0.8),
-    Stretch(until=0.50, lengths={4: 0.2, 8: 0.5, 16: 0.3}, easy_share=0.5),
-    Stretch(until=0.70, lengths={2: 0.05, 4: 0.1, 8: 0.3, 16: 0.4, 32: 0.15}, easy_share=0.3),
+    Stretch(until=552, lengths={2: 0.3, 4: 0.7}, easy_share=1.0),
+    Stretch(until=1380, lengths={4: 0.4, 8: 0.6}, easy_share=0.8),
+    Stretch(until=2300, lengths={4: 0.2, 8: 0.5, 16: 0.3}, easy_share=0.5),
     Stretch(
-        until=1.01,
-        lengths={2: 0.05, 4: 0.1, 8: 0.2, 16: 0.3, 32: 0.2, 64: 0.09, 120: 0.06},
-        easy_share=0.1,
+        until=STEP_REVIEW, lengths={2: 0.05, 4: 0.1, 8: 0.3, 16: 0.4, 32: 0.15}, easy_share=0.3
+    ),
+    Stretch(
+        until=3500,
+        lengths={2: 0.1, 4: 0.25, 8: 0.35, 16: 0.25, 32: 0.05},
+        easy_share=0.4,
+        late=True,
+    ),
+    Stretch(
+        until=None,
+        lengths={2: 0.07, 4: 0.15, 8: 0.25, 16: 0.28, 32: 0.14, 64: 0.07, 120: 0.04},
+        easy_share=0.15,
+        late=True,
     ),
 )
 
 
-def difficulty_at(progress: float) -> Difficulty:
-    """The mixture at a share of training in 0-1."""
-    stretch = next(stretch for stretch in STRETCHES if progress < stretch.until)
-    return Difficulty(lengths=stretch.lengths, easy_share=stretch.easy_share)
+def difficulty_at(step: int | None) -> Difficulty:
+    """The mixture at a step of base training; the final one where the step is None."""
+    stretch = STRETCHES[-1]
+    if step is not None:
+        stretch = next(s for s in STRETCHES if s.until is None or step < s.until)
+    return Difficulty(
+        lengths=stretch.lengths,
+        easy_share=stretch.easy_share,
+        emphasis=EMPHASIS if stretch.late else {},
+        speed=stretch.late,
+    )
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int, decay_share: float = 0.35) -> float:

@@ -45,7 +45,7 @@ from internvideo3.training.scale.objective import (
     distillation_loss,
     right_answers,
 )
-from internvideo3.training.scale.scene_heads import SceneHeads
+from internvideo3.training.scale.scene_heads import SceneHeads, SpeedHead
 from internvideo3.training.scale.start import scale_weights
 from internvideo3.training.scale.vision_stage import draw_seconds
 
@@ -111,7 +111,7 @@ def start_heads(options: Options, width: int) -> SceneHeads | None:
 
 def step_difficulty(options: Options, step: int) -> Difficulty:
     """Mixture of a step: the curriculum from random weights, its end from a checkpoint."""
-    return difficulty_at(1.0 if options.init is not None else step / options.steps)
+    return difficulty_at(step if options.init is None else None)
 
 
 class StepStream(IterableDataset[Batch]):
@@ -154,7 +154,15 @@ class Trainer:
             self.teach = PackedModel(teacher.requires_grad_(False))
         self.heads = start_heads(options, self.model.config.text_config.hidden_size)
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95))
+        self.speed: SpeedHead | None = None
         self.step = 0
+
+    def _add_speed_head(self) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(self.options.seed)
+            self.speed = SpeedHead(self.model.config.text_config.hidden_size)
+        learned = {"params": list(self.speed.parameters()), "rate": VISION_RATE}
+        self.optimizer.add_param_group(learned | {"weight_decay": 0.0})
 
     def _groups(self) -> list[dict[str, Any]]:
         seeing: list[Tensor] = list(self.model.model.visual.parameters())
@@ -173,6 +181,9 @@ class Trainer:
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One optimiser step; returns the losses and the gradient norm."""
         options = self.options
+        wanted = self.heads is not None and step_difficulty(options, self.step).speed
+        if wanted and self.speed is None:
+            self._add_speed_head()
         factor = learning_rate_factor(self.step, options.steps, options.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate * factor * group["rate"]
@@ -182,6 +193,10 @@ class Trainer:
             if self.heads is not None and answers.vision_FMW.requires_grad:
                 scene = self.heads.loss(answers.vision_FMW, batch.truth)
                 losses["scene"] = SCENE_WEIGHT * scene
+                if self.speed is not None:
+                    losses["speed"] = SCENE_WEIGHT * self.speed.loss(
+                        answers.vision_FMW, batch.truth
+                    )
             if self.teach is not None:
                 with torch.no_grad():
                     taught = self.teach(batch)
@@ -223,6 +238,8 @@ class Trainer:
         state = {"optimizer": self.optimizer.state_dict(), "step": self.step}
         if self.heads is not None:
             state["heads"] = self.heads.state_dict()
+        if self.speed is not None:
+            state["speed"] = self.speed.state_dict()
         torch.save(state, folder / "optimizer.part")
         for name in ("model", "optimizer"):
             (folder / f"{name}.part").replace(folder / name)
@@ -234,6 +251,10 @@ class Trainer:
             return False
         load_model(self.model, str(folder / "model"))
         state = torch.load(folder / "optimizer", weights_only=True)
+        if "speed" in state:
+            self._add_speed_head()
+            assert self.speed is not None
+            self.speed.load_state_dict(state["speed"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         if self.heads is not None:

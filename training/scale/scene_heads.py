@@ -21,6 +21,7 @@ from internvideo3.training.scale.pixels import sampled_times
 
 GEOMETRY_WEIGHT = 4.0
 """Weight of position and radius errors (picture widths) beside the cross-entropies."""
+SPEED_WEIGHT = 3.0
 
 
 class Truth(NamedTuple):
@@ -33,6 +34,8 @@ class Truth(NamedTuple):
     flash_P: Tensor
     quadrant_PC: Tensor
     """Which of the four tokens an object's centre lies in (0-3, row by row)."""
+    speed_PC3: Tensor
+    """Change of x, y and radius between a second's two frames, in tenths of the picture width."""
 
 
 class SceneHeads(nn.Module):
@@ -96,6 +99,27 @@ class SceneHeads(nn.Module):
         }
 
 
+class SpeedHead(nn.Module):
+    """Reads how each object moves within a second; beside the language model's later training.
+
+    Without it motion and distance questions stayed at chance: two frames are in one token, but
+    nothing else asks for their difference.
+    """
+
+    def __init__(self, width: int, tokens: int = 4) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width * tokens)
+        self.hidden = nn.Linear(width * tokens, 256)
+        self.out = nn.Linear(256, len(COLOURS) * 3)
+
+    def loss(self, vision_PMW: Tensor, truth: Truth) -> Tensor:
+        """Mean absolute error over the objects of each second."""
+        out = self.out(functional.gelu(self.hidden(self.norm(vision_PMW.flatten(1)))))
+        speed_PC3 = out.unflatten(-1, (len(COLOURS), 3))
+        here = truth.here_PC
+        return SPEED_WEIGHT * (speed_PC3[here] - truth.speed_PC3[here]).abs().mean()
+
+
 def scene_truth(spec: VideoSpec) -> Truth:
     """What each second of a video shows, taken at its second frame."""
     shown = tracks(spec, sampled_times(int(spec.length_s)))
@@ -104,18 +128,27 @@ def scene_truth(spec: VideoSpec) -> Truth:
     here: NDArray[Any] = np.zeros((seconds, colours), dtype=bool)
     shape: NDArray[Any] = np.zeros((seconds, colours), dtype=np.int64)
     geometry: NDArray[Any] = np.zeros((seconds, colours, 3), dtype=np.float32)
+    speed: NDArray[Any] = np.zeros((seconds, colours, 3), dtype=np.float32)
     p, k = np.nonzero(object_PK5[..., 3] > 0)
     colour = kind_PK2[p, k, 1]
     here[p, colour] = True
     shape[p, colour] = kind_PK2[p, k, 0]
     geometry[p, colour] = object_PK5[p, k, :3]
+    # Entries are on whole seconds, so a second's two frames list the same objects, except while a
+    # dissolve's second half has dropped the old scene's; those rest at zero.
+    before_PK5, before_kind_PK2 = shown.object_NK5[0::2], shown.kind_NK2[0::2]
+    for slot in range(before_PK5.shape[1]):
+        same = before_kind_PK2[:, slot, None, 1] == kind_PK2[..., 1]
+        both = (before_PK5[:, slot, None, 3] > 0) & (object_PK5[..., 3] > 0)
+        q, j = np.nonzero(same & both)
+        speed[q, kind_PK2[q, j, 1]] = 10 * (object_PK5[q, j, :3] - before_PK5[q, slot, :3])
     east, south = geometry[..., 0] > 0.5, geometry[..., 1] > 0.5
     quadrant = 2 * south.astype(np.int64) + east
     flashes = np.maximum(shown.flash_N[0::2], shown.flash_N[1::2])
     place = shown.place_N2[1::2, 0]
     flash = np.where(flashes >= 0, flashes, colours)
     return Truth(*(torch.from_numpy(np.ascontiguousarray(x))
-                   for x in (here, shape, geometry, place, flash, quadrant)))  # fmt: skip
+                   for x in (here, shape, geometry, place, flash, quadrant, speed)))  # fmt: skip
 
 
 def join_truth(truths: Sequence[Truth]) -> Truth:
