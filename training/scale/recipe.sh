@@ -8,4 +8,17 @@ STAGE=internvideo3.training.scale
 
 python -m $STAGE.tokenizer
 [ -f "$WORK/vision/vision.safetensors" ] ||
-  python -m $STAGE.vision_stage --out "$WORK/vision" --seconds-of-video 100000
+  python -m $STAGE.vision_stage --out "$WORK/vision" --seconds-of-video 110000
+[ -d "$WORK/base/checkpoint" ] ||
+  python -m $STAGE.language_stage --vision "$WORK/vision/vision.safetensors" \
+    --out "$WORK/base" --steps 5200 --learning-rate 1.5e-3 --batch-tokens 3000
+[ -d "$WORK/converted" ] ||
+  python -m $STAGE.convert_stage --source "$WORK/base/checkpoint" --out "$WORK/converted"
+for NAME in m2la control; do
+  INIT=$WORK/converted
+  [ $NAME = m2la ] || INIT=$WORK/base/checkpoint
+  [ -d "$WORK/$NAME/checkpoint" ] ||
+    python -m $STAGE.language_stage --init "$INIT" --teacher "$WORK/base/checkpoint" \
+      --out "$WORK/$NAME" --steps 400 --learning-rate 5e-4 --warmup 30 --seed 1
+done
+python -m $STAGE.publish --work "$WORK"
