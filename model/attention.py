@@ -71,11 +71,11 @@ def _attend_whole(q_BKGTW: Tensor, part: Part, scale: float) -> Tensor:
     K, T = q_BKGTW.shape[1], q_BKGTW.shape[3]
     if T == 1 and part.mask_BxTN is None:
         # One query sees everything: a head's group is then a sequence of queries to its keys.
-        out = functional.scaled_dot_product_attention(
-            q_BKGTW.squeeze(3), *part.tensors, scale=scale
-        )
-        return out.unsqueeze(3)
-    return attend_one(q_BKGTW.flatten(1, 2), part, scale).unflatten(1, (K, -1))
+        k_BKNW, v_BKNV = part.tensors
+        q_BKGW = q_BKGTW.squeeze(3)
+        out_BKGV = functional.scaled_dot_product_attention(q_BKGW, k_BKNW, v_BKNV, scale=scale)
+        return out_BKGV.unsqueeze(3)
+    return _attend_causal(q_BKGTW.flatten(1, 2), part, scale).unflatten(1, (K, -1))
 
 
 def _query_rows(part: Part, start: int, stop: int, new_tokens: int) -> Part:
@@ -103,28 +103,52 @@ def _attend_part(q_BKGTW: Tensor, part: Part, scale: float) -> tuple[Tensor, Ten
     """Attention over one segment: normalised output [B,K,G,T,V] and log-sum-exp [B,K,G,T]."""
     k_bKNW, v_bKNV = part.tensors
     B, K, G, T, W = q_BKGTW.shape
-    b, N = k_bKNW.shape[0], k_bKNW.shape[2]
+    b, N, V = k_bKNW.shape[0], k_bKNW.shape[2], v_bKNV.shape[3]
     fold = B // b
-    q_bKMW = q_BKGTW
-    if fold > 1:
-        q_bKMW = q_BKGTW.permute(1, 0, 2, 3, 4)[None]
+    q_bKMW = q_BKGTW.permute(1, 0, 2, 3, 4) if fold > 1 else q_BKGTW
     q_bKMW = q_bKMW.reshape(b, K, fold * G * T, W)
-    scores = torch.matmul(q_bKMW * scale, k_bKNW.transpose(-1, -2)).view(b, K, fold, G, T, N)
-    if scores.dtype in (torch.float16, torch.bfloat16):
-        scores = scores.float()
-    mask = _causal_mask(T, N, scores.device) if part.causal else part.mask_BxTN
-    if mask is not None:
+    mask = _causal_mask(T, N, q_bKMW.device) if part.causal else part.mask_BxTN
+    if mask is None:
+        out, lse = _attend_unmasked(q_bKMW, k_bKNW, v_bKNV, scale)
+    else:
         # [B or 1, 1, T, N] -> [b, 1, fold or 1, 1, T, N]
-        mask = mask.reshape(-1, 1, 1, 1, T, N) if fold == 1 else mask.reshape(1, 1, -1, 1, T, N)
-        scores = _masked(scores, mask)
-    lse = scores.logsumexp(-1)
-    # A row that sees nothing of this segment has lse = -inf and gets weight 0 in the merge.
-    probs = (scores - lse.clamp_min(torch.finfo(lse.dtype).min)[..., None]).exp()
-    out = torch.matmul(probs.to(v_bKNV.dtype).view(b, K, fold * G * T, N), v_bKNV)
-    out = out.view(b, K, fold, G, T, -1)
+        mask = mask[:, None, None] if fold == 1 else mask[None, None]
+        scores = torch.matmul(q_bKMW * scale, k_bKNW.mT).view(b, K, fold, G, T, N)
+        out, lse = _softmax(_masked(scores, mask).view(b, K, -1, N), v_bKNV)
+    out, lse = out.view(b, K, fold, G, T, V), lse.view(b, K, fold, G, T)
     if fold > 1:
         return out[0].transpose(0, 1), lse[0].transpose(0, 1)
     return out[:, :, 0], lse[:, :, 0]
+
+
+def _attend_unmasked(
+    q_bKMW: Tensor, k_bKNW: Tensor, v_bKNV: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Every query sees every key: output [b, K, M, V] and log-sum-exp [b, K, M]."""
+    if q_bKMW.device.type != "cpu" or torch.is_grad_enabled():
+        return _softmax(torch.matmul(q_bKMW * scale, k_bKNW.mT), v_bKNV)
+    # torch's CPU flash attention; only the operator itself hands out the log-sum-exp.
+    width = v_bKNV.shape[3]
+    v_bKNW = functional.pad(v_bKNV, (0, k_bKNW.shape[3] - width))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out_bKMW, lse_bKM = flash(q_bKMW, k_bKNW, v_bKNW, scale=scale)
+    return out_bKMW[..., :width], lse_bKM
+
+
+def _softmax(scores_bKMN: Tensor, v_bKNV: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax-weighted values [b, K, M, V] and log-sum-exp [b, K, M].
+
+    A query that sees nothing gets zeros and -inf, and so weight 0 in a merge.
+    """
+    if scores_bKMN.dtype in (torch.float16, torch.bfloat16):
+        scores_bKMN = scores_bKMN.float()
+    lowest = torch.finfo(scores_bKMN.dtype).min
+    top_bKM1 = scores_bKMN.detach().amax(-1, keepdim=True).clamp_min(lowest)
+    weights_bKMN = (scores_bKMN - top_bKM1).exp_()
+    total_bKM1 = weights_bKMN.sum(-1, keepdim=True)
+    lse_bKM = (total_bKM1.log() + top_bKM1)[..., 0]
+    out_bKMV = torch.matmul(weights_bKMN.to(v_bKNV.dtype), v_bKNV)
+    return out_bKMV / total_bKM1.clamp_min(torch.finfo(lse_bKM.dtype).tiny).to(out_bKMV), lse_bKM
 
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:
@@ -139,17 +163,17 @@ def _causal_mask(new_tokens: int, cached: int, device: torch.device) -> Tensor:
     return (torch.arange(cached, device=device) <= queries[:, None])[None, None]
 
 
-def attend_one(q_BHTW: Tensor, part: Part, scale: float) -> Tensor:
-    """Attention over a single segment through torch's fused kernels.
-
-    Returns:
-        [B, H, T, V].
-    """
+def _attend_causal(q_BHTW: Tensor, part: Part, scale: float) -> Tensor:
+    """Attention of several queries over a single segment by torch's fused kernels; [B, H, T, V]."""
     k_BKNW, v_BKNV = part.tensors
     T, N, groups = q_BHTW.shape[2], k_BKNW.shape[2], q_BHTW.shape[1] // k_BKNW.shape[1]
     mask = part.mask_BxTN
     if part.causal and T != N:
         mask = _causal_mask(T, N, q_BHTW.device)
+    width = v_BKNV.shape[3]
+    if q_BHTW.device.type == "cpu":
+        # torch has a flash kernel for CPU, but for keys and values of one width only.
+        v_BKNV = functional.pad(v_BKNV, (0, k_BKNW.shape[3] - width))
     return functional.scaled_dot_product_attention(
         q_BHTW,
         _repeat_heads(k_BKNW, groups),
@@ -157,7 +181,7 @@ def attend_one(q_BHTW: Tensor, part: Part, scale: float) -> Tensor:
         attn_mask=mask,
         is_causal=part.causal and T == N,
         scale=scale,
-    )
+    )[..., :width]
 
 
 def _repeat_heads(x_BKNW: Tensor, groups: int) -> Tensor:
@@ -311,11 +335,10 @@ class LatentAttention(nn.Module):
         q_BKGTD = q_BHTD.unflatten(1, (self.num_kv_heads, -1))
         q_BKGTR = torch.einsum("bkgtd,kdr->bkgtr", q_BKGTD, self.k_up)
         q_B1HTW = torch.cat([q_BKGTR.flatten(1, 2), q_rope_BHTS], dim=-1)[:, None]
-        rows = [
-            Part((p.tensors[0], p.tensors[0][..., : self.rank]), p.mask_BxTN, p.causal)
-            for p in parts
-        ]
-        c_BKGTR = attend(q_B1HTW, rows, self.scale)[:, 0].unflatten(1, (self.num_kv_heads, -1))
+        # The rows are keys and values at once; of the output only the latent part is wanted.
+        rows = [Part((p.tensors[0], p.tensors[0]), p.mask_BxTN, p.causal) for p in parts]
+        out_BHTW = attend(q_B1HTW, rows, self.scale)[:, 0]
+        c_BKGTR = out_BHTW[..., : self.rank].unflatten(1, (self.num_kv_heads, -1))
         return torch.einsum("bkgtr,kdr->bkgtd", c_BKGTR, self.v_up).flatten(1, 2)
 
     def _absorbs(self, batch: int, new_tokens: int, parts: list[Part]) -> bool:

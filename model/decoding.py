@@ -9,6 +9,7 @@ Axes: B rows, T new tokens, X text model width, Y vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -82,6 +83,10 @@ class Continued:
     """Position of the first token that is not cached."""
     token_ids: list[int]
     stop_reason: StopReason
+    prefill_s: float
+    """This row's share of the seconds that the batch's prompts took."""
+    decode_s: float
+    """This row's share of the seconds after that."""
 
 
 @torch.no_grad()
@@ -96,8 +101,11 @@ def generate(
         stop_ids: ends replies whose limits name no stop ids.
         chunk: most tokens of a row prefilled at once.
     """
+    started = time.perf_counter()
     batch = _Batch(model, rows)
     scores_BY = batch.prefill([row.pending for row in rows], chunk)
+    wait_for(model.device)
+    prefilled = time.perf_counter()
     writers = [_Writer(row.limits, stop_ids) for row in rows]
     while True:
         for writer, scores_Y in zip(writers, scores_BY, strict=True):
@@ -108,11 +116,24 @@ def generate(
             [w.token_ids[-1] for w in writers],
             [w.stop_reason is None for w in writers],
         )
-    caches = batch.split()
+    done = time.perf_counter()
     return [
-        Continued(cache, position, writer.token_ids, writer.stop_reason or StopReason.LENGTH)
-        for cache, position, writer in zip(caches, batch.positions, writers, strict=True)
+        Continued(
+            cache,
+            position,
+            writer.token_ids,
+            writer.stop_reason or StopReason.LENGTH,
+            (prefilled - started) / len(rows),
+            (done - prefilled) / len(rows),
+        )
+        for cache, position, writer in zip(batch.split(), batch.positions, writers, strict=True)
     ]
+
+
+def wait_for(device: torch.device) -> None:
+    """Lets queued work finish, so that a clock read next counts it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class _Writer:

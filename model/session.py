@@ -18,6 +18,7 @@ from torch import Tensor
 from internvideo3.model import decoding
 from internvideo3.model.decoding import Limits as Limits
 from internvideo3.model.decoding import StopReason as StopReason
+from internvideo3.model.decoding import wait_for
 from internvideo3.model.forward import Tokens, logits, new_cache, run
 from internvideo3.model.prompt import Frames, Medium, Message, Piece, Prompter, PromptError
 from internvideo3.model.vision import Encoded, FeatureCache
@@ -59,7 +60,7 @@ class Session:
         processor: Any,
         *,
         device: torch.device | str | None = None,
-        chunk: int = 1024,
+        chunk: int = 2048,
         features: FeatureCache | None = None,
         media_options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -69,7 +70,11 @@ class Session:
         self.chunk = chunk
         self.features = FeatureCache() if features is None else features
         self.encode_s = 0.0
-        """Seconds spent in the vision tower by this session, its parents' included."""
+        """Seconds that this session, not its parents, spent in the vision tower."""
+        self.prefill_s = 0.0
+        """Seconds spent on prompts, without the vision tower; of a batch, this session's share."""
+        self.decode_s = 0.0
+        """Seconds spent on replies; of a batch, this session's share."""
         self.cache = new_cache(model)
         self._prompter = Prompter(processor, media_options)
         self._ids: tuple[tuple[int, ...], ...] = ()
@@ -190,6 +195,7 @@ class Session:
         child.__dict__.update(self.__dict__)
         child.cache = self.cache.fork()
         child._pending = []
+        child.encode_s = child.prefill_s = child.decode_s = 0.0
         return child
 
     def generate(self, limits: Limits) -> Reply:
@@ -232,6 +238,8 @@ class Session:
         self.cache = continued.cache
         self._position = continued.position
         self._logits_Y = None
+        self.prefill_s += continued.prefill_s
+        self.decode_s += continued.decode_s
         text: str = self.processor.tokenizer.decode(
             reply_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -284,6 +292,7 @@ class Session:
         if not self._pending:
             return
         piece, self._pending = Piece(self._pending, media), []
+        started, encoded_before_s = time.perf_counter(), self.encode_s
         with torch.no_grad():
             tokens, following = self._place(piece)
             for chunk in tokens.chunks(self.chunk):
@@ -291,6 +300,8 @@ class Session:
             self._logits_Y = logits(self.model, hidden_1TX[0, -1])
         self._position = following
         self._ids = (*self._ids, tuple(piece.ids))
+        wait_for(self.device)
+        self.prefill_s += time.perf_counter() - started - (self.encode_s - encoded_before_s)
 
     def _place(self, piece: Piece) -> tuple[Tokens, int]:
         """Tokens of a piece with their positions, and the position that follows."""
@@ -320,7 +331,6 @@ class Session:
                 for m in piece.media
             ]
         )
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        wait_for(self.device)
         self.encode_s += time.perf_counter() - started
         return encoded

@@ -5,6 +5,7 @@ Run: .venv/bin/python -m pytest tests/model/test_session.py -q
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -328,6 +329,18 @@ def test_a_batch_stores_the_prefix_once(model: Any, asker: Asker) -> None:
     shared = prefix.cache.segmented(0).tail[0]
     for fork in forks:
         assert fork.cache.segmented(0).segments()[0].tensors[0] is shared
+
+
+def test_time_is_accounted_for(source: Any, asker: Asker) -> None:
+    started = time.perf_counter()
+    prefix = asker.prefix(source)
+    assert prefix.encode_s > 0 and prefix.prefill_s > 0 and prefix.decode_s == 0
+    forks = [asker.ask(prefix, question) for question in QUESTIONS]
+    assert all(fork.encode_s == fork.prefill_s == fork.decode_s == 0 for fork in forks)
+    Session.generate_batch(forks, Limits(max_new_tokens=3, stop_ids=()))
+    spent = sum(s.encode_s + s.prefill_s + s.decode_s for s in (prefix, *forks))
+    assert all(fork.prefill_s > 0 and fork.decode_s > 0 for fork in forks)
+    assert spent <= time.perf_counter() - started
 
 
 def test_stop_tokens_end_a_reply(source: Any, asker: Asker) -> None:

@@ -1,0 +1,199 @@
+"""The segmented cache: growth, forks, rollback; and attention over its parts.
+
+Run: .venv/bin/python -m pytest tests/model/test_cache.py -q
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from internvideo3.model.attention import attend
+from internvideo3.model.cache import (
+    BLOCK_TOKENS,
+    LatentCache,
+    Part,
+    Placement,
+    SharedKVCache,
+    allocated_bytes,
+)
+
+
+def rows(tokens: int, batch: int = 1, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 1, tokens, 6, generator=generator)
+
+
+def filled(tokens: int, batch: int = 1, seed: int = 0) -> tuple[LatentCache, Tensor]:
+    cache, new = LatentCache(2), rows(tokens, batch, seed)
+    for layer in range(2):
+        cache.update(new, new, layer)
+    return cache, new
+
+
+def content(cache: LatentCache, layer: int = 0) -> Tensor:
+    return cache.segmented(layer).joined()[0]
+
+
+def test_rows_are_contiguous_and_allocated_in_blocks() -> None:
+    cache, new = filled(3)
+    storage = cache.segmented(0).tail[0]
+    assert storage.shape == (1, 1, BLOCK_TOKENS, 6)
+    assert storage[0, 0].is_contiguous()
+    grown, one = [], new[:, :, :1]
+    for step in range(400):
+        cache.update(one, one, 0)
+        if cache.segmented(0).tail[0] is not storage:
+            storage = cache.segmented(0).tail[0]
+            grown.append(step)
+            assert storage.shape[2] % BLOCK_TOKENS == 0
+    assert len(grown) < 400 / BLOCK_TOKENS + 1
+    assert torch.equal(content(cache)[:, :, 3:], one.expand(-1, -1, 400, -1))
+    assert cache.get_seq_length(0) == 403 and cache.get_mask_sizes(2, 0) == (405, 0)
+
+
+def test_allocated_bytes_are_those_of_storage() -> None:
+    cache, new = filled(3)
+    one_layer = BLOCK_TOKENS * 6 * 4
+    assert cache.allocated_bytes() == 2 * one_layer
+    child = cache.fork()
+    assert allocated_bytes([cache, child]) == 2 * one_layer
+    child.update(new, new, 0)
+    assert allocated_bytes([cache, child]) == 3 * one_layer
+
+
+def test_parent_and_child_grow_apart() -> None:
+    cache, new = filled(5)
+    child = cache.fork()
+    grandchild = child.fork()
+    for which, one in enumerate((cache, child, grandchild), start=1):
+        more = rows(100, seed=which)
+        one.update(more, more, 0)
+        assert torch.equal(content(one), torch.cat([new, more], dim=2))
+    assert torch.equal(content(child, 1), new)
+
+
+@pytest.mark.parametrize("removed", [1, 4, 7])
+def test_rollback_never_overwrites_what_a_fork_holds(removed: int) -> None:
+    cache, new = filled(5)
+    child = cache.fork()
+    more = rows(3, seed=1)
+    cache.update(more, more, 0)
+    both = torch.cat([new, more], dim=2)
+    cache.segmented(0).crop(-removed)
+    cache.update(more, more, 0)
+    assert torch.equal(content(child), new)
+    assert torch.equal(content(cache), torch.cat([both[:, :, : 8 - removed], more], dim=2))
+    with pytest.raises(ValueError, match="negative"):
+        cache.segmented(0).crop(1)
+    with pytest.raises(ValueError, match="at most"):
+        cache.segmented(0).crop(-100)
+
+
+def test_batch_changes_leave_shared_segments_alone() -> None:
+    cache, new = filled(5)
+    batch = cache.fork()
+    more = rows(2, batch=3, seed=1)
+    batch.update(more, more, 0)
+    batch.segmented(0).reorder_cache(torch.tensor([2, 0, 0]))
+    assert batch.segmented(0).frozen[0].tensors[0] is cache.segmented(0).tail[0]
+    want = torch.cat([new.expand(3, -1, -1, -1), more[[2, 0, 0]]], dim=2)
+    assert torch.equal(content(batch), want)
+    batch.segmented(0).batch_select_indices(torch.tensor([1]))
+    batch.segmented(0).batch_repeat_interleave(2)
+    assert torch.equal(content(batch), want[[1, 1]])
+
+
+def test_rows_of_different_lengths_stay_contiguous() -> None:
+    cache = LatentCache(1)
+    lengths = [0, 3, 1]
+    written: list[list[Tensor]] = [[], [], []]
+    first = rows(3, batch=3)
+    cache.extend(0, (first,))
+    for row, length in enumerate(lengths):
+        written[row] = [first[row, :, :length]]
+    for step, counts in enumerate([(2, 1, 4), (1, 1, 1)]):
+        new = rows(max(counts), batch=3, seed=step + 1)
+        with cache.step(Placement.of(lengths, max(counts), new.device)):
+            (part,) = cache.extend(0, (new,))
+        assert part.mask_BxTN is not None
+        for row, count in enumerate(counts):
+            written[row].append(new[row, :, :count])
+            last = part.mask_BxTN[row, 0, count - 1]
+            lengths[row] += count
+            assert last.nonzero().flatten().tolist() == list(range(lengths[row]))
+    for row, length in enumerate(lengths):
+        (got,) = cache.row(row, length).segmented(0).segments()[-1].views()
+        assert torch.equal(got[0], torch.cat(written[row], dim=1))
+        assert got.untyped_storage().data_ptr() == cache.segmented(0).tail[0].data_ptr()
+
+
+def test_gqa_cache_serves_transformers_and_sessions() -> None:
+    cache = SharedKVCache(1)
+    keys, values = rows(3), rows(3, seed=1)
+    assert all(map(torch.equal, cache.update(keys, values, 0), (keys, values)))
+    with cache.step():
+        parts, same = cache.update(keys, values, 0)
+    assert parts is same and len(parts) == 1 and parts[0].causal
+    assert torch.equal(parts[0].tensors[1], torch.cat([values, values], dim=2))
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """[B, K, G, T, W] on [B, K, N, W], by the definition."""
+    scores = scale * q @ k[:, :, None].mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
+    return scores.softmax(-1).nan_to_num() @ v[:, :, None]
+
+
+SHAPES = list(itertools.product((1, 3), (1, 2), (1, 3), (1, 5)))
+
+
+@pytest.mark.parametrize(("batch", "heads", "groups", "queries"), SHAPES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_over_segments_is_attention_over_their_union(
+    batch: int, heads: int, groups: int, queries: int, masked: bool, monkeypatch: Any
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    lengths, widths = (4, 9, 7), (6, 5)
+    segments = [
+        tuple(draw(1 if i == 0 else batch, heads, n, w) for w in widths)
+        for i, n in enumerate(lengths)
+    ]
+    k, v = (torch.cat([s[i].expand(batch, -1, -1, -1) for s in segments], dim=2) for i in range(2))
+    q = draw(batch, heads, groups, queries, widths[0])
+    mask = torch.ones(batch, 1, queries, 20, dtype=torch.bool)
+    mask[..., 20 - queries :].tril_()
+    if masked:
+        mask &= draw(batch, 1, queries, 20) > 0
+        mask[0, 0, 0] = False  # a padding query
+    given = mask.split(lengths, dim=-1)
+    parts = [Part(s, m) for s, m in zip(segments, given, strict=True)]
+    if not masked:
+        parts = [Part(s) for s in segments[:-1]] + [Part(segments[-1], causal=queries > 1)]
+    want = plain_attention(q, k, v, mask, 0.3)
+    for limit in (1 << 20, 40):
+        monkeypatch.setattr("internvideo3.model.attention.MAX_SCORES", limit)
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                assert float((attend(q, parts, 0.3) - want).abs().max()) <= 1e-12
+
+
+@pytest.mark.parametrize("queries", [1, 4, 9])
+def test_attention_over_one_segment(queries: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 2, 3, queries, 6, generator=generator, dtype=torch.float64)
+    k, v = (torch.randn(2, 2, 9, w, generator=generator, dtype=torch.float64) for w in (6, 5))
+    mask = torch.ones(1, 1, queries, 9, dtype=torch.bool)
+    mask[..., 9 - queries :].tril_()
+    want = plain_attention(q, k, v, mask, 0.3)
+    for part in (Part((k, v), causal=queries > 1), Part((k, v), mask)):
+        assert float((attend(q, [part], 0.3) - want).abs().max()) <= 1e-12

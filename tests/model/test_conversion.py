@@ -1,0 +1,233 @@
+"""GQA to M²LA: statistics against autograd, exactness at full rank, error falling with the rank.
+
+Run: .venv/bin/python -m pytest tests/model/test_conversion.py -q
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from internvideo3.model.attention import break_even
+from internvideo3.model.cache import LatentCache
+from internvideo3.model.conversion.adapters import fit_adapter
+from internvideo3.model.conversion.convert import convert, convert_with_report
+from internvideo3.model.conversion.lowrank import factorise, weigh_metric
+from internvideo3.model.conversion.options import PRESETS, ConversionOptions, key_width
+from internvideo3.model.conversion.rotary import choose_slots, positional_gain, residual_map
+from internvideo3.model.conversion.statistics import (
+    LayerStatistics,
+    _attention_gradients,
+    collect,
+    record,
+)
+
+
+@pytest.fixture(scope="module")
+def stats(source: Any, calibration: Any) -> list[LayerStatistics]:
+    return collect(source, calibration, seed=0, token_floor=0.05)
+
+
+def error(source: Any, converted: Any, case: dict[str, Any]) -> float:
+    return float((source(**case).logits - converted(**case).logits).square().mean())
+
+
+def test_closed_form_gradients_are_autograds() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    q, k, v, out_grad = draw(2, 2, 3, 5, 4), draw(2, 2, 5, 4), draw(2, 2, 5, 4), draw(2, 2, 3, 5, 4)
+    bias = torch.zeros(1, 1, 5, 5).masked_fill(~torch.ones(5, 5).tril().bool(), -1e30)
+    with torch.enable_grad():
+        k.requires_grad_(), v.requires_grad_()
+        scores = 0.5 * q @ k[:, :, None].mT + bias[:, :, None]
+        scores.retain_grad()
+        ((scores.softmax(-1) @ v[:, :, None]) * out_grad).sum().backward()
+    found = _attention_gradients(q, k.detach(), v.detach(), out_grad, bias, 0.5)
+    for got, want in zip(found, (scores.grad, k.grad, v.grad), strict=True):
+        assert float((got - want).abs().max()) <= 1e-12
+
+
+def test_statistics_are_those_of_the_layers_calls(
+    source: Any, calibration: Any, stats: list[LayerStatistics]
+) -> None:
+    calls, _ = record(source, calibration[2])
+    alone = collect(source, calibration[2:], seed=0, token_floor=0.05)
+    _, k, v = calls[1].qkv()
+    z = torch.cat([k, v], dim=1).transpose(1, 2).flatten(2)[0].double()
+    assert float((alone[1].mean() - z[1:].mean(0)).abs().max()) <= 1e-6
+    # Text only: nothing for vision; the videos of the whole set do count.
+    assert float(alone[1].weight_M[1]) == 0.0 < float(stats[1].weight_M[1])
+    moments = stats[0].second_moment()
+    assert float(torch.linalg.eigvalsh(moments)[0]) >= -1e-9 * float(moments.trace())
+
+
+def test_gain_is_a_mean_of_unit_numbers(stats: list[LayerStatistics]) -> None:
+    for layer in stats:
+        assert float(positional_gain(layer).abs().max()) <= 1 + 1e-6
+
+
+def test_all_slots_leave_no_key(stats: list[LayerStatistics]) -> None:
+    gain_HF = positional_gain(stats[0])
+    keys = len(stats[0].mean()) // 2
+    slots = choose_slots(stats[0], gain_HF, keys // 2)
+    kv_heads = slots.write_SK.shape[1]
+    left = residual_map(slots, kv_heads, keys // kv_heads)
+    assert float(left[:keys].abs().max()) <= 1e-9
+    assert torch.equal(left[keys:, keys:], torch.eye(keys, dtype=left.dtype))
+    assert slots.energy_kept == pytest.approx(1.0)
+
+
+def test_the_factorisation_is_the_best_of_its_rank(stats: list[LayerStatistics]) -> None:
+    """No other encoder and decoder, here by gradient descent from the optimum, does better."""
+    layer = stats[1]
+    gain_HF = positional_gain(layer)
+    metric = weigh_metric(layer.fisher_MEE.sum(0), gain_HF, 1e-3)
+    slots = choose_slots(layer, gain_HF, 8)
+    kv_heads = slots.write_SK.shape[1]
+    residual = residual_map(slots, kv_heads, 2 * gain_HF.shape[1])
+    covariance = layer.covariance(layer.mean())
+    low = factorise(covariance, metric, residual, 24)
+    assert 0 < low.energy_kept < 1
+
+    def loss(decoder: Tensor, encoder: Tensor) -> Tensor:
+        left = residual - decoder @ encoder
+        return (metric * (left @ covariance @ left.T)).sum()
+
+    with torch.enable_grad():
+        decoder = low.decoder_ER.clone().requires_grad_()
+        encoder = low.encoder_RE.clone().requires_grad_()
+        value = loss(decoder, encoder)
+        grads = torch.autograd.grad(value, (decoder, encoder))
+    total = float(loss(torch.zeros_like(decoder), encoder))
+    assert float(value) == pytest.approx((1 - low.energy_kept) * total, rel=1e-6)
+    assert max(float(g.abs().max()) for g in grads) <= 1e-6 * total
+
+
+def test_an_adapter_under_one_metric_is_the_identity(stats: list[LayerStatistics]) -> None:
+    layer = stats[1]
+    layer_one_metric = LayerStatistics(
+        **{**vars(layer), "fisher_MEE": layer.fisher_MEE.sum(0).expand(2, -1, -1)}
+    )
+    gain_HF = positional_gain(layer)
+    slots = choose_slots(layer, gain_HF, 8)
+    residual = residual_map(slots, slots.write_SK.shape[1], 2 * gain_HF.shape[1])
+    metric = weigh_metric(layer.fisher_MEE.sum(0), gain_HF, 1e-3)
+    low = factorise(layer.covariance(layer.mean()), metric, residual, 24)
+    for modality in (0, 1):
+        same = fit_adapter(layer_one_metric, low, gain_HF, 1e-3, modality)
+        assert same.error_after == pytest.approx(same.error_before, rel=1e-3)
+        own = fit_adapter(layer, low, gain_HF, 1e-3, modality)
+        assert own.error_after <= own.error_before * (1 + 1e-9)
+
+
+def test_more_rank_is_less_error(source: Any, calibration: Any) -> None:
+    case = calibration[0]
+    errors = []
+    for share in (0.25, 0.5, 0.75):
+        options = ConversionOptions.share(source.config.text_config, share)
+        found = convert_with_report(source, calibration, options)
+        assert found.cache_share == pytest.approx(share, abs=0.01)
+        assert all(0 < x.latent_energy <= 1 for x in found.layers)
+        assert all(x.output_error is not None and x.output_error < 1 for x in found.layers)
+        errors.append(error(source, found.model, case))
+    full = convert(source, calibration, "full")
+    assert errors[0] > errors[1] > errors[2] > error(source, full, case)
+    assert error(source, full, case) <= 1e-18
+
+
+def test_the_refit_lowers_the_error(source: Any, calibration: Any) -> None:
+    options = PRESETS["half"](source.config.text_config).with_(adapters="off")
+    with_refit = convert(source, calibration, options)
+    without = convert(source, calibration, options.with_(refit_output=False))
+    assert error(source, with_refit, calibration[0]) < error(source, without, calibration[0])
+
+
+def test_both_forms_agree_below_full_rank(half: Any, calibration: Any) -> None:
+    text = half.config.text_config
+    assert text.modality_adapters
+    logits = {}
+    for form in ("reconstruct", "absorbed"):
+        text.attention_form = form
+        logits[form] = half(**calibration[0]).logits
+    text.attention_form = "auto"
+    assert float((logits["reconstruct"] - logits["absorbed"]).abs().max()) <= 1e-9
+    layer = half.model.language_model.layers[0].self_attn
+    assert break_even(layer) > 1
+
+
+def test_adapters_before_the_cache_equal_adapters_at_reconstruction(
+    half: Any, calibration: Any
+) -> None:
+    """`B (M c + δ)` from a cached c equals B on the cached `M c + δ` (notation of adapters.py)."""
+    layer = half.model.language_model.layers[1].self_attn
+    ids = calibration[0]["input_ids"]
+    vision = ids == half.config.video_token_id
+    assert vision.any() and not vision.all()
+    c = torch.randn(1, ids.shape[1], layer.rank, dtype=torch.float64)
+    rope = torch.zeros(1, ids.shape[1], 2 * len(layer.slot_frequencies), dtype=torch.float64)
+    keys, values = layer.rebuild(torch.cat([layer.adapt(c, vision), rope], dim=-1))
+    for modality, chosen in enumerate((~vision[0], vision[0])):
+        weight, bias = layer.adapter_weight[modality], layer.adapter_bias[modality]
+        for up, rebuilt in ((layer.k_up, keys), (layer.v_up, values)):
+            late = torch.einsum("kdr,rs,ns->knd", up, weight, c[0])
+            late = late + torch.einsum("kdr,r->kd", up, bias)[:, None]
+            got = rebuilt[0, ..., : layer.head_dim]
+            assert float((got - late)[:, chosen].abs().max()) <= 1e-9
+
+
+def test_a_row_is_the_latent_and_the_rotary_key(half: Any, calibration: Any) -> None:
+    cache = LatentCache(half.config.text_config.num_hidden_layers)
+    half(**calibration[0], past_key_values=cache)
+    text = half.config.text_config
+    (rows,) = cache.segmented(0).joined()
+    assert rows.shape[-1] == text.rank(0) + 2 * text.slots(0) == key_width(text)
+
+
+def test_the_source_is_not_changed(source: Any, calibration: Any) -> None:
+    before = {name: value.clone() for name, value in source.state_dict().items()}
+    converted = convert(source, calibration, "half")
+    with torch.no_grad():
+        for parameter in converted.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(before[n], value) for n, value in source.state_dict().items())
+
+
+def test_a_conversion_can_be_repeated(source: Any, calibration: Any) -> None:
+    one, two = (convert(source, calibration, "half") for _ in range(2))
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[name]), name
+
+
+def test_labels_and_masks_of_packed_batches_are_used(source: Any, calibration: Any) -> None:
+    case = {k: v for k, v in calibration[0].items() if k != "attention_mask"}
+    length = case["input_ids"].shape[1]
+    mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    # With a four-dimensional mask transformers cannot count positions by itself.
+    positions, _ = source.model.get_rope_index(
+        case["input_ids"],
+        mm_token_type_ids=torch.as_tensor(case["mm_token_type_ids"]),
+        video_grid_thw=case["video_grid_thw"],
+    )
+    case["position_ids"] = positions
+    labels = torch.full_like(case["input_ids"], -100)
+    labels[:, -3:] = case["input_ids"][:, -3:]
+    plain = collect(source, [case], seed=0, token_floor=0.05)
+    packed = collect(source, [case | {"attention_mask": mask}], seed=0, token_floor=0.05)
+    answers = collect(source, [case | {"labels": labels}], seed=0, token_floor=0.05)
+    assert torch.allclose(plain[0].fisher_MEE, packed[0].fisher_MEE)
+    assert not torch.allclose(plain[0].fisher_MEE, answers[0].fisher_MEE)
+
+
+def test_mistakes_are_explained(source: Any, identity: Any, calibration: Any) -> None:
+    with pytest.raises(ValueError, match="no preset 'hlf'; choose one of full, half"):
+        convert(source, calibration, "hlf")
+    with pytest.raises(ValueError, match="no grouped-query attention"):
+        convert(identity, calibration, "half")
+    with pytest.raises(ValueError, match="no calibration batch"):
+        convert(source, [], "half")
