@@ -254,4 +254,4 @@ def _per_token(size: int | None) -> str | None:
 
 
 def _flat(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value not in (None, []))

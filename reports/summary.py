@@ -31,7 +31,6 @@ SUITE_ORDER = (
     "world_spatial",
     "world_manyq",
 )
-NORMAL_95 = 1.959964
 GROUP_RESAMPLES = 2_000
 """Resamples for families and length bands, which are many; whole suites take all."""
 TOLERATED_LOSS = 0.03
@@ -152,7 +151,7 @@ class Summary:
         present = [cell for cell in cells if cell is not None]
         if not present or len(present) < len(cells):
             return None
-        return _mean_of([replace(cell.interval, mean=cell.value) for cell in present])
+        return _mean_of([_around(cell) for cell in present])
 
     def mean_difference(self, pair: str) -> Interval | None:
         """Return a pair's difference as the mean over suites, if both ran more than one."""
@@ -162,13 +161,27 @@ class Summary:
         return _mean_of(found) if len(found) > 1 else None
 
 
+def _around(cell: Cell) -> Interval:
+    """Return a cell's interval, moved to its headline number where that is another average."""
+    shift = cell.value - cell.interval.mean
+    low, high = cell.interval.low + shift, cell.interval.high + shift
+    return replace(cell.interval, mean=cell.value, low=low, high=high)
+
+
 def _mean_of(intervals: Sequence[Interval]) -> Interval:
-    """Return the mean over suites that share no videos, so that their variances add."""
-    mean = sum(i.mean for i in intervals) / len(intervals)
-    se = math.sqrt(sum(i.se**2 for i in intervals)) / len(intervals)
-    half = NORMAL_95 * se
+    """Return the mean over suites that share no videos.
+
+    The distances to the limits add in squares (Zou and Donner, "Construction of confidence limits
+    about effect measures", Statistics in Medicine 2008), so that a suite without spread keeps the
+    width of its own interval.
+    """
+    count = len(intervals)
+    mean = sum(i.mean for i in intervals) / count
+    below = math.sqrt(sum((i.mean - i.low) ** 2 for i in intervals)) / count
+    above = math.sqrt(sum((i.high - i.mean) ** 2 for i in intervals)) / count
+    se = math.sqrt(sum(i.se**2 for i in intervals)) / count
     n, clusters = sum(i.n for i in intervals), sum(i.clusters for i in intervals)
-    return Interval(mean, mean - half, mean + half, se, n, clusters)
+    return Interval(mean, mean - below, mean + above, se, n, clusters)
 
 
 def summarise_paths(paths: Sequence[Path]) -> Summary:
