@@ -69,6 +69,8 @@ class Difficulty:
     """Factors on how often a family is tried; 1 where none is given."""
     speed: bool = False
     """Whether the vision tower also learns how objects move within a second."""
+    token: bool = False
+    """Whether single vision tokens learn to say all that the questions need."""
 
 
 class Batch(NamedTuple):

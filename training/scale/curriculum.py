@@ -18,6 +18,8 @@ class Stretch:
     easy_share: float
     late: bool = False
     """Whether `EMPHASIS` and the speed head apply."""
+    token: bool = False
+    """Whether the token head applies."""
 
 
 EMPHASIS: Mapping[str, float] = {
@@ -27,7 +29,9 @@ EMPHASIS: Mapping[str, float] = {
 }  # fmt: skip
 """Later training asks more of what validation showed as not learned at `STEP_REVIEW`."""
 STEP_REVIEW = 2438
-"""Where the mixture was changed after looking at validation; the run went on from that state."""
+STEP_SECOND_REVIEW = 3149
+"""Where the mixture and heads were changed after looking at validation; the run went on from
+these states."""
 
 STRETCHES: tuple[Stretch, ...] = (
     Stretch(until=552, lengths={2: 0.3, 4: 0.7}, easy_share=1.0),
@@ -37,16 +41,24 @@ STRETCHES: tuple[Stretch, ...] = (
         until=STEP_REVIEW, lengths={2: 0.05, 4: 0.1, 8: 0.3, 16: 0.4, 32: 0.15}, easy_share=0.3
     ),
     Stretch(
-        until=3500,
+        until=STEP_SECOND_REVIEW,
         lengths={2: 0.1, 4: 0.25, 8: 0.35, 16: 0.25, 32: 0.05},
         easy_share=0.4,
         late=True,
+    ),
+    Stretch(
+        until=4300,
+        lengths={2: 0.15, 4: 0.35, 8: 0.3, 16: 0.2},
+        easy_share=0.5,
+        late=True,
+        token=True,
     ),
     Stretch(
         until=None,
         lengths={2: 0.07, 4: 0.15, 8: 0.25, 16: 0.28, 32: 0.14, 64: 0.07, 120: 0.04},
         easy_share=0.15,
         late=True,
+        token=True,
     ),
 )
 
@@ -61,6 +73,7 @@ def difficulty_at(step: int | None) -> Difficulty:
         easy_share=stretch.easy_share,
         emphasis=EMPHASIS if stretch.late else {},
         speed=stretch.late,
+        token=stretch.token,
     )
 
 

@@ -45,7 +45,7 @@ from internvideo3.training.scale.objective import (
     distillation_loss,
     right_answers,
 )
-from internvideo3.training.scale.scene_heads import SceneHeads, SpeedHead
+from internvideo3.training.scale.scene_heads import SceneHeads, SpeedHead, TokenHead
 from internvideo3.training.scale.start import scale_weights
 from internvideo3.training.scale.vision_stage import draw_seconds
 
@@ -54,6 +54,7 @@ VISION_RATE = 0.5
 """Learning rate of the vision tower and its heads relative to the language model's."""
 SCENE_WEIGHT = 0.3
 """Weight of the dense heads' loss beside the answers'."""
+LATER_HEADS = {"speed": SpeedHead, "token": TokenHead}
 SAVE_EVERY_S = 120.0
 VALIDATE_EVERY = 400
 
@@ -154,15 +155,18 @@ class Trainer:
             self.teach = PackedModel(teacher.requires_grad_(False))
         self.heads = start_heads(options, self.model.config.text_config.hidden_size)
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95))
-        self.speed: SpeedHead | None = None
+        self.later: dict[str, SpeedHead | TokenHead] = {}
         self.step = 0
 
-    def _add_speed_head(self) -> None:
+    def _add_head(self, name: str) -> SpeedHead | TokenHead:
+        """A head that joins in the middle of training, with its own parameter group."""
         with torch.random.fork_rng():
             torch.manual_seed(self.options.seed)
-            self.speed = SpeedHead(self.model.config.text_config.hidden_size)
-        learned = {"params": list(self.speed.parameters()), "rate": VISION_RATE}
-        self.optimizer.add_param_group(learned | {"weight_decay": 0.0})
+            head = LATER_HEADS[name](self.model.config.text_config.hidden_size)
+        self.later[name] = head
+        learned = {"params": list(head.parameters()), "rate": VISION_RATE, "weight_decay": 0.0}
+        self.optimizer.add_param_group(learned)
+        return head
 
     def _groups(self) -> list[dict[str, Any]]:
         seeing: list[Tensor] = list(self.model.model.visual.parameters())
@@ -181,9 +185,10 @@ class Trainer:
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One optimiser step; returns the losses and the gradient norm."""
         options = self.options
-        wanted = self.heads is not None and step_difficulty(options, self.step).speed
-        if wanted and self.speed is None:
-            self._add_speed_head()
+        difficulty = step_difficulty(options, self.step)
+        for name, wanted in (("speed", difficulty.speed), ("token", difficulty.token)):
+            if wanted and self.heads is not None and name not in self.later:
+                self._add_head(name)
         factor = learning_rate_factor(self.step, options.steps, options.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate * factor * group["rate"]
@@ -193,10 +198,8 @@ class Trainer:
             if self.heads is not None and answers.vision_FMW.requires_grad:
                 scene = self.heads.loss(answers.vision_FMW, batch.truth)
                 losses["scene"] = SCENE_WEIGHT * scene
-                if self.speed is not None:
-                    losses["speed"] = SCENE_WEIGHT * self.speed.loss(
-                        answers.vision_FMW, batch.truth
-                    )
+                for name, head in self.later.items():
+                    losses[name] = SCENE_WEIGHT * head.loss(answers.vision_FMW, batch.truth)
             if self.teach is not None:
                 with torch.no_grad():
                     taught = self.teach(batch)
@@ -238,8 +241,7 @@ class Trainer:
         state = {"optimizer": self.optimizer.state_dict(), "step": self.step}
         if self.heads is not None:
             state["heads"] = self.heads.state_dict()
-        if self.speed is not None:
-            state["speed"] = self.speed.state_dict()
+        state["later"] = {name: head.state_dict() for name, head in self.later.items()}
         torch.save(state, folder / "optimizer.part")
         for name in ("model", "optimizer"):
             (folder / f"{name}.part").replace(folder / name)
@@ -251,10 +253,8 @@ class Trainer:
             return False
         load_model(self.model, str(folder / "model"))
         state = torch.load(folder / "optimizer", weights_only=True)
-        if "speed" in state:
-            self._add_speed_head()
-            assert self.speed is not None
-            self.speed.load_state_dict(state["speed"])
+        for name, head_state in state["later"].items():
+            self._add_head(name).load_state_dict(head_state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         if self.heads is not None:
