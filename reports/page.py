@@ -175,11 +175,9 @@ def _headline(summary: Summary) -> str:
             score = f"{b.name} scores {wording.percent(right.mean)} on average"
             against = f"{a.name} scores {wording.percent(left.mean)}"
             before, after = a.cache_bytes_per_token, b.cache_bytes_per_token
-            share = (
-                f" with {wording.percent(after / before, 0)} % of the cache"
-                if before and after
-                else ""
-            )
+            share = ""
+            if before and after and before != after:
+                share = f" with {wording.percent(after / before, 0)} % of the cache"
             difference = summary.mean_difference(f"{b.name} − {a.name}")
             sure = (
                 f" The paired difference is {wording.points(difference.mean)} points "

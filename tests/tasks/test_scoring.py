@@ -19,10 +19,13 @@ from internvideo3.tasks.scoring import (
     aggregate,
     benchmark_names,
     score,
+    world,
 )
 from internvideo3.tasks.scoring.averages import length_band
 from internvideo3.tasks.scoring.numeric import iou, mean_relative_accuracy
 from internvideo3.tasks.scoring.text import strip_thinking
+from internvideo3.tasks.world.questions import FAMILIES
+from internvideo3.tasks.world.suites import SUITES, draw_suite
 
 
 def choice(**changes: Any) -> dict[str, Any]:
@@ -273,9 +276,24 @@ def test_length_bands() -> None:
         "0-8", "0-8", "8-16", "8-16", "64-128", "64-128", "128+"]  # fmt: skip
 
 
-def test_every_world_suite_is_known() -> None:
-    assert {"world_long", "world_ego", "world_short", "world_grounding", "world_spatial",
-            "world_manyq"} <= set(benchmark_names())  # fmt: skip
+def test_every_world_suite_and_measured_family_is_known() -> None:
+    assert set(SUITES) == set(world.SUITES)
+    assert set(SUITES) <= set(benchmark_names())
+    assert set(FAMILIES) >= world.RELATIVE_FAMILIES
+
+
+def test_every_world_question_is_right_with_its_own_answer() -> None:
+    for suite in SUITES.values():
+        spec, asked = next(draw_suite(suite, limit_videos=1))
+        assert spec.length_s > 0
+        for question in asked:
+            doc = {"family": question.family, "answer_type": question.answer_type,
+                   "options": question.options, "answer": question.answer}  # fmt: skip
+            for rule in ("official", "plain"):
+                got = score(suite.name, doc, question.answer, rule=rule)
+                assert got.value == 1, (question, rule)
+            if question.answer_letter:
+                assert score(suite.name, doc, question.answer_letter).value == 1
 
 
 def test_import_is_light() -> None:
