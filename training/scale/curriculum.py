@@ -20,16 +20,24 @@ class Stretch:
     """Whether `EMPHASIS` and the speed head apply."""
     token: bool = False
     """Whether the token head applies."""
+    last: bool = False
+    """Whether `LAST_EMPHASIS` replaces `EMPHASIS`."""
 
 
-EMPHASIS: Mapping[str, float] = {
+EMPHASIS: dict[str, float] = {
     "needle": 3.0, "motion": 2.0, "depth": 2.0, "order": 1.5, "attime": 1.5, "relation": 2.0,
     "distance": 2.0, "objects": 1.5, "ground_object": 1.5, "ground_flash": 2.0, "count": 1.5,
     "shape": 0.7, "whereabouts": 0.3, "holistic": 0.5, "ends": 0.5, "describe": 0.5,
 }  # fmt: skip
 """Later training asks more of what validation showed as not learned at `STEP_REVIEW`."""
+LAST_EMPHASIS: Mapping[str, float] = EMPHASIS | {
+    "motion": 4.0, "depth": 4.0, "relation": 4.0, "distance": 3.0, "needle": 1.0, "count": 1.0,
+    "shape": 0.5,
+}  # fmt: skip
+"""The same at `STEP_THIRD_REVIEW`, when most look-ups had been learned."""
 STEP_REVIEW = 2438
 STEP_SECOND_REVIEW = 3149
+STEP_THIRD_REVIEW = 4818
 """Where the mixture and heads were changed after looking at validation; the run went on from
 these states."""
 
@@ -54,11 +62,19 @@ STRETCHES: tuple[Stretch, ...] = (
         token=True,
     ),
     Stretch(
-        until=None,
+        until=STEP_THIRD_REVIEW,
         lengths={2: 0.07, 4: 0.15, 8: 0.25, 16: 0.28, 32: 0.14, 64: 0.07, 120: 0.04},
         easy_share=0.15,
         late=True,
         token=True,
+    ),
+    Stretch(
+        until=None,
+        lengths={2: 0.09, 4: 0.2, 8: 0.28, 16: 0.24, 32: 0.11, 64: 0.05, 120: 0.03},
+        easy_share=0.1,
+        late=True,
+        token=True,
+        last=True,
     ),
 )
 
@@ -71,7 +87,7 @@ def difficulty_at(step: int | None) -> Difficulty:
     return Difficulty(
         lengths=stretch.lengths,
         easy_share=stretch.easy_share,
-        emphasis=EMPHASIS if stretch.late else {},
+        emphasis=LAST_EMPHASIS if stretch.last else EMPHASIS if stretch.late else {},
         speed=stretch.late,
         token=stretch.token,
     )

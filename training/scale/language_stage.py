@@ -269,8 +269,10 @@ class Trainer:
         return folder
 
 
-def run(options: Options, workers: int, stop_after_s: float | None = None) -> bool:
-    """Train to the last step or the time limit; True when the last step is done."""
+def run(
+    options: Options, workers: int, stop_after_s: float | None = None, stop_at: int | None = None
+) -> bool:
+    """Train to the last step or a limit of time or steps; True when the last step is done."""
     torch.set_num_threads(1)
     trainer = Trainer(options)
     log.info("%s, step %d", "resumed" if trainer.resume() else "start", trainer.step)
@@ -294,7 +296,8 @@ def run(options: Options, workers: int, stop_after_s: float | None = None) -> bo
             if now - saved > SAVE_EVERY_S:
                 trainer.save()
                 saved = now
-            if stop_after_s is not None and now - started > stop_after_s:
+            late = stop_after_s is not None and now - started > stop_after_s
+            if late or trainer.step == stop_at:
                 break
         trainer.save()
         finished = trainer.step >= options.steps
@@ -324,14 +327,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="processes that draw batches")
+    parser.add_argument("--stop-at", type=int, help="save and stop at this step")
     parser.add_argument("--stop-after-s", type=float, help="save and stop after so many seconds")
     named = vars(parser.parse_args(arguments))
-    workers, stop = named.pop("workers"), named.pop("stop_after_s")
+    workers, stop_after_s, stop_at = (
+        named.pop(name) for name in ("workers", "stop_after_s", "stop_at")
+    )
     options = Options(**named)
     options.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(asdict(options), default=str, indent=1)
     (options.out / "options.json").write_text(text + "\n")
-    run(options, workers, stop)
+    run(options, workers, stop_after_s, stop_at)
 
 
 if __name__ == "__main__":

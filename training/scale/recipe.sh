@@ -9,9 +9,13 @@ STAGE=internvideo3.training.scale
 python -m $STAGE.tokenizer
 [ -f "$WORK/vision/vision.safetensors" ] ||
   python -m $STAGE.vision_stage --out "$WORK/vision" --seconds-of-video 110000
-[ -d "$WORK/base/checkpoint" ] ||
+# At step 4818 the end was put off after a look at validation: the learning rate had begun to fall.
+base() {
   python -m $STAGE.language_stage --vision "$WORK/vision/vision.safetensors" \
-    --out "$WORK/base" --steps 5200 --learning-rate 1.5e-3 --batch-tokens 3000
+    --out "$WORK/base" --learning-rate 1.5e-3 --batch-tokens 3000 "$@"
+}
+[ -d "$WORK/base/checkpoint" ] || base --steps 5600 --stop-at 4818
+[ -f "$WORK/base/done" ] || { base --steps 6250 && touch "$WORK/base/done"; }
 [ -d "$WORK/converted" ] ||
   python -m $STAGE.convert_stage --source "$WORK/base/checkpoint" --out "$WORK/converted"
 for NAME in m2la control; do
