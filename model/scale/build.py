@@ -127,7 +127,8 @@ def load_processor(folder: Path = PROCESSOR_FOLDER) -> Qwen3VLProcessor:
             f"no processor in {folder}; make it with "
             "`python -m internvideo3.training.scale.tokenizer`"
         )
-    return AutoProcessor.from_pretrained(folder)
+    processor: Qwen3VLProcessor = AutoProcessor.from_pretrained(folder)
+    return processor
 
 
 def random_model(seed: int = 0) -> Qwen3VLForConditionalGeneration:

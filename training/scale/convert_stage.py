@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def calibration(processor: Qwen3VLProcessor, videos: int) -> Iterator[dict[str, 
             families = [family for family in PROFILE_FAMILIES[kind] if family != "describe"]
             drawn = draw_question(spec, rng, rng.choice(families), option_count=2)
         times = sampled_times(length)
-        messages = [
+        messages: list[Any] = [
             {"role": "system", "content": SYSTEM_PROMPT},
             {
                 "role": "user",
@@ -84,10 +85,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--videos", type=int, default=64, help="calibration videos")
     named = parser.parse_args(arguments)
-    source = AutoModelForImageTextToText.from_pretrained(named.source, dtype=torch.float32)
+    source: Any = AutoModelForImageTextToText.from_pretrained(named.source, dtype=torch.float32)
     processor = load_processor()
     conversion = convert_with_report(source, list(calibration(processor, named.videos)), "half")
-    conversion.model.to(torch.bfloat16).save_pretrained(named.out)
+    model: Any = conversion.model
+    model.to(torch.bfloat16).save_pretrained(named.out)
     processor.save_pretrained(named.out)
     report = {
         "cache_share": conversion.cache_share,

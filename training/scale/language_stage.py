@@ -85,7 +85,7 @@ def start_model(options: Options) -> Any:
         ValueError: If neither `init` nor `vision` is given.
     """
     if options.init is not None:
-        model = AutoModelForImageTextToText.from_pretrained(options.init, dtype=torch.float32)
+        model: Any = AutoModelForImageTextToText.from_pretrained(options.init, dtype=torch.float32)
         model.model.visual.requires_grad_(False)
     elif options.vision is not None:
         model = random_model(options.seed)
@@ -162,7 +162,9 @@ class Trainer:
         """A head that joins in the middle of training, with its own parameter group."""
         with torch.random.fork_rng():
             torch.manual_seed(self.options.seed)
-            head = LATER_HEADS[name](self.model.config.text_config.hidden_size)
+            head: SpeedHead | TokenHead = LATER_HEADS[name](
+                self.model.config.text_config.hidden_size
+            )
         self.later[name] = head
         learned = {"params": list(head.parameters()), "rate": VISION_RATE, "weight_decay": 0.0}
         self.optimizer.add_param_group(learned)
@@ -204,7 +206,7 @@ class Trainer:
                 with torch.no_grad():
                     taught = self.teach(batch)
                 losses["distil"] = distillation_loss(answers, taught)
-        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack(list(losses.values())).sum().backward()
         learned = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(learned, 1.0)
         if not torch.isfinite(norm):

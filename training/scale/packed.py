@@ -189,7 +189,8 @@ def _prefix_attention(q_NKGD: Tensor, k_BKPD: Tensor, v_BKPE: Tensor, layout: La
     hidden = torch.ones(prefix, prefix, dtype=torch.bool, device=q.device).triu(1)
     scores = scores.unflatten(2, (groups, prefix)).masked_fill(hidden, -torch.inf)
     mixed = functional.softmax(scores, -1).flatten(2, 3).to(v_BKPE.dtype) @ v_BKPE
-    return mixed.unflatten(2, (groups, prefix)).permute(0, 3, 1, 2, 4).reshape(rows * prefix, -1)
+    out: Tensor = mixed.unflatten(2, (groups, prefix)).permute(0, 3, 1, 2, 4)
+    return out.reshape(rows * prefix, -1)
 
 
 def _question_attention(
@@ -225,4 +226,5 @@ def _question_attention(
     with torch.autocast("cpu", enabled=False):
         from_self = share[..., prefix:] @ v_BK1QLE
     mixed = from_video.float().unflatten(2, (groups, count, tokens)) + from_self
-    return mixed.permute(0, 3, 4, 1, 2, 5).flatten(0, 2).flatten(1)
+    out: Tensor = mixed.permute(0, 3, 4, 1, 2, 5)
+    return out.flatten(0, 2).flatten(1)

@@ -117,7 +117,8 @@ class SpeedHead(nn.Module):
         out = self.out(functional.gelu(self.hidden(self.norm(vision_PMW.flatten(1)))))
         speed_PC3 = out.unflatten(-1, (len(COLOURS), 3))
         here = truth.here_PC
-        return SPEED_WEIGHT * (speed_PC3[here] - truth.speed_PC3[here]).abs().mean()
+        error: Tensor = (speed_PC3[here] - truth.speed_PC3[here]).abs().mean()
+        return SPEED_WEIGHT * error
 
 
 class TokenHead(nn.Module):
@@ -148,7 +149,8 @@ class TokenHead(nn.Module):
         flash_loss = functional.cross_entropy(
             flash.flatten(0, 1), truth.flash_P.repeat_interleave(count)
         )
-        return place_loss + 3 * flash_loss + SPEED_WEIGHT * error
+        total: Tensor = place_loss + 3 * flash_loss + SPEED_WEIGHT * error
+        return total
 
 
 def scene_truth(spec: VideoSpec) -> Truth:

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers.models.qwen3_vl import modeling_qwen3_vl as hf
+from transformers.models.qwen3_vl import modeling_qwen3_vl
+
+# The names below are imported there, not exported: typed as any module attribute.
+hf: Any = modeling_qwen3_vl
 
 GRID = (1, 4, 4)
 

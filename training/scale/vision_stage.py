@@ -70,7 +70,7 @@ def draw_seconds(first_seed: int) -> tuple[Tensor, Truth]:
 def train(out: Path, seconds_of_video: int, learning_rate: float, seed: int) -> None:
     """Train the tower from random weights and write `vision.safetensors` and its metrics."""
     out.mkdir(parents=True, exist_ok=True)
-    model = random_model(seed)
+    model: Any = random_model(seed)
     visual: Any = model.model.visual
     scale_weights(model, draw_seconds(seed * 10**8)[0])
     heads = SceneHeads(model.config.text_config.hidden_size)
@@ -92,7 +92,7 @@ def train(out: Path, seconds_of_video: int, learning_rate: float, seed: int) -> 
                 vision_PMW, deep = encoder(patches_PKV)
             # The DeepStack branch reaches the language model too: train it by the same heads.
             loss = heads.loss(vision_PMW.float() + sum(level.float() for level in deep), truth)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_([*visual.parameters(), *heads.parameters()], 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
