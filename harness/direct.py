@@ -58,12 +58,16 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Seconds:
-    """Where one sample's time went; what a group shares is divided by its questions."""
+    """Where one sample's time went; what questions share is divided among them."""
 
     decode_s: float = 0.0
+    """Reading and fitting frames, in the thread ahead."""
     encode_s: float = 0.0
+    """The vision tower."""
     prefill_s: float = 0.0
+    """The text model over the prompt, and the processor's work on it."""
     generate_s: float = 0.0
+    """The reply."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +105,7 @@ class Answerer:
         self.model = model
         self.processor = processor
         self.settings = settings
-        tokenizer = processor.tokenizer
-        self._video_end = tokenizer.decode([model.config.vision_end_token_id])
-        self._stop_ids = (tokenizer.eos_token_id,)
+        self._video_end = processor.tokenizer.decode([model.config.vision_end_token_id])
 
     def answer(
         self,
@@ -174,10 +176,12 @@ class Answerer:
         try:
             video = decoded.result()
             started = time.perf_counter()
-            prefix = Session(self.model, self.processor)
+            # Frames come fitted to the patch grid; resizing them again would blur them.
+            options = {"do_resize": False}
+            prefix = Session(self.model, self.processor, media_options=options)
             if everything[0].prefix:
                 prefix.append_text(everything[0].prefix, video.frames)
-            _wait_for_device(self.model)
+                prefix.prefill()
             appended_s = time.perf_counter() - started
         except Exception as error:  # an outcome of these samples, recorded with its reason
             yield [failed(one.question, error) for one in everything]
@@ -201,29 +205,28 @@ class Answerer:
 
     def _generate(self, prefix: Session, batch: Batch, shared: Seconds) -> list[Outcome]:
         started = time.perf_counter()
-        forks = []
-        for one in batch:
-            fork = prefix.fork()
+        forks = [prefix.fork() for _ in batch]
+        for fork, one in zip(forks, batch, strict=True):
             fork.append_text(one.tail)
-            forks.append(fork)
-        _wait_for_device(self.model)
-        prefilled = time.perf_counter()
         replies = Session.generate_batch(forks, [self._limits(one.question) for one in batch])
-        done = time.perf_counter()
-        seconds = replace(
-            shared,
-            prefill_s=shared.prefill_s + (prefilled - started) / len(batch),
-            generate_s=(done - prefilled) / len(batch),
-        )
+        each_s = (time.perf_counter() - started) / len(batch)
         return [
-            Outcome(question=one.question, reply=reply, error=None, seconds=seconds)
-            for one, reply in zip(batch, replies, strict=True)
+            Outcome(
+                question=one.question,
+                reply=reply,
+                error=None,
+                seconds=replace(
+                    shared,
+                    prefill_s=shared.prefill_s + fork.prefill_s,
+                    generate_s=each_s - fork.prefill_s,
+                ),
+            )
+            for one, fork, reply in zip(batch, forks, replies, strict=True)
         ]
 
     def _limits(self, question: Question) -> Limits:
         return Limits(
             max_new_tokens=self.settings.max_new_tokens or question.max_new_tokens or NEW_TOKENS,
-            stop_ids=self._stop_ids,
             temperature=question.temperature,
             seed=self.settings.seed,
         )
@@ -268,7 +271,14 @@ def _decoded_ahead(
     groups: Iterable[list[Batch]], decode: Callable[[list[Batch]], _Decoded]
 ) -> Iterator[tuple[list[Batch], "Future[_Decoded]"]]:
     """Each group with its frames, which a thread decodes while the group before is answered."""
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
+    # OpenMP keeps the number of threads per thread: without the initializer resizing in the new
+    # thread would wake one thread a core.
+    pool = ThreadPoolExecutor(
+        max_workers=1,
+        thread_name_prefix="decode",
+        initializer=torch.set_num_threads,
+        initargs=(torch.get_num_threads(),),
+    )
     waiting: tuple[list[Batch], Future[_Decoded]] | None = None
     try:
         for group in groups:
@@ -286,9 +296,3 @@ def failed(question: Question, error: BaseException) -> Outcome:
     """The outcome of a question that an error kept from being answered."""
     reason = {"type": type(error).__name__, "message": str(error)}
     return Outcome(question=question, reply=None, error=reason, seconds=Seconds())
-
-
-def _wait_for_device(model: Any) -> None:
-    """Let queued work finish, so that a clock read next is that work's."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)

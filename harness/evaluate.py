@@ -11,13 +11,17 @@ from internvideo3.harness.preflight import (
     Benchmark,
     PreflightError,
     blind_videos,
-    check_checkpoint,
     check_videos,
-    count_parameters,
     load_benchmark,
 )
-from internvideo3.harness.settings import SYSTEM_PROMPT, Settings, pixels_for
+from internvideo3.harness.settings import SYSTEM_PROMPT, Settings, pixel_range
 from internvideo3.harness.store import SCHEMA, Row, RunStore
+from internvideo3.model.checkpoint import (
+    cache_bytes_per_token,
+    inspect,
+    resolve_checkpoint,
+    weights_digest,
+)
 from internvideo3.tasks.scoring import Score, aggregate, score
 from internvideo3.tasks.scoring.result import RULES
 from internvideo3.tasks.world.build import world_root
@@ -79,13 +83,18 @@ class EvalOptions:
     """The command line, for the record."""
 
     def settings(self) -> Settings:
-        """The part that decides the numbers."""
-        pixels = pixels_for(self.model)
+        """The part that decides the numbers.
+
+        Raises:
+            CheckpointError: the checkpoint is unknown.
+        """
+        path = resolve_checkpoint(self.model)
+        low, high = pixel_range(path, self.min_pixels, self.max_pixels)
         return Settings(
+            min_pixels=low,
+            max_pixels=high,
             fps=self.fps,
             max_frames=self.max_frames,
-            min_pixels=self.min_pixels or pixels,
-            max_pixels=self.max_pixels or pixels,
             system_prompt=self.system_prompt,
             max_new_tokens=self.max_new_tokens,
             batch=self.batch,
@@ -272,12 +281,8 @@ def describe_run(options: EvalOptions, benchmarks: Sequence[Benchmark]) -> Row:
     """The content of run.json for a command; reads headers and digests, loads no weights.
 
     Raises:
-        PreflightError: the checkpoint is of another architecture.
+        CheckpointError: the checkpoint is unknown, incomplete or of another architecture.
     """
-    from internvideo3.model import checkpoint
-
-    path = checkpoint.resolve_checkpoint(options.model)
-    config = check_checkpoint(path)
     device, dtype = resolve_device(options)
     commit, dirty = provenance.revision()
     settings = asdict(options.settings())
@@ -287,15 +292,7 @@ def describe_run(options: EvalOptions, benchmarks: Sequence[Benchmark]) -> Row:
         "created": provenance.now(),
         "command": list(options.command),
         "mode": "direct",
-        "model": {
-            "name": options.model,
-            "path": str(path.resolve()),
-            "digest": checkpoint.weights_digest(path),
-            "attention": "m2la" if config["model_type"] == "internvideo3" else "gqa",
-            "parameters": count_parameters(path),
-            "cache_bytes_per_token": checkpoint.cache_bytes_per_token(path, dtype),
-            "label": "scale" if options.model.startswith("scale:") else None,
-        },
+        "model": describe_model(options.model, dtype),
         "suites": {
             one.suite: {"n": len(one.docs), "data_digest": one.digest} for one in benchmarks
         },
@@ -317,6 +314,24 @@ def describe_run(options: EvalOptions, benchmarks: Sequence[Benchmark]) -> Row:
             "paper": False,
             "reason": "the scale world and the scale model are this repository's own",
         },
+    }
+
+
+def describe_model(name: str, dtype: str) -> Row:
+    """The `model` part of run.json, from headers and digests.
+
+    Raises:
+        CheckpointError: the checkpoint is unknown, incomplete or of another architecture.
+    """
+    info = inspect(name)
+    return {
+        "name": name,
+        "path": str(info.path.resolve()),
+        "digest": weights_digest(info.path),
+        "attention": info.attention,
+        "parameters": info.parameters,
+        "cache_bytes_per_token": cache_bytes_per_token(info.path, dtype),
+        "label": "scale" if name.startswith("scale:") else None,
     }
 
 

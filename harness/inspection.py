@@ -1,64 +1,48 @@
 """`internvideo3 inspect`: what a checkpoint is, without loading its weights."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from internvideo3.harness.preflight import check_checkpoint, count_parameters
 from internvideo3.model.checkpoint import (
+    KERNEL_WIDTHS,
+    CheckpointInfo,
     cache_bytes_per_token,
-    resolve_checkpoint,
+    inspect,
     weights_digest,
 )
-
-KERNEL_WIDTHS = (512, 576, 1024)
 
 
 def describe(name: str) -> list[str]:
     """Lines on a checkpoint: layout, sizes, cache row, and which attention kernels fit it.
 
     Raises:
-        PreflightError: no checkpoint, or of another architecture.
-        CheckpointError: the name is unknown.
+        CheckpointError: the name is unknown, or the checkpoint cannot be used.
     """
-    path = resolve_checkpoint(name)
-    config = check_checkpoint(path)
-    text = config["text_config"]
-    heads = f"{text['num_attention_heads']} query heads, {text['num_hidden_layers']} layers"
-    lines = [
-        f"checkpoint   {path}",
-        f"weights      {count_parameters(path):,} values, digest {weights_digest(path)[:16]}",
-        f"text model   hidden {text['hidden_size']}, {heads}",
-    ]
-    converted = config["model_type"] == "internvideo3"
-    lines += _latent(text) if converted else _grouped(text)
-    bytes_bf16 = cache_bytes_per_token(path, "bfloat16")
-    return [*lines, f"cache        {bytes_bf16:,} bytes a token in bfloat16, all layers together"]
-
-
-def _grouped(text: Mapping[str, Any]) -> list[str]:
+    info = inspect(name)
+    share = info.numbers_per_token / info.gqa_numbers_per_token
+    bytes_bf16 = cache_bytes_per_token(info.path, "bfloat16")
     return [
-        f"attention    GQA: {text['num_key_value_heads']} key/value heads of {text['head_dim']}, "
-        "a Qwen3-VL checkpoint; `internvideo3` converts it to M²LA"
+        f"checkpoint  {info.path}",
+        f"weights     {info.parameters:,} values, digest {weights_digest(info.path)[:16]}",
+        f"text model  {info.layers} layers, {info.query_heads} query heads of {info.head_dim}",
+        *(_latent(info) if info.attention == "m2la" else _grouped(info)),
+        f"cache       {bytes_bf16:,} bytes a token in bfloat16, all layers: "
+        f"{share:.0%} of GQA of this shape",
     ]
 
 
-def _latent(text: Mapping[str, Any]) -> list[str]:
-    layers = int(text["num_hidden_layers"])
-    ranks = _by_layer(text["latent_rank"], layers)
-    slots = _by_layer(text["rope_slots"], layers)
-    rotary = [2 * count for count in slots]
-    widths = [rank + both for rank, both in zip(ranks, rotary, strict=True)]
-    fits = all(width in KERNEL_WIDTHS for width in widths)
+def _grouped(info: CheckpointInfo) -> list[str]:
+    return [f"attention   GQA: {info.kv_heads} key/value heads of {info.head_dim} (Qwen3-VL)"]
+
+
+def _latent(info: CheckpointInfo) -> list[str]:
+    widths = [rank + rope for rank, rope in zip(info.latent_ranks, info.rope_widths, strict=True)]
     known = ", ".join(str(width) for width in KERNEL_WIDTHS)
+    fit = "Triton kernels fit" if info.has_kernels else f"runs in torch; the kernels take {known}"
     return [
-        f"attention    M²LA: latent rank {_short(ranks)}, rotary key {_short(rotary)}",
-        f"kernels      row width {_short(widths)}: "
-        + ("Triton kernels fit" if fits else f"runs in torch; the Triton kernels take {known}"),
+        f"attention   M²LA: latent rank {_short(info.latent_ranks)}, "
+        f"rotary key {_short(info.rope_widths)}",
+        f"kernels     row width {_short(widths)}: {fit}",
     ]
-
-
-def _by_layer(value: int | Sequence[int], layers: int) -> list[int]:
-    return [value] * layers if isinstance(value, int) else list(value)
 
 
 def _short(values: Sequence[int]) -> str:

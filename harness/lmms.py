@@ -15,7 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import lmms_eval.api.task
+import lmms_eval.evaluator
 import torch
+import transformers
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.evaluator import simple_evaluate
@@ -24,8 +27,8 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 from loguru import logger
 
 from internvideo3.harness.direct import Answerer, Clip, Outcome, Question, failed
-from internvideo3.harness.settings import SYSTEM_PROMPT, Settings, pixels_for
-from internvideo3.model.checkpoint import load_model
+from internvideo3.harness.settings import SYSTEM_PROMPT, Settings, pixel_range
+from internvideo3.model.checkpoint import load_model, resolve_checkpoint
 
 Doc = Mapping[str, Any]
 
@@ -94,11 +97,12 @@ class InternVideo3(lmms):  # type: ignore[misc]  # lmms_eval has no types
         super().__init__()
         if answerer is None:
             torch.set_num_threads(int(threads))
+            low, high = pixel_range(resolve_checkpoint(pretrained), min_pixels, max_pixels)
             settings = Settings(
+                min_pixels=low,
+                max_pixels=high,
                 fps=float(fps),
                 max_frames=int(max_num_frames),
-                min_pixels=int(min_pixels or pixels_for(pretrained)),
-                max_pixels=int(max_pixels or pixels_for(pretrained)),
                 system_prompt=system_prompt,
                 max_new_tokens=max_new_tokens,
                 batch=int(question_batch),
@@ -254,8 +258,18 @@ def run_benchmark(
 
 
 def quiet() -> None:
-    """Leave only lmms-eval's errors on the terminal; its log would bury ours."""
+    """Turn off the engine's log, bars and advice in this process; they would bury ours."""
     logger.disable("lmms_eval")
+    transformers.logging.set_verbosity_error()
+    for module in (lmms_eval.evaluator, lmms_eval.api.task):
+        module.tqdm = _without_bar(module.tqdm)
+
+
+def _without_bar(tqdm: Any) -> Any:
+    def bar(*args: Any, **kwargs: Any) -> Any:
+        return tqdm(*args, **(kwargs | {"disable": True}))
+
+    return bar
 
 
 def _select(task: Any, ids: set[str]) -> None:
@@ -306,10 +320,11 @@ def stock_model(path: Path, settings: Settings, weights: Any) -> Any:
     Its own loading would round to bfloat16; the weights are replaced by ours, so that both classes
     run the very same module.
     """
-    from lmms_eval.models.chat.qwen3_vl import Qwen3_VL
+    from lmms_eval.models.chat import qwen3_vl
 
+    qwen3_vl.tqdm = _without_bar(qwen3_vl.tqdm)
     device = str(weights.device)
-    stock = Qwen3_VL(
+    stock = qwen3_vl.Qwen3_VL(
         pretrained=str(path),
         device=device,
         device_map=device,

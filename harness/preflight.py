@@ -5,7 +5,6 @@ No torch here: a wrong name should cost a second, not a minute.
 
 import difflib
 import json
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from internvideo3.tasks.world.suites import SUITES
 Doc = dict[str, Any]
 
 ALL_SUITES = "scale"
-MODEL_TYPES = ("qwen3_vl", "internvideo3")
 _SHOWN = 5
 
 
@@ -136,33 +134,6 @@ def check_videos(benchmarks: Sequence[Benchmark]) -> None:
         )
 
 
-def check_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's config.json and check that it is a model we can run.
-
-    Raises:
-        PreflightError: no config, unreadable, or another architecture.
-    """
-    config_path = path / "config.json"
-    if not config_path.is_file():
-        raise PreflightError(f"{path} is no checkpoint: it has no config.json.")
-    try:
-        config = dict(json.loads(config_path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise PreflightError(f"{config_path} is not JSON ({error}).") from None
-    kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise PreflightError(
-            f"{path} holds a model of type {kind!r}; this program runs {' and '.join(MODEL_TYPES)} "
-            "(Qwen3-VL, and its conversion to M²LA). Give another checkpoint."
-        )
-    return config
-
-
-def count_parameters(path: Path) -> int:
-    """Number of values in a checkpoint's safetensors files, from their headers alone."""
-    return sum(_values_in(file) for file in sorted(path.glob("*.safetensors")))
-
-
 def blind_videos(benchmark: Benchmark) -> dict[str, Path]:
     """For each video of a suite another one, of the same length where there is one.
 
@@ -213,17 +184,3 @@ def _has_content(path: Path) -> bool:
         return path.stat().st_size > 0
     except OSError:
         return False
-
-
-def _values_in(path: Path) -> int:
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    total = 0
-    for name, entry in header.items():
-        if name != "__metadata__":
-            count = 1
-            for side in entry["shape"]:
-                count *= side
-            total += count
-    return total

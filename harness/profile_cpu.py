@@ -19,14 +19,9 @@ from typing import Any
 import torch
 
 from internvideo3.harness import provenance
-from internvideo3.harness.preflight import check_checkpoint, count_parameters
+from internvideo3.harness.evaluate import describe_model
 from internvideo3.harness.store import SCHEMA, Row, RunStore, append_measurements, read_rows
-from internvideo3.model.checkpoint import (
-    cache_bytes_per_token,
-    load_model,
-    resolve_checkpoint,
-    weights_digest,
-)
+from internvideo3.model.checkpoint import load_model
 from internvideo3.model.session import Limits, Session
 
 CONTEXTS = (512, 2048, 8192)
@@ -119,8 +114,7 @@ class _Timing:
 
 
 def _prepare(name: str, options: ProfileOptions) -> _Subject:
-    path = resolve_checkpoint(name)
-    attention = "m2la" if check_checkpoint(path)["model_type"] == "internvideo3" else "gqa"
+    described = describe_model(name, options.dtype)
     model, processor = load_model(name, "cpu", options.dtype)
     gate = gate_difference(model, processor)
     if gate > TOLERANCE[options.dtype]:
@@ -130,9 +124,9 @@ def _prepare(name: str, options: ProfileOptions) -> _Subject:
         )
     run = options.into.get(name) or options.out / name.replace(":", "-").replace("/", "-")
     if name not in options.into:
-        RunStore.open(run, _describe(name, path, attention, options)).__exit__()
+        RunStore.open(run, _describe(described, options)).__exit__()
     (run / "measurements.jsonl").unlink(missing_ok=True)
-    return _Subject(name, run, attention, model, processor, gate)
+    return _Subject(name, run, described["attention"], model, processor, gate)
 
 
 def gate_difference(model: Any, processor: Any) -> float:
@@ -217,23 +211,15 @@ def _summary(one: _Subject, rows: Sequence[Row]) -> str:
     )
 
 
-def _describe(name: str, path: Path, attention: str, options: ProfileOptions) -> Row:
+def _describe(model: Row, options: ProfileOptions) -> Row:
     commit, dirty = provenance.revision()
     return {
         "schema": SCHEMA,
-        "id": name,
+        "id": model["name"],
         "created": provenance.now(),
         "command": list(options.command),
         "mode": "profile",
-        "model": {
-            "name": name,
-            "path": str(path.resolve()),
-            "digest": weights_digest(path),
-            "attention": attention,
-            "parameters": count_parameters(path),
-            "cache_bytes_per_token": cache_bytes_per_token(path, options.dtype),
-            "label": "scale" if name.startswith("scale:") else None,
-        },
+        "model": model,
         "suites": {},
         "config": {
             "contexts": list(options.contexts),

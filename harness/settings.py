@@ -1,16 +1,19 @@
 """The settings of an evaluation that decide its numbers; they are recorded in run.json.
 
 Defaults are those of lmms-eval 0.7.3's `qwen3_vl` class where it has one (system prompt), the
-published settings of Qwen3-VL's video sampling (2 fps, at most 768 frames), and, for the scale
-model, one frame size: 64 x 64 pixels.
+published settings of Qwen3-VL's video sampling (2 fps, at most 768 frames), and the frame size
+that the checkpoint's own image processor names, capped.
 """
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 SYSTEM_PROMPT = "You are a helpful assistant."
-SCALE_PIXELS = 64 * 64
 # 256 visual tokens a frame of 32 x 32 pixels each: what most of the paper's scripts give Video-MME.
-DEFAULT_PIXELS = 256 * 32 * 32
+MOST_PIXELS = 256 * 32 * 32
 # Most tokens of an answer where neither the command nor the task says.
 NEW_TOKENS = 32
 
@@ -19,14 +22,14 @@ NEW_TOKENS = 32
 class Settings:
     """What a direct answer depends on, beside the model and the question."""
 
+    min_pixels: int
+    """Fewest pixels of a frame; smaller frames are enlarged."""
+    max_pixels: int
+    """Most pixels of a frame; larger frames are reduced."""
     fps: float = 2.0
     """Frames sampled from a second of video."""
     max_frames: int = 768
     """Most frames sampled from one video."""
-    min_pixels: int = SCALE_PIXELS
-    """Fewest pixels of a frame; smaller frames are enlarged."""
-    max_pixels: int = SCALE_PIXELS
-    """Most pixels of a frame; larger frames are reduced."""
     system_prompt: str = SYSTEM_PROMPT
     """Text of the system turn; empty for none."""
     max_new_tokens: int | None = None
@@ -37,6 +40,35 @@ class Settings:
     """Seed of sampling, used at a temperature above 0 only."""
 
 
-def pixels_for(model: str) -> int:
-    """Pixels of a frame by default for a checkpoint name."""
-    return SCALE_PIXELS if model.startswith("scale:") else DEFAULT_PIXELS
+def pixel_range(
+    checkpoint: Path, min_pixels: int | None = None, max_pixels: int | None = None
+) -> tuple[int, int]:
+    """Fewest and most pixels of a frame: as asked, else what the checkpoint's processor names.
+
+    Args:
+        checkpoint: the checkpoint's folder.
+        min_pixels: what was asked for, or None.
+        max_pixels: what was asked for, or None.
+
+    Raises:
+        ValueError: the range is empty.
+    """
+    size = _image_size(checkpoint)
+    high = max_pixels or min(int(size.get("longest_edge", MOST_PIXELS)), MOST_PIXELS)
+    low = min_pixels or min(int(size.get("shortest_edge", high)), high)
+    if low > high:
+        raise ValueError(
+            f"Frames of at least {low} and at most {high} pixels do not exist. "
+            "Give --min-pixels no larger than --max-pixels."
+        )
+    return low, high
+
+
+def _image_size(checkpoint: Path) -> Mapping[str, Any]:
+    """The image processor's `size`, from either of transformers' two files."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        path = checkpoint / name
+        if path.is_file():
+            config = json.loads(path.read_text(encoding="utf-8"))
+            return dict(config.get("image_processor", config).get("size") or {})
+    return {}

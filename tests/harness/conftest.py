@@ -33,3 +33,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_model(0).save_pretrained(folder)
     load_processor().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def manyq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of a world with one video of many questions."""
+    from internvideo3.tasks.world.build import build_suite
+
+    root = tmp_path_factory.mktemp("manyq")
+    build_suite("world_manyq", root, limit_videos=1)
+    return root

@@ -7,9 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from internvideo3.harness import preflight
 from internvideo3.harness.preflight import PreflightError
@@ -89,29 +87,3 @@ def test_blind_shows_another_video_of_the_same_length(tmp_path: Path) -> None:
 def test_blind_needs_two_videos(tmp_path: Path) -> None:
     with pytest.raises(PreflightError, match="needs two videos"):
         preflight.blind_videos(load(a_world(tmp_path, [4])))
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (None, "has no config.json"),
-        ("{", "is not JSON"),
-        ('{"model_type": "llama"}', "model of type 'llama'; this program runs qwen3_vl and"),
-    ],
-)
-def test_a_checkpoint_of_another_kind_is_refused(
-    tmp_path: Path, content: str | None, said: str
-) -> None:
-    if content is not None:
-        (tmp_path / "config.json").write_text(content)
-    with pytest.raises(PreflightError, match=said):
-        preflight.check_checkpoint(tmp_path)
-
-
-def test_parameters_are_counted_from_headers(tmp_path: Path) -> None:
-    save_file(
-        {"a": np.zeros((3, 4), np.float32), "b": np.zeros(5, np.float16)},
-        tmp_path / "m.safetensors",
-    )
-    save_file({"c": np.zeros((), np.float32)}, tmp_path / "n.safetensors", {"format": "pt"})
-    assert preflight.count_parameters(tmp_path) == 12 + 5 + 1
