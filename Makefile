@@ -33,6 +33,27 @@ check: $(STAMP)  ## Lint and type-check
 scale-model: $(STAMP)  ## Train the scale model from random weights (about two hours on two cores)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash training/scale/recipe.sh
 
+test-transformers-5.17: $(STAMP)  ## Run the model's tests on the oldest supported transformers
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
+		--target .cache/transformers-5.17 'transformers==5.17.0' 'huggingface-hub==1.33.0'
+	PYTHONPATH=.cache/transformers-5.17 $(BIN)/python -m pytest tests/model -q
+
+sm90-triton-3.6: $(STAMP)  ## Compile the kernels for sm_90 with the Triton of GPU machines
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
+		--target .cache/triton-3.6 'triton==3.6.0'
+	PYTHONPATH=.cache/triton-3.6:src $(BIN)/python tests/kernels/sm90.py shipped
+
+# On a GPU machine, with its own Python (torch, triton, transformers); nothing is installed.
+gpu: gpu-kernels gpu-figure6  ## On a GPU: kernels against float64 and the roofline, whole decode steps
+
+gpu-kernels:  ## On a GPU: the kernels only
+	PYTHONPATH=src $(PYTHON) -m internvideo3.harness.gpu.kernels \
+		--out reports/results/gpu_kernels.json --budget-s 180
+
+gpu-figure6:  ## On a GPU: decode steps of an 8B model with random weights
+	PYTHONPATH=src $(PYTHON) -m internvideo3.harness.gpu.decode_step \
+		--out reports/results/gpu_decode_step.json --budget-s 200
+
 clean:  ## Remove caches; keeps .venv and runs
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

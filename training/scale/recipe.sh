@@ -17,12 +17,12 @@ base() {
 [ -d "$WORK/base/checkpoint" ] || base --steps 5600 --stop-at 4818
 [ -f "$WORK/base/done" ] || { base --steps 6250 && touch "$WORK/base/done"; }
 [ -d "$WORK/converted" ] ||
-  python -m $STAGE.convert_stage --source "$WORK/base/checkpoint" --out "$WORK/converted"
+  python -m $STAGE.convert_stage --source "$WORK/base/checkpoint" --out "$WORK/converted" --videos 48
 for NAME in m2la control; do
   INIT=$WORK/converted
   [ $NAME = m2la ] || INIT=$WORK/base/checkpoint
   [ -d "$WORK/$NAME/checkpoint" ] ||
     python -m $STAGE.language_stage --init "$INIT" --teacher "$WORK/base/checkpoint" \
-      --out "$WORK/$NAME" --steps 400 --learning-rate 5e-4 --warmup 30 --seed 1
+      --out "$WORK/$NAME" --steps 360 --learning-rate 5e-4 --warmup 30 --seed 1
 done
 python -m $STAGE.publish --work "$WORK"
