@@ -114,7 +114,7 @@ def card(work: Path) -> str:
         rows = [r for r in rows_of(work / name / "metrics.jsonl") if "seconds" in r]
         options = json.loads((work / name / "options.json").read_text())
         shown = ", ".join(
-            f"{key} {Path(value).parent.name if '/' in str(value) else value}"
+            f"{key} {_stage(value) if '/' in str(value) else value}"
             for key, value in options.items()
             if key not in ("out", "steps") and value is not None
         )
@@ -142,11 +142,18 @@ def card(work: Path) -> str:
         lines.append(f"| {key} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "The mixture was changed once, at the step that `curriculum.py` names, after looking at "
-        "validation seeds; test seeds were not used. Commands: `training/scale/recipe.sh`.",
+        "The mixture, the dense heads and once the number of steps were changed in the middle of "
+        "base training, after looking at validation seeds, at the steps that `curriculum.py` and "
+        "`recipe.sh` name; test seeds were not used. The run was stopped and resumed at those "
+        "points, so a fresh run of the recipe repeats the same batches, not the same last bits.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _stage(path: str) -> str:
+    """The training stage that a recorded path belongs to."""
+    return next(part for part in reversed(Path(path).parts) if part in (*STAGES, "converted"))
 
 
 def _parameters(work: Path, name: str) -> int:
