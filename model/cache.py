@@ -3,7 +3,7 @@
 A layer holds a tuple of frozen segments (immutable, possibly shared with other caches) and a tail
 of its own. Forking freezes the tail for the child and gives it an empty one: no tensor is read or
 written, so a fork costs O(layers) whatever the context length. Attention runs over each segment
-separately and merges by log-sum-exp (`attention.attend`), so a prefix shared by a batch of forks is
+separately and merges by log-sum-exp (`segments.attend`), so a prefix shared by a batch of forks is
 stored once and read once per step.
 
 Axes: B batch, b batch of a segment (B, or 1 when all rows of the batch share it), K stored heads

@@ -16,7 +16,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from internvideo3.model.attention import attend
 from internvideo3.model.cache import (
     LatentCache,
     Part,
@@ -25,6 +24,7 @@ from internvideo3.model.cache import (
     SharedKVCache,
 )
 from internvideo3.model.config import InternVideo3TextConfig
+from internvideo3.model.segments import attend
 from internvideo3.model.vision import Encoded
 
 SEGMENTS = "internvideo3_segments"

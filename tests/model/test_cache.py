@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from internvideo3.model.attention import attend
 from internvideo3.model.cache import (
     BLOCK_TOKENS,
     LatentCache,
@@ -21,6 +20,7 @@ from internvideo3.model.cache import (
     SharedKVCache,
     allocated_bytes,
 )
+from internvideo3.model.segments import attend
 
 
 def rows(tokens: int, batch: int = 1, seed: int = 0) -> Tensor:
@@ -181,7 +181,7 @@ def test_attention_over_segments_is_attention_over_their_union(
         parts = [Part(s) for s in segments[:-1]] + [Part(segments[-1], causal=queries > 1)]
     want = plain_attention(q, k, v, mask, 0.3)
     for limit in (1 << 20, 40):
-        monkeypatch.setattr("internvideo3.model.attention.MAX_SCORES", limit)
+        monkeypatch.setattr("internvideo3.model.segments.MAX_SCORES", limit)
         for grad in (False, True):
             with torch.set_grad_enabled(grad):
                 assert float((attend(q, parts, 0.3) - want).abs().max()) <= 1e-12

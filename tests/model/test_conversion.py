@@ -5,6 +5,7 @@ Run: .venv/bin/python -m pytest tests/model/test_conversion.py -q
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -179,6 +180,23 @@ def test_adapters_before_the_cache_equal_adapters_at_reconstruction(
             late = late + torch.einsum("kdr,r->kd", up, bias)[:, None]
             got = rebuilt[0, ..., : layer.head_dim]
             assert float((got - late)[:, chosen].abs().max()) <= 1e-9
+
+
+def test_folded_weights_follow_their_parameters(half: Any, calibration: Any) -> None:
+    """Decoding multiplies weights out once; a training step must not leave it with old products."""
+    layer = copy.deepcopy(half.model.language_model.layers[0].self_attn)
+    x = torch.randn(1, 3, layer.q_proj.in_features, dtype=torch.float64)
+    turn = torch.ones(2, 1, 3, len(layer.slot_frequencies), dtype=torch.float64)
+    vision = torch.tensor([[True, False, True]])
+    for _ in range(2):
+        folded = layer.write(x, *turn, vision), layer.absorbed_queries(x, *turn)
+        with torch.enable_grad():
+            plain = layer.write(x, *turn, vision), layer.absorbed_queries(x, *turn)
+        for got, want in zip(folded, plain, strict=True):
+            assert want.requires_grad and not got.requires_grad
+            assert float((got - want).abs().max()) <= 1e-12
+        for parameter in layer.parameters():
+            parameter.mul_(1.1)
 
 
 def test_a_row_is_the_latent_and_the_rotary_key(half: Any, calibration: Any) -> None:

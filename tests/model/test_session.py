@@ -422,7 +422,7 @@ def test_long_inputs_are_attended_in_runs(
     model: Any, asker: Asker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want = asker.ask(asker.prefix(model), QUESTIONS[1]).logits_last
-    monkeypatch.setattr("internvideo3.model.attention.MAX_SCORES", 8 * 128 * 5)
+    monkeypatch.setattr("internvideo3.model.segments.MAX_SCORES", 8 * 128 * 5)
     assert gap(asker.ask(asker.prefix(model), QUESTIONS[1]).logits_last, want) <= TOLERANCE
 
 

@@ -1,0 +1,171 @@
+"""Softmax attention over the segments of a cache, merged by log-sum-exp.
+
+Axes: B batch, b batch of a segment (B, or 1 when all rows of the batch share it), K stored heads,
+G query heads per stored head, H = K G, T new tokens (queries), M queries of one stored head,
+N cached tokens, W width of a key, V width of a value.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from internvideo3.model.cache import Part
+
+MAX_SCORES = 1 << 26
+"""Scores held at once by `attend`; longer inputs are taken in runs of queries."""
+
+
+def attend(q_BKGTW: Tensor, parts: list[Part], scale: float) -> Tensor:
+    """Softmax attention over several segments, merged by log-sum-exp.
+
+    Each part holds keys [b, K, N, W] and values [b, K, N, V]. With b = 1 and B > 1 the batch is
+    folded into the queries, so that the shared segment is read once and never expanded.
+
+    Returns:
+        [B, K, G, T, V].
+    """
+    B, K, G, T, _ = q_BKGTW.shape
+    if len(parts) == 1 and K > 1 and parts[0].tensors[0].shape[0] == B:
+        return _attend_whole(q_BKGTW, parts[0], scale)
+    cached = sum(part.tensors[0].shape[2] for part in parts)
+    run = max(1, MAX_SCORES // (B * K * G * cached))
+    if run >= T:
+        return _merge([_attend_part(q_BKGTW, part, scale) for part in parts])
+    outs: list[Tensor] = []
+    for start in range(0, T, run):
+        stop = min(start + run, T)
+        cut = [_query_rows(part, start, stop, T) for part in parts]
+        q_run = q_BKGTW[..., start:stop, :]
+        outs.append(_merge([_attend_part(q_run, part, scale) for part in cut]))
+    return torch.cat(outs, dim=3)
+
+
+def _attend_whole(q_BKGTW: Tensor, part: Part, scale: float) -> Tensor:
+    """Attention over a single segment by torch's fused kernels; [B, K, G, T, V]."""
+    K, T = q_BKGTW.shape[1], q_BKGTW.shape[3]
+    if T == 1 and part.mask_BxTN is None:
+        # One query sees everything: a head's group is then a sequence of queries to its keys.
+        k_BKNW, v_BKNV = part.tensors
+        q_BKGW = q_BKGTW.squeeze(3)
+        out_BKGV = functional.scaled_dot_product_attention(q_BKGW, k_BKNW, v_BKNV, scale=scale)
+        return out_BKGV.unsqueeze(3)
+    return _attend_causal(q_BKGTW.flatten(1, 2), part, scale).unflatten(1, (K, -1))
+
+
+def _query_rows(part: Part, start: int, stop: int, new_tokens: int) -> Part:
+    """The part as queries `start` to `stop` of `new_tokens` see it."""
+    mask = part.mask_BxTN
+    if part.causal:
+        cached = part.tensors[0].shape[2]
+        mask = _causal_mask(new_tokens, cached, part.tensors[0].device)
+    return part if mask is None else Part(part.tensors, mask[..., start:stop, :])
+
+
+def _merge(found: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Merges outputs [B, K, G, T, V] of several segments by their log-sum-exp [B, K, G, T]."""
+    outs = [out for out, _ in found]
+    if len(outs) == 1:
+        return outs[0]
+    lse_PBKGT = torch.stack([lse for _, lse in found])
+    # A padding query may see nothing at all; the clamp gives it zeros, not NaN.
+    total_BKGT = lse_PBKGT.logsumexp(0).clamp_min(torch.finfo(lse_PBKGT.dtype).min)
+    weight_PBKGT = (lse_PBKGT - total_BKGT).exp().to(outs[0].dtype)
+    return (weight_PBKGT[..., None] * torch.stack(outs)).sum(0)
+
+
+def _attend_part(q_BKGTW: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention over one segment: normalised output [B,K,G,T,V] and log-sum-exp [B,K,G,T]."""
+    k_bKNW, v_bKNV = part.tensors
+    B, K, G, T, W = q_BKGTW.shape
+    b, N, V = k_bKNW.shape[0], k_bKNW.shape[2], v_bKNV.shape[3]
+    fold = B // b
+    q_bKMW = q_BKGTW.permute(1, 0, 2, 3, 4) if fold > 1 else q_BKGTW
+    q_bKMW = q_bKMW.reshape(b, K, fold * G * T, W)
+    mask = _causal_mask(T, N, q_bKMW.device) if part.causal else part.mask_BxTN
+    if mask is None:
+        out, lse = _attend_unmasked(q_bKMW, k_bKNW, v_bKNV, scale)
+    else:
+        # [B or 1, 1, T, N] -> [b, 1, fold or 1, 1, T, N]
+        mask = mask[:, None, None] if fold == 1 else mask[None, None]
+        scores = torch.matmul(q_bKMW * scale, k_bKNW.mT).view(b, K, fold, G, T, N)
+        out, lse = _softmax(_masked(scores, mask).view(b, K, -1, N), v_bKNV)
+    out, lse = out.view(b, K, fold, G, T, V), lse.view(b, K, fold, G, T)
+    if fold > 1:
+        return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+    return out[:, :, 0], lse[:, :, 0]
+
+
+def _attend_unmasked(
+    q_bKMW: Tensor, k_bKNW: Tensor, v_bKNV: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Every query sees every key: output [b, K, M, V] and log-sum-exp [b, K, M]."""
+    if q_bKMW.device.type != "cpu" or torch.is_grad_enabled():
+        return _softmax(torch.matmul(q_bKMW * scale, k_bKNW.mT), v_bKNV)
+    # torch's CPU flash attention; only the operator itself hands out the log-sum-exp.
+    width = v_bKNV.shape[3]
+    v_bKNW = _widened(v_bKNV, k_bKNW.shape[3])
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out_bKMW, lse_bKM = flash(q_bKMW, k_bKNW, v_bKNW, scale=scale)
+    return out_bKMW[..., :width], lse_bKM
+
+
+def _softmax(scores_bKMN: Tensor, v_bKNV: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax-weighted values [b, K, M, V] and log-sum-exp [b, K, M].
+
+    A query that sees nothing gets zeros and -inf, and so weight 0 in a merge.
+    """
+    if scores_bKMN.dtype in (torch.float16, torch.bfloat16):
+        scores_bKMN = scores_bKMN.float()
+    lowest = torch.finfo(scores_bKMN.dtype).min
+    top_bKM1 = scores_bKMN.detach().amax(-1, keepdim=True).clamp_min(lowest)
+    weights_bKMN = (scores_bKMN - top_bKM1).exp_()
+    total_bKM1 = weights_bKMN.sum(-1, keepdim=True)
+    lse_bKM = (total_bKM1.log() + top_bKM1)[..., 0]
+    out_bKMV = torch.matmul(weights_bKMN.to(v_bKNV.dtype), v_bKNV)
+    return out_bKMV / total_bKM1.clamp_min(torch.finfo(lse_bKM.dtype).tiny).to(out_bKMV), lse_bKM
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, float("-inf"))
+    return scores + mask.to(scores.dtype)
+
+
+def _causal_mask(new_tokens: int, cached: int, device: torch.device) -> Tensor:
+    """Boolean [1, 1, T, N]: query t sees tokens up to N - T + t."""
+    queries = torch.arange(cached - new_tokens, cached, device=device)
+    return (torch.arange(cached, device=device) <= queries[:, None])[None, None]
+
+
+def _attend_causal(q_BHTW: Tensor, part: Part, scale: float) -> Tensor:
+    """Attention of several queries over a single segment by torch's fused kernels; [B, H, T, V]."""
+    k_BKNW, v_BKNV = part.tensors
+    T, N, groups = q_BHTW.shape[2], k_BKNW.shape[2], q_BHTW.shape[1] // k_BKNW.shape[1]
+    mask = part.mask_BxTN
+    if part.causal and T != N:
+        mask = _causal_mask(T, N, q_BHTW.device)
+    width = v_BKNV.shape[3]
+    if q_BHTW.device.type == "cpu":
+        # torch has a flash kernel for CPU, but for keys and values of one width only.
+        v_BKNV = _widened(v_BKNV, k_BKNW.shape[3])
+    return functional.scaled_dot_product_attention(
+        q_BHTW,
+        _repeat_heads(k_BKNW, groups),
+        _repeat_heads(v_BKNV, groups),
+        attn_mask=mask,
+        is_causal=part.causal and T == N,
+        scale=scale,
+    )[..., :width]
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    """Zeros added to the last axis; no copy if there is nothing to add."""
+    return x if x.shape[-1] == width else functional.pad(x, (0, width - x.shape[-1]))
+
+
+def _repeat_heads(x_BKNW: Tensor, groups: int) -> Tensor:
+    if groups == 1:
+        return x_BKNW
+    return x_BKNW[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
