@@ -118,7 +118,7 @@ def card(work: Path) -> str:
             for key, value in options.items()
             if key not in ("out", "steps") and value is not None
         )
-        lines.append(f"| {name} | {rows[-1]['step']} | {shown} | {rows[-1]['seconds']:.0f} s |")
+        lines.append(f"| {name} | {options['steps']} | {shown} | {rows[-1]['seconds']:.0f} s |")
     vision = rows_of(work / "vision" / "vision_metrics.jsonl")[-1]
     lines += [
         "",
