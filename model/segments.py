@@ -49,11 +49,10 @@ def _attend_whole(q_BKGTW: Tensor, part: Part, scale: float) -> Tensor:
         # One query sees everything: a head's group is then a sequence of queries to its keys.
         k_BKNW, v_BKNV = part.tensors
         q_BKGW = q_BKGTW.squeeze(3)
-        out_BKGV: Tensor = functional.scaled_dot_product_attention(
-            q_BKGW, k_BKNW, v_BKNV, scale=scale
-        )
+        out_BKGV = functional.scaled_dot_product_attention(q_BKGW, k_BKNW, v_BKNV, scale=scale)
         return out_BKGV.unsqueeze(3)
-    return _attend_causal(q_BKGTW.flatten(1, 2), part, scale).unflatten(1, (K, -1))
+    out: Tensor = _attend_causal(q_BKGTW.flatten(1, 2), part, scale).unflatten(1, (K, -1))
+    return out
 
 
 def _query_rows(part: Part, start: int, stop: int, new_tokens: int) -> Part:
