@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
-# One thread a process: on a shared machine more threads are slower (model/scale/README.md).
+# One thread a process: on a shared machine more threads are slower (model/scale/MODEL_CARD.md).
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help demo test check scale-model clean

@@ -77,8 +77,8 @@ def resolve_checkpoint(name: str | Path) -> Path:
         raise CheckpointError(f"{path} is a file; give the folder that holds config.json.")
     if text in SCALE_NAMES:
         raise CheckpointError(
-            f"{text} is not in this installation ({path} is missing). Train it with the commands "
-            "in model/scale/README.md, or reinstall the package with its weights."
+            f"{text} is not in this installation ({path} is missing). Reinstall the package with "
+            "its weights, or train it in a checkout with `make scale-model`."
         )
     downloaded = _downloaded(text)
     if downloaded is not None:

@@ -68,6 +68,17 @@ def test_links_lead_somewhere() -> None:
     assert [fault for path in DOCUMENTS for fault in broken(path)] == []
 
 
+def test_documents_that_the_code_names_exist() -> None:
+    code = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+    told = {
+        word
+        for path in (ROOT / "Makefile", *code)
+        for word in re.findall(r"\b[\w./]+/\w+\.md\b", path.read_text(encoding="utf-8"))
+    }
+    assert "model/scale/MODEL_CARD.md" in told
+    assert {word for word in told if not (ROOT / word).exists()} == set()
+
+
 def test_a_broken_link_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# A title\n[a](gone.md) [b](#a-title) [c](#no-title) [d](https://x.org)\n")
