@@ -9,6 +9,7 @@ real processes: they are killed, interrupted or refused disk space like any othe
 import json
 import os
 import random
+import shutil
 import resource
 import signal
 import sys
@@ -83,12 +84,20 @@ def kill_and_resume(
 
 
 def interrupt(command: Callable[[], int], out: Path, said: Path) -> dict[str, Any]:
-    """Press Ctrl-C once the first answers are on disk, then repeat the command."""
-    child = fork(command, said)
-    while not on_disk(out):
-        time.sleep(0.005)
-    os.kill(child, signal.SIGINT)
-    status = wait(child)
+    """Press Ctrl-C once the first answers are on disk, then repeat the command.
+
+    On a busy machine the run can end before the key arrives; that is no interruption, so the run
+    is started again in an empty folder.
+    """
+    for _ in range(5):
+        child = fork(command, said)
+        while not on_disk(out):
+            time.sleep(0.005)
+        os.kill(child, signal.SIGINT)
+        status = wait(child)
+        if status != 0:
+            break
+        shutil.rmtree(out)
     return {"status": status, "said": said.read_text(), "on_disk": on_disk(out)} | {
         "resumed": wait(fork(command))
     }
