@@ -9,8 +9,8 @@ real processes: they are killed, interrupted or refused disk space like any othe
 import json
 import os
 import random
-import shutil
 import resource
+import shutil
 import signal
 import sys
 import time
