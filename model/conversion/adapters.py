@@ -7,7 +7,7 @@ map that minimises the weighted error of `B (M c + δ)` against R (z − μ) is 
     M_t = P_t R C_t Aᵀ (A C_t Aᵀ)⁻¹,    δ_t = P_t R (μ_t − μ) − M_t A (μ_t − μ).
 
 With one metric for all modalities M_t is the identity: A is already optimal for it. What an adapter
-can gain is what the metrics differ in.
+can gain is what the metrics differ in; whether it helps the model is measured, not assumed.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ from torch import Tensor
 
 from internvideo3.model.conversion.lowrank import LowRank, weigh_metric
 from internvideo3.model.conversion.statistics import LayerStatistics
-
-LEAST_GAIN = 0.01
-"""Share of the calibrated error that the adapters of a model must save to be kept."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +61,3 @@ def fit_adapter(
 
     share = float(stats.weight_M[modality] / stats.weight_M.sum())
     return Adapter(weight, bias, share * error(eye, none), share * error(weight, bias))
-
-
-def worth_keeping(adapters: list[list[Adapter]]) -> bool:
-    """Whether the adapters of all layers save at least `LEAST_GAIN` of the calibrated error."""
-    before = sum(a.error_before for layer in adapters for a in layer)
-    after = sum(a.error_after for layer in adapters for a in layer)
-    return before > 0 and after < (1 - LEAST_GAIN) * before

@@ -1,7 +1,8 @@
 """GQA Qwen3-VL to M²LA: the order of the steps, and what they report.
 
 1. `statistics.collect`: one forward and backward pass over the calibration batches;
-2. per layer `rotary` (slots and gain), `lowrank` (latent), `adapters` (modalities);
+2. per layer `rotary` (slots and gain), `lowrank` (latent), `adapters` (modalities); the number of
+   rotary slots and the use of adapters are chosen by `divergence` from the source;
 3. `refit`: output projections, on the source's layer inputs.
 
 Keys are normalised (QK-norm) before they are compressed, so the norm stays exact: what is cached
@@ -20,7 +21,8 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextAttention
 
 from internvideo3.model.attention import LatentAttention
 from internvideo3.model.config import InternVideo3Config
-from internvideo3.model.conversion.adapters import Adapter, fit_adapter, worth_keeping
+from internvideo3.model.conversion.adapters import Adapter, fit_adapter
+from internvideo3.model.conversion.divergence import Reference
 from internvideo3.model.conversion.lowrank import LowRank, factorise, weigh_metric
 from internvideo3.model.conversion.options import PRESETS, ConversionOptions, key_width
 from internvideo3.model.conversion.refit import refit_outputs
@@ -51,7 +53,7 @@ class LayerReport:
     latent_energy: float
     """Share of the weighted energy of [k_rest; v] within the rank."""
     adapter_gain: float
-    """Share of the latent's calibrated error that modality adapters save (0 if not fitted)."""
+    """Share of the latent's calibrated error that modality adapters save; 0 without adapters."""
     output_error: float | None
     """Share of the attention output's error left after the refit; None without a refit."""
 
@@ -64,6 +66,8 @@ class Conversion:
     layers: list[LayerReport]
     cache_share: float
     """Cached numbers per token over the source's."""
+    divergence: float
+    """Mean KL(source || converted) per supervised calibration token, in nats."""
 
 
 @dataclass(frozen=True)
@@ -105,24 +109,69 @@ def convert_with_report(
     model.eval()
     try:
         stats = collect(model, calibration, seed=options.seed, token_floor=options.token_floor)
-        plans = [_plan(layer, options) for layer in stats]
-        use_adapters = options.adapters == "on" or (
-            options.adapters == "auto" and worth_keeping([p.adapters for p in plans])
-        )
-        converted = _empty_model(model, options, plans, use_adapters)
-        layers = [layer.self_attn for layer in converted.model.language_model.layers]
-        with torch.no_grad():
-            for layer, plan, source in zip(layers, plans, _attentions(model), strict=True):
-                _fill(layer, plan, source)
-        left: Sequence[float | None] = [None] * len(layers)
-        if options.refit_output:
-            left = refit_outputs(model, layers, calibration, options.refit_ridge)
+        job = _Job(model, calibration, options, stats, Reference.of(model, calibration))
+        slots = job.best_slots()
+        built = job.with_best_adapters(slots)
     finally:
         model.train(training)
-    reports = [_report(i, p, options, left[i]) for i, p in enumerate(plans)]
-    cached = options.latent_rank + 2 * options.rope_slots
-    share = cached / (2 * key_width(text_config(model)))
-    return Conversion(converted.train(training), reports, share)
+    return built.conversion(options, 2 * key_width(text_config(model)), training)
+
+
+@dataclass(frozen=True)
+class _Built:
+    """One candidate."""
+
+    model: InternVideo3ForConditionalGeneration
+    plans: list[_LayerPlan]
+    output_errors: Sequence[float | None]
+    divergence: float
+
+    def conversion(
+        self, options: ConversionOptions, source_width: int, training: bool
+    ) -> Conversion:
+        """The candidate as the result."""
+        pairs = zip(self.plans, self.output_errors, strict=True)
+        reports = [_report(index, plan, left) for index, (plan, left) in enumerate(pairs)]
+        share = options.row_width / source_width
+        return Conversion(self.model.train(training), reports, share, self.divergence)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all candidates share."""
+
+    source: Qwen3VLForConditionalGeneration
+    calibration: Sequence[Batch]
+    options: ConversionOptions
+    stats: list[LayerStatistics]
+    reference: Reference
+
+    def best_slots(self) -> int:
+        """Number of rotary slots with the least divergence, before any refit."""
+        choices = self.options.slot_choices()
+        if len(choices) == 1:
+            return choices[0]
+        return min(choices, key=lambda slots: self.build(slots, False, False).divergence)
+
+    def with_best_adapters(self, slots: int) -> _Built:
+        """The converted model, with adapters if they are wanted or lower the divergence."""
+        tried = (False, True) if self.options.adapters is None else (self.options.adapters,)
+        built = [self.build(slots, adapters, self.options.refit_output) for adapters in tried]
+        return min(built, key=lambda candidate: candidate.divergence)
+
+    def build(self, slots: int, adapters: bool, refit: bool) -> _Built:
+        """One candidate."""
+        plans = [_plan(layer, self.options, slots, adapters) for layer in self.stats]
+        converted = _empty_model(self.source, plans, adapters)
+        layers = [layer.self_attn for layer in converted.model.language_model.layers]
+        with torch.no_grad():
+            for layer, plan, source in zip(layers, plans, _attentions(self.source), strict=True):
+                _fill(layer, plan, source)
+        left: Sequence[float | None] = [None] * len(layers)
+        if refit:
+            left = refit_outputs(self.source, layers, self.calibration, self.options.refit_ridge)
+        converted.train(False)
+        return _Built(converted, plans, left, self.reference.divergence(converted))
 
 
 def _options(
@@ -144,25 +193,24 @@ def _attentions(model: Qwen3VLForConditionalGeneration) -> list[Qwen3VLTextAtten
     return [layer.self_attn for layer in model.model.language_model.layers]
 
 
-def _plan(stats: LayerStatistics, options: ConversionOptions) -> _LayerPlan:
+def _plan(
+    stats: LayerStatistics, options: ConversionOptions, slot_count: int, use_adapters: bool
+) -> _LayerPlan:
     gain_HF = positional_gain(stats)
-    slots = choose_slots(stats, gain_HF, options.rope_slots)
+    slots = choose_slots(stats, gain_HF, slot_count)
     F = gain_HF.shape[1]
     residual_EE = residual_map(slots, slots.write_SK.shape[1], 2 * F)
     metric_EE = weigh_metric(stats.fisher_MEE.sum(0), gain_HF, options.metric_ridge)
     covariance_EE = stats.covariance(stats.mean())
-    low = factorise(covariance_EE, metric_EE, residual_EE, options.latent_rank)
+    low = factorise(covariance_EE, metric_EE, residual_EE, options.latent_rank(slot_count))
     adapters: list[Adapter] = []
-    if options.adapters != "off":
+    if use_adapters:
         adapters = [fit_adapter(stats, low, gain_HF, options.metric_ridge, t) for t in (0, 1)]
     return _LayerPlan(stats, gain_HF, slots, low, adapters)
 
 
 def _empty_model(
-    source: Qwen3VLForConditionalGeneration,
-    options: ConversionOptions,
-    plans: list[_LayerPlan],
-    use_adapters: bool,
+    source: Qwen3VLForConditionalGeneration, plans: list[_LayerPlan], use_adapters: bool
 ) -> InternVideo3ForConditionalGeneration:
     """The M²LA architecture with everything outside the new attention parts copied."""
     config = source.config.to_dict()
@@ -170,8 +218,8 @@ def _empty_model(
         config.pop(name, None)
         config["text_config"].pop(name, None)
     config["text_config"] |= {
-        "latent_rank": options.latent_rank,
-        "rope_slots": options.rope_slots,
+        "latent_rank": len(plans[0].low.encoder_RE),
+        "rope_slots": len(plans[0].slots.frequencies),
         "rope_slot_frequencies": [plan.slots.frequencies for plan in plans],
         "modality_adapters": use_adapters,
     }
@@ -209,15 +257,13 @@ def _fill(layer: LatentAttention, plan: _LayerPlan, source: Qwen3VLTextAttention
             layer.adapter_bias[modality].copy_(adapter.bias_R)
 
 
-def _report(
-    index: int, plan: _LayerPlan, options: ConversionOptions, left: float | None
-) -> LayerReport:
+def _report(index: int, plan: _LayerPlan, left: float | None) -> LayerReport:
     before = sum(a.error_before for a in plan.adapters)
     after = sum(a.error_after for a in plan.adapters)
     return LayerReport(
         layer=index,
-        rank=options.latent_rank,
-        rope_slots=options.rope_slots,
+        rank=len(plan.low.encoder_RE),
+        rope_slots=len(plan.slots.frequencies),
         rotary_energy=plan.slots.energy_kept,
         latent_energy=plan.low.energy_kept,
         adapter_gain=1 - after / before if before > 0 else 0.0,

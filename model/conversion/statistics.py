@@ -214,14 +214,14 @@ def _gradients(
     try:
         with torch.enable_grad():
             calls, logits = record(model, batch)
-            loss = _sampled_loss(logits, _supervised(model, batch, logits.device), generator)
+            loss = _sampled_loss(logits, supervised(model, batch, logits.device), generator)
             heads = [call.heads_BTE for call in calls if call.heads_BTE is not None]
             return calls, torch.autograd.grad(loss, heads)
     finally:
         handle.remove()
 
 
-def _supervised(
+def supervised(
     model: Qwen3VLForConditionalGeneration, batch: Batch, device: torch.device
 ) -> Tensor:
     """Positions [B, T] whose next token counts: labelled ones, or all text without labels."""

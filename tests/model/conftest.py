@@ -158,7 +158,7 @@ def half(
     source: Qwen3VLForConditionalGeneration, calibration: list[Inputs]
 ) -> InternVideo3ForConditionalGeneration:
     """The source at half the cache, with modality adapters, float64."""
-    options = PRESETS["half"](source.config.text_config).with_(adapters="on")
+    options = PRESETS["half"](source.config.text_config).with_(rope_slots=8, adapters=True)
     return convert(source, calibration, options)
 
 

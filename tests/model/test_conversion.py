@@ -16,8 +16,15 @@ from internvideo3.model.attention import break_even
 from internvideo3.model.cache import LatentCache
 from internvideo3.model.conversion.adapters import fit_adapter
 from internvideo3.model.conversion.convert import convert, convert_with_report
+from internvideo3.model.conversion.divergence import Reference
 from internvideo3.model.conversion.lowrank import factorise, weigh_metric
-from internvideo3.model.conversion.options import PRESETS, ConversionOptions, key_width
+from internvideo3.model.conversion.options import (
+    PRESETS,
+    ROPE_SHARES,
+    ConversionOptions,
+    key_width,
+)
+from internvideo3.model.conversion.options import share as cache_share
 from internvideo3.model.conversion.rotary import choose_slots, positional_gain, residual_map
 from internvideo3.model.conversion.statistics import (
     LayerStatistics,
@@ -131,7 +138,9 @@ def test_more_rank_is_less_error(source: Any, calibration: Any) -> None:
     case = calibration[0]
     errors = []
     for share in (0.25, 0.5, 0.75):
-        options = ConversionOptions.share(source.config.text_config, share)
+        options = cache_share(source.config.text_config, share)
+        quarter = options.slot_choices()[1]
+        options = options.with_(rope_slots=quarter, adapters=False)
         found = convert_with_report(source, calibration, options)
         assert found.cache_share == pytest.approx(share, abs=0.01)
         assert all(0 < x.latent_energy <= 1 for x in found.layers)
@@ -143,7 +152,7 @@ def test_more_rank_is_less_error(source: Any, calibration: Any) -> None:
 
 
 def test_the_refit_lowers_the_error(source: Any, calibration: Any) -> None:
-    options = PRESETS["half"](source.config.text_config).with_(adapters="off")
+    options = PRESETS["half"](source.config.text_config).with_(adapters=False, rope_slots=8)
     with_refit = convert(source, calibration, options)
     without = convert(source, calibration, options.with_(refit_output=False))
     assert error(source, with_refit, calibration[0]) < error(source, without, calibration[0])
@@ -207,9 +216,39 @@ def test_a_row_is_the_latent_and_the_rotary_key(half: Any, calibration: Any) -> 
     assert rows.shape[-1] == text.rank(0) + 2 * text.slots(0) == key_width(text)
 
 
+def test_the_least_divergent_choice_is_taken(source: Any, calibration: Any) -> None:
+    words = calibration[2:]
+    half = PRESETS["half"](source.config.text_config)
+    assert len(half.slot_choices()) == len(ROPE_SHARES)
+    plain = {"adapters": False, "refit_output": False}
+    tried = {
+        slots: convert_with_report(source, words, half.with_(rope_slots=slots, **plain))
+        for slots in half.slot_choices()
+    }
+    best = min(tried, key=lambda slots: tried[slots].divergence)
+    found = convert_with_report(source, words, half)
+    assert found.layers[0].rope_slots == best
+    fixed = half.with_(rope_slots=best)
+    either = [
+        convert_with_report(source, words, fixed.with_(adapters=adapters)).divergence
+        for adapters in (False, True)
+    ]
+    assert found.divergence == pytest.approx(min(either))
+    assert found.model.config.text_config.modality_adapters == (either[1] < either[0])
+
+
+def test_divergence_is_the_mean_kl(source: Any, half: Any, calibration: Any) -> None:
+    case = calibration[2]
+    want, got = (m(**case).logits[0, :-1].log_softmax(-1) for m in (source, half))
+    text = case["input_ids"][0, 1:] != source.config.video_token_id
+    kl = (want.exp() * (want - got)).sum(-1)[text].mean()
+    assert Reference.of(source, [case]).divergence(half) == pytest.approx(float(kl))
+    assert Reference.of(source, [case]).divergence(source) == pytest.approx(0.0, abs=1e-12)
+
+
 def test_the_source_is_not_changed(source: Any, calibration: Any) -> None:
     before = {name: value.clone() for name, value in source.state_dict().items()}
-    converted = convert(source, calibration, "half")
+    converted = convert(source, calibration[2:], "half")
     with torch.no_grad():
         for parameter in converted.parameters():
             parameter.add_(1.0)
@@ -217,7 +256,7 @@ def test_the_source_is_not_changed(source: Any, calibration: Any) -> None:
 
 
 def test_a_conversion_can_be_repeated(source: Any, calibration: Any) -> None:
-    one, two = (convert(source, calibration, "half") for _ in range(2))
+    one, two = (convert(source, calibration[2:], "half") for _ in range(2))
     for name, value in one.state_dict().items():
         assert torch.equal(value, two.state_dict()[name]), name
 
@@ -247,5 +286,7 @@ def test_mistakes_are_explained(source: Any, identity: Any, calibration: Any) ->
         convert(source, calibration, "hlf")
     with pytest.raises(ValueError, match="no grouped-query attention"):
         convert(identity, calibration, "half")
+    with pytest.raises(ValueError, match="no room for 8 rotary slots"):
+        ConversionOptions(row_width=16, rope_slots=8)
     with pytest.raises(ValueError, match="no calibration batch"):
         convert(source, [], "half")
