@@ -421,6 +421,8 @@ def _errors_in_words(out: Path) -> Iterator[None]:
     """Turn an error into one message and an exit status, and Ctrl-C into how to continue."""
     try:
         yield
+    except typer.Exit:
+        raise
     except KeyboardInterrupt:
         print(
             f"\nStopped. Everything answered so far is kept in {out}; "
@@ -432,6 +434,15 @@ def _errors_in_words(out: Path) -> Iterator[None]:
         if os.environ.get("IV3_DEBUG"):
             raise
         print(f"Error: {error}", file=sys.stderr)
+        _leave(USER_ERROR)
+    except (RuntimeError, LookupError, TypeError, ArithmeticError) as error:
+        if os.environ.get("IV3_DEBUG"):
+            raise
+        print(
+            f"Unforeseen error, {type(error).__name__}: {error}\n"
+            "What is finished is kept. `internvideo3 --debug ...` shows where it happened.",
+            file=sys.stderr,
+        )
         _leave(USER_ERROR)
 
 

@@ -16,22 +16,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-from internvideo3.harness import direct, provenance
-from internvideo3.harness.direct import Answerer, Outcome, Seconds
+from internvideo3.harness import provenance
+from internvideo3.harness.direct import Answerer, Clip, Outcome, Seconds
 from internvideo3.harness.evaluate import describe_model, settle_environment
 from internvideo3.harness.preflight import Benchmark, check_videos, load_benchmark
 from internvideo3.harness.settings import Settings, pixel_range
 from internvideo3.harness.store import Row, write_json
 from internvideo3.model.checkpoint import load_model
 from internvideo3.model.session import Session
-from internvideo3.tasks.video import read_frames
 from internvideo3.tasks.world.build import world_root
 
 SUITE = "world_manyq"
@@ -133,7 +132,7 @@ class _Contest:
         self.stock.task_dict = self.ours.task_dict
         self.described = described
         self.kept: dict[str, Any] = {}
-        self.frames: dict[str, Any] = {}
+        self.frames: dict[tuple[Clip, ...], Any] = {}
         self.settings = settings
 
     def our_answers(self) -> list[str]:
@@ -389,14 +388,16 @@ def _frames_kept(contest: _Contest) -> Iterator[None]:
             kept[path] = decode(messages, **options)
         return kept[path]
 
-    def read(path: Path, **options: Any) -> Any:
-        if str(path) not in frames:
-            frames[str(path)] = read_frames(path, **options)
-        return frames[str(path)]
+    def our_decode(answerer: Answerer, clips: tuple[Clip, ...]) -> Any:
+        if clips not in frames:
+            frames[clips] = replace(plain_decode(answerer, clips), seconds=0.0)
+        return frames[clips]
+
+    plain_decode = Answerer.decode
 
     with (
         mock.patch.object(module, "process_vision_info", process_vision_info),
-        mock.patch.object(direct, "read_frames", read),
+        mock.patch.object(Answerer, "decode", our_decode),
     ):
         yield
 

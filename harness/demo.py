@@ -12,7 +12,7 @@ from typing import Literal
 from internvideo3.harness.evaluate import EvalOptions
 from internvideo3.tasks.world.build import build_suite, world_root
 
-BASE, CONVERTED = "scale:base", "scale:m2la"
+BASE, CONVERTED, CONTROL = "scale:base", "scale:m2la", "scale:control"
 # First videos of each suite; every prefix of a suite has its declared mix of lengths. Chosen so
 # that the demo takes under four minutes on two slow cores.
 VIDEOS: Mapping[str, int] = {
@@ -73,6 +73,8 @@ def demo(options: DemoOptions, tell: Tell, run_eval: EvalWithBars) -> Path:
         "m2la": _eval_options(options, root, CONVERTED, None),
         "blind": _eval_options(options, root, BASE, "blind"),
     }
+    if options.full:
+        runs["control"] = _eval_options(options, root, CONTROL, None)
     for name, command in runs.items():
         tell(f"2/4 Evaluation through lmms-eval: {name}")
         run_eval(command)
@@ -113,6 +115,7 @@ def _profile(options: DemoOptions, runs: Mapping[str, Path], tell: Tell) -> None
         models=tuple(runs),
         out=options.out / "runs",
         into=runs,
+        repeats=3,
         threads=options.threads,
         command=options.command,
     )

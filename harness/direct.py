@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,9 +89,12 @@ class _Rendered:
 
 
 @dataclass(frozen=True)
-class _Decoded:
+class Decoded:
+    """The frames of a group's clips."""
+
     frames: tuple[Frames, ...]
     seconds: float
+    """How long it took."""
 
 
 Batch = list[_Rendered]
@@ -123,7 +125,7 @@ class Answerer:
             The outcomes of one batch: questions on the same video, together complete.
         """
         groups = self._groups(questions, known)
-        for batches, decoded in _decoded_ahead(groups, self._decode):
+        for batches, decoded in _decoded_ahead(groups, self.decode):
             yield from self._answer_group(batches, decoded)
 
     def _groups(
@@ -149,13 +151,18 @@ class Answerer:
         cut = cut + len(self._video_end) if cut >= 0 else 0
         return _Rendered(question, text[:cut], text[cut:])
 
-    def _decode(self, batches: list[Batch]) -> _Decoded:
+    def decode(self, clips: tuple[Clip, ...]) -> Decoded:
+        """Read a group's videos and fit their frames to the settings.
+
+        Raises:
+            VideoError: a video cannot be read.
+        """
         started = time.perf_counter()
         settings = self.settings
         frames = tuple(
             fit_frames(
                 read_frames(
-                    Path(clip.path),
+                    clip.path,
                     fps=settings.fps,
                     max_frames=settings.max_frames,
                     start_s=clip.start_s,
@@ -165,12 +172,12 @@ class Answerer:
                 min_pixels=settings.min_pixels,
                 max_pixels=settings.max_pixels,
             )
-            for clip in batches[0][0].question.clips
+            for clip in clips
         )
-        return _Decoded(frames, time.perf_counter() - started)
+        return Decoded(frames, time.perf_counter() - started)
 
     def _answer_group(
-        self, batches: list[Batch], decoded: "Future[_Decoded]"
+        self, batches: list[Batch], decoded: "Future[Decoded]"
     ) -> Iterator[list[Outcome]]:
         everything = [one for batch in batches for one in batch]
         try:
@@ -268,8 +275,8 @@ def _pixel_factor(config: Any) -> int:
 
 
 def _decoded_ahead(
-    groups: Iterable[list[Batch]], decode: Callable[[list[Batch]], _Decoded]
-) -> Iterator[tuple[list[Batch], "Future[_Decoded]"]]:
+    groups: Iterable[list[Batch]], decode: Callable[[tuple[Clip, ...]], Decoded]
+) -> Iterator[tuple[list[Batch], "Future[Decoded]"]]:
     """Each group with its frames, which a thread decodes while the group before is answered."""
     # OpenMP keeps the number of threads per thread: without the initializer resizing in the new
     # thread would wake one thread a core.
@@ -279,10 +286,10 @@ def _decoded_ahead(
         initializer=torch.set_num_threads,
         initargs=(torch.get_num_threads(),),
     )
-    waiting: tuple[list[Batch], Future[_Decoded]] | None = None
+    waiting: tuple[list[Batch], Future[Decoded]] | None = None
     try:
         for group in groups:
-            following = (group, pool.submit(decode, group))
+            following = (group, pool.submit(decode, group[0][0].question.clips))
             if waiting is not None:
                 yield waiting
             waiting = following

@@ -11,6 +11,7 @@ chat model's request is `(context, doc_to_messages, gen_kwargs, doc_id, task, sp
 
 import argparse
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,7 +56,7 @@ class InternVideo3(lmms):  # type: ignore[misc]  # lmms_eval has no types
 
     Args:
         pretrained: checkpoint folder, or a name such as `scale:m2la`.
-        device: torch device; by default CUDA if there is one.
+        device: torch device; by default CUDA if there is one, this rank's under torchrun.
         dtype: float32, bfloat16 or auto (float32 on CPU, bfloat16 on CUDA).
         fps: frames taken from a second of video.
         max_num_frames: most frames of a video.
@@ -107,7 +108,8 @@ class InternVideo3(lmms):  # type: ignore[misc]  # lmms_eval has no types
                 max_new_tokens=max_new_tokens,
                 batch=int(question_batch),
             )
-            answerer = Answerer(*load_model(pretrained, device, dtype), settings)
+            place = device or local_device()
+            answerer = Answerer(*load_model(pretrained, place, dtype), settings)
         self.answerer = answerer
         self.name = name or pretrained
         self.recorder = recorder
@@ -257,10 +259,17 @@ def run_benchmark(
     }
 
 
+def local_device() -> str | None:
+    """This process's GPU under torchrun; None elsewhere, for the loader's own default."""
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
+
+
 def quiet() -> None:
     """Turn off the engine's log, bars and advice in this process; they would bury ours."""
     logger.disable("lmms_eval")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     for module in (lmms_eval.evaluator, lmms_eval.api.task):
         module.tqdm = _without_bar(module.tqdm)
 

@@ -98,10 +98,11 @@ def load_benchmark(
         PreflightError: the suite is not built, an id is unknown, or a limit is not positive.
     """
     folder = root / split
-    path = folder / f"{suite}.jsonl"
-    if not path.is_file():
+    path, task = folder / f"{suite}.jsonl", folder / "lmms" / f"iv3_{suite}.yaml"
+    absent = next((file for file in (path, task) if not file.is_file()), None)
+    if absent:
         raise PreflightError(
-            f"Suite {suite} is not built: {path} is missing. "
+            f"Suite {suite} is not built: {absent} is missing. "
             f"Build it with `internvideo3 world build {suite} --split {split} --root {root}`."
         )
     with path.open(encoding="utf-8") as lines:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from internvideo3.harness import provenance
 from internvideo3.harness.evaluate import describe_model
@@ -82,6 +83,7 @@ def profile(options: ProfileOptions, tell: Callable[[str], None] = lambda _: Non
         GateError: a model's session disagrees with its forward pass.
     """
     torch.set_num_threads(options.threads)
+    transformers.logging.disable_progress_bar()
     subjects = [_prepare(name, options) for name in options.models]
     for one in subjects:
         tell(f"{one.name}: gate green, largest logit difference {one.gate:.1e}")

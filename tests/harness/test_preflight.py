@@ -16,6 +16,8 @@ from internvideo3.harness.preflight import PreflightError
 def a_world(root: Path, lengths: list[float], missing: frozenset[int] = frozenset()) -> Path:
     folder = root / "test"
     (folder / "videos").mkdir(parents=True)
+    (folder / "lmms").mkdir()
+    (folder / "lmms/iv3_world_long.yaml").write_text("task: iv3_world_long")
     docs: list[dict[str, Any]] = []
     for number, length in enumerate(lengths):
         video = f"videos/v{number}.mp4"
@@ -55,6 +57,14 @@ def test_limit_takes_the_first_and_ids_take_theirs(tmp_path: Path) -> None:
     assert [doc["id"][-1] for doc in chosen.docs] == ["1", "4"]
     assert chosen.selected and chosen.whole == 6
     assert load(root).selected is False
+
+
+def test_a_suite_without_documents_or_task_says_how_to_build_it(tmp_path: Path) -> None:
+    with pytest.raises(PreflightError, match="jsonl is missing. Build it with `internvideo3 world"):
+        load(tmp_path)
+    (a_world(tmp_path, [4]) / "test/lmms/iv3_world_long.yaml").unlink()
+    with pytest.raises(PreflightError, match="iv3_world_long.yaml is missing"):
+        load(tmp_path)
 
 
 def test_an_unknown_id_offers_near_ones(tmp_path: Path) -> None:

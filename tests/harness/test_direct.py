@@ -1,0 +1,152 @@
+"""Answering by groups: what the model is shown, how often a video is read, which batches form.
+
+pytest tests/harness/test_direct.py
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from qwen_vl_utils import process_vision_info
+
+from internvideo3.harness import direct
+from internvideo3.harness.direct import Answerer, Clip, Question, fit_frames
+from internvideo3.harness.settings import Settings, pixel_range
+from internvideo3.tasks.video import Frames, read_frames
+
+SCALE = Settings(min_pixels=4096, max_pixels=4096, max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def answerer(checkpoint: Path) -> Answerer:
+    import torch
+
+    from internvideo3.model.checkpoint import load_model
+
+    torch.set_num_threads(1)
+    return Answerer(*load_model(checkpoint, "cpu", "float32"), SCALE)
+
+
+def ask(key: str, video: Path, text: str = "What is it?") -> Question:
+    content = [{"type": "video"}, {"type": "text", "text": f"{text} {key}"}]
+    return Question(
+        id=key,
+        messages=({"role": "user", "content": content},),
+        clips=(Clip(path=str(video)),),
+        max_new_tokens=2,
+    )
+
+
+def videos(world: Path) -> list[Path]:
+    return sorted((world / "test/videos").glob("world_short-*.mp4"))
+
+
+def a_video(height: int, width: int) -> Frames:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, height, width, 3), dtype=np.uint8)
+    return Frames(pixels, (0, 1, 2, 3), 2.0, 4, 2.0, "digest")
+
+
+@pytest.mark.parametrize("budget", [(4096, 4096), (4096, 65536), (262144, 262144), (3000, 9000)])
+def test_frames_have_the_pixels_of_stock(world: Path, budget: tuple[int, int]) -> None:
+    for video in videos(world):
+        part = {"type": "video", "video": str(video), "fps": 2.0, "max_frames": 768}
+        part |= {"min_pixels": budget[0], "max_pixels": budget[1]}
+        _, (expected_TCHW,) = process_vision_info(
+            [{"role": "user", "content": [part]}], image_patch_size=16
+        )
+        fitted = fit_frames(
+            read_frames(video), factor=32, min_pixels=budget[0], max_pixels=budget[1]
+        )
+        ours_TCHW = fitted.pixels_THWC.transpose(0, 3, 1, 2)
+        assert np.array_equal(ours_TCHW, expected_TCHW.numpy())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(16, 400), st.integers(16, 400), st.integers(1, 40), st.booleans())
+def test_fitted_sides_are_whole_patches_and_keep_to_the_budget(
+    height: int, width: int, patches: int, shrink: bool
+) -> None:
+    budget = patches * 32 * 32
+    low, high = (32 * 32, budget) if shrink else (budget, 10**9)
+    fitted = fit_frames(a_video(height, width), factor=32, min_pixels=low, max_pixels=high)
+    rows, columns = fitted.pixels_THWC.shape[1:3]
+    assert rows % 32 == 0 and columns % 32 == 0
+    if shrink:
+        # A side is never less than one patch, whatever the budget.
+        assert rows * columns <= budget or 32 in (rows, columns)
+    else:
+        assert rows * columns >= budget
+    assert fitted.indices == (0, 1, 2, 3) and fitted.source_fps == 2.0
+
+
+def test_each_video_is_read_and_encoded_once(
+    answerer: Answerer, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    encoded: list[int] = []
+    visual = answerer.model.model.visual.forward
+
+    def counting_read(path: str, **options: Any) -> Frames:
+        read.append(path)
+        return read_frames(path, **options)
+
+    def counting_encode(*args: Any, **options: Any) -> Any:
+        encoded.append(1)
+        return visual(*args, **options)
+
+    monkeypatch.setattr(direct, "read_frames", counting_read)
+    monkeypatch.setattr(answerer.model.model.visual, "forward", counting_encode)
+    one, two = videos(world)[:2]
+    questions = [ask("a", one), ask("b", two), ask("c", one), ask("d", two), ask("e", one)]
+    batches = list(answerer.answer(questions))
+    assert [[outcome.question.id for outcome in batch] for batch in batches] == [
+        ["a", "c", "e"],
+        ["b", "d"],
+    ]
+    assert read == [str(one), str(two)] and len(encoded) == 2
+    assert all(outcome.error is None for batch in batches for outcome in batch)
+
+
+def test_what_is_known_leaves_the_other_batches_as_they_were(
+    answerer: Answerer, world: Path
+) -> None:
+    small = Answerer(answerer.model, answerer.processor, replace(SCALE, batch=2))
+    one, two = videos(world)[:2]
+    questions = [ask(key, one) for key in "abcde"] + [ask("f", two)]
+    known = {"c", "d", "f"}
+    batches = list(small.answer(questions, known.__contains__))
+    assert [[one.question.id for one in batch] for batch in batches] == [["a", "b"], ["e"]]
+
+
+def test_the_command_goes_before_the_task_for_the_length_of_answers(
+    answerer: Answerer, world: Path
+) -> None:
+    question = ask("a", videos(world)[0])
+    by_task = Answerer(answerer.model, answerer.processor, replace(SCALE, max_new_tokens=None))
+    ((long,),) = answerer.answer([question])
+    ((short,),) = by_task.answer([question])
+    assert long.reply and short.reply
+    assert short.reply.new_tokens <= 2
+    assert long.reply.token_ids[: short.reply.new_tokens] == short.reply.token_ids
+
+
+def test_a_question_without_video_needs_none(answerer: Answerer) -> None:
+    content = [{"type": "text", "text": "Say something."}]
+    question = Question(id="t", messages=({"role": "user", "content": content},))
+    ((outcome,),) = answerer.answer([question])
+    assert outcome.error is None and outcome.reply and outcome.seconds.encode_s == 0
+
+
+def test_frame_sizes_come_from_the_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    assert pixel_range(checkpoint) == (4096, 4096)
+    assert pixel_range(tmp_path) == (262144, 262144)
+    large = '{"size": {"shortest_edge": 65536, "longest_edge": 16777216}}'
+    (tmp_path / "preprocessor_config.json").write_text(large)
+    assert pixel_range(tmp_path) == (65536, 262144)
+    assert pixel_range(tmp_path, 1024, 2048) == (1024, 2048)
+    with pytest.raises(ValueError, match="at least 9000 and at most 5000"):
+        pixel_range(tmp_path, 9000, 5000)
