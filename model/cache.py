@@ -120,7 +120,8 @@ class SegmentedLayer(CacheLayerMixin):
             return
         wanted = max(tokens, int(capacity * GROWTH))
         wanted = -(-wanted // BLOCK_TOKENS) * BLOCK_TOKENS
-        grown = tuple(t.new_empty(*t.shape[:2], wanted, t.shape[3]) for t in like)
+        # Zeros: a masked token still enters as 0 times its value, which must not be 0 times NaN.
+        grown = tuple(t.new_zeros(*t.shape[:2], wanted, t.shape[3]) for t in like)
         for new, old in zip(grown, self.tail, strict=bool(self.tail)):
             new[:, :, : self.length] = old[:, :, : self.length]
         self.tail = grown
