@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -21,8 +22,11 @@ def print_report(runs: Sequence[Path], *, console: Console | None = None) -> Non
 
 
 def show(summary: Summary, console: Console) -> None:
-    """Print a summary."""
-    console.print(leaderboard(summary))
+    """Print a summary; the leaderboard in the form that fits the terminal."""
+    wide = leaderboard(summary)
+    unbounded = console.options.update(max_width=10_000)
+    fits = Measurement.get(console, unbounded, wide).maximum <= console.width
+    console.print(wide if fits else by_suite(summary))
     if any(suite.comparisons for suite in summary.suites):
         console.print(differences(summary))
     for line in footnotes(summary):
@@ -31,8 +35,7 @@ def show(summary: Summary, console: Console) -> None:
 
 def leaderboard(summary: Summary) -> Table:
     """Return the table of systems by suites; scores in percent with 95 % intervals."""
-    label = " · ".join(summary.labels)
-    table = Table(title=f"Leaderboard ({label})" if label else "Leaderboard", title_justify="left")
+    table = Table(title=_title(summary), title_justify="left")
     table.add_column("system", no_wrap=True)
     for suite in summary.suites:
         table.add_column(f"{wording.suite_title(suite.name)}\n{suite.metric}", justify="right")
@@ -42,6 +45,23 @@ def leaderboard(summary: Summary) -> Table:
         table.add_row(_name(system), *cells, _mean(summary, system))
     chances = [Text(wording.percent(suite.chance), style="dim") for suite in summary.suites]
     table.add_row(Text("chance", style="dim"), *chances, "")
+    return table
+
+
+def by_suite(summary: Summary) -> Table:
+    """Return the same table with a row for each suite, for terminals of 80 columns."""
+    table = Table(title=_title(summary), title_justify="left")
+    table.add_column("suite")
+    for system in summary.systems:
+        table.add_column(_name(system), justify="right")
+    table.add_column(Text("chance", style="dim"), justify="right")
+    for suite in summary.suites:
+        cells = [_cell(suite.cells.get(system.name)) for system in summary.systems]
+        chance = Text(wording.percent(suite.chance), style="dim")
+        name = Text(wording.suite_title(suite.name)).append(f"\n{suite.metric}", style="dim")
+        table.add_row(name, *cells, chance)
+    means = [_mean(summary, system) for system in summary.systems]
+    table.add_row("Mean of suites", *means, "", style="bold")
     return table
 
 
@@ -91,6 +111,11 @@ def footnotes(summary: Summary) -> list[str]:
         line = f"{system.name}: {n} answers, {unreadable} unreadable, {errors} failed"
         lines.append(line + (f"; {len(missing)} suites incomplete" if missing else ""))
     return lines + list(summary.notes)
+
+
+def _title(summary: Summary) -> str:
+    label = " · ".join(summary.labels)
+    return f"Leaderboard ({label})" if label else "Leaderboard"
 
 
 def _name(system: System) -> Text:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from internvideo3.reports import export, markdown
+from internvideo3.reports import export, markdown, wording
 from internvideo3.reports.load import load_run
 from internvideo3.reports.profile import collect
 from internvideo3.reports.summary import Summary, summarise, summarise_paths
@@ -131,6 +131,18 @@ def test_terminal_shows_the_numbers_and_the_label(runs: list[Path], summary: Sum
         assert f"{100 * suite.cells['M²LA'].value:.1f}" in text
     assert "Leaderboard (scale)" in text and "chance" in text and "1 failed" not in text
     assert "2 failed" in text and "M²LA − GQA base" in text
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_no_number_is_cropped_in_a_narrow_terminal(
+    runs: list[Path], summary: Summary, width: int
+) -> None:
+    out = io.StringIO()
+    print_report(runs, console=Console(file=out, width=width))
+    text = out.getvalue()
+    for suite in summary.suites:
+        assert f"{100 * suite.cells['M²LA'].value:.1f}" in text
+        assert wording.span(suite.cells["M²LA"].interval) in text
 
 
 def test_markdown_is_labelled_and_inert(summary: Summary) -> None:
