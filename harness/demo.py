@@ -23,6 +23,8 @@ VIDEOS: Mapping[str, int] = {
     "world_spatial": 24,
     "world_manyq": 4,
 }
+RUNS = ("base", "m2la", "blind")
+"""The demo's run directories, in the order of the tables."""
 Tell = Callable[[str], None]
 EvalWithBars = Callable[[EvalOptions], object]
 
@@ -81,7 +83,7 @@ def demo(options: DemoOptions, tell: Tell, run_eval: EvalWithBars) -> Path:
     tell("3/4 Profile on this CPU: prefill and decode rates, cache bytes")
     _profile(options, {BASE: runs["base"].out, CONVERTED: runs["m2la"].out}, tell)
     tell("4/4 Page")
-    return _page(options, [command.out for command in runs.values()])
+    return _page(options, [runs[name].out for name in RUNS])
 
 
 def _build(root: Path, options: DemoOptions, tell: Tell) -> None:
