@@ -17,6 +17,10 @@ MAX_SCORES = 1 << 26
 """Scores held at once by `attend`; longer inputs are taken in runs of queries."""
 
 
+FUSED_WIDTH = 256
+"""Widest keys that torch's fused kernels take; wider ones would make it hold all scores at once."""
+
+
 def attend(q_BKGTW: Tensor, parts: list[Part], scale: float) -> Tensor:
     """Softmax attention over several segments, merged by log-sum-exp.
 
@@ -26,8 +30,8 @@ def attend(q_BKGTW: Tensor, parts: list[Part], scale: float) -> Tensor:
     Returns:
         [B, K, G, T, V].
     """
-    B, K, G, T, _ = q_BKGTW.shape
-    if len(parts) == 1 and K > 1 and parts[0].tensors[0].shape[0] == B:
+    B, K, G, T, W = q_BKGTW.shape
+    if len(parts) == 1 and parts[0].tensors[0].shape[0] == B and W <= FUSED_WIDTH:
         return _attend_whole(q_BKGTW, parts[0], scale)
     cached = sum(part.tensors[0].shape[2] for part in parts)
     run = max(1, MAX_SCORES // (B * K * G * cached))
@@ -169,4 +173,6 @@ def _widened(x: Tensor, width: int) -> Tensor:
 def _repeat_heads(x_BKNW: Tensor, groups: int) -> Tensor:
     if groups == 1:
         return x_BKNW
+    if x_BKNW.shape[1] == 1:
+        return x_BKNW.expand(-1, groups, -1, -1)
     return x_BKNW[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)

@@ -188,10 +188,15 @@ def test_attention_over_segments_is_attention_over_their_union(
 
 
 @pytest.mark.parametrize("queries", [1, 4, 9])
-def test_attention_over_one_segment(queries: int) -> None:
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("widest", [4, 256])
+def test_attention_over_one_segment(
+    queries: int, heads: int, widest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("internvideo3.model.segments.FUSED_WIDTH", widest)
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(2, 2, 3, queries, 6, generator=generator, dtype=torch.float64)
-    k, v = (torch.randn(2, 2, 9, w, generator=generator, dtype=torch.float64) for w in (6, 5))
+    q = torch.randn(2, heads, 3, queries, 6, generator=generator, dtype=torch.float64)
+    k, v = (torch.randn(2, heads, 9, w, generator=generator, dtype=torch.float64) for w in (6, 5))
     mask = torch.ones(1, 1, queries, 9, dtype=torch.bool)
     mask[..., 9 - queries :].tril_()
     want = plain_attention(q, k, v, mask, 0.3)
