@@ -268,6 +268,19 @@ def test_right_answers_counts_whole_answers(processor: Any, model: Any) -> None:
     assert rights.count(0.0) == 1
 
 
+def test_calibration_ends_in_the_ids_that_the_model_writes(processor: Any) -> None:
+    for inputs in convert_stage.calibration(processor, 3):
+        ids = inputs["input_ids"][0].tolist()
+        start = max(i for i, t in enumerate(ids) if processor.tokenizer.decode([t]) == "assistant")
+        said = ids[start + 2 :]
+        assert processor.tokenizer.decode([ids[start + 1]]) == "\n"
+        again = processor.tokenizer(processor.tokenizer.decode(said), add_special_tokens=False)
+        assert said == again["input_ids"] and len(said) >= 2
+        assert {
+            len(inputs[k][0]) for k in ("input_ids", "attention_mask", "mm_token_type_ids")
+        } == {len(ids)}
+
+
 @pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     def options(name: str, steps: int) -> language_stage.Options:

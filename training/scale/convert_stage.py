@@ -57,11 +57,11 @@ def calibration(processor: Qwen3VLProcessor, videos: int) -> Iterator[dict[str, 
                 "role": "user",
                 "content": [{"type": "video"}, {"type": "text", "text": drawn.prompt}],
             },
-            {"role": "assistant", "content": answer_text(drawn)},
         ]
         frames = torch.from_numpy(paint(spec, times, SIDE_PX)).permute(0, 3, 1, 2)
-        yield processor(
-            text=[processor.apply_chat_template(messages, tokenize=False)],
+        prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        inputs = processor(
+            text=[prompt],
             videos=[frames],
             video_metadata=[
                 VideoMetadata(
@@ -74,6 +74,22 @@ def calibration(processor: Qwen3VLProcessor, videos: int) -> Iterator[dict[str, 
             do_resize=False,
             return_tensors="pt",
         )
+        yield _answered(inputs, processor, f"{answer_text(drawn)}<|im_end|>")
+
+
+def _answered(inputs: Any, processor: Qwen3VLProcessor, answer: str) -> dict[str, Tensor]:
+    """The inputs with the answer's own ids after the generation prompt.
+
+    Rendered as one text, the line break before the answer would swallow the answer's first space,
+    and the tokens would not be those that the model writes.
+    """
+    said = processor.tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    longer = dict(inputs)
+    longer["input_ids"] = torch.cat([inputs["input_ids"], said], 1)
+    longer["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(said)], 1)
+    kinds = inputs["mm_token_type_ids"]
+    longer["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(said).to(kinds.dtype)], 1)
+    return longer
 
 
 def main(arguments: list[str] | None = None) -> None:
