@@ -364,7 +364,13 @@ def compare_stock_command(
         from internvideo3.harness.compare_stock import CompareOptions, compare, lines
 
         options = CompareOptions(
-            model=model, videos=videos, repeats=repeats, out=out, root=root, threads=threads
+            model=model,
+            videos=videos,
+            repeats=repeats,
+            out=out,
+            root=root,
+            threads=threads,
+            command=_command(),
         )
         for line in lines(compare(options, print)):
             print(line)

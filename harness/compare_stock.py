@@ -60,6 +60,8 @@ class CompareOptions:
     """CPU threads of torch."""
     answers: int = ENOUGH_ANSWERS
     """Fewest different answers for the gate."""
+    command: tuple[str, ...] = ()
+    """The command line, for the record."""
 
 
 @dataclass(kw_only=True)
@@ -415,6 +417,7 @@ def _result(
         "suite": SUITE,
         "label": "scale",
         "created": provenance.now(),
+        "command": list(options.command),
         "model": contest.described,
         "settings": asdict(contest.settings) | {"dtype": "float32", "threads": options.threads},
         "videos": options.videos,

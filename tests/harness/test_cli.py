@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,3 +85,37 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = internvideo3("--debug", "score", str(tmp_path))
     assert done.returncode != 0
     assert "Traceback" in done.stderr
+
+
+OPTIONS = {
+    "eval": "model suite out limit sample-id control split fps max-frames min-pixels max-pixels "
+    "max-new-tokens batch device dtype threads retry-errors max-errors root",
+    "score": "",
+    "report": "out title",
+    "profile": "model out contexts repeats dtype threads",
+    "demo": "full videos out root threads",
+    "compare-stock": "model videos repeats out root threads",
+    "inspect": "",
+    "world build": "root split videos sound workers",
+    "world show": "index sample-id root split out",
+}
+
+
+def test_the_command_line_is_frozen() -> None:
+    """A new option is a promise: it is added here on purpose, or not at all."""
+    from typer.main import get_command
+
+    from internvideo3.harness.cli import app
+
+    found: dict[str, set[str]] = {}
+
+    def walk(name: str, command: Any) -> None:
+        if hasattr(command, "commands"):
+            for key, inner in command.commands.items():
+                walk(f"{name} {key}".strip(), inner)
+            return
+        options = [one.opts[0] for one in command.params if one.opts[0].startswith("--")]
+        found[name] = {option.removeprefix("--") for option in options} - {"help"}
+
+    walk("", get_command(app))
+    assert found == {name: set(options.split()) for name, options in OPTIONS.items()}
