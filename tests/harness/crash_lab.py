@@ -89,6 +89,8 @@ def interrupt(command: Callable[[], int], out: Path, said: Path) -> dict[str, An
     On a busy machine the run can end before the key arrives; that is no interruption, so the run
     is started again in an empty folder.
     """
+    # A suite that was started in the background of a script inherits a SIGINT that is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for _ in range(5):
         child = fork(command, said)
         while not on_disk(out):
