@@ -37,15 +37,16 @@ QUESTION_TOKENS = 32
 PROFILE_SHARES: Mapping[Profile, float] = {"main": 0.68, "ego": 0.14, "spatial": 0.18}
 PROFILE_FAMILIES: Mapping[Profile, Mapping[str, float]] = {
     "main": {
-        "needle": 0.5, "order": 2.0, "count": 0.8, "attime": 2.0, "whereabouts": 0.7,
-        "motion": 1.2, "depth": 1.0, "shape": 1.0, "colour": 1.2, "ground_object": 2.0,
-        "ground_flash": 1.0, "holistic": 0.3, "describe": 2.0,
+        "needle": 0.7, "order": 2.0, "count": 1.0, "attime": 2.0, "whereabouts": 0.4,
+        "motion": 2.0, "depth": 2.0, "shape": 0.7, "colour": 1.5, "ground_object": 2.0,
+        "ground_flash": 1.3, "holistic": 0.3, "describe": 1.5,
     },
     "ego": {
         "holistic": 1.0, "ends": 1.0, "whereabouts": 1.0, "ground_object": 0.5, "describe": 0.5,
     },
     "spatial": {
-        "relation": 1.5, "distance": 1.0, "objects": 1.0, "shape": 0.5, "colour": 0.5,
+        "relation": 2.5, "distance": 1.5, "objects": 0.7, "shape": 0.3, "colour": 0.3,
+        "locate": 2.0,
     },
 }  # fmt: skip
 """How often each family is tried; several questions of one family about one video are usual."""
@@ -53,8 +54,10 @@ PROFILE_FAMILIES: Mapping[Profile, Mapping[str, float]] = {
 FAMILY_NAMES: tuple[str, ...] = (
     "needle", "order", "count", "attime", "holistic", "ends", "whereabouts", "motion", "depth",
     "shape", "colour", "ground_object", "ground_flash", "relation", "distance", "objects",
-    "describe",
+    "describe", "locate",
 )  # fmt: skip
+TRAINING_ONLY = frozenset({"describe", "locate"})
+"""Families that no suite asks: steps towards those that are asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +68,6 @@ class Difficulty:
     """Video length in seconds → share of batches."""
     easy_share: float
     """Share of order and at-time questions with two or three options instead of four."""
-    emphasis: Mapping[str, float] = field(default_factory=dict)
-    """Factors on how often a family is tried; 1 where none is given."""
-    speed: bool = False
-    """Whether the vision tower also learns how objects move within a second."""
-    token: bool = False
-    """Whether single vision tokens learn to say all that the questions need."""
 
 
 class Batch(NamedTuple):
@@ -154,6 +151,25 @@ def describe(spec: VideoSpec, rng: random.Random) -> Question:
     return Question("describe", text, None, answer, "span", ())
 
 
+def locate(spec: VideoSpec, rng: random.Random) -> Question:
+    """Training only: where a resting object is; relation and distance need two such look-ups."""
+    thing = rng.choice(spec.things)
+    x, y = (round(10 * value) for value in thing.start_xy)
+    text = f"Where is the {thing.name}, in tenths of the picture width?"
+    return Question("locate", text, None, f"{x} {y}", "number", ())
+
+
+def draw_training_question(
+    spec: VideoSpec, rng: random.Random, family: str, options: int
+) -> Question | None:
+    """A question of any family, asked by a suite or only here; None where the video has none."""
+    if family == "describe":
+        return describe(spec, rng)
+    if family == "locate":
+        return locate(spec, rng)
+    return draw_question(spec, rng, family, options)
+
+
 def draw_questions(
     writer: RowWriter, spec: VideoSpec, rng: random.Random, difficulty: Difficulty
 ) -> list[tuple[list[int], int, int]]:
@@ -161,13 +177,10 @@ def draw_questions(
     shares = PROFILE_FAMILIES[spec.profile]
     rows: list[tuple[list[int], int, int]] = []
     asked: set[str] = set()
-    weights = [share * difficulty.emphasis.get(family, 1.0) for family, share in shares.items()]
-    for family in rng.choices(list(shares), weights, k=2 * QUESTIONS):
-        if family == "describe":
-            drawn: Question | None = describe(spec, rng)
-        else:
-            easy = rng.random() < difficulty.easy_share
-            drawn = draw_question(spec, rng, family, rng.choice((2, 3)) if easy else 4)
+    for family in rng.choices(list(shares), list(shares.values()), k=2 * QUESTIONS):
+        easy = rng.random() < difficulty.easy_share
+        options = rng.choice((2, 3)) if easy else 4
+        drawn = draw_training_question(spec, rng, family, options)
         if drawn is None or drawn.prompt in asked:
             continue
         asked.add(drawn.prompt)

@@ -28,6 +28,7 @@ from internvideo3.tasks.world.scenes import draw_video
 from internvideo3.training.scale.batches import (
     PROFILE_FAMILIES,
     PROFILE_SHARES,
+    TRAINING_ONLY,
     answer_text,
     seed_stream,
 )
@@ -48,7 +49,7 @@ def calibration(processor: Qwen3VLProcessor, videos: int) -> Iterator[dict[str, 
         spec = draw_video(seed, length, kind)
         drawn = None
         while drawn is None:
-            families = [family for family in PROFILE_FAMILIES[kind] if family != "describe"]
+            families = [family for family in PROFILE_FAMILIES[kind] if family not in TRAINING_ONLY]
             drawn = draw_question(spec, rng, rng.choice(families), option_count=2)
         times = sampled_times(length)
         messages: list[Any] = [

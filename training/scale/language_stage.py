@@ -45,7 +45,8 @@ from internvideo3.training.scale.objective import (
     distillation_loss,
     right_answers,
 )
-from internvideo3.training.scale.scene_heads import SceneHeads, SpeedHead, TokenHead
+from internvideo3.training.scale.precision import native_bfloat16, products
+from internvideo3.training.scale.scene_heads import SceneHeads
 from internvideo3.training.scale.start import scale_weights
 from internvideo3.training.scale.vision_stage import draw_seconds
 
@@ -54,7 +55,6 @@ VISION_RATE = 0.5
 """Learning rate of the vision tower and its heads relative to the language model's."""
 SCENE_WEIGHT = 0.3
 """Weight of the dense heads' loss beside the answers'."""
-LATER_HEADS = {"speed": SpeedHead, "token": TokenHead}
 SAVE_EVERY_S = 120.0
 VALIDATE_EVERY = 400
 
@@ -76,6 +76,8 @@ class Options:
     warmup: int
     weight_decay: float
     seed: int
+    bfloat16: bool = False
+    """Whether matrix products run in bf16; the weights are float32 either way."""
 
 
 def start_model(options: Options) -> Any:
@@ -112,7 +114,7 @@ def start_heads(options: Options, width: int) -> SceneHeads | None:
 
 def step_difficulty(options: Options, step: int) -> Difficulty:
     """Mixture of a step: the curriculum from random weights, its end from a checkpoint."""
-    return difficulty_at(step if options.init is None else None)
+    return difficulty_at(step / options.steps if options.init is None else 1.0)
 
 
 class StepStream(IterableDataset[Batch]):
@@ -155,20 +157,7 @@ class Trainer:
             self.teach = PackedModel(teacher.requires_grad_(False))
         self.heads = start_heads(options, self.model.config.text_config.hidden_size)
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95))
-        self.later: dict[str, SpeedHead | TokenHead] = {}
         self.step = 0
-
-    def _add_head(self, name: str) -> SpeedHead | TokenHead:
-        """A head that joins in the middle of training, with its own parameter group."""
-        with torch.random.fork_rng():
-            torch.manual_seed(self.options.seed)
-            head: SpeedHead | TokenHead = LATER_HEADS[name](
-                self.model.config.text_config.hidden_size
-            )
-        self.later[name] = head
-        learned = {"params": list(head.parameters()), "rate": VISION_RATE, "weight_decay": 0.0}
-        self.optimizer.add_param_group(learned)
-        return head
 
     def _groups(self) -> list[dict[str, Any]]:
         seeing: list[Tensor] = list(self.model.model.visual.parameters())
@@ -187,21 +176,15 @@ class Trainer:
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One optimiser step; returns the losses and the gradient norm."""
         options = self.options
-        difficulty = step_difficulty(options, self.step)
-        for name, wanted in (("speed", difficulty.speed), ("token", difficulty.token)):
-            if wanted and self.heads is not None and name not in self.later:
-                self._add_head(name)
         factor = learning_rate_factor(self.step, options.steps, options.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate * factor * group["rate"]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with products(options.bfloat16):
             answers = self.answer(batch)
             losses = {"answer": answer_loss(answers)}
             if self.heads is not None and answers.vision_FMW.requires_grad:
                 scene = self.heads.loss(answers.vision_FMW, batch.truth)
                 losses["scene"] = SCENE_WEIGHT * scene
-                for name, head in self.later.items():
-                    losses[name] = SCENE_WEIGHT * head.loss(answers.vision_FMW, batch.truth)
             if self.teach is not None:
                 with torch.no_grad():
                     taught = self.teach(batch)
@@ -228,7 +211,7 @@ class Trainer:
                 count = min(rows_for(length, 4000), videos - start)
                 seeds = seed_stream("validation", start, count)
                 batch = make_batch(writer, seeds, length, hard)
-                with torch.autocast("cpu", dtype=torch.bfloat16):
+                with products(self.options.bfloat16):
                     answers = self.answer(batch)
                 for family, right in right_answers(answers, batch):
                     found.setdefault(FAMILY_NAMES[family], []).append(right)
@@ -243,7 +226,6 @@ class Trainer:
         state = {"optimizer": self.optimizer.state_dict(), "step": self.step}
         if self.heads is not None:
             state["heads"] = self.heads.state_dict()
-        state["later"] = {name: head.state_dict() for name, head in self.later.items()}
         torch.save(state, folder / "optimizer.part")
         for name in ("model", "optimizer"):
             (folder / f"{name}.part").replace(folder / name)
@@ -255,8 +237,6 @@ class Trainer:
             return False
         load_model(self.model, str(folder / "model"))
         state = torch.load(folder / "optimizer", weights_only=True)
-        for name, head_state in state["later"].items():
-            self._add_head(name).load_state_dict(head_state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         if self.heads is not None:
@@ -272,10 +252,15 @@ class Trainer:
 
 
 def run(
-    options: Options, workers: int, stop_after_s: float | None = None, stop_at: int | None = None
+    options: Options,
+    *,
+    threads: int = 1,
+    workers: int = 1,
+    stop_after_s: float | None = None,
+    stop_at: int | None = None,
 ) -> bool:
     """Train to the last step or a limit of time or steps; True when the last step is done."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     trainer = Trainer(options)
     log.info("%s, step %d", "resumed" if trainer.resume() else "start", trainer.step)
     stream = StepStream(options, trainer.step)
@@ -328,18 +313,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--warmup", type=int, default=150)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--bfloat16",
+        action=argparse.BooleanOptionalAction,
+        default=native_bfloat16(),
+        help="matrix products in bf16; by default where the CPU has them in hardware",
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads of the training process")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw batches")
     parser.add_argument("--stop-at", type=int, help="save and stop at this step")
     parser.add_argument("--stop-after-s", type=float, help="save and stop after so many seconds")
     named = vars(parser.parse_args(arguments))
-    workers, stop_after_s, stop_at = (
-        named.pop(name) for name in ("workers", "stop_after_s", "stop_at")
-    )
+    pace = {name: named.pop(name) for name in ("threads", "workers", "stop_after_s", "stop_at")}
     options = Options(**named)
     options.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(asdict(options), default=str, indent=1)
     (options.out / "options.json").write_text(text + "\n")
-    run(options, workers, stop_after_s, stop_at)
+    run(options, **pace)
 
 
 if __name__ == "__main__":

@@ -28,12 +28,13 @@ from internvideo3.tasks.world.scenes import draw_video
 from internvideo3.training.scale.batches import PROFILE_SHARES, seed_stream
 from internvideo3.training.scale.curriculum import learning_rate_factor
 from internvideo3.training.scale.pixels import training_patches
+from internvideo3.training.scale.precision import native_bfloat16, products
 from internvideo3.training.scale.scene_heads import SceneHeads, Truth, join_truth, scene_truth
 from internvideo3.training.scale.start import scale_weights
 from internvideo3.training.scale.vision import FrameEncoder
 
 log = logging.getLogger("internvideo3.train")
-LENGTHS_S = (2, 2, 2, 4)
+LENGTHS_S = (2, 2, 4, 8)
 BATCH_SECONDS = 128
 
 
@@ -82,13 +83,13 @@ def train(out: Path, seconds_of_video: int, learning_rate: float, seed: int) -> 
     groups = [{"params": embed, "rate": 0.2}, {"params": rest, "rate": 1.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.02)
     steps = seconds_of_video // BATCH_SECONDS
-    loader = DataLoader(Seconds(seed, steps), batch_size=None, num_workers=2, prefetch_factor=4)
+    loader = DataLoader(Seconds(seed, steps), batch_size=None, num_workers=1, prefetch_factor=8)
     started = time.monotonic()
     with (out / "vision_metrics.jsonl").open("w") as metrics:
         for step, (patches_PKV, truth) in enumerate(loader):
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * learning_rate * learning_rate_factor(step, steps, 50)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with products(native_bfloat16()):
                 vision_PMW, deep = encoder(patches_PKV)
             # The DeepStack branch reaches the language model too: train it by the same heads.
             loss = heads.loss(vision_PMW.float() + sum(level.float() for level in deep), truth)
@@ -118,7 +119,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds-of-video", type=int, default=150_000)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="threads of the training process")
     named = vars(parser.parse_args(arguments))
+    torch.set_num_threads(named.pop("threads"))
     train(**named)
 
 
