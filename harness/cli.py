@@ -328,14 +328,14 @@ def demo_command(
       internvideo3 demo --out demo
     """
     with _errors_in_words(out):
-        from internvideo3.harness.demo import RUNS, DemoOptions, demo
+        from internvideo3.harness.demo import DemoOptions, demo
 
         options = DemoOptions(
             out=out, full=full, videos=videos, root=root, threads=threads, command=_command()
         )
-        page = demo(options, print, _evaluate_with_bars)
-        _print_runs([out / "runs" / name for name in RUNS])
-        print(f"Page: {page.resolve()}")
+        shown = demo(options, print, _evaluate_with_bars)
+        _print_runs(shown.runs)
+        print(f"Page: {shown.page.resolve()}")
 
 
 @app.command("compare-stock")

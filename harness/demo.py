@@ -7,7 +7,7 @@ run directories, and a profile that is complete is not repeated.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from internvideo3.harness.evaluate import EvalOptions
 from internvideo3.tasks.world.build import build_suite, world_root
@@ -23,8 +23,6 @@ VIDEOS: Mapping[str, int] = {
     "world_spatial": 24,
     "world_manyq": 4,
 }
-RUNS = ("base", "m2la", "blind")
-"""The demo's run directories, in the order of the tables."""
 Tell = Callable[[str], None]
 EvalWithBars = Callable[[EvalOptions], object]
 
@@ -47,7 +45,15 @@ class DemoOptions:
     """The command line, for the record."""
 
 
-def demo(options: DemoOptions, tell: Tell, run_eval: EvalWithBars) -> Path:
+class Shown(NamedTuple):
+    """What a demo leaves."""
+
+    page: Path
+    runs: list[Path]
+    """Run directories, in the order of the tables."""
+
+
+def demo(options: DemoOptions, tell: Tell, run_eval: EvalWithBars) -> Shown:
     """Build the world, evaluate before and after conversion, profile, make the page.
 
     Args:
@@ -56,7 +62,7 @@ def demo(options: DemoOptions, tell: Tell, run_eval: EvalWithBars) -> Path:
         run_eval: runs one evaluation and shows its progress.
 
     Returns:
-        Path of the page.
+        The page and its runs.
 
     Raises:
         ValueError: whole suites and a number of videos were both asked for.
@@ -83,7 +89,8 @@ def demo(options: DemoOptions, tell: Tell, run_eval: EvalWithBars) -> Path:
     tell("3/4 Profile on this CPU: prefill and decode rates, cache bytes")
     _profile(options, {BASE: runs["base"].out, CONVERTED: runs["m2la"].out}, tell)
     tell("4/4 Page")
-    return _page(options, [runs[name].out for name in RUNS])
+    folders = [command.out for command in runs.values()]
+    return Shown(_page(options, folders), folders)
 
 
 def _build(root: Path, options: DemoOptions, tell: Tell) -> None:
