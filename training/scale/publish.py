@@ -66,7 +66,7 @@ def plot_curves(work: Path, path: Path) -> None:
     """Vision scores, answer loss of the three models, base validation by family."""
     figure, (vision, loss, families) = plt.subplots(1, 3, figsize=(13, 4))
     rows = rows_of(work / "vision" / "vision_metrics.jsonl")
-    for name in ("objects", "shape", "place", "flash"):
+    for name in ("objects", "shape", "place", "flash", "token_shape", "token_motion"):
         vision.plot([r["step"] for r in rows], [r[name] for r in rows], label=name)
     vision.set(title="Stage 1: reading one second", xlabel="step", ylabel="accuracy")
     for name in NAMES:
@@ -124,7 +124,8 @@ def card(work: Path) -> str:
         "",
         f"Vision stage: {vision['step']} steps in {vision['seconds']:.0f} s; last batch: objects "
         f"{vision['objects']:.2f}, shape {vision['shape']:.2f}, place {vision['place']:.2f}, flash "
-        f"{vision['flash']:.2f}, geometry error {vision['geometry_error']:.3f} picture widths.",
+        f"{vision['flash']:.2f}, geometry error {vision['geometry_error']:.3f} picture widths; from "
+        f"single tokens: shape {vision['token_shape']:.2f}, motion {vision['token_motion']:.2f}.",
         "",
         f"Machine: {platform.machine()}, two shared cores, no GPU; torch {torch.__version__}, "
         f"transformers {transformers.__version__}. One seed (0). Validation, exact answers:",
@@ -132,7 +133,6 @@ def card(work: Path) -> str:
         "| family | " + " | ".join(NAMES) + " |",
         "|---|" + "---|" * len(NAMES),
     ]
-    final = {name: rows_of(work / name / "metrics.jsonl")[-1] for name in NAMES}
     final = {
         name: next(r for r in reversed(rows_of(work / name / "metrics.jsonl")) if "needle" in r)
         for name in NAMES
@@ -142,10 +142,9 @@ def card(work: Path) -> str:
         lines.append(f"| {key} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "The mixture, the dense heads and once the number of steps were changed in the middle of "
-        "base training, after looking at validation seeds, at the steps that `curriculum.py` and "
-        "`recipe.sh` name; test seeds were not used. The run was stopped and resumed at those "
-        "points, so a fresh run of the recipe repeats the same batches, not the same last bits.",
+        "The curriculum was written before the run and not changed in it. It follows an earlier "
+        "run, whose mixture and heads were changed after looking at validation seeds; test seeds "
+        "were never used for a choice.",
         "",
     ]
     return "\n".join(lines)

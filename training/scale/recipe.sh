@@ -11,7 +11,7 @@ python -m $STAGE.tokenizer
   python -m $STAGE.vision_stage --out "$WORK/vision" --seconds-of-video 220000 --threads 2
 [ -d "$WORK/base/checkpoint" ] ||
   python -m $STAGE.language_stage --vision "$WORK/vision/vision.safetensors" \
-    --out "$WORK/base" --steps 9000 --learning-rate 1.5e-3 --threads 2
+    --out "$WORK/base" --steps 7000 --learning-rate 1.5e-3
 [ -d "$WORK/converted" ] ||
   python -m $STAGE.convert_stage --source "$WORK/base/checkpoint" --out "$WORK/converted" --videos 48
 # Equal extra training of the conversion and of the base model it is compared with.
