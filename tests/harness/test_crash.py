@@ -46,7 +46,8 @@ def test_killed_five_times_and_resumed_equals_uninterrupted(
 ) -> None:
     folder, report = lab
     assert content(folder / "killed") == content(folder / "whole"), report["seed"]
-    assert [kill["status"] for kill in report["kills"]].count(-9) >= 1
+    # A last batch can end the run within the moment before its kill.
+    assert [kill["status"] for kill in report["kills"]].count(-9) >= 4, report["seed"]
 
 
 def test_no_answered_sample_is_computed_twice(lab: tuple[Path, dict[str, Any]]) -> None:
