@@ -27,6 +27,7 @@ W width of a key, V width of a value, X model width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -46,8 +47,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([re * cos - im * sin, re * sin + im * cos], dim=-1)
 
 
-class LatentAttention(nn.Module):
-    """M²LA of one layer, in place of transformers' `Qwen3VLTextAttention`."""
+class RowAttention(nn.Module, ABC):
+    """Attention over cached rows `[c | k_rope]`; how rows and queries are made is a subclass's."""
+
+    k_up: Tensor
+    """Up-projection of keys, [K, D, R]."""
+    v_up: Tensor
+    """Up-projection of values, [K, D, R]."""
+    o_proj: nn.Linear
 
     def __init__(self, config: InternVideo3TextConfig, layer_idx: int) -> None:
         super().__init__()
@@ -57,28 +64,27 @@ class LatentAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads or config.num_attention_heads
         self.rank = config.rank(layer_idx)
+        self.vision_rank = config.rank_of_vision(layer_idx)
         self.slot_frequencies = config.slot_frequencies(layer_idx)
         self.scale = self.head_dim**-0.5
-
-        X, H, K, D = config.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim
-        S, R, bias = len(self.slot_frequencies), self.rank, config.attention_bias
-        self.q_proj = nn.Linear(X, H * D, bias=bias)
-        self.k_proj = nn.Linear(X, K * D, bias=bias)
-        self.v_proj = nn.Linear(X, K * D, bias=bias)
-        self.q_norm = Qwen3VLTextRMSNorm(D, eps=config.rms_norm_eps)
-        self.k_norm = Qwen3VLTextRMSNorm(D, eps=config.rms_norm_eps)
-        self.latent_proj = nn.Linear(2 * K * D, R, bias=True)
-        self.rope_write = nn.Parameter(torch.empty(2, S, K))
-        self.rope_read = nn.Parameter(torch.empty(2, S, H))
-        self.nope_gain = nn.Parameter(torch.empty(2, H, D // 2))
-        self.k_up = nn.Parameter(torch.empty(K, D, R))
-        self.v_up = nn.Parameter(torch.empty(K, D, R))
-        self.o_proj = nn.Linear(H * D, X, bias=True)
-        if config.modality_adapters:
-            self.adapter_weight = nn.Parameter(torch.empty(2, R, R))
-            self.adapter_bias = nn.Parameter(torch.empty(2, R))
         self._slots: Tensor | None = None
-        self._made: Folded | None = None
+
+    @abstractmethod
+    def write(
+        self, x_BTX: Tensor, cos_BTS: Tensor, sin_BTS: Tensor, vision_BT: Tensor | None
+    ) -> Tensor:
+        """The cached rows `[c | k_rope]` of new tokens, [B, T, r + 2 S]."""
+
+    @abstractmethod
+    def queries(self, x_BTX: Tensor, cos_BTS: Tensor, sin_BTS: Tensor) -> tuple[Tensor, Tensor]:
+        """Content query [B, H, T, D] and rotated slot query [B, H, T, 2 S]."""
+
+    def absorbed_queries(self, x_BTX: Tensor, cos_BTS: Tensor, sin_BTS: Tensor) -> Tensor:
+        """Queries against cached rows, `[q~ | rotated slot query]`, [B, H, T, r + 2 S]."""
+        q_BHTD, q_rope_BHTS = self.queries(x_BTX, cos_BTS, sin_BTS)
+        q_BKGTD = q_BHTD.unflatten(1, (self.num_kv_heads, -1))
+        q_BKGTR = torch.einsum("bkgtd,kdr->bkgtr", q_BKGTD, self.k_up)
+        return torch.cat([q_BKGTR.flatten(1, 2), q_rope_BHTS], dim=-1)
 
     def forward(
         self,
@@ -119,74 +125,6 @@ class LatentAttention(nn.Module):
             heads_BHTD = self.attend_reconstructed(q_BHTW, parts)
         return self.o_proj(heads_BHTD.transpose(1, 2).reshape(B, T, -1)), None
 
-    def write(
-        self, x_BTX: Tensor, cos_BTS: Tensor, sin_BTS: Tensor, vision_BT: Tensor | None
-    ) -> Tensor:
-        """The cached rows `[c | k_rope]` of new tokens, [B, T, r + 2 S]."""
-        B, T, _ = x_BTX.shape
-        k_BTKD = self.k_norm(self.k_proj(x_BTX).view(B, T, self.num_kv_heads, self.head_dim))
-        kv_BTE = torch.cat([k_BTKD.flatten(2), self.v_proj(x_BTX)], dim=-1)
-        folded = self._folded()
-        if folded is not None:
-            row_BTW = folded.rows(kv_BTE, vision_BT)
-            c_BTR, rope_BTS = row_BTW[..., : self.rank], row_BTW[..., self.rank :]
-            return torch.cat([c_BTR, rotate(rope_BTS, cos_BTS, sin_BTS)], dim=-1)
-        c_BTR = self.adapt(self.latent_proj(kv_BTE), vision_BT)
-        return torch.cat([c_BTR, rotate(self.rotary_key(k_BTKD), cos_BTS, sin_BTS)], dim=-1)
-
-    def rotary_key(self, k_BTKD: Tensor) -> Tensor:
-        """Shared rotary key before rotation, [B, T, 2 S]: `k'_s = Σ_h w_{s,h} k_{h,f(s)}`."""
-        slots = self._slot_index(k_BTKD.device)
-        re, im = (k.index_select(-1, slots).mT for k in k_BTKD.chunk(2, dim=-1))  # [B, T, S, K]
-        w_re, w_im = self.rope_write
-        return torch.cat([(w_re * re - w_im * im).sum(-1), (w_re * im + w_im * re).sum(-1)], dim=-1)
-
-    def adapt(self, c_BTR: Tensor, vision_BT: Tensor | None) -> Tensor:
-        """Modality adapter `c -> M_t c + δ_t`, t = text or vision (paper section 3.2.1).
-
-        It is applied before the row is cached: per token and linear, it commutes with caching, so
-        attention needs no modality mask.
-        """
-        if not self.config.modality_adapters:
-            return c_BTR
-        text = functional.linear(c_BTR, self.adapter_weight[0], self.adapter_bias[0])
-        if vision_BT is None:
-            return text
-        vision = functional.linear(c_BTR, self.adapter_weight[1], self.adapter_bias[1])
-        return torch.where(vision_BT.to(c_BTR.device)[..., None], vision, text)
-
-    def queries(self, x_BTX: Tensor, cos_BTS: Tensor, sin_BTS: Tensor) -> tuple[Tensor, Tensor]:
-        """Content query `ḡ q` [B, H, T, D] and rotated slot query [B, H, T, 2 S]."""
-        q_BTHD = self._normalised_query(x_BTX)
-        q_slot = rotate(self.slot_query(q_BTHD), cos_BTS[:, :, None], sin_BTS[:, :, None])
-        return self.content_query(q_BTHD).transpose(1, 2), q_slot.transpose(1, 2)
-
-    def absorbed_queries(self, x_BTX: Tensor, cos_BTS: Tensor, sin_BTS: Tensor) -> Tensor:
-        """Queries against cached rows, `[q~ | rotated slot query]`, [B, H, T, r + 2 S]."""
-        folded = self._folded()
-        if folded is None:
-            q_BHTD, q_rope_BHTS = self.queries(x_BTX, cos_BTS, sin_BTS)
-            q_BKGTD = q_BHTD.unflatten(1, (self.num_kv_heads, -1))
-            q_BKGTR = torch.einsum("bkgtd,kdr->bkgtr", q_BKGTD, self.k_up)
-            return torch.cat([q_BKGTR.flatten(1, 2), q_rope_BHTS], dim=-1)
-        q_BHTW = folded.queries(self._normalised_query(x_BTX))
-        q_rope = rotate(q_BHTW[..., self.rank :], cos_BTS[:, None], sin_BTS[:, None])
-        return torch.cat([q_BHTW[..., : self.rank], q_rope], dim=-1)
-
-    def _normalised_query(self, x_BTX: Tensor) -> Tensor:
-        q_BTHD: Tensor = self.q_norm(self.q_proj(x_BTX).unflatten(-1, (self.num_heads, -1)))
-        return q_BTHD
-
-    def content_query(self, q_BTHD: Tensor) -> Tensor:
-        """`ḡ q`: what meets the part of a key that is not rotated, [B, T, H, D]."""
-        return rotate(q_BTHD, *self.nope_gain)
-
-    def slot_query(self, q_BTHD: Tensor) -> Tensor:
-        """`p̄_s q_{f(s)}` before rotation, [B, T, H, 2 S]."""
-        slots = self._slot_index(q_BTHD.device)
-        re, im = (x.index_select(-1, slots) for x in q_BTHD.chunk(2, dim=-1))
-        return rotate(torch.cat([re, im], dim=-1), *self.rope_read.mT)
-
     def attend_reconstructed(self, q_BHTW: Tensor, parts: list[Part]) -> Tensor:
         """Attention on keys and values rebuilt per head; returns [B, H, T, D]."""
         rebuilt = [Part(self.rebuild(p.tensors[0][:, 0]), p.mask_BxTN, p.causal) for p in parts]
@@ -222,6 +160,100 @@ class LatentAttention(nn.Module):
         queries = new_tokens * (batch // longest.tensors[0].shape[0])
         return queries < break_even(self)
 
+    def _slot_index(self, device: torch.device) -> Tensor:
+        """Frequency index of each slot."""
+        # Not a buffer: transformers drops the values of non-persistent buffers on loading.
+        if self._slots is None or self._slots.device != device:
+            self._slots = torch.tensor(self.slot_frequencies, dtype=torch.long, device=device)
+        return self._slots
+
+
+class LatentAttention(RowAttention):
+    """M²LA of one layer, in place of transformers' `Qwen3VLTextAttention`."""
+
+    def __init__(self, config: InternVideo3TextConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        X, H, K, D = config.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim
+        S, R, bias = len(self.slot_frequencies), self.rank, config.attention_bias
+        self.q_proj = nn.Linear(X, H * D, bias=bias)
+        self.k_proj = nn.Linear(X, K * D, bias=bias)
+        self.v_proj = nn.Linear(X, K * D, bias=bias)
+        self.q_norm, self.k_norm = head_norm(config), head_norm(config)
+        self.latent_proj = nn.Linear(2 * K * D, R, bias=True)
+        self.rope_write = nn.Parameter(torch.empty(2, S, K))
+        self.rope_read = nn.Parameter(torch.empty(2, S, H))
+        self.nope_gain = nn.Parameter(torch.empty(2, H, D // 2))
+        self.k_up = nn.Parameter(torch.empty(K, D, R))
+        self.v_up = nn.Parameter(torch.empty(K, D, R))
+        self.o_proj = nn.Linear(H * D, X, bias=True)
+        if config.modality_adapters:
+            self.adapter_weight = nn.Parameter(torch.empty(2, R, R))
+            self.adapter_bias = nn.Parameter(torch.empty(2, R))
+        self._made: Folded | None = None
+
+    def write(
+        self, x_BTX: Tensor, cos_BTS: Tensor, sin_BTS: Tensor, vision_BT: Tensor | None
+    ) -> Tensor:
+        """The cached rows `[c | k_rope]` of new tokens, [B, T, r + 2 S]."""
+        B, T, _ = x_BTX.shape
+        k_BTKD = self.k_norm(self.k_proj(x_BTX).view(B, T, self.num_kv_heads, self.head_dim))
+        kv_BTE = torch.cat([k_BTKD.flatten(2), self.v_proj(x_BTX)], dim=-1)
+        folded = self._folded()
+        if folded is not None:
+            row_BTW = folded.rows(kv_BTE, vision_BT)
+            c_BTR, rope_BTS = row_BTW[..., : self.rank], row_BTW[..., self.rank :]
+            c_BTR = nest(c_BTR, self.vision_rank, vision_BT)
+            return torch.cat([c_BTR, rotate(rope_BTS, cos_BTS, sin_BTS)], dim=-1)
+        c_BTR = self.adapt(self.latent_proj(kv_BTE), vision_BT)
+        c_BTR = nest(c_BTR, self.vision_rank, vision_BT)
+        return torch.cat([c_BTR, rotate(self.rotary_key(k_BTKD), cos_BTS, sin_BTS)], dim=-1)
+
+    def rotary_key(self, k_BTKD: Tensor) -> Tensor:
+        """Shared rotary key before rotation, [B, T, 2 S]: `k'_s = Σ_h w_{s,h} k_{h,f(s)}`."""
+        slots = self._slot_index(k_BTKD.device)
+        re, im = (k.index_select(-1, slots).mT for k in k_BTKD.chunk(2, dim=-1))  # [B, T, S, K]
+        w_re, w_im = self.rope_write
+        return torch.cat([(w_re * re - w_im * im).sum(-1), (w_re * im + w_im * re).sum(-1)], dim=-1)
+
+    def adapt(self, c_BTR: Tensor, vision_BT: Tensor | None) -> Tensor:
+        """Modality adapter `c -> M_t c + δ_t`, t = text or vision (paper section 3.2.1).
+
+        It is applied before the row is cached: per token and linear, it commutes with caching, so
+        attention needs no modality mask.
+        """
+        if not self.config.modality_adapters:
+            return c_BTR
+        return adapted(c_BTR, self.adapter_weight, self.adapter_bias, vision_BT)
+
+    def queries(self, x_BTX: Tensor, cos_BTS: Tensor, sin_BTS: Tensor) -> tuple[Tensor, Tensor]:
+        """Content query `ḡ q` [B, H, T, D] and rotated slot query [B, H, T, 2 S]."""
+        q_BTHD = self._normalised_query(x_BTX)
+        q_slot = rotate(self.slot_query(q_BTHD), cos_BTS[:, :, None], sin_BTS[:, :, None])
+        return self.content_query(q_BTHD).transpose(1, 2), q_slot.transpose(1, 2)
+
+    def absorbed_queries(self, x_BTX: Tensor, cos_BTS: Tensor, sin_BTS: Tensor) -> Tensor:
+        """Queries against cached rows, `[q~ | rotated slot query]`, [B, H, T, r + 2 S]."""
+        folded = self._folded()
+        if folded is None:
+            return super().absorbed_queries(x_BTX, cos_BTS, sin_BTS)
+        q_BHTW = folded.queries(self._normalised_query(x_BTX))
+        q_rope = rotate(q_BHTW[..., self.rank :], cos_BTS[:, None], sin_BTS[:, None])
+        return torch.cat([q_BHTW[..., : self.rank], q_rope], dim=-1)
+
+    def _normalised_query(self, x_BTX: Tensor) -> Tensor:
+        q_BTHD: Tensor = self.q_norm(self.q_proj(x_BTX).unflatten(-1, (self.num_heads, -1)))
+        return q_BTHD
+
+    def content_query(self, q_BTHD: Tensor) -> Tensor:
+        """`ḡ q`: what meets the part of a key that is not rotated, [B, T, H, D]."""
+        return rotate(q_BTHD, *self.nope_gain)
+
+    def slot_query(self, q_BTHD: Tensor) -> Tensor:
+        """`p̄_s q_{f(s)}` before rotation, [B, T, H, 2 S]."""
+        slots = self._slot_index(q_BTHD.device)
+        re, im = (x.index_select(-1, slots) for x in q_BTHD.chunk(2, dim=-1))
+        return rotate(torch.cat([re, im], dim=-1), *self.rope_read.mT)
+
     def foldable(self) -> list[Tensor]:
         """The parameters that `folding` multiplies out."""
         adapters = [self.adapter_weight, self.adapter_bias] if self.config.modality_adapters else []
@@ -236,15 +268,37 @@ class LatentAttention(nn.Module):
             self._made = fold(self)
         return self._made
 
-    def _slot_index(self, device: torch.device) -> Tensor:
-        """Frequency index of each slot."""
-        # Not a buffer: transformers drops the values of non-persistent buffers on loading.
-        if self._slots is None or self._slots.device != device:
-            self._slots = torch.tensor(self.slot_frequencies, dtype=torch.long, device=device)
-        return self._slots
+
+def head_norm(config: InternVideo3TextConfig) -> nn.Module:
+    """QK-norm of one head, or nothing where the norm is part of the projections."""
+    if config.qk_norm == "linear":
+        return nn.Identity()
+    return Qwen3VLTextRMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
 
-def break_even(attention: LatentAttention) -> float:
+def adapted(c_BTR: Tensor, weight_MRR: Tensor, bias_MR: Tensor, vision_BT: Tensor | None) -> Tensor:
+    """`M_t c + δ_t`, t = 0 for text and 1 for vision tokens."""
+    text = functional.linear(c_BTR, weight_MRR[0], bias_MR[0])
+    if vision_BT is None:
+        return text
+    vision = functional.linear(c_BTR, weight_MRR[1], bias_MR[1])
+    return torch.where(vision_BT.to(c_BTR.device)[..., None], vision, text)
+
+
+def nest(c_BTR: Tensor, vision_rank: int, vision_BT: Tensor | None) -> Tensor:
+    """Latents with the coordinates beyond their nested rank set to zero for vision tokens.
+
+    A zero coordinate adds nothing to scores and outputs, so this equals reading only the first
+    `vision_rank` coordinates of a vision row.
+    """
+    rank = c_BTR.shape[-1]
+    if vision_BT is None or vision_rank == rank:
+        return c_BTR
+    beyond_R = torch.arange(rank, device=c_BTR.device) >= vision_rank
+    return c_BTR.masked_fill(vision_BT.to(c_BTR.device)[..., None] & beyond_R, 0.0)
+
+
+def break_even(attention: RowAttention) -> float:
     """New queries per cached token above which reconstruction needs fewer multiplications.
 
     Per cached token, with Q queries: reconstruct 2 K D r + Q H (2 D + 2 S), absorbed

@@ -14,8 +14,9 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import (
     Qwen3VLVisionConfig,
 )
 
-QK_NORMS = ("exact",)
+QK_NORMS = ("exact", "linear")
 ATTENTION_FORMS = ("auto", "reconstruct", "absorbed")
+ROW_FORMS = ("latent", "prerope", "released")
 
 
 class InternVideo3TextConfig(Qwen3VLTextConfig):
@@ -38,7 +39,20 @@ class InternVideo3TextConfig(Qwen3VLTextConfig):
     frequency `s mod head_dim/2`."""
 
     qk_norm: str = "exact"
-    """"exact": keys are normalised head by head before they are compressed."""
+    """"exact": queries and keys are normalised head by head, keys before they are compressed.
+    "linear": there is no norm; what replaces it (Global-Norm-Linear, equation 7) is part of the
+    projections. Also for sources without QK-norm."""
+
+    row_form: str = "latent"
+    """What a cached row is and which parameters write it. "latent": `[c | k_rope]` from normalised
+    keys and values (`attention.LatentAttention`). "prerope": a latent of unrotated keys and values,
+    rotated after reconstruction (`prerope.PreropeAttention`); it cannot be absorbed. "released":
+    the row of "latent", in the projections of the authors' checkpoint
+    (`released.ReleasedAttention`)."""
+
+    vision_rank: int | list[int] | None = None
+    """Rank of vision tokens where it is smaller than r: they use the first coordinates of the
+    latent (modality-wise budget, section 3.2.2). None: r."""
 
     attention_form: str = "auto"
     """"reconstruct", "absorbed", or "auto" (whichever needs fewer multiplications)."""
@@ -55,7 +69,8 @@ class InternVideo3TextConfig(Qwen3VLTextConfig):
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         _check_option("attention_form", self.attention_form, ATTENTION_FORMS)
         _check_option("qk_norm", self.qk_norm, QK_NORMS)
-        for name in ("latent_rank", "rope_slots", "rope_slot_frequencies"):
+        _check_option("row_form", self.row_form, ROW_FORMS)
+        for name in ("latent_rank", "rope_slots", "rope_slot_frequencies", "vision_rank"):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != self.num_hidden_layers:
                 raise ValueError(
@@ -77,9 +92,20 @@ class InternVideo3TextConfig(Qwen3VLTextConfig):
                 f"rope_slot_frequencies of layer {layer} must lie in 0 .. {self.head_dim // 2 - 1}."
             )
 
+        if not 0 <= self.rank_of_vision(layer) <= self.rank(layer):
+            raise ValueError(
+                f"vision_rank of layer {layer} is {self.rank_of_vision(layer)}; it must lie in "
+                f"0 .. {self.rank(layer)}, the layer's latent rank."
+            )
+
     def rank(self, layer: int) -> int:
         """Latent rank of one layer."""
         return _of_layer(self.latent_rank, layer)
+
+    def rank_of_vision(self, layer: int) -> int:
+        """Latent rank of vision tokens in one layer."""
+        own = self.vision_rank
+        return self.rank(layer) if own is None else _of_layer(own, layer)
 
     def slots(self, layer: int) -> int:
         """Number of rotary slots of one layer."""

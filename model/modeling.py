@@ -1,7 +1,8 @@
 """InternVideo3 on transformers' Qwen3-VL: everything but the text attention is theirs, subclassed.
 
 Importing this file registers the classes with `AutoConfig`, `AutoModel` and
-`AutoModelForImageTextToText`; no `trust_remote_code` is needed.
+`AutoModelForImageTextToText`, and the text model alone with `AutoModelForCausalLM`; no
+`trust_remote_code` is needed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    Qwen3ForCausalLM,
     Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
     Qwen3VLTextModel,
@@ -20,11 +23,21 @@ from transformers import (
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationConfig
+from transformers.models.qwen3.modeling_qwen3 import Qwen3PreTrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 
-from internvideo3.model.attention import LatentAttention
+from internvideo3.model.attention import LatentAttention, RowAttention
 from internvideo3.model.cache import LatentCache
 from internvideo3.model.config import InternVideo3Config, InternVideo3TextConfig
+from internvideo3.model.prerope import PreropeAttention
+from internvideo3.model.released import ReleasedAttention
+
+ATTENTIONS: dict[str, type[RowAttention]] = {
+    "latent": LatentAttention,
+    "prerope": PreropeAttention,
+    "released": ReleasedAttention,
+}
+"""Attention class of each `row_form`."""
 
 
 class _InitialisesLatentAttention:
@@ -34,14 +47,19 @@ class _InitialisesLatentAttention:
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
-        if not isinstance(module, LatentAttention):
+        if not isinstance(module, LatentAttention | PreropeAttention):
             return
         std = self.config.get_text_config().initializer_range
-        for parameter in (module.k_up, module.v_up, module.rope_write, module.rope_read):
+        drawn = [module.k_up, module.v_up]
+        if isinstance(module, LatentAttention):
+            drawn += [module.rope_write, module.rope_read]
+            gain = torch.zeros_like(module.nope_gain)
+            gain[0] = 1.0
+            init.copy_(module.nope_gain, gain)
+        else:
+            init.zeros_(module.k_bias)
+        for parameter in drawn:
             init.normal_(parameter, std=max(std, parameter.shape[-1] ** -0.5))
-        gain = torch.zeros_like(module.nope_gain)
-        gain[0] = 1.0
-        init.copy_(module.nope_gain, gain)
         if module.config.modality_adapters:
             init.copy_(module.adapter_weight, torch.eye(module.rank).expand(2, -1, -1))
             init.zeros_(module.adapter_bias)
@@ -59,7 +77,7 @@ class InternVideo3TextModel(_InitialisesLatentAttention, Qwen3VLTextModel):
     def __init__(self, config: InternVideo3TextConfig) -> None:
         super().__init__(config)
         for index, layer in enumerate(self.layers):
-            layer.self_attn = LatentAttention(config, index)
+            layer.self_attn = ATTENTIONS[config.row_form](config, index)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(
@@ -133,6 +151,34 @@ class InternVideo3ForConditionalGeneration(
             model_kwargs["past_key_values"] = LatentCache(text_layers(self.config))
 
 
+class InternVideo3ForCausalLM(_InitialisesLatentAttention, Qwen3ForCausalLM):
+    """The text model alone, for sources without vision (Qwen3 dense, Llama-style GQA).
+
+    On text Qwen3-VL's three position axes are equal, so its text model is theirs.
+    """
+
+    config: InternVideo3TextConfig
+    config_class = InternVideo3TextConfig
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _can_record_outputs = {"hidden_states": Qwen3VLTextDecoderLayer}
+
+    def __init__(self, config: InternVideo3TextConfig) -> None:
+        # Qwen3ForCausalLM's own __init__ would build a GQA model first.
+        Qwen3PreTrainedModel.__init__(self, config)
+        self.model = InternVideo3TextModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        """Hands `generate` a `LatentCache` unless the caller brought one."""
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = LatentCache(self.config.num_hidden_layers)
+
+
 def text_layers(config: InternVideo3Config) -> int:
     """Number of text layers."""
     text = config.text_config
@@ -145,3 +191,4 @@ AutoModel.register(InternVideo3Config, InternVideo3Model, exist_ok=True)
 AutoModelForImageTextToText.register(
     InternVideo3Config, InternVideo3ForConditionalGeneration, exist_ok=True
 )
+AutoModelForCausalLM.register(InternVideo3TextConfig, InternVideo3ForCausalLM, exist_ok=True)
