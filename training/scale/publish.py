@@ -124,8 +124,9 @@ def card(work: Path) -> str:
         "",
         f"Vision stage: {vision['step']} steps in {vision['seconds']:.0f} s; last batch: objects "
         f"{vision['objects']:.2f}, shape {vision['shape']:.2f}, place {vision['place']:.2f}, flash "
-        f"{vision['flash']:.2f}, geometry error {vision['geometry_error']:.3f} picture widths; from "
-        f"single tokens: shape {vision['token_shape']:.2f}, motion {vision['token_motion']:.2f}.",
+        f"{vision['flash']:.2f}, geometry error {vision['geometry_error']:.3f} picture widths; "
+        f"single tokens tell shape {vision['token_shape']:.2f} and motion "
+        f"{vision['token_motion']:.2f}.",
         "",
         f"Machine: {platform.machine()}, two shared cores, no GPU; torch {torch.__version__}, "
         f"transformers {transformers.__version__}. One seed (0). Validation, exact answers:",

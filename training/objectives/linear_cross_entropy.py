@@ -1,0 +1,120 @@
+"""Cross-entropy of a vocabulary projection without ever holding all logits.
+
+At 256K tokens and 151,936 entries the logits alone would take 80 GB in bf16. Here one chunk of
+tokens at a time is projected, and its gradients are taken at once, in the forward pass: the memory
+is one chunk of logits beside the gradients, and the arithmetic is that of the plain way.
+
+Letters: N tokens, W hidden width, V vocabulary, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+IGNORE = -100
+CHUNK = 1024
+"""Tokens projected at a time; the released SFT uses the same (OpenGVLab/InternVideo@3965eef)."""
+
+
+def linear_cross_entropy(
+    hidden_NW: Tensor, head_VW: Tensor, labels_N: Tensor, weight_N: Tensor, chunk: int = CHUNK
+) -> Tensor:
+    """Weighted sum over tokens of the cross-entropy of `hidden @ head.T`.
+
+    Differentiable once, in `hidden_NW` and `head_VW`.
+
+    Args:
+        hidden_NW: Last hidden states.
+        head_VW: Output embeddings.
+        labels_N: Next token of each position, `IGNORE` where there is none.
+        weight_N: Weight of each token's loss; `token_weights` has the released recipe's.
+        chunk: Tokens projected at a time.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        ValueError: If shapes do not belong together.
+    """
+    if not len(hidden_NW) == len(labels_N) == len(weight_N):
+        raise ValueError(
+            f"hidden, labels and weight differ in length: {len(hidden_NW)}, {len(labels_N)}, "
+            f"{len(weight_N)}"
+        )
+    told_N = labels_N != IGNORE
+    total: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_NW[told_N], head_VW, labels_N[told_N], weight_N[told_N], chunk
+    )
+    return total
+
+
+def token_weights(labels_N: Tensor, sample_N: Tensor) -> Tensor:
+    """Weight 1/sqrt(loss tokens of the sample) for each token, scaled to a sum of one.
+
+    The released SFT's `loss_reduction="square"` (OpenGVLab/InternVideo@3965eef): between a mean
+    over tokens, where long answers drown short ones, and a mean over samples.
+
+    Args:
+        labels_N: Next tokens, `IGNORE` where there is no loss.
+        sample_N: Index (from 0) of the sample that each token belongs to.
+
+    Raises:
+        ValueError: If no token has a loss.
+    """
+    told_N = labels_N != IGNORE
+    if not told_N.any():
+        raise ValueError("no token has a label: the batch would have no loss")
+    count = torch.bincount(sample_N[told_N], minlength=int(sample_N.max()) + 1)
+    weight_N = count[sample_N].clamp(min=1).float().rsqrt() * told_N
+    return weight_N / weight_N.sum()
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Takes both gradients while a chunk's logits are there; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NW: Tensor,
+        head_VW: Tensor,
+        labels_N: Tensor,
+        weight_N: Tensor,
+        chunk: int,
+    ) -> Tensor:
+        wanted, head_wanted = ctx.needs_input_grad[:2]
+        total = hidden_NW.new_zeros((), dtype=torch.float32)
+        grad_NW = torch.empty_like(hidden_NW) if wanted else None
+        grad_VW = torch.zeros_like(head_VW, dtype=torch.float32) if head_wanted else None
+        for start in range(0, len(hidden_NW), chunk):
+            part = slice(start, start + chunk)
+            x_CW, labels_C, weight_C = hidden_NW[part], labels_N[part], weight_N[part].float()
+            logits_CV = functional.linear(x_CW, head_VW).float()
+            scale_C = logits_CV.logsumexp(-1)
+            picked_C = logits_CV.gather(-1, labels_C[:, None])[:, 0]
+            total += ((scale_C - picked_C) * weight_C).sum()
+            # d loss / d logits = weight (softmax - one-hot), written over the logits themselves.
+            delta_CV = logits_CV.sub_(scale_C[:, None]).exp_().mul_(weight_C[:, None])
+            delta_CV.scatter_add_(-1, labels_C[:, None], -weight_C[:, None])
+            delta_CV = delta_CV.to(head_VW.dtype)
+            if grad_NW is not None:
+                grad_NW[part] = delta_CV @ head_VW
+            if grad_VW is not None:
+                grad_VW.addmm_(delta_CV.T.to(grad_VW.dtype), x_CW.to(grad_VW.dtype))
+        ctx.save_for_backward(grad_NW, None if grad_VW is None else grad_VW.to(head_VW.dtype))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        grad_NW, grad_VW = ctx.saved_tensors
+        return (
+            None if grad_NW is None else grad_NW * upstream.to(grad_NW.dtype),
+            None if grad_VW is None else grad_VW * upstream.to(grad_VW.dtype),
+            None,
+            None,
+            None,
+        )
