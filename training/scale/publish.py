@@ -143,9 +143,10 @@ def card(work: Path) -> str:
         lines.append(f"| {key} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "The curriculum was written before the run and not changed in it. It follows an earlier "
-        "run, whose mixture and heads were changed after looking at validation seeds; test seeds "
-        "were never used for a choice.",
+        "The mixture was changed once during base training, after looking at validation seeds; "
+        "`curriculum.py` says where and why. The run was stopped and resumed there, so a fresh run "
+        "of the recipe repeats the same batches, not the same last bits. Test seeds were never "
+        "used for a choice.",
         "",
     ]
     return "\n".join(lines)
