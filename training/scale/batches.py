@@ -68,6 +68,8 @@ class Difficulty:
     """Video length in seconds → share of batches."""
     easy_share: float
     """Share of order and at-time questions with two or three options instead of four."""
+    profiles: Mapping[Profile, float] = field(default_factory=lambda: PROFILE_SHARES)
+    """Share of each kind of video."""
 
 
 class Batch(NamedTuple):
@@ -209,7 +211,7 @@ def make_batch(
     patches, truths = [], []
     for b, seed in enumerate(seeds):
         rng = random.Random(f"row/{seed}")
-        kind = rng.choices(list(PROFILE_SHARES), list(PROFILE_SHARES.values()))[0]
+        kind = rng.choices(list(difficulty.profiles), list(difficulty.profiles.values()))[0]
         spec = draw_video(seed, length_s, kind)
         patches.append(training_patches(spec, np.random.default_rng(seed) if noisy else None))
         truths.append(scene_truth(spec))
