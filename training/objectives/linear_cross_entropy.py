@@ -46,7 +46,7 @@ def linear_cross_entropy(
             f"{len(weight_N)}"
         )
     told_N = labels_N != IGNORE
-    total: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+    total: Tensor = _ChunkedCrossEntropy.apply(
         hidden_NW[told_N], head_VW, labels_N[told_N], weight_N[told_N], chunk
     )
     return total
@@ -108,7 +108,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         grad_NW, grad_VW = ctx.saved_tensors
         return (

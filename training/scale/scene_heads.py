@@ -80,7 +80,9 @@ class SceneHeads(nn.Module):
 
     def read_tokens(self, vision_PMW: Tensor) -> tuple[Tensor, ...]:
         """Colours, shapes, motions, place, flash and geometry (by colour) that a token shows."""
-        return self.token_out(self.token_norm(vision_PMW)).split(self.token_sizes, -1)
+        out: Tensor = self.token_out(self.token_norm(vision_PMW))
+        parts: tuple[Tensor, ...] = out.split(self.token_sizes, -1)
+        return parts
 
     def _token_loss(self, vision_PMW: Tensor, truth: Truth) -> Tensor:
         """Each token: its quadrant's objects (colour, shape, motion, geometry), place and flash."""
@@ -88,7 +90,7 @@ class SceneHeads(nn.Module):
         p, c = truth.here_PC.nonzero(as_tuple=True)
         quadrant = truth.quadrant_PC[p, c]
         kinds = (c, truth.shape_PC[p, c], truth.motion_PC[p, c])
-        total = vision_PMW.new_zeros(())
+        total: Tensor = vision_PMW.new_zeros(())
         for logits_PMK, kind in zip(objects, kinds, strict=True):
             present = torch.zeros_like(logits_PMK)
             present[p, quadrant, kind] = 1.0
@@ -99,7 +101,8 @@ class SceneHeads(nn.Module):
             total = total + functional.cross_entropy(logits_PMK.flatten(0, 1), kind_PM.flatten())
         found = geometry.unflatten(-1, (len(COLOURS), 3))[p, quadrant, c]
         gap = (found - truth.geometry_PC3[p, c]).abs().mean()
-        return total + GEOMETRY_WEIGHT * gap
+        total = total + GEOMETRY_WEIGHT * gap
+        return total
 
     @torch.no_grad()
     def scores(self, vision_PMW: Tensor, truth: Truth) -> dict[str, float]:
