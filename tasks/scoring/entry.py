@@ -77,6 +77,16 @@ def sources(benchmark: str) -> tuple[str, ...]:
     return _find(benchmark, "official").sources
 
 
+def options(benchmark: str, doc: Doc) -> tuple[str, ...]:
+    """Return the texts of a document's options, empty where it has none."""
+    return tuple(_find(benchmark, "official").options(doc))
+
+
+def truth(benchmark: str, doc: Doc) -> str | None:
+    """Return the letter of a document's right option, if it has one and it is public."""
+    return _find(benchmark, "official").truth(doc)
+
+
 def score(benchmark: str, doc: Doc, prediction: Any, *, rule: Rule = "official") -> Score:
     """Score one prediction.
 

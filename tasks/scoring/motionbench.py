@@ -54,4 +54,11 @@ def aggregate(benchmark: str, rows: Sequence[Row], rule: Rule) -> TaskResult:
     return result
 
 
-BENCHMARK = Benchmark(name="motionbench", score=score, aggregate=aggregate, sources=_CHOICE.sources)
+BENCHMARK = Benchmark(
+    name="motionbench",
+    score=score,
+    aggregate=aggregate,
+    sources=_CHOICE.sources,
+    options=_CHOICE.options,
+    truth=_CHOICE.truth,
+)

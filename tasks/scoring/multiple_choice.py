@@ -49,6 +49,8 @@ class MultipleChoice:
             score=self.score,
             aggregate=self.aggregate or self.mean_over_questions,
             sources=self.sources,
+            options=self.options,
+            truth=self.truth,
         )
 
     def score(self, doc: Doc, prediction: Any, rule: Rule) -> Score:

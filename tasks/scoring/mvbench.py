@@ -55,4 +55,6 @@ BENCHMARK = Benchmark(
     score=score,
     aggregate=_CHOICE.mean_over_questions,
     sources=_CHOICE.sources,
+    options=_CHOICE.options,
+    truth=_CHOICE.truth,
 )

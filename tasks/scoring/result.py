@@ -113,6 +113,10 @@ class Benchmark:
     sources: tuple[str, ...]
     ranked_windows: bool = False
     """Whether a prediction may be ranked windows instead of text."""
+    options: Callable[[Doc], Sequence[str]] = lambda doc: ()
+    """Texts of a document's options in order; empty where it has none or does not tell them."""
+    truth: Callable[[Doc], str | None] = lambda doc: None
+    """The right option's letter; `None` where there is none or it is not public."""
 
 
 def answered(value: float, parsed: Any) -> Score:

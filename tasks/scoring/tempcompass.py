@@ -165,4 +165,6 @@ BENCHMARK = Benchmark(
     score=score,
     aggregate=aggregate,
     sources=tuple(f"llyx97/TempCompass@e1b4631:eval_{kind}.py" for kind in _RULES),
+    options=lambda doc: lettered_options(str(doc["question"])),
+    truth=lambda doc: str(doc["answer"])[:1] if doc["qtype"] == "multi-choice" else None,
 )

@@ -61,5 +61,10 @@ def score(doc: Doc, text: str, rule: Rule) -> Score:
 
 
 BENCHMARK = Benchmark(
-    name="tomato", score=score, aggregate=_CHOICE.mean_over_questions, sources=_CHOICE.sources
+    name="tomato",
+    score=score,
+    aggregate=_CHOICE.mean_over_questions,
+    sources=_CHOICE.sources,
+    options=_CHOICE.options,
+    truth=_CHOICE.truth,
 )

@@ -106,5 +106,10 @@ def score(doc: Doc, text: str, rule: Rule) -> Score:
 
 
 BENCHMARK = Benchmark(
-    name="vrbench", score=score, aggregate=_CHOICE.mean_over_questions, sources=_CHOICE.sources
+    name="vrbench",
+    score=score,
+    aggregate=_CHOICE.mean_over_questions,
+    sources=_CHOICE.sources,
+    options=_CHOICE.options,
+    truth=_CHOICE.truth,
 )

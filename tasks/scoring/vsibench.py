@@ -123,4 +123,6 @@ BENCHMARK = Benchmark(
     score=score,
     aggregate=aggregate,
     sources=("vision-x-nyu/thinking-in-space@51e089c:lmms_eval/tasks/vsibench/utils.py",),
+    options=lambda doc: [option_text(str(option)) for option in doc.get("options") or ()],
+    truth=lambda doc: str(doc["ground_truth"]).upper() if doc.get("options") else None,
 )
