@@ -1,0 +1,239 @@
+"""From annotation files, in the layouts in which they are published, to one document a question.
+
+A reader takes a file's path below the benchmark's folder and its rows, and yields documents with
+the fields that the benchmark's scorer and prompt name. Rows that are documents pass through.
+"""
+
+import ast
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePosixPath
+from string import ascii_uppercase
+from typing import Any
+
+from internvideo3.tasks.scoring.letters import lettered_options
+
+from .protocol import Raw
+
+Rows = Iterable[Any]
+_TEMPCOMPASS_KINDS = ("multi-choice", "yes_no", "caption_matching", "captioning")
+_NOT_PUBLIC = "NA"
+
+
+class LayoutError(ValueError):
+    """An annotation file in no known layout of its benchmark."""
+
+
+def records(name: str, rows: Any) -> Iterator[Raw]:
+    """The rows of a file; an object of objects gives one row a key, kept as `key`.
+
+    Raises:
+        LayoutError: the rows are no objects.
+    """
+    if isinstance(rows, Mapping):
+        rows = [{"key": key, **row} for key, row in rows.items() if isinstance(row, Mapping)]
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise LayoutError(
+                f"{name}: row {number} is a {type(row).__name__}, expected an object with fields."
+            )
+        yield dict(row)
+
+
+def videomme_v2(name: str, rows: Any) -> Iterator[Raw]:
+    """Options as one text of lettered lines, also where they are a list."""
+    for row in records(name, rows):
+        if isinstance(row.get("options"), list):
+            row["options"] = "\n".join(map(str, row["options"]))
+        row["group_structure"] = str(row.get("group_structure"))
+        yield row
+
+
+def longvideobench(name: str, rows: Any) -> Iterator[Raw]:
+    """`candidates` of the original file as `option0` … `option4`."""
+    for row in records(name, rows):
+        if "option0" not in row:
+            given = [str(one) for one in row.get("candidates") or ()]
+            row |= {f"option{i}": given[i] if i < len(given) else "N/A" for i in range(5)}
+        yield row
+
+
+def mlvu(name: str, rows: Any) -> Iterator[Raw]:
+    """The original files by task: candidates into the question, the answer's text into a letter."""
+    for row in records(name, rows):
+        if "candidates" in row:
+            options = [str(one) for one in row["candidates"]]
+            if row["answer"] not in options:
+                raise LayoutError(f"{name}: answer {row['answer']!r} is none of {options}.")
+            listed = "\n".join(f"({ascii_uppercase[i]}) {one}" for i, one in enumerate(options))
+            row["question"] = f"{row['question']}\n{listed}"
+            row["answer"] = ascii_uppercase[options.index(row["answer"])]
+            row["task_type"] = row.get("question_type")
+            row["video_name"] = f"{PurePosixPath(name).stem}/{row['video']}"
+        yield row
+
+
+def questions_of_videos(name: str, rows: Any) -> Iterator[Raw]:
+    """LVBench: the original file has a line a video with its questions in `qa`."""
+    for row in records(name, rows):
+        if "qa" not in row:
+            yield row
+            continue
+        shared = {key: value for key, value in row.items() if key != "qa"}
+        shared.setdefault("video_path", f"{row.get('key')}.mp4")
+        for asked in row["qa"]:
+            yield shared | dict(asked)
+
+
+def motionbench(name: str, rows: Any) -> Iterator[Raw]:
+    """Questions with a public answer, their options taken out of the text.
+
+    The others are scored by a leaderboard; they are not asked.
+    """
+    for row in questions_of_videos(name, rows):
+        if str(row.get("answer") or _NOT_PUBLIC).strip().upper() == _NOT_PUBLIC:
+            continue
+        if not row.get("options"):
+            texts = lettered_options(str(row["question"]))
+            row["question"] = _stem(str(row["question"]))
+            row["options"] = [
+                {"label": ascii_uppercase[i], "text": text} for i, text in enumerate(texts)
+            ]
+        yield row
+
+
+def _stem(question: str) -> str:
+    """A question without its lettered lines."""
+    count = len(lettered_options(question))
+    marks = tuple(ascii_uppercase[:count])
+    lines = [line for line in question.splitlines() if line.strip()]
+    return " ".join(line.strip() for line in lines if not line.strip().lstrip("(").startswith(
+        tuple(f"{mark}{end}" for mark in marks for end in (".", ")", ":"))
+    ))  # fmt: skip
+
+
+def vrbench(name: str, rows: Any) -> Iterator[Raw]:
+    """The original file has a line a video; its questions are in `mcq`, keyed qa1, qa2, and on."""
+    for row in records(name, rows):
+        if "mcq" not in row:
+            yield row
+            continue
+        shared = {k: row.get(k) for k in ("video_id", "video_path", "video_summary")}
+        for key in sorted(row["mcq"], key=lambda k: int("".join(filter(str.isdigit, k)) or 0)):
+            asked = row["mcq"][key]
+            if asked is not None:
+                options = {k: v for k, v in asked["options"].items() if v is not None}
+                found = {"question_id": f"{row['video_id']}_{key}", "options": options}
+                yield shared | dict(asked) | found
+
+
+def egoschema(name: str, rows: Any) -> Iterator[Raw]:
+    """The original `questions.json`: `option 0` … `option 4`, and no answers."""
+    for row in records(name, rows):
+        if "option" not in row:
+            options = [str(row[f"option {i}"]) for i in range(5)]
+            row["option"] = [f"{ascii_uppercase[i]}. {one}" for i, one in enumerate(options)]
+            row["video_idx"] = row["q_uid"]
+        row.setdefault("answer", None)
+        yield row
+
+
+def nextqa(name: str, rows: Any) -> Iterator[Raw]:
+    """The original csv; video names are numbers there."""
+    for row in records(name, rows):
+        row["video"] = str(row["video"])
+        row["answer"] = int(row["answer"])
+        yield row
+
+
+def mvbench(name: str, rows: Any) -> Iterator[Raw]:
+    """A file, or a folder of files, for each of the twenty tasks."""
+    path = PurePosixPath(name)
+    task = path.parts[0] if len(path.parts) > 1 and path.parts[0] != "json" else path.stem
+    for row in records(name, rows):
+        yield row | {"task_type": row.get("task_type") or task}
+
+
+def tomato(name: str, rows: Any) -> Iterator[Raw]:
+    """A file for each kind of reasoning."""
+    kind = PurePosixPath(name).stem.split("-")[0]
+    for row in records(name, rows):
+        row.setdefault("reason_type", kind)
+        row["options"] = [str(one) for one in row["options"]]
+        yield row
+
+
+def tempcompass(name: str, rows: Any) -> Iterator[Raw]:
+    """A file, or a folder of files, for each kind of question."""
+    kind = next((one for one in _TEMPCOMPASS_KINDS if one in name), None)
+    for row in records(name, rows):
+        qtype = row.get("qtype") or kind
+        if qtype is None:
+            raise LayoutError(
+                f"{name}: which kind of question is it? Name the file after one of "
+                f"{', '.join(_TEMPCOMPASS_KINDS)}."
+            )
+        yield row | {"qtype": qtype}
+
+
+def timelens(name: str, rows: Any) -> Iterator[Raw]:
+    """TimeLens' own JSON has an object a video with `queries` and `spans`."""
+    for row in records(name, rows):
+        if "queries" not in row:
+            yield row | {"span": _spans(row["span"])}
+            continue
+        path = str(row["key"]) if str(row["key"]).endswith(".mp4") else f"{row['key']}.mp4"
+        for query, span in zip(row["queries"], row["spans"], strict=True):
+            yield {
+                "video_path": path,
+                "query": query,
+                "span": _spans(span),
+                "duration": row["duration"],
+            }
+
+
+def _spans(span: Any) -> list[list[float]]:
+    found = ast.literal_eval(span) if isinstance(span, str) else span
+    return [list(map(float, one)) for one in (found if isinstance(found[0], list) else [found])]
+
+
+def charades(name: str, rows: Any) -> Iterator[Raw]:
+    """The original text: `VIDEO start end##sentence` a line."""
+    for row in rows if not isinstance(rows, Mapping) else records(name, rows):
+        if not isinstance(row, str):
+            yield dict(row)
+        elif row.strip():
+            place, _, caption = row.strip().partition("##")
+            video, start_s, end_s = place.split()
+            times = [float(start_s), float(end_s)]
+            yield {"video": f"{video}.mp4", "caption": caption.rstrip("."), "timestamp": times}
+
+
+def activitynet(name: str, rows: Any) -> Iterator[Raw]:
+    """The original JSON: an object a video with `sentences` and `timestamps`."""
+    for row in records(name, rows):
+        if "sentences" not in row:
+            yield row
+            continue
+        for number, sentence in enumerate(row["sentences"]):
+            yield {
+                "video_id": row["key"],
+                "duration": row["duration"],
+                "sentence": sentence,
+                "timestamps": [row["timestamps"][number]],
+            }
+
+
+def dsi_bench(name: str, rows: Any) -> Iterator[Raw]:
+    """A csv for each of the four views."""
+    view = PurePosixPath(name).stem
+    for row in records(name, rows):
+        yield {"aug": view} | row
+
+
+def mmsi_video(name: str, rows: Any) -> Iterator[Raw]:
+    """Lists that some copies hold as text."""
+    for row in records(name, rows):
+        for field in ("video_list", "ref_images"):
+            value = row.get(field) or []
+            row[field] = ast.literal_eval(value) if isinstance(value, str) else list(value)
+        yield row

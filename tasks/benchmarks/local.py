@@ -1,0 +1,260 @@
+"""Benchmarks as they lie on disk: annotations read, videos found, documents in one common form.
+
+    <root>/<benchmark>/annotations.jsonl    or a published name: see docs/benchmarks.md
+    <root>/<benchmark>/videos/...           paths as the annotations name them
+    <root>/<benchmark>/images/... subtitle/...
+
+Reading opens no video. What is missing is returned, not raised, so that one look can list it all.
+"""
+
+import csv
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from internvideo3.tasks.scoring.choice import letter_index
+from internvideo3.tasks.scoring.entry import options as options_of
+from internvideo3.tasks.scoring.entry import truth as truth_of
+
+from .layouts import LayoutError, records
+from .protocol import Benchmark, Doc, Preset, Raw
+
+VIDEO_ENDINGS = (".mp4", ".MP4", ".mkv", ".webm", ".avi", ".mov")
+_READABLE = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+
+
+class DataError(ValueError):
+    """A benchmark whose data is missing or in no known layout."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Local:
+    """One benchmark's documents, as far as they are on disk."""
+
+    benchmark: Benchmark
+    folder: Path
+    files: tuple[Path, ...]
+    """Annotation files."""
+    docs: tuple[Raw, ...]
+    """Documents in the common form: see `_common`."""
+    missing: tuple[str, ...]
+    """Media that the documents name and the folder lacks, as paths below it."""
+    digest: str
+    """SHA-256 of the annotation files' content."""
+
+
+def data_root(root: str | Path | None = None) -> Path:
+    """Where benchmarks are: `root`, else $IV3_DATA, else the user's cache."""
+    chosen = root or os.environ.get("IV3_DATA") or "~/.cache/internvideo3/data"
+    return Path(chosen).expanduser()
+
+
+def annotation_files(benchmark: Benchmark, folder: Path) -> tuple[Path, ...]:
+    """The annotation files that are there, in order of their names; the first pattern that fits.
+
+    Patterns that name parts of one whole (one file a task) all count.
+    """
+    whole = [sorted(folder.glob("annotations.*"))] if folder.is_dir() else []
+    rest = [p for pattern in benchmark.data.annotations for p in sorted(folder.glob(pattern))]
+    found = next(iter([*filter(None, whole), rest]), [])
+    return tuple(dict.fromkeys(p for p in found if p.suffix in _READABLE and p.is_file()))
+
+
+def load_local(
+    benchmark: Benchmark, root: Path, preset: Preset, *, subtitles: bool = False
+) -> Local:
+    """Read a benchmark's documents and look for their media.
+
+    Args:
+        benchmark: which one.
+        root: the data root.
+        preset: its prompt is written into the documents where it is ours.
+        subtitles: whether the documents carry their subtitles.
+
+    Raises:
+        DataError: no annotations, or annotations in no known layout.
+    """
+    folder = root / benchmark.home
+    files = annotation_files(benchmark, folder)
+    if not files:
+        raise DataError(
+            f"{benchmark.title}: no annotations in {folder} "
+            f"(looked for {', '.join(benchmark.data.annotations)}). Get them: {benchmark.data.get}."
+        )
+    index = MediaIndex(folder / "videos")
+    docs, missing = [], Counter[str]()
+    for number, raw in enumerate(_documents(benchmark, files, folder)):
+        doc = _checked(benchmark, raw, number, folder, preset, subtitles)
+        doc["videos"] = [_place(index, folder, path, missing) for path in doc["videos"]]
+        docs.append(doc)
+    if not docs:
+        raise DataError(f"{benchmark.title}: {files[0]} holds no questions.")
+    return Local(
+        benchmark=benchmark,
+        folder=folder,
+        files=files,
+        docs=tuple(_distinct(docs)),
+        missing=tuple(sorted(missing)),
+        digest=_digest(files),
+    )
+
+
+def _documents(benchmark: Benchmark, files: Sequence[Path], folder: Path) -> Iterator[Raw]:
+    read = benchmark.data.read or records
+    for path in files:
+        try:
+            yield from read(path.relative_to(folder).as_posix(), read_rows(path))
+        except LayoutError as error:
+            raise DataError(f"{benchmark.title}: {folder}/{error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise DataError(
+                f"{benchmark.title}: {path} is in another layout than published: "
+                f"{type(error).__name__}: {error}. Get it again: {benchmark.data.get}."
+            ) from error
+
+
+def read_rows(path: Path) -> Any:
+    """The content of a json, jsonl, csv, parquet or text file, as it stands.
+
+    Raises:
+        ValueError: the file is not what its name says.
+    """
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    if path.suffix == ".csv":
+        return list(csv.DictReader(text.splitlines(keepends=True)))
+    return text.splitlines() if path.suffix == ".txt" else json.loads(text)
+
+
+def _checked(
+    benchmark: Benchmark, raw: Raw, number: int, folder: Path, preset: Preset, subtitles: bool
+) -> Raw:
+    try:
+        return _common(benchmark, raw, folder, preset, subtitles)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise DataError(
+            f"{benchmark.title}: question {number} in {folder} does not have the published "
+            f"layout: {type(error).__name__}: {error}. Its fields: {', '.join(sorted(raw))}."
+        ) from error
+
+
+def _common(benchmark: Benchmark, raw: Raw, folder: Path, preset: Preset, subtitles: bool) -> Raw:
+    """A document in the form that all suites share, with what scoring needs in `doc`."""
+    kept = {key: raw.get(key) for key in benchmark.kept if key in raw}
+    options = list(options_of(benchmark.scorer, kept))
+    if subtitles and benchmark.subtitles is not None:
+        # A video without subtitles is asked about without them, as lmms-eval does.
+        raw = raw | {"iv3_subtitles": benchmark.subtitles(raw, folder) or "No subtitles available"}
+    videos = [str(path) for path in benchmark.videos(raw)]
+    name = f"{benchmark.name}{'_subtitles' if subtitles else ''}"
+    return {
+        "id": f"{name}/{' '.join(benchmark.identify(raw).split())}",
+        "suite": name,
+        "video_id": videos[0] if videos else benchmark.identify(raw),
+        "videos": videos,
+        "images": _image_files(benchmark, raw, folder),
+        "family": benchmark.family(raw),
+        "length_s": benchmark.length_s(raw),
+        "question": benchmark.question(raw),
+        "options": options or None,
+        "answer": _answer(benchmark, raw, kept, options),
+        "answer_type": benchmark.answer_type,
+        "evidence": [list(map(float, span)) for span in benchmark.evidence(raw)],
+        "prompt": None if preset.prompt is None else preset.prompt(raw),
+        "doc": kept,
+        "raw": raw if preset.prompt is None else None,
+    }
+
+
+def _answer(benchmark: Benchmark, raw: Doc, kept: Doc, options: Sequence[str]) -> str:
+    letter = truth_of(benchmark.scorer, kept)
+    index = None if letter is None else letter_index(letter, len(options))
+    if index is not None:
+        return options[index]
+    if benchmark.answer is not None:
+        return benchmark.answer(raw)
+    return letter or ""
+
+
+def _image_files(benchmark: Benchmark, raw: Doc, folder: Path) -> list[str]:
+    """Paths of a document's images; images that the annotations hold are written out once."""
+    paths = []
+    for number, image in enumerate(benchmark.images(raw)):
+        content = image.get("bytes") if isinstance(image, Mapping) else image
+        if isinstance(content, str):
+            paths.append(str(folder / "ref_images" / content))
+            continue
+        if not isinstance(content, bytes):
+            raise TypeError(f"image {number} is a {type(image).__name__}, expected bytes or a path")
+        path = folder / "images" / f"{hashlib.sha256(content).hexdigest()[:32]}.png"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}.part")
+            part.write_bytes(content)
+            part.replace(path)
+        paths.append(str(path))
+    return paths
+
+
+class MediaIndex:
+    """Finds videos below a folder: at the path named, with another ending, or by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._by_stem: dict[str, Path] | None = None
+
+    def find(self, name: str) -> Path | None:
+        """The file of a video, or None."""
+        direct = self.folder / name
+        for path in (direct, *(direct.with_suffix(ending) for ending in VIDEO_ENDINGS)):
+            if path.is_file():
+                return path
+        if self._by_stem is None:
+            self._by_stem = dict(self._walk())
+        return self._by_stem.get(Path(name).stem)
+
+    def _walk(self) -> Iterator[tuple[str, Path]]:
+        """Name without ending → file; a name that occurs twice stands for none of them."""
+        found = [
+            Path(folder) / file
+            for folder, _, files in os.walk(self.folder)
+            for file in files
+            if file.endswith(VIDEO_ENDINGS)
+        ]
+        once = {stem for stem, n in Counter(path.stem for path in found).items() if n == 1}
+        return ((path.stem, path) for path in found if path.stem in once)
+
+
+def _place(index: MediaIndex, folder: Path, name: str, missing: Counter[str]) -> str:
+    found = index.find(name)
+    if found is None:
+        missing[f"videos/{name}"] += 1
+        return str((folder / "videos" / name).resolve())
+    return str(found.resolve())
+
+
+def _distinct(docs: Sequence[Raw]) -> Iterator[Raw]:
+    """Documents with ids of their own: a repeated id gets a number."""
+    seen = Counter[str]()
+    for doc in docs:
+        seen[doc["id"]] += 1
+        count = seen[doc["id"]]
+        yield doc if count == 1 else doc | {"id": f"{doc['id']}#{count}"}
+
+
+def _digest(files: Sequence[Path]) -> str:
+    sha = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            sha.update(hashlib.file_digest(file, "sha256").digest())
+    return sha.hexdigest()
