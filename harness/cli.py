@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 if TYPE_CHECKING:
-    from internvideo3.harness.evaluate import EvalOptions, EvalSummary
+    from internvideo3.harness.evaluate import EvalSummary
+    from internvideo3.harness.options import EvalOptions
 
 USER_ERROR = 1
 INTERRUPTED = 130
@@ -134,7 +135,7 @@ def evaluate_command(
       internvideo3 eval --model ./checkpoint --suite world_short --limit 50 --out runs/try
     """
     with _errors_in_words(out):
-        from internvideo3.harness.evaluate import EvalOptions
+        from internvideo3.harness.options import EvalOptions
         from internvideo3.harness.preflight import suite_names
 
         options = EvalOptions(

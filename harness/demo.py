@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from internvideo3.harness.evaluate import EvalOptions
+from internvideo3.harness.options import EvalOptions
 from internvideo3.tasks.world.build import build_suite, world_root
 
 BASE, CONVERTED, CONTROL = "scale:base", "scale:m2la", "scale:control"

@@ -8,6 +8,7 @@ A sample that fails (unreadable video, out of memory) is an outcome with an erro
 exception: one bad file does not end a run.
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
+from internvideo3.harness.frame_cache import FrameCache
 from internvideo3.harness.settings import NEW_TOKENS, Settings
 from internvideo3.model.session import Limits, Reply, Session
 from internvideo3.tasks.video import Frames, read_frames
@@ -37,6 +39,8 @@ class Clip:
     """Where the part starts; None for the beginning."""
     end_s: float | None = None
     """Where the part ends; None for the end."""
+    shuffled: bool = False
+    """Whether its frames are shown in another order, at the times of the true one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,8 @@ class Question:
     """Chat messages in the Hugging Face form; videos are `{"type": "video"}` placeholders."""
     clips: tuple[Clip, ...] = ()
     """The videos of the placeholders, in order."""
+    images: tuple[Any, ...] = ()
+    """The images of the placeholders, in order, as Pillow has them."""
     max_new_tokens: int | None = None
     """Most tokens of the reply as the task has it; the settings' value goes first."""
     temperature: float = 0.0
@@ -98,16 +104,25 @@ class Decoded:
 
 
 Batch = list[_Rendered]
+THINK = "<think>\n"
+"""What a reply with thinking begins with."""
 
 
 class Answerer:
     """Answers questions with one model; holds no state between calls."""
 
-    def __init__(self, model: Any, processor: Any, settings: Settings):
+    def __init__(
+        self, model: Any, processor: Any, settings: Settings, cache: FrameCache | None = None
+    ):
         self.model = model
         self.processor = processor
         self.settings = settings
+        self.cache = cache
         self._video_end = processor.tokenizer.decode([model.config.vision_end_token_id])
+
+    def at(self, settings: Settings) -> "Answerer":
+        """The same model at other settings."""
+        return Answerer(self.model, self.processor, settings, self.cache)
 
     def answer(
         self,
@@ -132,10 +147,11 @@ class Answerer:
         self, questions: Sequence[Question], known: Callable[[str], bool]
     ) -> Iterator[list[Batch]]:
         """Batches that share a prefix, without what is known."""
-        groups: dict[tuple[str, tuple[Clip, ...]], Batch] = {}
+        groups: dict[tuple[str, tuple[Clip, ...], tuple[str, ...]], Batch] = {}
         for question in questions:
             rendered = self._render(question)
-            groups.setdefault((rendered.prefix, question.clips), []).append(rendered)
+            images = tuple(_image_key(image) for image in question.images)
+            groups.setdefault((rendered.prefix, question.clips, images), []).append(rendered)
         size = self.settings.batch
         for group in groups.values():
             whole = [group[at : at + size] for at in range(0, len(group), size)]
@@ -145,8 +161,14 @@ class Answerer:
 
     def _render(self, question: Question) -> _Rendered:
         text = self.processor.apply_chat_template(
-            list(question.messages), tokenize=False, add_generation_prompt=True
+            list(question.messages),
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=self.settings.thinking,
         )
+        if self.settings.thinking and not text.endswith(THINK):
+            # Templates without a thinking mode ignore the argument; the reply is begun for them.
+            text += THINK
         cut = text.rfind(self._video_end)
         cut = cut + len(self._video_end) if cut >= 0 else 0
         return _Rendered(question, text[:cut], text[cut:])
@@ -158,23 +180,39 @@ class Answerer:
             VideoError: a video cannot be read.
         """
         started = time.perf_counter()
-        settings = self.settings
-        frames = tuple(
-            fit_frames(
-                read_frames(
-                    clip.path,
-                    fps=settings.fps,
-                    max_frames=settings.max_frames,
-                    start_s=clip.start_s,
-                    end_s=clip.end_s,
-                ),
-                factor=_pixel_factor(self.model.config),
-                min_pixels=settings.min_pixels,
-                max_pixels=settings.max_pixels,
-            )
-            for clip in clips
-        )
+        frames = tuple(self._frames(clip) for clip in clips)
         return Decoded(frames, time.perf_counter() - started)
+
+    def _frames(self, clip: Clip) -> Frames:
+        """A clip's frames, fitted; from the cache where there is one and it has them."""
+        factor, settings = _pixel_factor(self.model.config), self.settings
+
+        def make() -> Frames:
+            read = read_frames(
+                clip.path,
+                fps=settings.fps,
+                max_frames=settings.max_frames,
+                start_s=clip.start_s,
+                end_s=clip.end_s,
+            )
+            low, high = settings.bounds(len(read.indices))
+            return fit_frames(read, factor=factor, min_pixels=low, max_pixels=high)
+
+        if self.cache is None:
+            frames = make()
+        else:
+            bounds = settings.video_pixels or (settings.min_pixels, settings.max_pixels)
+            whole = settings.video_pixels is not None
+            recipe = (settings.fps, settings.max_frames, clip.start_s, clip.end_s, bounds, whole)
+            frames = self.cache.get(clip.path, (*recipe, factor), make)
+        return shuffle_frames(frames) if clip.shuffled else frames
+
+    def _images(self, question: Question) -> list[Any]:
+        factor, settings = _pixel_factor(self.model.config), self.settings
+        return [
+            fit_image(image, factor, settings.min_pixels, settings.max_pixels)
+            for image in question.images
+        ]
 
     def _answer_group(
         self, batches: list[Batch], decoded: "Future[Decoded]"
@@ -187,7 +225,8 @@ class Answerer:
             options = {"do_resize": False}
             prefix = Session(self.model, self.processor, media_options=options)
             if everything[0].prefix:
-                prefix.append_text(everything[0].prefix, video.frames)
+                images = self._images(everything[0].question)
+                prefix.append_text(everything[0].prefix, video.frames, images)
                 prefix.prefill()
             appended_s = time.perf_counter() - started
         except Exception as error:  # an outcome of these samples, recorded with its reason
@@ -216,6 +255,9 @@ class Answerer:
         for fork, one in zip(forks, batch, strict=True):
             fork.append_text(one.tail)
         replies = Session.generate_batch(forks, [self._limits(one.question) for one in batch])
+        if self.settings.thinking:
+            # The block was opened for the model: a reply that never closes it has no answer.
+            replies = [replace(reply, text=THINK + reply.text) for reply in replies]
         each_s = (time.perf_counter() - started) / len(batch)
         return [
             Outcome(
@@ -253,6 +295,25 @@ def fit_frames(frames: Frames, *, factor: int, min_pixels: int, max_pixels: int)
     pixels_TCHW = torch.from_numpy(np.ascontiguousarray(frames.pixels_THWC)).permute(0, 3, 1, 2)
     resized_TCHW = resize(pixels_TCHW, list(size), InterpolationMode.BICUBIC, antialias=True)
     return replace(frames, pixels_THWC=resized_TCHW.permute(0, 2, 3, 1).contiguous().numpy())
+
+
+def shuffle_frames(frames: Frames) -> Frames:
+    """The same pictures in an order drawn from their content, at the times of the true order."""
+    count = len(frames.indices)
+    order = np.random.default_rng(int(frames.digest[:16], 16)).permutation(count)
+    pixels_THWC = np.ascontiguousarray(frames.pixels_THWC[order])
+    return replace(frames, pixels_THWC=pixels_THWC, digest=f"{frames.digest} shuffled")
+
+
+def fit_image(image: Any, factor: int, min_pixels: int, max_pixels: int) -> Any:
+    """A Pillow image by the size rule of `fit_frames`."""
+    width, height = image.size
+    rows, columns = _fitted_size(height, width, factor, min_pixels, max_pixels)
+    return image if (columns, rows) == (width, height) else image.resize((columns, rows))
+
+
+def _image_key(image: Any) -> str:
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
 
 
 def _fitted_size(

@@ -1,105 +1,40 @@
 """`internvideo3 eval`: preflight, then each suite through lmms-eval into a run directory."""
 
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from internvideo3.harness import provenance
+from internvideo3.harness.comparable import comparable
+from internvideo3.harness.options import EvalOptions
 from internvideo3.harness.preflight import (
     Benchmark,
     PreflightError,
     blind_videos,
     check_videos,
+    find_benchmark,
     load_benchmark,
 )
-from internvideo3.harness.settings import SYSTEM_PROMPT, Settings, pixel_range
-from internvideo3.harness.store import SCHEMA, Row, RunStore
+from internvideo3.harness.ranks import Meeting, Share, share_of
+from internvideo3.harness.recorder import Progress, SuiteRecorder, scored_doc, suite_result
+from internvideo3.harness.settings import SYSTEM_PROMPT
+from internvideo3.harness.store import SCHEMA, Row, RunStore, write_text
 from internvideo3.model.checkpoint import (
     cache_bytes_per_token,
     inspect,
-    resolve_checkpoint,
     weights_digest,
 )
-from internvideo3.tasks.scoring import Score, aggregate, score
-from internvideo3.tasks.scoring.result import RULES
+from internvideo3.tasks.benchmarks.lmms import task_files
+from internvideo3.tasks.benchmarks.local import data_root
+from internvideo3.tasks.scoring import aggregate, score
 from internvideo3.tasks.world.build import world_root
+from internvideo3.tasks.world.suites import SUITES
 
 if TYPE_CHECKING:
-    from internvideo3.harness.direct import Outcome
     from internvideo3.harness.lmms import InternVideo3
-
-Doc = Mapping[str, Any]
-Progress = Callable[[str, int, int], None]
-"""Called with a suite, how many of its samples are on disk, and how many there are."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalOptions:
-    """One evaluation command."""
-
-    model: str
-    """Checkpoint folder, or a name such as `scale:m2la`."""
-    suites: tuple[str, ...]
-    """Suites, in order."""
-    out: Path
-    """Run directory."""
-    root: Path | None = None
-    """The scale world's root; None for the usual place."""
-    split: str = "test"
-    """Which split of the suites."""
-    limit: int | None = None
-    """Answer only the first so many samples of a suite."""
-    sample_ids: tuple[str, ...] = ()
-    """Answer only these samples."""
-    control: Literal["blind"] | None = None
-    """`blind`: every question is asked about another video."""
-    fps: float = 2.0
-    """Frames from a second of video."""
-    max_frames: int = 768
-    """Most frames of a video."""
-    min_pixels: int | None = None
-    """Fewest pixels of a frame; None for the checkpoint's default."""
-    max_pixels: int | None = None
-    """Most pixels of a frame; None for the checkpoint's default."""
-    max_new_tokens: int = 32
-    """Most tokens of an answer."""
-    system_prompt: str = SYSTEM_PROMPT
-    """Text of the system turn."""
-    batch: int = 16
-    """Most questions of one video decoded together."""
-    device: str | None = None
-    """torch device; None for CUDA if there is one."""
-    dtype: str = "auto"
-    """float32, bfloat16, or auto."""
-    threads: int = 1
-    """CPU threads of torch. One thread is fastest for models of a few million parameters."""
-    seed: int = 0
-    """Seed of sampling."""
-    retry_errors: bool = False
-    """Answer samples again whose record is an error."""
-    command: tuple[str, ...] = ()
-    """The command line, for the record."""
-
-    def settings(self) -> Settings:
-        """The part that decides the numbers.
-
-        Raises:
-            CheckpointError: the checkpoint is unknown.
-        """
-        path = resolve_checkpoint(self.model)
-        low, high = pixel_range(path, self.min_pixels, self.max_pixels)
-        return Settings(
-            min_pixels=low,
-            max_pixels=high,
-            fps=self.fps,
-            max_frames=self.max_frames,
-            system_prompt=self.system_prompt,
-            max_new_tokens=self.max_new_tokens,
-            batch=self.batch,
-            seed=self.seed,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,100 +49,14 @@ class EvalSummary:
     """Samples that an earlier command had answered."""
     errors: tuple[Row, ...] = field(default=())
     """Records of samples that failed."""
-
-
-class SuiteRecorder:
-    """Scores the answers to one suite as they come, and writes them to the run."""
-
-    def __init__(
-        self,
-        benchmark: Benchmark,
-        store: RunStore,
-        *,
-        blind: Mapping[str, Path] | None,
-        retry_errors: bool,
-        progress: Progress,
-    ):
-        self.benchmark = benchmark
-        self.answered = store.answered(benchmark.suite)
-        if retry_errors:
-            self.answered = {key: row for key, row in self.answered.items() if row["error"] is None}
-        self.kept = len(self.answered)
-        self._store = store
-        self._blind = blind
-        self._progress = progress
-        self.report()
-
-    def known(self, task: str, doc: Doc) -> str | None:
-        """The recorded answer to a document, or None."""
-        row = self.answered.get(doc["id"])
-        return None if row is None else row["prediction"] or ""
-
-    def video(self, task: str, doc: Doc) -> str | None:
-        """The blind control's video for a document, or None for the document's own."""
-        return str(self._blind[doc["video_id"]]) if self._blind else None
-
-    def record(self, task: str, answers: Sequence[tuple[Doc, "Outcome"]]) -> None:
-        """Score a batch of answers and write it to disk."""
-        rows = [self._row(doc, outcome) for doc, outcome in answers]
-        timings = [{"id": doc["id"], **asdict(outcome.seconds)} for doc, outcome in answers]
-        self._store.add(self.benchmark.suite, rows, timings)
-        self.answered.update((row["id"], row) for row in rows)
-        self.report()
-
-    def report(self) -> None:
-        """Tell the progress bar."""
-        self._progress(self.benchmark.suite, len(self.answered), len(self.benchmark.docs))
-
-    def _row(self, doc: Doc, outcome: "Outcome") -> Row:
-        reply = outcome.reply
-        prediction = reply.text if reply else None
-        video = self.video("", doc) or str(self.benchmark.video(doc))
-        return {
-            **{key: doc[key] for key in _DOC_FIELDS},
-            "suite": self.benchmark.suite,
-            "video": video,
-            "prediction": prediction,
-            **score_fields(self.benchmark.suite, doc, prediction),
-            "tokens": {
-                "prompt": reply.prompt_tokens if reply else 0,
-                "new": reply.new_tokens if reply else 0,
-            },
-            "error": outcome.error,
-        }
-
-
-_DOC_FIELDS = (
-    "id",
-    "video_id",
-    "family",
-    "length_s",
-    "question",
-    "options",
-    "answer",
-    "answer_type",
-    "evidence",
-)
-
-
-def score_fields(suite: str, doc: Doc, prediction: str | None) -> Row:
-    """Both scores of an answer, as they are stored; None, a sample that failed, scores 0."""
-    return {rule: score(suite, doc, prediction, rule=rule).as_dict() for rule in RULES}
-
-
-def suite_result(suite: str, rows: Sequence[Row]) -> Row:
-    """A suite's TaskResult under the official rule, with the plain rule's beside it."""
-    both = {
-        rule: aggregate(
-            suite, [(row, Score.from_dict(row[rule])) for row in rows], rule=rule
-        ).as_dict()
-        for rule in RULES
-    }
-    return {**both["official"], "plain": both["plain"]}
+    left: int = 0
+    """Samples that other processes have still to answer."""
 
 
 def evaluate(options: EvalOptions, progress: Progress = lambda *_: None) -> EvalSummary:
     """Run an evaluation, or what is left of it.
+
+    Under a launcher this process answers its share and rank 0 merges; see `ranks`.
 
     Args:
         options: the command.
@@ -218,38 +67,66 @@ def evaluate(options: EvalOptions, progress: Progress = lambda *_: None) -> Eval
 
     Raises:
         PreflightError: something named does not exist or is of the wrong kind.
+        RanksError: the launcher did not start what was asked for.
+        ErrorBudgetError: too many samples failed.
         StoreError: the run directory is another command's, or cannot be written.
         CheckpointError: the weights cannot be loaded.
     """
     settle_environment()
+    share = share_of(options.shard, options.processes)
+    meeting = Meeting(share)
     benchmarks = load_benchmarks(options)
-    blind = {one.suite: _blind(one, options.control) for one in benchmarks}
-    with RunStore.open(options.out, describe_run(options, benchmarks)) as store:
-        recorders = [
-            SuiteRecorder(
-                one,
-                store,
-                blind=blind[one.suite],
-                retry_errors=options.retry_errors,
-                progress=progress,
-            )
-            for one in benchmarks
-        ]
-        model: InternVideo3 | None = None
-        for recorder in recorders:
-            if len(recorder.answered) < len(recorder.benchmark.docs):
-                model = model or load_plugin(options)
-                _run(model, recorder)
-            _finish(store, recorder)
-    rows = [
-        recorder.answered[doc["id"]] for recorder in recorders for doc in recorder.benchmark.docs
+    run = describe_run(options, benchmarks)
+    with RunStore.open(options.out, run, share.part) as store:
+        recorders = _answer(options, benchmarks, store, share, progress)
+    meeting.wait("answered")
+    if share.launched and share.index == 0:
+        with RunStore.open(options.out, run) as store:
+            for recorder in recorders:
+                recorder.answered = store.answered(recorder.benchmark.suite)
+                _finish(store, recorder)
+    meeting.leave()
+    return _summary(options, recorders)
+
+
+def _answer(
+    options: EvalOptions,
+    benchmarks: Sequence[Benchmark],
+    store: RunStore,
+    share: Share,
+    progress: Progress,
+) -> list[SuiteRecorder]:
+    """Answer this process's share of all suites; finish them if that is all of them."""
+    recorders = [
+        SuiteRecorder(
+            one,
+            store,
+            mine=share.takes(one.docs) if share.part else one.docs,
+            blind=_blind(one, options.control),
+            options=options,
+            progress=progress,
+        )
+        for one in benchmarks
     ]
-    kept = sum(recorder.kept for recorder in recorders)
+    model: InternVideo3 | None = None
+    for recorder in recorders:
+        if recorder.missing:
+            model = model or load_plugin(options, share)
+            _run(model, recorder, options)
+        if share.part is None:
+            _finish(store, recorder)
+    return recorders
+
+
+def _summary(options: EvalOptions, recorders: Sequence[SuiteRecorder]) -> EvalSummary:
+    docs = [(recorder, doc["id"]) for recorder in recorders for doc in recorder.benchmark.docs]
+    rows = [recorder.answered[key] for recorder, key in docs if key in recorder.answered]
     return EvalSummary(
         run=options.out,
-        computed=len(rows) - kept,
-        kept=kept,
+        computed=sum(recorder.computed for recorder in recorders),
+        kept=sum(recorder.kept for recorder in recorders),
         errors=tuple(row for row in rows if row["error"] is not None),
+        left=len(docs) - len(rows),
     )
 
 
@@ -259,14 +136,7 @@ def load_benchmarks(options: EvalOptions) -> list[Benchmark]:
     Raises:
         PreflightError: a suite is not built, an id unknown, a video missing.
     """
-    root = world_root(options.root)
-    found = [
-        load_benchmark(
-            suite, root, options.split, limit=options.limit, sample_ids=options.sample_ids
-        )
-        for suite in options.suites
-    ]
-    chosen = [one for one in found if one.docs]
+    chosen = [one for one in map(lambda name: _load(name, options), options.suites) if one.docs]
     for sample in options.sample_ids:
         if not any(sample == doc["id"] for one in chosen for doc in one.docs):
             raise PreflightError(
@@ -277,6 +147,25 @@ def load_benchmarks(options: EvalOptions) -> list[Benchmark]:
     return chosen
 
 
+def _load(suite: str, options: EvalOptions) -> Benchmark:
+    if suite in SUITES:
+        return load_benchmark(
+            suite,
+            world_root(options.root),
+            options.split,
+            limit=options.limit,
+            sample_ids=options.sample_ids,
+        )
+    return find_benchmark(
+        suite,
+        data_root(options.data),
+        options.preset,
+        tasks=options.out / "lmms",
+        limit=options.limit,
+        sample_ids=options.sample_ids,
+    )
+
+
 def describe_run(options: EvalOptions, benchmarks: Sequence[Benchmark]) -> Row:
     """The content of run.json for a command; reads headers and digests, loads no weights.
 
@@ -285,19 +174,18 @@ def describe_run(options: EvalOptions, benchmarks: Sequence[Benchmark]) -> Row:
     """
     device, dtype = resolve_device(options)
     commit, dirty = provenance.revision()
-    settings = asdict(options.settings())
+    config = asdict(options.settings())
+    model = describe_model(options.model, dtype)
     return {
         "schema": SCHEMA,
         "id": options.out.resolve().name,
         "created": provenance.now(),
         "command": list(options.command),
         "mode": "direct",
-        "model": describe_model(options.model, dtype),
-        "suites": {
-            one.suite: {"n": len(one.docs), "data_digest": one.digest} for one in benchmarks
-        },
+        "model": model,
+        "suites": {one.suite: _describe_suite(one, options) for one in benchmarks},
         "config": {
-            **settings,
+            **config,
             "split": options.split,
             "limit": options.limit,
             "sample_ids": list(options.sample_ids),
@@ -310,11 +198,36 @@ def describe_run(options: EvalOptions, benchmarks: Sequence[Benchmark]) -> Row:
         "dirty": dirty,
         "packages": provenance.packages(),
         "hardware": provenance.hardware(),
-        "comparable": {
-            "paper": False,
-            "reason": "the scale world and the scale model are this repository's own",
-        },
+        "comparable": comparable(benchmarks, model["label"], _departures(options)),
     }
+
+
+def _describe_suite(benchmark: Benchmark, options: EvalOptions) -> Row:
+    found: Row = {"n": len(benchmark.docs), "data_digest": benchmark.digest}
+    if benchmark.local is None or benchmark.preset is None:
+        return found
+    protocol = {"preset": options.preset, "source": benchmark.preset.source}
+    return found | {
+        "benchmark": benchmark.scorer,
+        "title": benchmark.local.benchmark.title,
+        "protocol": protocol,
+        "settings": asdict(options.settings(benchmark)),
+    }
+
+
+def _departures(options: EvalOptions) -> list[str]:
+    """What of a command leaves the protocol, in words."""
+    given = {
+        "the settings are the benchmarks' own, not the paper's": options.preset != "paper",
+        f"it is the {options.control} control": options.control is not None,
+        "replies think first": options.thinking,
+        "frames a second were given": options.fps is not None,
+        "the number of frames was given": options.max_frames is not None,
+        "the size of frames was given": (options.min_pixels or options.max_pixels) is not None,
+        "the length of answers was given": options.max_new_tokens is not None,
+        "the system prompt was given": options.system_prompt != SYSTEM_PROMPT,
+    }
+    return [reason for reason, holds in given.items() if holds]
 
 
 def describe_model(name: str, dtype: str) -> Row:
@@ -335,7 +248,7 @@ def describe_model(name: str, dtype: str) -> Row:
     }
 
 
-def load_plugin(options: EvalOptions) -> "InternVideo3":
+def load_plugin(options: EvalOptions, share: Share = Share()) -> "InternVideo3":  # noqa: B008
     """Load the weights into the lmms-eval model class. Slow: imports lmms-eval, 10 to 20 s.
 
     Raises:
@@ -345,13 +258,20 @@ def load_plugin(options: EvalOptions) -> "InternVideo3":
 
     from internvideo3.harness import lmms
     from internvideo3.harness.direct import Answerer
+    from internvideo3.harness.frame_cache import FrameCache
     from internvideo3.model.checkpoint import load_model
 
     lmms.quiet()
     torch.set_num_threads(options.threads)
     device, dtype = resolve_device(options)
-    answerer = Answerer(*load_model(options.model, device, dtype), options.settings())
-    return lmms.InternVideo3(answerer=answerer, name=options.model)
+    if device == "cuda" and share.local is not None:
+        device = f"cuda:{share.local}"
+    cache = None
+    if options.frame_cache is not None:
+        cache = FrameCache(options.frame_cache.expanduser(), options.frame_cache_bytes)
+    loaded = load_model(options.model, device, dtype)
+    answerer = Answerer(*loaded, options.settings(), cache)
+    return lmms.InternVideo3(answerer=answerer, name=options.model, control=options.control)
 
 
 def resolve_device(options: EvalOptions) -> tuple[str, str]:
@@ -381,21 +301,66 @@ def _blind(benchmark: Benchmark, control: str | None) -> dict[str, Path] | None:
     return blind_videos(benchmark) if control == "blind" else None
 
 
-def _run(model: "InternVideo3", recorder: SuiteRecorder) -> None:
+def _run(model: "InternVideo3", recorder: SuiteRecorder, options: EvalOptions) -> None:
     from internvideo3.harness.lmms import run_benchmark
 
     benchmark = recorder.benchmark
-    ids = [doc["id"] for doc in benchmark.docs] if benchmark.selected else None
+    _write_tasks(benchmark)
+    part = len(recorder.mine) < benchmark.whole
     model.recorder = recorder
-    numbers = run_benchmark(model, benchmark.task, benchmark.tasks_folder, ids)
-    ours = suite_result(benchmark.suite, [recorder.answered[doc["id"]] for doc in benchmark.docs])
-    theirs = numbers[ours["metric"]]
-    if abs(theirs - ours["value"]) > 1e-9:
+    model.answerer = model.answerer.at(options.settings(benchmark))
+    numbers = run_benchmark(
+        model,
+        benchmark.task,
+        benchmark.tasks_folder,
+        [str(doc["id"]) for doc in recorder.mine] if part else None,
+    )
+    _compare(benchmark, [recorder.answered[doc["id"]] for doc in recorder.mine], numbers)
+
+
+def _write_tasks(benchmark: Benchmark) -> None:
+    """Write the task of a benchmark for lmms-eval; those of the scale world lie beside its data."""
+    from internvideo3.harness.lmms import lmms_tasks
+
+    if benchmark.local is None or benchmark.preset is None:
+        return
+    files = task_files(
+        benchmark.suite,
+        benchmark.local.benchmark,
+        benchmark.preset,
+        benchmark.everything,
+        benchmark.tasks_folder,
+        lmms_tasks(),
+    )
+    for path, text in files.items():
+        write_text(path, text)
+
+
+def _compare(benchmark: Benchmark, rows: Sequence[Row], numbers: Mapping[str, float]) -> None:
+    """Raise if lmms-eval, given the same answers, came to another number.
+
+    It strips answers, and gives failed samples the empty text.
+
+    Raises:
+        PreflightError: the numbers differ.
+    """
+    scored = [
+        (scored_doc(row), score(benchmark.scorer, scored_doc(row), _stripped(row))) for row in rows
+    ]
+    ours = aggregate(benchmark.scorer, scored)
+    metric = benchmark.metric or ours.metric
+    theirs = numbers[metric]
+    value = math.nan if ours.value is None else ours.value
+    if abs(theirs - value) > 1e-9 or math.isnan(theirs) != math.isnan(value):
         raise PreflightError(
-            f"lmms-eval's {ours['metric']} of {benchmark.suite} is {theirs}, from the same answers "
-            f"ours is {ours['value']}: {benchmark.tasks_folder} is of another version. "
+            f"lmms-eval's {metric} of {benchmark.suite} is {theirs}, from the same answers "
+            f"ours is {value}: {benchmark.tasks_folder} is of another version. "
             "Run `internvideo3 world build` again, then repeat this command; the answers are kept."
         )
+
+
+def _stripped(row: Row) -> str:
+    return str(row["prediction"] or "").strip()
 
 
 def _finish(store: RunStore, recorder: SuiteRecorder) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import lmms_eval.api.task
 import lmms_eval.evaluator
+import lmms_eval.tasks
 import torch
 import transformers
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
@@ -26,6 +27,7 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.protocol import ChatMessages
 from lmms_eval.tasks import TaskManager, get_task_dict
 from loguru import logger
+from PIL import Image
 
 from internvideo3.harness.direct import Answerer, Clip, Outcome, Question, failed
 from internvideo3.harness.settings import SYSTEM_PROMPT, Settings, pixel_range
@@ -72,6 +74,7 @@ class InternVideo3(lmms):  # type: ignore[misc]  # lmms_eval has no types
         answerer: an answerer that is already built, instead of everything above.
         name: what `repr` and lmms-eval's cache know the answerer as.
         recorder: keeps answers and knows earlier ones.
+        control: `text` to show no video or image, `shuffled` to show frames in another order.
     """
 
     is_simple = False
@@ -94,6 +97,7 @@ class InternVideo3(lmms):  # type: ignore[misc]  # lmms_eval has no types
         answerer: Answerer | None = None,
         name: str | None = None,
         recorder: Recorder | None = None,
+        control: str | None = None,
     ) -> None:
         super().__init__()
         if answerer is None:
@@ -113,6 +117,7 @@ class InternVideo3(lmms):  # type: ignore[misc]  # lmms_eval has no types
         self.answerer = answerer
         self.name = name or pretrained
         self.recorder = recorder
+        self.control = control
         self.batch_size = answerer.settings.batch
 
     def __repr__(self) -> str:
@@ -191,14 +196,18 @@ class InternVideo3(lmms):  # type: ignore[misc]  # lmms_eval has no types
     def _question(self, at: int, request: Instance, doc: Doc) -> Question:
         _, doc_to_messages, gen_kwargs, _, task, _ = request.args
         messages = ChatMessages(messages=doc_to_messages(doc)).to_hf_messages()
+        if self.control == "text":
+            messages = [_without_media(message) for message in messages]
         if self.answerer.settings.system_prompt and messages[0]["role"] != "system":
             system = {"type": "text", "text": self.answerer.settings.system_prompt}
             messages.insert(0, {"role": "system", "content": [system]})
         shown = self.recorder.video(task, doc) if self.recorder else None
+        _check_parts(messages)
         return Question(
             id=str(at),
-            messages=tuple(messages),
-            clips=tuple(_clips(messages, shown)),
+            messages=tuple(_placeholders(message) for message in messages),
+            clips=tuple(_clips(messages, shown, self.control == "shuffled")),
+            images=tuple(_images(messages)),
             max_new_tokens=gen_kwargs.get("max_new_tokens"),
             temperature=float(gen_kwargs.get("temperature") or 0.0),
         )
@@ -233,11 +242,12 @@ def run_benchmark(
     loaded = get_task_dict([task], manager, "chat")[task]
     if ids is not None:
         _select(loaded, set(ids))
-    # Without `cli_args` reasoning tags are not stripped and aggregators get no arguments.
+    # Without `cli_args` aggregators get no arguments. Reasoning is stripped by our scorers, which
+    # also see blocks that never close.
     arguments = argparse.Namespace(
         output_path=None,
         process_with_media=False,
-        reasoning_tags='[["<think>","</think>"]]',
+        reasoning_tags="none",
         agentic_trace_mode="full",
     )
     results = simple_evaluate(
@@ -257,6 +267,11 @@ def run_benchmark(
         for key, value in numbers.items()
         if isinstance(value, int | float) and "stderr" not in key
     }
+
+
+def lmms_tasks() -> Path:
+    """The folder of lmms-eval's own tasks."""
+    return Path(lmms_eval.tasks.__file__).parent
 
 
 def local_device() -> str | None:
@@ -284,24 +299,60 @@ def _without_bar(tqdm: Any) -> Any:
 def _select(task: Any, ids: set[str]) -> None:
     """Keep only the documents of some ids in a loaded task."""
     split = task.config.test_split
-    keep = [at for at, key in enumerate(task.dataset[split]["id"]) if key in ids]
+    column = "iv3_id" if "iv3_id" in task.dataset[split].column_names else "id"
+    keep = [at for at, key in enumerate(task.dataset[split][column]) if key in ids]
     task.dataset[split] = task.dataset[split].select(keep)
     task.dataset_no_image[split] = task.dataset_no_image[split].select(keep)
 
 
-def _clips(messages: Sequence[dict[str, Any]], shown: str | None) -> Iterator[Clip]:
-    for part in (part for message in messages for part in message["content"]):
+Part = dict[str, Any]
+
+
+def _parts(messages: Sequence[Part]) -> Iterator[Part]:
+    return (part for message in messages for part in message["content"])
+
+
+def _check_parts(messages: Sequence[Part]) -> None:
+    for part in _parts(messages):
+        if part["type"] not in ("text", "video", "image"):
+            raise LmmsError(
+                f"A message holds {part['type']}; this model takes video, images and text. "
+                "Take another task."
+            )
+
+
+def _without_media(message: Part) -> Part:
+    return message | {"content": [part for part in message["content"] if part["type"] == "text"]}
+
+
+def _placeholders(message: Part) -> Part:
+    """A message whose media are placeholders; what they stand for goes beside it."""
+    content = [
+        part if part["type"] == "text" else {"type": part["type"]} for part in message["content"]
+    ]
+    return message | {"content": content}
+
+
+def _clips(messages: Sequence[Part], shown: str | None, shuffled: bool) -> Iterator[Clip]:
+    for part in _parts(messages):
         if part["type"] == "video":
             yield Clip(
                 path=shown or part["video"],
                 start_s=part.get("video_start"),
                 end_s=part.get("video_end"),
+                shuffled=shuffled,
             )
-        elif part["type"] != "text":
-            raise LmmsError(
-                f"A message holds {part['type']}; this model takes video and text. "
-                "Take a task on video."
-            )
+
+
+def _images(messages: Sequence[Part]) -> Iterator[Any]:
+    for part in _parts(messages):
+        if part["type"] == "image":
+            image = part["image"]
+            if not isinstance(image, str | Path):
+                yield image.convert("RGB")
+                continue
+            with Image.open(image) as opened:
+                yield opened.convert("RGB")
 
 
 def _result(outcome: Outcome) -> GenerationResult:

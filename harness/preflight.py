@@ -6,14 +6,20 @@ No torch here: a wrong name should cost a second, not a minute.
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from internvideo3.harness.provenance import file_digest
+from internvideo3.tasks.benchmarks import prompts
+from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS, SUBTITLED, suites
+from internvideo3.tasks.benchmarks.lmms import METRIC, task_name
+from internvideo3.tasks.benchmarks.local import DataError, Local, load_local
+from internvideo3.tasks.benchmarks.protocol import Preset, PresetName
 from internvideo3.tasks.world.suites import SUITES
 
 Doc = dict[str, Any]
+Subtitles = Literal["off", "on", "both"]
 
 ALL_SUITES = "scale"
 _SHOWN = 5
@@ -25,34 +31,64 @@ class PreflightError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """One suite as it lies on disk."""
+    """One suite as it lies on disk: of the scale world, or a benchmark (then `local` is set)."""
 
     suite: str
     """Its name."""
     folder: Path
-    """Where the videos' relative paths start: `<root>/<split>`."""
+    """Where the videos' relative paths start: `<root>/<split>`, or the benchmark's folder."""
     docs: tuple[Doc, ...]
     """The documents to be answered, in the data set's order."""
-    whole: int
-    """How many documents the data set has."""
+    everything: tuple[Doc, ...] = ()
+    """All documents of the data set."""
     digest: str
     """SHA-256 of the data set's file."""
-    selected: bool
-    """Whether `docs` is a selection."""
+    local: Local | None = None
+    """The benchmark's data."""
+    preset: Preset | None = None
+    """The benchmark's settings."""
+    tasks: Path | None = None
+    """Where the task's YAML is; None for the place where `world build` puts it."""
+
+    @property
+    def whole(self) -> int:
+        """How many documents the data set has."""
+        return len(self.everything)
+
+    @property
+    def selected(self) -> bool:
+        """Whether `docs` is a selection."""
+        return len(self.docs) < self.whole
 
     @property
     def task(self) -> str:
         """lmms-eval's name of the task."""
-        return f"iv3_{self.suite}"
+        return task_name(self.suite)
+
+    @property
+    def scorer(self) -> str:
+        """The suite's name in scoring."""
+        return self.local.benchmark.scorer if self.local else self.suite
 
     @property
     def tasks_folder(self) -> Path:
         """Where the task's YAML is."""
-        return self.folder / "lmms"
+        return self.tasks or self.folder / "lmms"
 
-    def video(self, doc: Mapping[str, Any]) -> Path:
-        """Path of a document's video."""
-        return self.folder / str(doc["video"])
+    @property
+    def metric(self) -> str | None:
+        """lmms-eval's key of the number; None for the scorer's own name of it."""
+        return METRIC if self.local else None
+
+    def videos(self, doc: Mapping[str, Any]) -> tuple[Path, ...]:
+        """Paths of a document's videos."""
+        if self.local:
+            return tuple(Path(one) for one in doc["videos"])
+        return (self.folder / str(doc["video"]),)
+
+    def media(self, doc: Mapping[str, Any]) -> tuple[Path, ...]:
+        """Paths of all files that a document shows."""
+        return (*self.videos(doc), *(Path(one) for one in doc.get("images") or ()))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -64,22 +100,93 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"Known: {', '.join(known)}."
 
 
-def suite_names(text: str) -> list[str]:
-    """Names of suites out of a comma-separated list; `scale` stands for all of the scale world.
+def suite_names(text: str, subtitles: Subtitles = "off") -> list[str]:
+    """Names of suites out of a comma-separated list.
+
+    `scale` stands for all of the scale world; `long`, `short`, `grounding`, `spatial`, `paper` and
+    `classic` for groups of benchmarks.
+
+    Args:
+        text: the list.
+        subtitles: `on` to show the subtitles of benchmarks that have some, `both` to run those
+            with and without.
 
     Raises:
         PreflightError: a name is unknown; the nearest are offered.
     """
+    groups = suites() | {ALL_SUITES: tuple(SUITES)}
     names: list[str] = []
     for part in (part.strip() for part in text.split(",")):
-        if part == ALL_SUITES:
-            names.extend(SUITES)
-        elif part in SUITES:
+        if part in groups:
+            names.extend(groups[part])
+        elif part in SUITES or part.removesuffix(SUBTITLED) in BENCHMARKS:
             names.append(part)
         else:
-            offer = nearest(part, [*SUITES, ALL_SUITES])
+            offer = nearest(part, [*SUITES, *BENCHMARKS, *groups])
             raise PreflightError(f"Unknown suite {part!r}. {offer}")
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(one for name in names for one in _subtitled(name, subtitles)))
+
+
+def _subtitled(name: str, subtitles: Subtitles) -> tuple[str, ...]:
+    if name not in BENCHMARKS or BENCHMARKS[name].subtitles is None or subtitles == "off":
+        return (name,)
+    return (f"{name}{SUBTITLED}",) if subtitles == "on" else (name, f"{name}{SUBTITLED}")
+
+
+def find_benchmark(
+    suite: str,
+    data: Path,
+    preset: PresetName,
+    *,
+    tasks: Path,
+    limit: int | None,
+    sample_ids: Sequence[str],
+) -> Benchmark:
+    """Read a benchmark's documents and choose among them.
+
+    Args:
+        suite: its name, with `_subtitles` at the end to show them.
+        data: the data root.
+        preset: under which settings it is run.
+        tasks: where its lmms-eval task will be.
+        limit: answer only the first so many; None for all.
+        sample_ids: answer only these; empty for all.
+
+    Raises:
+        PreflightError: the data is missing or of another layout, an id is unknown.
+    """
+    name = suite.removesuffix(SUBTITLED)
+    benchmark = BENCHMARKS[name]
+    shown = suite != name
+    settings = with_subtitles(name, benchmark.preset(preset)) if shown else benchmark.preset(preset)
+    try:
+        local = load_local(benchmark, data, settings, subtitles=shown)
+    except DataError as error:
+        raise PreflightError(
+            f"{error} The layout and `--data` are described in docs/benchmarks.md; "
+            "`internvideo3 eval --check` lists everything that is missing."
+        ) from error
+    docs = list(local.docs)
+    return Benchmark(
+        suite=suite,
+        folder=local.folder.resolve(),
+        docs=tuple(_chosen(suite, docs, limit, sample_ids)),
+        everything=local.docs,
+        digest=local.digest,
+        local=local,
+        preset=settings,
+        tasks=tasks,
+    )
+
+
+def with_subtitles(name: str, preset: Preset) -> Preset:
+    """A preset whose prompt shows the subtitles."""
+    forms = {
+        "videomme": prompts.videomme_subtitles,
+        "videomme_v2": prompts.videomme_v2_subtitles,
+        "longvideobench": prompts.longvideobench_subtitles,
+    }
+    return replace(preset, prompt=forms[name])
 
 
 def load_benchmark(
@@ -112,27 +219,28 @@ def load_benchmark(
         suite=suite,
         folder=folder.resolve(),
         docs=tuple(chosen),
-        whole=len(docs),
+        everything=tuple(docs),
         digest=file_digest(path),
-        selected=len(chosen) < len(docs),
     )
 
 
 def check_videos(benchmarks: Sequence[Benchmark]) -> None:
-    """Raise if videos that the documents name are missing or empty.
+    """Raise if files that the documents show are missing or empty.
 
     Raises:
         PreflightError: with the first few paths and how many there are.
     """
-    wanted = {one.video(doc) for one in benchmarks for doc in one.docs}
+    wanted = {path for one in benchmarks for doc in one.docs for path in one.media(doc)}
     missing = sorted(str(path) for path in wanted if not _has_content(path))
     if missing:
         listed = "\n".join(f"  {path}" for path in missing[:_SHOWN])
         more = f"\n  and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        ours = any(one.local is None for one in benchmarks)
         raise PreflightError(
             f"{len(missing)} of {len(wanted)} videos are missing or empty:\n{listed}{more}\n"
-            "Run `internvideo3 world build` for these suites again; it makes only what is missing."
-        )
+            + ("Run `internvideo3 world build` for these suites again; it makes only what is "
+               "missing." if ours else "`internvideo3 eval --check` says where to get them.")
+        )  # fmt: skip
 
 
 def blind_videos(benchmark: Benchmark) -> dict[str, Path]:
@@ -145,15 +253,13 @@ def blind_videos(benchmark: Benchmark) -> dict[str, Path]:
     Raises:
         PreflightError: the suite has only one video.
     """
-    path = benchmark.folder / f"{benchmark.suite}.jsonl"
-    with path.open(encoding="utf-8") as lines:
-        docs = [json.loads(line) for line in lines]
-    lengths = {doc["video_id"]: float(doc["length_s"]) for doc in docs}
-    paths = {doc["video_id"]: benchmark.video(doc) for doc in docs}
+    shown = [(doc, videos[0]) for doc in benchmark.everything if (videos := benchmark.videos(doc))]
+    lengths = {str(doc["video_id"]): float(doc["length_s"] or 0.0) for doc, _ in shown}
+    paths = {str(doc["video_id"]): video for doc, video in shown}
     if len(lengths) < 2:
         raise PreflightError(
             f"The blind control needs two videos; {benchmark.suite} has {len(lengths)}. "
-            "Build more of the suite."
+            "Build more of the suite, or take another control."
         )
     return {video: paths[_partner(video, lengths)] for video in lengths}
 

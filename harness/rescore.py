@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from internvideo3.harness.evaluate import score_fields, suite_result
+from internvideo3.harness.recorder import score_fields, scored_doc, suite_result
 from internvideo3.harness.store import Row, RunStore, StoreError, read_run, suites_of
 
 
@@ -25,7 +25,11 @@ def rescore(root: Path) -> Row:
     with RunStore.open(root, run) as store:
         for suite in suites:
             rows = list(store.answered(suite).values())
-            again = [row | score_fields(suite, row, row["prediction"]) for row in rows]
+            again = [
+                row
+                | score_fields(row.get("benchmark") or suite, scored_doc(row), row["prediction"])
+                for row in rows
+            ]
             store.rewrite(suite, again)
             store.finish(suite, [row["id"] for row in again], suite_result(suite, again))
         return store.results()

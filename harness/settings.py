@@ -14,6 +14,8 @@ from typing import Any
 SYSTEM_PROMPT = "You are a helpful assistant."
 # 256 visual tokens a frame of 32 x 32 pixels each: what most of the paper's scripts give Video-MME.
 MOST_PIXELS = 256 * 32 * 32
+# Most tokens of an answer with thinking, where the command does not say.
+THINKING_TOKENS = 4096
 # Most tokens of an answer where neither the command nor the task says.
 NEW_TOKENS = 32
 
@@ -38,6 +40,17 @@ class Settings:
     """Most questions of one video decoded together."""
     seed: int = 0
     """Seed of sampling, used at a temperature above 0 only."""
+    video_pixels: tuple[int, int] | None = None
+    """Fewest and most pixels of all frames of a video together; None for bounds a frame."""
+    thinking: bool = False
+    """Whether the reply begins with an open thinking block."""
+
+    def bounds(self, frames: int) -> tuple[int, int]:
+        """Fewest and most pixels of each of so many frames."""
+        if self.video_pixels is None:
+            return self.min_pixels, self.max_pixels
+        low, high = self.video_pixels
+        return low // frames, high // frames
 
 
 def pixel_range(

@@ -6,6 +6,8 @@
                                        byte-equal
     runs/<id>/results.json             one TaskResult a suite, written when the suite is complete
     runs/<id>/measurements.jsonl       what the profiler measured
+    runs/<id>/parts/<part>/...         samples and timings of a process that works on a part only,
+                                       until a process that works on all merges them
 
 While a suite runs its lines are in the order of answering; `finish` rewrites them, atomically, in
 the order of the data set. A process killed at any moment loses at most the lines it was writing: a
@@ -17,6 +19,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,8 +28,10 @@ from typing import IO, Any
 Row = dict[str, Any]
 
 SCHEMA = 1
+PARTS = "parts"
 # What makes two commands the same run. Everything else in run.json is a record of circumstances.
 _IDENTITY = ("mode", "model.digest", "suites", "config")
+_UNUSED = {"absent", "null", "false"}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -48,6 +53,19 @@ def write_json(path: Path, value: object) -> None:
     _replace(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, all or nothing; its folder is made if missing.
+
+    Raises:
+        StoreError: no space left, or the directory cannot be written.
+    """
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            return
+    _replace(path, text)
+
+
 def read_rows(path: Path) -> list[Row]:
     """The rows of a JSON-lines file; a torn last line is left out, a missing file is empty.
 
@@ -61,20 +79,27 @@ def read_rows(path: Path) -> list[Row]:
 
 
 class RunStore:
-    """The run directory of one command; open it with `RunStore.open`, in a `with` block."""
+    """The run directory of one command; open it with `RunStore.open`, in a `with` block.
 
-    def __init__(self, root: Path, run: Row, lock: IO[str]):
+    A process that works on a part (a rank, a shard) writes to a folder of its own, and reads what
+    all have written. A process that works on all merges the parts, suite by suite.
+    """
+
+    def __init__(self, root: Path, run: Row, locks: Sequence[IO[str]], part: str | None = None):
         self.root = root
         self.run = run
-        self._lock = lock
+        self.part = part
+        self._locks = locks
+        self._home = root if part is None else root / PARTS / part
 
     @classmethod
-    def open(cls, root: Path, run: Row) -> "RunStore":
+    def open(cls, root: Path, run: Row, part: str | None = None) -> "RunStore":
         """Create the run directory, or continue the one that is there.
 
         Args:
             root: the directory.
             run: the content of run.json for this command.
+            part: name of the part that this process works on; None for all.
 
         Raises:
             StoreError: the directory holds another command's run (what differs is listed), holds
@@ -82,25 +107,43 @@ class RunStore:
         """
         with _explained(root):
             root.mkdir(parents=True, exist_ok=True)
-            lock = _locked(root)
+            # Parts share the directory; whoever works on all has it alone.
+            locks = [_locked(root, shared=part is not None)]
             try:
-                kept = _continued(root, run)
-                write_json(root / "run.json", kept)
-                _prepare(root)
+                home = root
+                if part is not None:
+                    home = root / PARTS / part
+                    home.mkdir(parents=True, exist_ok=True)
+                    locks.append(_locked(home))
+                with _creating(root):
+                    kept = _continued(root, run)
+                    write_json(root / "run.json", kept)
+                _prepare(home)
             except BaseException:
-                lock.close()
+                for lock in locks:
+                    lock.close()
                 raise
-        return cls(root, kept, lock)
+        return cls(root, kept, locks, part)
 
     def __enter__(self) -> "RunStore":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        for lock in self._locks:
+            lock.close()
 
     def answered(self, suite: str) -> dict[str, Row]:
-        """The samples of `suite` that are on disk, by id."""
-        return {row["id"]: row for row in read_rows(self._samples(suite))}
+        """The samples of `suite` that are on disk, parts included, by id.
+
+        Of several answers to one sample one without error counts, else the last.
+        """
+        rows: dict[str, Row] = {}
+        for path in self._all("samples", suite):
+            for row in read_rows(path):
+                before = rows.get(row["id"])
+                if before is None or before.get("error") or not row.get("error"):
+                    rows[row["id"]] = row
+        return rows
 
     def add(self, suite: str, rows: Sequence[Row], timings: Sequence[Row]) -> None:
         """Append answered samples; when this returns they survive a crash.
@@ -111,8 +154,8 @@ class RunStore:
         Raises:
             StoreError: no space left; what was on disk before stays readable.
         """
-        _append(self._timings(suite), timings)
-        _append(self._samples(suite), rows)
+        _append(self._home / "timings" / f"{suite}.jsonl", timings)
+        _append(self._home / "samples" / f"{suite}.jsonl", rows)
 
     def rewrite(self, suite: str, rows: Sequence[Row]) -> None:
         """Replace the samples of a suite, all or nothing.
@@ -133,16 +176,35 @@ class RunStore:
         Raises:
             StoreError: no space left; the unsorted files stay as they were.
         """
-        for path in (self._timings(suite), self._samples(suite)):
-            rows = {row["id"]: row for row in read_rows(path)}
+        samples, timings = self.answered(suite), self._times(suite)
+        for path, rows in ((self._timings(suite), timings), (self._samples(suite), samples)):
             _replace(path, "".join(dumps(rows[key]) + "\n" for key in order if key in rows))
         results = self.results() | {suite: result}
         write_json(self.root / "results.json", dict(sorted(results.items())))
+        self._drop_parts(suite)
+
+    def _times(self, suite: str) -> dict[str, Row]:
+        return {row["id"]: row for path in self._all("timings", suite) for row in read_rows(path)}
+
+    def _drop_parts(self, suite: str) -> None:
+        """Take away what is merged; a part that holds nothing more goes with its folder."""
+        for part in sorted((self.root / PARTS).glob("*")):
+            for kind in ("samples", "timings"):
+                (part / kind / f"{suite}.jsonl").unlink(missing_ok=True)
+            if not any(part.glob("*/*.jsonl")):
+                shutil.rmtree(part)
+        with contextlib.suppress(OSError):  # not empty: other suites are still in parts
+            (self.root / PARTS).rmdir()
 
     def results(self) -> Row:
         """The results recorded so far, by suite."""
         path = self.root / "results.json"
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+    def _all(self, kind: str, suite: str) -> list[Path]:
+        """The whole run's file, then those of the parts."""
+        parts = sorted((self.root / PARTS).glob(f"*/{kind}/{suite}.jsonl"))
+        return [self.root / kind / f"{suite}.jsonl", *parts]
 
     def _samples(self, suite: str) -> Path:
         return self.root / "samples" / f"{suite}.jsonl"
@@ -194,6 +256,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         f"{key}: {old.get(key, 'absent')} in the directory, {new.get(key, 'absent')} now"
         for key in sorted(old.keys() | new.keys())
         if old.get(key, "absent") != new.get(key, "absent")
+        # A setting that an older version did not have is the same where it is not used.
+        and {old.get(key, "absent"), new.get(key, "absent")} - _UNUSED
     ]
 
 
@@ -230,7 +294,9 @@ def _continued(root: Path, run: Row) -> Row:
             resumed = [*before.get("resumed", []), _circumstances(run)]
             return before | {"resumed": resumed}
         return before
-    foreign = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+    ours = {PARTS}  # made just now by a process that works on a part
+    names = {path.name for path in root.iterdir() if not path.name.startswith(".")}
+    foreign = sorted(names - ours)
     if foreign:
         raise StoreError(
             f"{root} is not empty and not a run directory (it holds {', '.join(foreign[:5])}). "
@@ -250,16 +316,24 @@ def _circumstances(run: Row) -> Row:
     return {key: run.get(key) for key in ("created", "commit", "dirty")}
 
 
-def _locked(root: Path) -> IO[str]:
+def _locked(root: Path, *, shared: bool = False) -> IO[str]:
     lock = (root / ".lock").open("w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
         raise StoreError(
             f"{root} is in use by another process. Wait for it, or give another --out."
         ) from None
     return lock
+
+
+@contextlib.contextmanager
+def _creating(root: Path) -> Iterator[None]:
+    """One process at a time looks whether the run exists, and creates it."""
+    with (root / ".create").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _parse(path: Path) -> tuple[list[Row], int]:

@@ -18,7 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from internvideo3.harness.evaluate import EvalOptions, SuiteRecorder, evaluate, settle_environment
+from internvideo3.harness.evaluate import evaluate, settle_environment
+from internvideo3.harness.options import EvalOptions
+from internvideo3.harness.recorder import SuiteRecorder
 
 settle_environment()
 

@@ -15,7 +15,8 @@ import pytest
 from typer.testing import CliRunner
 
 from internvideo3.harness import cli, evaluate
-from internvideo3.harness.evaluate import EvalOptions, EvalSummary
+from internvideo3.harness.evaluate import EvalSummary
+from internvideo3.harness.options import EvalOptions
 from internvideo3.harness.store import StoreError, read_rows
 from internvideo3.model.checkpoint import CheckpointError
 

@@ -113,12 +113,12 @@ def test_padding_and_known_requests_are_not_computed() -> None:
     assert [one.id for one in cast(Echo, plugin.answerer).asked] == ["0"]
 
 
-@pytest.mark.parametrize("problem", ["exit", "image"])
+@pytest.mark.parametrize("problem", ["exit", "audio"])
 def test_a_task_that_cannot_pose_a_question_fails_that_question_only(problem: str) -> None:
     def unlucky(doc: dict[str, Any]) -> list[dict[str, Any]]:
         if problem == "exit":
             sys.exit("video path does not exist, please check")
-        return [{"role": "user", "content": [{"type": "image", "url": "a.png"}]}]
+        return [{"role": "user", "content": [{"type": "audio", "url": "a.wav"}]}]
 
     memory = Memory()
     assert texts(model(memory), [request(0), request(1, unlucky)]) == ["v0.mp4", ""]

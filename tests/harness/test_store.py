@@ -78,7 +78,9 @@ def test_damage_in_the_middle_is_an_error_not_a_loss(tmp_path: Path) -> None:
         RunStore.open(tmp_path, run_json())
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.permutations(["a", "b", "c", "d"]), st.integers(0, 4))
 def test_the_merged_bytes_do_not_depend_on_the_order_of_answering(
     tmp_path_factory: pytest.TempPathFactory, order: list[str], cut: int
