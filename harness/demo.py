@@ -82,7 +82,9 @@ def demo(options: DemoOptions, tell: Tell, run_eval: EvalWithBars) -> Shown:
         "blind": _eval_options(options, root, BASE, "blind"),
     }
     if options.full:
-        runs["control"] = _eval_options(options, root, CONTROL, None)
+        # First, because the page's headline compares with the first: the control had the
+        # conversion's extra training, the base did not.
+        runs = {"control": _eval_options(options, root, CONTROL, None), **runs}
     for name, command in runs.items():
         tell(f"2/4 Evaluation through lmms-eval: {name}")
         run_eval(command)
