@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -59,6 +59,11 @@ RootOption = Annotated[
     Path | None,
     typer.Option(help="Where the scale world is built. Default: $IV3_WORLD or the user's cache."),
 ]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(help="Where benchmarks are. Default: $IV3_DATA or the user's cache."),
+]
+CONTROLS = ("blind", "text", "shuffled")
 ThreadsOption = Annotated[
     int, typer.Option(min=1, help="CPU threads; one is fastest for the scale models.")
 ]
@@ -79,9 +84,29 @@ def evaluate_command(
     model: ModelOption,
     suite: Annotated[
         str,
-        typer.Option(help="Suites, comma-separated; `scale` stands for all of the scale world."),
+        typer.Option(
+            help="Suites, comma-separated: `scale` for all of the scale world; benchmarks, or "
+            "`long`, `short`, `grounding`, `spatial`, `paper` for many (`internvideo3 suites`)."
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="Run directory; repeat the command to continue it.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run directory; repeat the command to continue. Default: runs/..."),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Only say what is there, what is missing and what it costs."),
+    ] = False,
+    data: DataOption = None,
+    preset: Annotated[
+        str, typer.Option(help="Settings of benchmarks: `paper`, or their `official` ones.")
+    ] = "paper",
+    subtitles: Annotated[
+        str, typer.Option(help="off, on, or both, where a benchmark has subtitles.")
+    ] = "off",
+    thinking: Annotated[
+        bool, typer.Option("--thinking", help="Let replies begin with a thinking block.")
+    ] = False,
     limit: Annotated[
         int | None, typer.Option(help="Answer only the first N samples of each suite.")
     ] = None,
@@ -91,18 +116,30 @@ def evaluate_command(
     ] = None,
     control: Annotated[
         str | None,
-        typer.Option(help="`blind`: ask every question about another video of the same length."),
+        typer.Option(
+            help="`blind`: ask about another video of the same length; `text`: show none; "
+            "`shuffled`: show the frames in another order."
+        ),
     ] = None,
-    split: Annotated[str, typer.Option(help="test, validation or train.")] = "test",
-    fps: Annotated[float, typer.Option(help="Frames taken from a second of video.")] = 2.0,
-    max_frames: Annotated[int, typer.Option(help="Most frames of a video.")] = 768,
+    split: Annotated[
+        str, typer.Option(help="Of the scale world: test, validation or train.")
+    ] = "test",
+    fps: Annotated[
+        float | None,
+        typer.Option(help="Frames from a second of video. Default: the benchmark's, else 2."),
+    ] = None,
+    max_frames: Annotated[
+        int | None, typer.Option(help="Most frames of a video. Default: the benchmark's, else 768.")
+    ] = None,
     min_pixels: Annotated[
-        int | None, typer.Option(help="Fewest pixels of a frame. Default: by checkpoint.")
+        int | None, typer.Option(help="Fewest pixels of a frame. Default: by benchmark.")
     ] = None,
     max_pixels: Annotated[
-        int | None, typer.Option(help="Most pixels of a frame. Default: by checkpoint.")
+        int | None, typer.Option(help="Most pixels of a frame. Default: by benchmark.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 32,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of an answer. Default: by benchmark, else 32.")
+    ] = None,
     batch: Annotated[
         int, typer.Option(min=1, help="Most questions of one video decoded together.")
     ] = 16,
@@ -113,12 +150,35 @@ def evaluate_command(
         str, typer.Option(help="float32, bfloat16, or auto (float32 on cpu).")
     ] = "auto",
     threads: ThreadsOption = 1,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="Answer one part only, e.g. 2/8; the command without it merges."),
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many processes torchrun must have started; else stop."),
+    ] = None,
+    frame_cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps decoded frames for the next run.")
+    ] = None,
+    frame_cache_gb: Annotated[
+        float, typer.Option(min=0, help="Most gigabytes that the folder takes.")
+    ] = 50.0,
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="Answer samples again that failed before.")
     ] = False,
     max_errors: Annotated[
-        int, typer.Option(min=0, help="Failed samples to accept before the exit status is 1.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Stop when more samples than this have failed; up to so many the exit status "
+            "is 0. Default: go on whatever fails, and exit with 1.",
+        ),
+    ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="With --check: a run of `profile`, to estimate the time from."),
+    ] = None,
     root: RootOption = None,
 ) -> None:
     """Answer the questions of suites with a model, through lmms-eval; resumable.
@@ -126,27 +186,39 @@ def evaluate_command(
     Each answer is on disk when it is given. Repeat the command after a crash, a Ctrl-C or a full
     disk: only what is missing is computed. Scores are recomputed at any time by `score`.
 
+    Under torchrun every process answers a share of the videos, and the first one merges.
+
     [bold]Examples[/bold]
 
       internvideo3 eval --model scale:m2la --suite scale --out runs/m2la
 
       internvideo3 eval --model scale:m2la --suite world_long --control blind --out runs/blind
 
-      internvideo3 eval --model ./checkpoint --suite world_short --limit 50 --out runs/try
+      internvideo3 eval --model ./checkpoint --suite videomme,mvbench --data /data --check
+
+      torchrun --nproc-per-node 8 -m internvideo3.harness.cli eval --processes 8
+      --model ./checkpoint --suite long --data /data --out runs/long
     """
-    with _errors_in_words(out):
+    place = out or _default_run(model, suite)
+    with _errors_in_words(place):
         from internvideo3.harness.options import EvalOptions
         from internvideo3.harness.preflight import suite_names
+        from internvideo3.harness.ranks import is_first
 
         options = EvalOptions(
             model=model,
-            suites=tuple(suite_names(suite)),
-            out=out,
+            suites=tuple(
+                suite_names(suite, _one_of("--subtitles", subtitles, ("off", "on", "both")))
+            ),
+            out=place,
             root=root,
+            data=data,
+            preset=_one_of("--preset", preset, ("paper", "official")),
             split=_one_of("--split", split, ("test", "validation", "train")),
             limit=limit,
             sample_ids=tuple(sample_id or ()),
-            control="blind" if _control(control) else None,
+            control=_one_of("--control", control, CONTROLS) if control else None,
+            thinking=thinking,
             fps=fps,
             max_frames=max_frames,
             min_pixels=min_pixels,
@@ -157,11 +229,49 @@ def evaluate_command(
             dtype=_one_of("--dtype", dtype, ("auto", "float32", "bfloat16")),
             threads=threads,
             retry_errors=retry_errors,
+            max_errors=max_errors,
+            shard=shard,
+            processes=processes,
+            frame_cache=frame_cache,
+            frame_cache_bytes=int(frame_cache_gb * 1e9),
             command=_command(),
         )
+        if check:
+            _check_only(options, profile)
+            return
+        first = is_first()
         summary = _evaluate_with_bars(options)
-        _print_runs([out])
-        _tell_summary(summary, max_errors)
+        if first:
+            _tell_run(summary, max_errors or 0)
+
+
+@app.command("suites")
+def suites_command(
+    benchmark: Annotated[
+        str | None, typer.Argument(help="A benchmark, to see everything about it.")
+    ] = None,
+    data: DataOption = None,
+) -> None:
+    """List the benchmarks: how they are asked and scored, and whether their data is here.
+
+    [bold]Examples[/bold]
+
+      internvideo3 suites
+
+      internvideo3 suites videomme
+    """
+    with _errors_in_words(Path()):
+        from internvideo3.harness.suites import describe, groups
+        from internvideo3.tasks.benchmarks.local import data_root
+
+        root = data_root(data)
+        if benchmark is not None:
+            for line in describe(benchmark, root):
+                print(line)
+            return
+        _print_suites(root)
+        for line in groups():
+            print(line)
 
 
 @app.command("score")
@@ -399,7 +509,7 @@ def main() -> None:
     app()
 
 
-def _one_of(option: str, given: str, known: tuple[str, ...]) -> str:
+def _one_of(option: str, given: str, known: tuple[str, ...]) -> Any:
     from internvideo3.harness.preflight import PreflightError, nearest
 
     if given not in known:
@@ -420,8 +530,10 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise PreflightError(f"Expected whole numbers with commas between, got {text!r}.") from None
 
 
-def _control(given: str | None) -> str | None:
-    return None if given is None else _one_of("--control", given, ("blind",))
+def _default_run(model: str, suite: str) -> Path:
+    """A run directory named after what is run."""
+    name = f"{Path(model).name}-{suite}"
+    return Path("runs") / "".join(mark if mark.isalnum() else "-" for mark in name)
 
 
 @contextmanager
@@ -462,13 +574,14 @@ def _leave(status: int) -> NoReturn:
 
 def _evaluate_with_bars(options: "EvalOptions") -> "EvalSummary":
     from internvideo3.harness.evaluate import evaluate
+    from internvideo3.harness.ranks import is_first
 
-    with _bars() as advance:
+    with _bars(shown=is_first()) as advance:
         return evaluate(options, advance)
 
 
 @contextmanager
-def _bars() -> Iterator[Callable[[str, int, int], None]]:
+def _bars(*, shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
     """One progress bar a name, with the time that is left; yields what moves them."""
     from rich.progress import (
         BarColumn,
@@ -487,7 +600,7 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as bars:
+    with Progress(*columns, disable=not shown) as bars:
         tasks: dict[str, TaskID] = {}
 
         def advance(name: str, done: int, total: int) -> None:
@@ -504,6 +617,47 @@ def _print_runs(runs: list[Path]) -> None:
     from internvideo3.reports.terminal import print_report
 
     print_report(runs)
+
+
+def _print_suites(root: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from internvideo3.harness.suites import listed
+
+    table = Table(title=f"Benchmarks; data in {root}", title_justify="left")
+    for name in ("suite", "paper", "questions", "metric", "data"):
+        table.add_column(name, justify="right" if name == "questions" else "left", no_wrap=True)
+    for one in listed(root):
+        here = "here" if one.here else "–"
+        table.add_row(one.name, one.where, f"{one.questions:,}", one.metric, here)
+    Console().print(table)
+
+
+def _check_only(options: "EvalOptions", profile: Path | None) -> None:
+    """Print what `--check` finds; exit with 1 if a suite cannot be run."""
+    from internvideo3.harness.check import check, lines, read_rates
+
+    rates = read_rates(profile) if profile else None
+    checks = check(options)
+    for line in lines(checks, options, rates):
+        print(line)
+    if not all(one.ready for one in checks):
+        _leave(USER_ERROR)
+
+
+def _tell_run(summary: "EvalSummary", max_errors: int) -> None:
+    """Print the tables of a run whose samples are all there, and what failed."""
+    if summary.left:
+        print(
+            f"{summary.computed} samples answered, {summary.left} are left to other shards; "
+            "when all are done, repeat the command without --shard to merge."
+        )
+    else:
+        _print_runs([summary.run])
+    _tell_summary(summary, max_errors)
+    for file in sorted((summary.run / "submissions").glob("*.json")):
+        print(f"Answers for the benchmark's server: {file}")
 
 
 def _tell_summary(summary: "EvalSummary", max_errors: int) -> None:

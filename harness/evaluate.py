@@ -20,8 +20,8 @@ from internvideo3.harness.preflight import (
 )
 from internvideo3.harness.ranks import Meeting, Share, share_of
 from internvideo3.harness.recorder import Progress, SuiteRecorder, scored_doc, suite_result
-from internvideo3.harness.settings import SYSTEM_PROMPT
 from internvideo3.harness.store import SCHEMA, Row, RunStore, write_text
+from internvideo3.harness.submission import write_submission
 from internvideo3.model.checkpoint import (
     cache_bytes_per_token,
     inspect,
@@ -136,7 +136,9 @@ def load_benchmarks(options: EvalOptions) -> list[Benchmark]:
     Raises:
         PreflightError: a suite is not built, an id unknown, a video missing.
     """
-    chosen = [one for one in map(lambda name: _load(name, options), options.suites) if one.docs]
+    chosen = [
+        one for one in map(lambda name: load_suite(name, options), options.suites) if one.docs
+    ]
     for sample in options.sample_ids:
         if not any(sample == doc["id"] for one in chosen for doc in one.docs):
             raise PreflightError(
@@ -147,7 +149,12 @@ def load_benchmarks(options: EvalOptions) -> list[Benchmark]:
     return chosen
 
 
-def _load(suite: str, options: EvalOptions) -> Benchmark:
+def load_suite(suite: str, options: EvalOptions) -> Benchmark:
+    """One suite of a command, of the scale world or a benchmark.
+
+    Raises:
+        PreflightError: it is not built or not there, or an id is unknown.
+    """
     if suite in SUITES:
         return load_benchmark(
             suite,
@@ -198,7 +205,7 @@ def describe_run(options: EvalOptions, benchmarks: Sequence[Benchmark]) -> Row:
         "dirty": dirty,
         "packages": provenance.packages(),
         "hardware": provenance.hardware(),
-        "comparable": comparable(benchmarks, model["label"], _departures(options)),
+        "comparable": comparable(benchmarks, model["label"], options.departures()),
     }
 
 
@@ -213,21 +220,6 @@ def _describe_suite(benchmark: Benchmark, options: EvalOptions) -> Row:
         "protocol": protocol,
         "settings": asdict(options.settings(benchmark)),
     }
-
-
-def _departures(options: EvalOptions) -> list[str]:
-    """What of a command leaves the protocol, in words."""
-    given = {
-        "the settings are the benchmarks' own, not the paper's": options.preset != "paper",
-        f"it is the {options.control} control": options.control is not None,
-        "replies think first": options.thinking,
-        "frames a second were given": options.fps is not None,
-        "the number of frames was given": options.max_frames is not None,
-        "the size of frames was given": (options.min_pixels or options.max_pixels) is not None,
-        "the length of answers was given": options.max_new_tokens is not None,
-        "the system prompt was given": options.system_prompt != SYSTEM_PROMPT,
-    }
-    return [reason for reason, holds in given.items() if holds]
 
 
 def describe_model(name: str, dtype: str) -> Row:
@@ -368,3 +360,4 @@ def _finish(store: RunStore, recorder: SuiteRecorder) -> None:
     order = [doc["id"] for doc in recorder.benchmark.docs]
     rows = [recorder.answered[key] for key in order]
     store.finish(suite, order, suite_result(suite, rows))
+    write_submission(store.root, suite, rows)

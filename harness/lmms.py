@@ -12,7 +12,7 @@ chat model's request is `(context, doc_to_messages, gen_kwargs, doc_id, task, sp
 import argparse
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -139,15 +139,14 @@ class InternVideo3(lmms):  # type: ignore[misc]  # lmms_eval has no types
         pending: dict[int, GenerationResult] = {
             at: GenerationResult(text=text) for at, text in enumerate(given) if text is not None
         }
-        asked = [
+        asked = (
             self._ask(at, request, docs[at])
             for at, request in enumerate(requests)
             if not request.metadata.get("__padding_only__")
-        ]
-        questions = [one for one in asked if isinstance(one, Question)]
-        unasked = [[one] for one in asked if isinstance(one, Outcome)]
-        answers = self.answerer.answer(questions, known=lambda key: int(key) in pending)
-        batches = itertools.chain(unasked, answers)
+        )
+        batches = itertools.chain.from_iterable(
+            self._answered(window, pending) for window in _windows(asked)
+        )
         for at in range(len(requests)):
             while at not in pending:
                 outcomes = next(batches)
@@ -175,6 +174,14 @@ class InternVideo3(lmms):  # type: ignore[misc]  # lmms_eval has no types
         raise LmmsError(
             "InternVideo3 has no multi-round form; take a task whose output_type is generate_until."
         )
+
+    def _answered(
+        self, asked: Sequence[Question | Outcome], pending: Mapping[int, Any]
+    ) -> Iterator[list[Outcome]]:
+        """Batches of outcomes: those that the tasks could not ask, then the model's."""
+        yield from ([one] for one in asked if isinstance(one, Outcome))
+        questions = [one for one in asked if isinstance(one, Question)]
+        yield from self.answerer.answer(questions, known=lambda key: int(key) in pending)
 
     def _doc(self, request: Instance) -> Doc:
         _, _, _, doc_id, task, split = request.args
@@ -303,6 +310,23 @@ def _select(task: Any, ids: set[str]) -> None:
     keep = [at for at, key in enumerate(task.dataset[split][column]) if key in ids]
     task.dataset[split] = task.dataset[split].select(keep)
     task.dataset_no_image[split] = task.dataset_no_image[split].select(keep)
+
+
+_MOST_IMAGES = 64
+"""Opened images that wait at once; a benchmark of images would not fit memory otherwise."""
+
+
+def _windows(asked: Iterable[Question | Outcome]) -> Iterator[list[Question | Outcome]]:
+    """Questions in lists that hold few images; without images all of them are one list."""
+    window: list[Question | Outcome] = []
+    images = 0
+    for one in asked:
+        window.append(one)
+        images += len(one.images) if isinstance(one, Question) else 0
+        if images >= _MOST_IMAGES:
+            yield window
+            window, images = [], 0
+    yield window
 
 
 Part = dict[str, Any]

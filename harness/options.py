@@ -78,6 +78,20 @@ class EvalOptions:
     command: tuple[str, ...] = ()
     """The command line, for the record."""
 
+    def departures(self) -> list[str]:
+        """What of the command leaves the benchmarks' protocol, in words."""
+        given = {
+            "the settings are the benchmarks' own, not the paper's": self.preset != "paper",
+            f"it is the {self.control} control": self.control is not None,
+            "replies think first": self.thinking,
+            "frames a second were given": self.fps is not None,
+            "the number of frames was given": self.max_frames is not None,
+            "the size of frames was given": (self.min_pixels or self.max_pixels) is not None,
+            "the length of answers was given": self.max_new_tokens is not None,
+            "the system prompt was given": self.system_prompt != SYSTEM_PROMPT,
+        }
+        return [reason for reason, holds in given.items() if holds]
+
     def settings(self, benchmark: Benchmark | None = None) -> Settings:
         """The part that decides the numbers, for one benchmark or the scale world.
 

@@ -163,8 +163,8 @@ def find_benchmark(
         local = load_local(benchmark, data, settings, subtitles=shown)
     except DataError as error:
         raise PreflightError(
-            f"{error} The layout and `--data` are described in docs/benchmarks.md; "
-            "`internvideo3 eval --check` lists everything that is missing."
+            f"{error} `internvideo3 suites {name}` describes the layout; "
+            "`eval --check` lists everything that is missing; --data says where it is."
         ) from error
     docs = list(local.docs)
     return Benchmark(
@@ -231,7 +231,7 @@ def check_videos(benchmarks: Sequence[Benchmark]) -> None:
         PreflightError: with the first few paths and how many there are.
     """
     wanted = {path for one in benchmarks for doc in one.docs for path in one.media(doc)}
-    missing = sorted(str(path) for path in wanted if not _has_content(path))
+    missing = sorted({path for one in benchmarks for path in missing_media(one)})
     if missing:
         listed = "\n".join(f"  {path}" for path in missing[:_SHOWN])
         more = f"\n  and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
@@ -241,6 +241,12 @@ def check_videos(benchmarks: Sequence[Benchmark]) -> None:
             + ("Run `internvideo3 world build` for these suites again; it makes only what is "
                "missing." if ours else "`internvideo3 eval --check` says where to get them.")
         )  # fmt: skip
+
+
+def missing_media(benchmark: Benchmark) -> tuple[str, ...]:
+    """Files that the chosen documents show and that are missing or empty, in order."""
+    wanted = {path for doc in benchmark.docs for path in benchmark.media(doc)}
+    return tuple(sorted(str(path) for path in wanted if not _has_content(path)))
 
 
 def blind_videos(benchmark: Benchmark) -> dict[str, Path]:

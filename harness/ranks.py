@@ -120,6 +120,11 @@ def share_of(shard: str | None, processes: int | None) -> Share:
     return Share(index=int(found.group(1)) - 1, count=int(found.group(2)))
 
 
+def is_first() -> bool:
+    """Whether this process is alone or the launch's first: the one that speaks for all."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 class Meeting:
     """Where the processes of a launch wait for each other."""
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from internvideo3.harness.recorder import score_fields, scored_doc, suite_result
 from internvideo3.harness.store import Row, RunStore, StoreError, read_run, suites_of
+from internvideo3.harness.submission import write_submission
 
 
 def rescore(root: Path) -> Row:
@@ -32,4 +33,5 @@ def rescore(root: Path) -> Row:
             ]
             store.rewrite(suite, again)
             store.finish(suite, [row["id"] for row in again], suite_result(suite, again))
+            write_submission(root, suite, again)
         return store.results()

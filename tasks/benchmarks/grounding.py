@@ -43,9 +43,9 @@ def _timelens(part: str, title: str, column: str, questions: int) -> Benchmark:
         ),
         official=Preset(
             source=f"TencentARC/TimeLens@5d90c06, {LMMS}/timelens",
-            min_pixels=tokens(64),
             video_pixels=(tokens(64), 2 * tokens(14_336)),
             max_new_tokens=512,
+            note="Its floor of 64 tokens a frame is not applied.",
         ),
         lmms=Lmms(yaml=f"timelens/timelens_{part}.yaml"),
         reason="Documents and the official prompt are lmms-eval's; it does not round to seconds as "

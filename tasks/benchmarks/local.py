@@ -1,6 +1,6 @@
 """Benchmarks as they lie on disk: annotations read, videos found, documents in one common form.
 
-    <root>/<benchmark>/annotations.jsonl    or a published name: see docs/benchmarks.md
+    <root>/<benchmark>/annotations.jsonl    or a published name: see README.md
     <root>/<benchmark>/videos/...           paths as the annotations name them
     <root>/<benchmark>/images/... subtitle/...
 

@@ -88,8 +88,10 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 
 OPTIONS = {
-    "eval": "model suite out limit sample-id control split fps max-frames min-pixels max-pixels "
-    "max-new-tokens batch device dtype threads retry-errors max-errors root",
+    "eval": "model suite out check data preset subtitles thinking limit sample-id control split "
+    "fps max-frames min-pixels max-pixels max-new-tokens batch device dtype threads shard "
+    "processes frame-cache frame-cache-gb retry-errors max-errors profile root",
+    "suites": "data",
     "score": "",
     "report": "out title",
     "profile": "model out contexts repeats dtype threads",

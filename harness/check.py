@@ -1,0 +1,212 @@
+"""`internvideo3 eval --check`: what a run needs and what is missing, before anything is loaded.
+
+Reads annotations, names of files and headers of a checkpoint; opens no video, imports no torch.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from internvideo3.harness.comparable import comparable
+from internvideo3.harness.evaluate import load_suite
+from internvideo3.harness.options import EvalOptions
+from internvideo3.harness.preflight import Benchmark, PreflightError, missing_media
+from internvideo3.harness.settings import Settings
+from internvideo3.harness.store import Row, read_rows
+from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS, SUBTITLED
+from internvideo3.tasks.benchmarks.local import data_root
+from internvideo3.tasks.benchmarks.protocol import TOKEN_PIXELS
+from internvideo3.tasks.video import FRAME_FACTOR
+
+GIB = 1 << 30
+_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """How fast a model was measured to be, in tokens a second."""
+
+    prefill: float
+    decode: float
+    context: int
+    """Tokens of context at which it was measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteCheck:
+    """What is known of one suite before it is run."""
+
+    suite: str
+    title: str
+    problem: str | None
+    """Why it cannot be run; None if everything is there."""
+    questions: int = 0
+    videos: int = 0
+    """Different videos, present or not."""
+    missing: tuple[str, ...] = ()
+    """Paths of files that are not there."""
+    bytes_here: int = 0
+    """Bytes of the files that are there."""
+    tokens: int = 0
+    """Most visual tokens: each video once."""
+    new_tokens: int = 0
+    """Most tokens of all answers together."""
+    guessed_lengths: bool = False
+    """Whether annotations tell no lengths, so that every video counts with the most frames."""
+    reasons: tuple[str, ...] = ()
+    """Why the number will not be comparable with the paper's."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can be run."""
+        return self.problem is None and not self.missing
+
+    def seconds(self, rates: Rates) -> float:
+        """Time to prefill and to answer at measured rates; the vision tower is not in them."""
+        return self.tokens / rates.prefill + self.new_tokens / rates.decode
+
+
+def check(options: EvalOptions) -> list[SuiteCheck]:
+    """Look at every suite of a command.
+
+    Raises:
+        PreflightError: an option makes no sense.
+        CheckpointError: the checkpoint is unknown.
+    """
+    options.settings()
+    return [_check(suite, options) for suite in options.suites]
+
+
+def _check(suite: str, options: EvalOptions) -> SuiteCheck:
+    known = BENCHMARKS.get(suite.removesuffix(SUBTITLED))
+    title = known.title if known else suite
+    try:
+        one = load_suite(suite, options)
+    except PreflightError as error:
+        return SuiteCheck(suite=suite, title=title, problem=str(error))
+    settings = options.settings(one)
+    lengths = {str(doc["video_id"]): doc["length_s"] for doc in one.docs if one.videos(doc)}
+    paths = {path for doc in one.docs for path in one.media(doc)}
+    missing = missing_media(one)
+    return SuiteCheck(
+        suite=suite,
+        title=title,
+        problem=None,
+        questions=len(one.docs),
+        videos=len(lengths),
+        missing=missing,
+        bytes_here=sum(path.stat().st_size for path in paths if path.is_file()),
+        tokens=sum(visual_tokens(settings, length) for length in lengths.values()),
+        new_tokens=len(one.docs) * (settings.max_new_tokens or 0),
+        guessed_lengths=None in lengths.values(),
+        reasons=_reasons(one, options),
+    )
+
+
+def _reasons(one: Benchmark, options: EvalOptions) -> tuple[str, ...]:
+    label = "scale" if options.model.startswith("scale:") else None
+    verdict = comparable([one], label, options.departures())
+    found = verdict.get("suites", {}).get(one.suite, {}).get("reasons")
+    return tuple(found if found is not None else [verdict["reason"]])
+
+
+def visual_tokens(settings: Settings, length_s: float | None) -> int:
+    """Most visual tokens of a video: two frames and 32 x 32 pixels make one.
+
+    Args:
+        settings: how it is sampled.
+        length_s: its length in seconds; None for as long as it takes to fill the frames.
+    """
+    frames = settings.max_frames
+    if length_s is not None:
+        frames = min(frames, max(FRAME_FACTOR, round(length_s * settings.fps)))
+    _, most = settings.bounds(frames)
+    return frames // FRAME_FACTOR * (most // TOKEN_PIXELS)
+
+
+def read_rates(measurements: Path) -> Rates:
+    """The rates at the longest context of a profile.
+
+    Args:
+        measurements: a `measurements.jsonl`, or the run directory that holds one.
+
+    Raises:
+        PreflightError: the file is missing or holds no rates.
+    """
+    path = measurements / "measurements.jsonl" if measurements.is_dir() else measurements
+    rows = [row for row in read_rows(path) if row.get("tokens_per_s")]
+    found = {kind: _longest(rows, kind) for kind in ("prefill", "decode")}
+    if None in found.values():
+        raise PreflightError(
+            f"{path} holds no prefill and decode rates; give a run of `internvideo3 profile`."
+        )
+    prefill, decode = found["prefill"] or {}, found["decode"] or {}
+    return Rates(
+        prefill=float(prefill["tokens_per_s"]),
+        decode=float(decode["tokens_per_s"]),
+        context=int(decode["context_tokens"]),
+    )
+
+
+def _longest(rows: Sequence[Row], kind: str) -> Row | None:
+    return max(
+        (row for row in rows if row.get("kind") == kind),
+        key=lambda row: int(row.get("context_tokens") or 0),
+        default=None,
+    )
+
+
+def lines(checks: Sequence[SuiteCheck], options: EvalOptions, rates: Rates | None) -> Iterator[str]:
+    """The findings as text, a block for each suite and a verdict at the end."""
+    for one in checks:
+        yield f"{one.title} ({one.suite}): {'ready' if one.ready else 'NOT READY'}"
+        yield from (f"  {line}" for line in _block(one, rates))
+    yield from _disk(options)
+    ready = sum(one.ready for one in checks)
+    yield f"{ready} of {len(checks)} suites are ready."
+
+
+def _block(one: SuiteCheck, rates: Rates | None) -> Iterator[str]:
+    known = BENCHMARKS.get(one.suite.removesuffix(SUBTITLED))
+    if one.problem:
+        yield one.problem
+    else:
+        yield f"{one.questions:,} questions, {one.videos:,} videos, {one.bytes_here / GIB:.2f} GiB"
+        yield from _missing(one)
+        guess = ", where no lengths are told as many as a video can have"
+        yield (
+            f"at most {one.tokens:,} visual tokens{guess if one.guessed_lengths else ''}, "
+            f"{one.new_tokens:,} tokens of answers"
+        )
+        if rates is not None:
+            yield (
+                f"about {one.seconds(rates) / 3600:.2f} h at the profile's rates (measured at "
+                f"{rates.context:,} tokens, without the vision tower and decoding)"
+            )
+        verdict = "; ".join(one.reasons)
+        yield f"not comparable with the paper: {verdict}" if verdict else "comparable"
+    if known is not None:
+        yield f"get: {known.data.get}"
+        yield f"licence: {known.data.licence}"
+
+
+def _missing(one: SuiteCheck) -> Iterator[str]:
+    if one.missing:
+        yield f"{len(one.missing):,} files are missing or empty:"
+        yield from (f"  {path}" for path in one.missing[:_SHOWN])
+        if len(one.missing) > _SHOWN:
+            yield f"  and {len(one.missing) - _SHOWN:,} more"
+
+
+def _disk(options: EvalOptions) -> Iterator[str]:
+    needs: Mapping[str, float] = {
+        known.title: known.data.gigabytes
+        for suite in options.suites
+        if (known := BENCHMARKS.get(suite.removesuffix(SUBTITLED))) and known.data.gigabytes
+    }
+    root = data_root(options.data)
+    there = next(path for path in (root, *root.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    known_needs = "".join(f"; {title}'s videos take {size:g} GB" for title, size in needs.items())
+    yield f"{root}: {free / GIB:,.0f} GiB free{known_needs}"

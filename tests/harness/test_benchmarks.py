@@ -1,0 +1,310 @@
+"""Every benchmark end to end, offline: published layouts, lmms-eval's engine, the real decoder.
+
+pytest tests/harness/test_benchmarks.py
+"""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from internvideo3.harness import cli, evaluate
+from internvideo3.harness.direct import Answerer
+from internvideo3.harness.options import EvalOptions
+from internvideo3.harness.preflight import PreflightError, suite_names
+from internvideo3.harness.rescore import rescore
+from internvideo3.harness.store import read_rows
+from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS
+from internvideo3.tasks.benchmarks.wording import table
+from internvideo3.tasks.scoring import aggregate, score
+from internvideo3.tasks.scoring.result import Score
+
+SMALL = {"max_frames": 4, "min_pixels": 4096, "max_pixels": 4096, "max_new_tokens": 8}
+SUBTITLED = ("videomme_subtitles", "videomme_v2_subtitles", "longvideobench_subtitles")
+SUITES = (*BENCHMARKS, *SUBTITLED)
+HIDDEN = {"egoschema"}
+
+
+def small_benchmarks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "small_benchmarks", Path(__file__).with_name("small_benchmarks.py")
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    written: Path = small_benchmarks().write_all(tmp_path_factory.mktemp("data"))
+    return written
+
+
+@pytest.fixture(scope="module")
+def options(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> EvalOptions:
+    out = tmp_path_factory.mktemp("runs") / "paper"
+    return EvalOptions(model=str(checkpoint), suites=SUITES, out=out, data=data, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def asked(options: EvalOptions) -> Iterator[dict[str, Any]]:
+    """Runs all suites once; what the model was asked, by sample id of one run after another."""
+    seen: dict[str, Any] = {"questions": []}
+    render = Answerer._render
+
+    def remember(self: Answerer, question: Any) -> Any:
+        rendered = render(self, question)
+        seen["questions"].append((question, rendered.prefix + rendered.tail))
+        return rendered
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Answerer, "_render", remember)
+        evaluate.evaluate(options)
+    yield seen
+
+
+def samples(options: EvalOptions, suite: str) -> list[dict[str, Any]]:
+    return read_rows(options.out / "samples" / f"{suite}.jsonl")
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_question_is_answered_and_scored(
+    suite: str, options: EvalOptions, asked: dict[str, Any]
+) -> None:
+    rows = samples(options, suite)
+    assert rows and all(row["error"] is None for row in rows)
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert all("\n" not in row["id"] and row["id"].startswith(f"{suite}/") for row in rows)
+    assert all(row["tokens"]["prompt"] > 20 for row in rows)
+    scored = [(row["doc"], Score.from_dict(row["official"])) for row in rows]
+    result = json.loads((options.out / "results.json").read_text())[suite]
+    assert result["value"] == aggregate(rows[0]["benchmark"], scored).value
+    outcomes = {row["official"]["outcome"] for row in rows}
+    assert ("no_truth" in outcomes) == (suite in HIDDEN)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_recorded_answer_is_right_when_it_is_given(
+    suite: str, options: EvalOptions, asked: dict[str, Any]
+) -> None:
+    for row in samples(options, suite):
+        text = row["answer"]
+        if row["answer_type"] == "windows":
+            text = json.dumps([[*window, 1.0] for window in row["doc"]["relevant_windows"]])
+        elif row["options"] and suite not in HIDDEN:
+            text = "ABCDEFGH"[row["options"].index(text)]
+        found = score(row["benchmark"], row["doc"], text, rule="plain")
+        hidden = suite in HIDDEN or found.outcome == "judge_needed"
+        assert found.value == (None if hidden else 1.0), (row["id"], text, found)
+
+
+@pytest.mark.parametrize("suite", BENCHMARKS)
+def test_the_prompt_holds_the_question_its_options_and_its_media(
+    suite: str, options: EvalOptions, asked: dict[str, Any]
+) -> None:
+    rows = samples(options, suite)
+    for row in rows:
+        text = " ".join(str(row["question"]).split())
+        shown = [
+            (question, prompt)
+            for question, prompt in asked["questions"]
+            if text in " ".join(prompt.split())
+            and (not question.clips or question.clips[0].path == row["video"])
+            and bool(question.clips) == bool(row["video"])
+            and all(option in prompt for option in row["options"] or ())
+        ]
+        assert shown, row["id"]
+        question, prompt = shown[0]
+        assert len(question.clips) + len(question.images) >= 1
+        media = prompt.count("<|video_pad|>") + prompt.count("<|image_pad|>")
+        assert media == len(question.clips) + len(question.images)
+
+
+def test_media_stand_where_the_prompt_names_them(asked: dict[str, Any]) -> None:
+    kinds = [
+        [part["type"] for part in question.messages[-1]["content"]]
+        for question, prompt in asked["questions"]
+        if "First" in prompt and len(question.clips) == 2
+    ]
+    assert kinds == [["text", "video", "text", "video", "text", "image", "text"]]
+
+
+def test_subtitles_are_shown_where_they_are_asked_for(asked: dict[str, Any]) -> None:
+    prompts = [prompt for _, prompt in asked["questions"]]
+    for words in ("I am here.", "over here", "Look."):
+        assert any(words in prompt for prompt in prompts)
+    assert any("No subtitles available" in prompt for prompt in prompts)
+    assert suite_names("videomme,mlvu", "both") == ["videomme", "videomme_subtitles", "mlvu"]
+    assert suite_names("videomme", "on") == ["videomme_subtitles"]
+
+
+def test_answers_without_public_truth_are_written_for_the_server(
+    options: EvalOptions, asked: dict[str, Any]
+) -> None:
+    file = options.out / "submissions" / "egoschema.json"
+    rows = samples(options, "egoschema")
+    read = {row["doc"]["video_idx"]: row["official"]["parsed"] for row in rows}
+    expected = {video: "ABCDE".index(letter) for video, letter in read.items() if letter}
+    assert json.loads(file.read_text()) == expected
+    assert not (options.out / "submissions" / "egoschema_subset.json").exists()
+
+
+def test_both_presets_run_and_leave_the_documents_alone(
+    options: EvalOptions, tmp_path: Path
+) -> None:
+    suites = ("tomato", "timelens_charades", "videomme_v2", "mmsi_video", "tempcompass_full")
+    official = replace(options, preset="official", suites=suites, out=tmp_path / "official")
+    summary = evaluate.evaluate(official)
+    assert not summary.errors
+    for suite in suites:
+        ids = [row["id"] for row in samples(official, suite)]
+        assert ids == [row["id"] for row in samples(options, suite)]
+    run = json.loads((summary.run / "run.json").read_text())
+    assert (
+        "official" in run["comparable"]["reason"]
+        or "own, not the paper's" in (run["comparable"]["reason"])
+    )
+
+
+def test_settings_are_those_of_the_protocol_unless_given(options: EvalOptions) -> None:
+    plain = EvalOptions(
+        model=options.model, suites=("mvbench",), out=options.out, data=options.data
+    )
+    (benchmark,) = evaluate.load_benchmarks(plain)
+    settings = plain.settings(benchmark)
+    assert (settings.fps, settings.max_frames, settings.max_new_tokens) == (4, 256, 16)
+    assert (settings.min_pixels, settings.max_pixels) == (256 * 1024, 768 * 1024)
+    assert options.settings(benchmark).max_frames == 4
+    assert plain.departures() == [] and len(options.departures()) == 3
+
+
+def test_a_run_says_suite_by_suite_why_it_is_not_comparable(
+    options: EvalOptions, asked: dict[str, Any]
+) -> None:
+    run = json.loads((options.out / "run.json").read_text())
+    suites = run["comparable"]["suites"]
+    assert "4 of 2,700 questions" in suites["videomme"]["reasons"]
+    assert "the number of frames was given" in suites["videomme"]["reasons"]
+    assert "subtitles are shown" in suites["videomme_subtitles"]["reasons"]
+    assert run["suites"]["mvbench"]["protocol"]["source"].endswith("eval_mvbench.sh")
+    assert run["suites"]["mvbench"]["settings"]["max_frames"] == 4
+
+
+def test_rescoring_a_benchmark_changes_nothing(
+    options: EvalOptions, asked: dict[str, Any], tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(options.out, copy)
+    rescore(copy)
+    for path in sorted(options.out.rglob("*.json*")):
+        if "lmms" not in path.parts:
+            assert (copy / path.relative_to(options.out)).read_bytes() == path.read_bytes()
+
+
+def test_the_written_task_is_lmms_evals_own_where_it_is_reused(
+    options: EvalOptions, asked: dict[str, Any]
+) -> None:
+    text = (options.out / "lmms" / "iv3_videomme.yaml").read_text()
+    assert "include:" in text and "videomme/videomme.yaml" in text
+    own = (options.out / "lmms" / "iv3_nextqa.yaml").read_text()
+    yaml.SafeLoader.add_constructor("!function", lambda loader, node: node.value)
+    assert "include" not in yaml.safe_load(own)
+    assert yaml.safe_load(own)["generation_kwargs"]["do_sample"] is False
+
+
+@pytest.mark.parametrize("control", ["text", "shuffled"])
+def test_controls_hide_the_video_or_its_order(
+    control: Any, options: EvalOptions, asked: dict[str, Any], tmp_path: Path
+) -> None:
+    suites = ("videomme", "timelens_charades", "mmsi_bench")
+    run = replace(options, control=control, suites=suites, out=tmp_path / "run")
+    assert not evaluate.evaluate(run).errors
+    for suite in suites:
+        for own, other in zip(samples(options, suite), samples(run, suite), strict=True):
+            fewer = other["tokens"]["prompt"] < own["tokens"]["prompt"]
+            assert fewer == (control == "text")
+
+
+def test_thinking_opens_a_block_that_the_scorer_strips(
+    options: EvalOptions, asked: dict[str, Any], tmp_path: Path
+) -> None:
+    run = replace(options, thinking=True, suites=("mlvu",), out=tmp_path / "run")
+    assert not evaluate.evaluate(run).errors
+    rows = samples(run, "mlvu")
+    assert all(row["prediction"].startswith("<think>\n") for row in rows)
+    assert all(row["official"]["outcome"] == "unreadable" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("suite", "name", "text", "said"),
+    [
+        ("nextqa", "val.csv", "video,question\n1,why\n", "nextqa/val.csv is in another layout"),
+        ("timelens_charades", "charades-timelens.json", '{"v": {"duration": 4}}', "published"),
+        ("videomme", "annotations.json", "[1, 2]", "row 0 is a int, expected an object"),
+        ("mlvu", "annotations.json", "[]", "holds no questions"),
+        ("lvbench", "annotations.json", "{", "another layout"),
+    ],
+)
+def test_a_wrong_layout_is_one_message_with_the_way_out(
+    suite: str, name: str, text: str, said: str, options: EvalOptions, tmp_path: Path
+) -> None:
+    (tmp_path / suite).mkdir()
+    (tmp_path / suite / name).write_text(text)
+    wrong = replace(options, data=tmp_path, suites=(suite,), out=tmp_path / "run")
+    with pytest.raises(PreflightError, match=said) as raised:
+        evaluate.evaluate(wrong)
+    assert f"internvideo3 suites {suite}" in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_lists_what_is_missing_and_what_it_will_cost(
+    options: EvalOptions, data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data / "videomme", tmp_path / "videomme")
+    (tmp_path / "videomme/videos/yt_a.mp4").unlink()
+    shutil.copytree(data / "egoschema", tmp_path / "egoschema")
+    measured = tmp_path / "measurements.jsonl"
+    rates = [("prefill", 512, 10.0), ("prefill", 2048, 8.0), ("decode", 2048, 4.0)]
+    measured.write_text(
+        "".join(
+            json.dumps({"kind": kind, "context_tokens": n, "tokens_per_s": rate}) + "\n"
+            for kind, n, rate in rates
+        )
+    )
+    command = ["eval", "--model", options.model, "--suite", "videomme,egoschema,vrbench"]
+    command += ["--data", str(tmp_path), "--check", "--profile", str(measured)]
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 1
+    assert "1 files are missing or empty" in done.output and "yt_a.mp4" in done.output
+    assert "EgoSchema (egoschema): ready" in done.output
+    # 720 frames in pairs, 128 tokens each; 2 answers of 16 tokens.
+    assert "at most 46,080 visual tokens, 32 tokens of answers" in done.output
+    assert f"about {(46_080 / 8 + 32 / 4) / 3600:.2f} h" in done.output
+    assert "VRBench (vrbench): NOT READY" in done.output
+    assert "VRBench's videos take 421 GB" in done.output
+    assert "1 of 3 suites are ready." in done.output
+
+
+def test_the_list_and_one_benchmark(data: Path) -> None:
+    listed = CliRunner().invoke(cli.app, ["suites", "--data", str(data)])
+    assert listed.exit_code == 0
+    assert all(name in listed.output for name in BENCHMARKS)
+    one = CliRunner().invoke(cli.app, ["suites", "qvhighlights", "--data", str(data)])
+    assert "highlight_val_release.jsonl" in one.output
+    assert "jayleicn/moment_detr@" in one.output
+    wrong = CliRunner().invoke(cli.app, ["suites", "qvhighlihgts"])
+    assert wrong.exit_code == 1 and "Did you mean qvhighlights" in wrong.output
+
+
+def test_the_documented_table_is_the_one_that_the_protocols_give() -> None:
+    readme = Path(__file__).parents[2] / "tasks/benchmarks/README.md"
+    assert table() in readme.read_text(encoding="utf-8")
