@@ -41,15 +41,15 @@ def _row(
     suite: SuiteSummary, system: System, group: str, name: str, cell: Cell, chance: float | None
 ) -> dict[str, object]:
     return {
-        "system": _inert(system.name),
-        "model": _inert(system.model),
+        "system": inert(system.name),
+        "model": inert(system.model),
         "label": system.label or "",
         "control": system.control or "",
-        "run": _inert(system.run.id),
-        "suite": _inert(suite.name),
+        "run": inert(system.run.id),
+        "suite": inert(suite.name),
         "metric": suite.metric,
         "group": group,
-        "name": _inert(name),
+        "name": inert(name),
         "value": cell.value,
         "low": cell.interval.low if cell.interval_fits else None,
         "high": cell.interval.high if cell.interval_fits else None,
@@ -63,6 +63,6 @@ def _row(
     }
 
 
-def _inert(text: str) -> str:
-    """Keep spreadsheets from reading a name as a formula."""
+def inert(text: str) -> str:
+    """Return text so that it keeps spreadsheets from reading a name as a formula."""
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text

@@ -40,6 +40,10 @@ class Sample:
     official: Score
     plain: Score
     error: str | None
+    benchmark: str
+    """Name of the scorer; the suite's own for the scale world."""
+    doc: Mapping[str, Any] | None
+    """What of the document scoring reads, where the record keeps it apart."""
 
     @property
     def value(self) -> float | None:
@@ -199,6 +203,8 @@ def _sample(row: Mapping[str, Any], file: Path) -> Sample:
             official=_score(row.get("official")),
             plain=_score(row.get("plain")),
             error=f"{error.get('type')}: {error.get('message')}" if error else None,
+            benchmark=str(row.get("benchmark") or file.stem),
+            doc=row.get("doc"),
         )
     except (KeyError, TypeError, ValueError) as problem:
         raise RunError(f"{file}: sample {row.get('id')!r} cannot be read: {problem!r}") from problem

@@ -10,7 +10,16 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from internvideo3.reports import browser, export, figures, markdown, profile, wording
+from internvideo3.reports import (
+    browser,
+    export,
+    figures,
+    leaderboard,
+    leaderboard_formats,
+    markdown,
+    profile,
+    wording,
+)
 from internvideo3.reports.plots import SERIES, Plot, Style, inline
 from internvideo3.reports.summary import (
     TOLERATED_LOSS,
@@ -25,6 +34,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 def build_report(runs: Sequence[Path], out: Path, *, title: str) -> Path:
     """Write report.html, report.md, leaderboard.csv and plots/*.svg from runs.
+
+    Where runs have columns of the paper's tables, also tables.md, tables.tex and tables.csv.
 
     Args:
         runs: Run folders, the reference first.
@@ -46,6 +57,10 @@ def build_report(runs: Sequence[Path], out: Path, *, title: str) -> Path:
         (folder / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
     (out / "report.md").write_text(markdown.render(summary, title), encoding="utf-8")
     (out / "leaderboard.csv").write_text(export.render(summary), encoding="utf-8")
+    beside = leaderboard.tables(summary)
+    if beside:
+        for name, form in leaderboard_formats.FORMS.items():
+            (out / f"tables.{name}").write_text(form(beside), encoding="utf-8")
     page = out / "report.html"
     page.write_text(render(summary, plots, title), encoding="utf-8", errors="replace")
     return page
@@ -92,7 +107,7 @@ def render(summary: Summary, plots: _Plots, title: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(w=wording, marker=_marker)
+    environment.globals.update(w=wording, marker=_marker, f=leaderboard_formats)
     return environment.get_template("report.html.jinja").render(
         title=title,
         summary=summary,
@@ -101,6 +116,8 @@ def render(summary: Summary, plots: _Plots, title: str) -> str:
         pair_looks=plots.pair_looks,
         profile=plots.profile,
         browser=shown,
+        tables=leaderboard.tables(summary),
+        paper_source=leaderboard.source(),
         data=_json(shown.payload),
         facts=[(system, _facts(system)) for system in summary.systems],
         comparable=_comparable(summary),

@@ -9,16 +9,20 @@ resampled in the same clusters, and by McNemar's exact test.
 Letters: N samples, C clusters, R resamples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr, ndtr, ndtri, stdtrit
 
 Floats = NDArray[np.float64]
+Row = TypeVar("Row")
 RESAMPLES = 10_000
+STATISTIC_RESAMPLES = 300
+"""Resamples of a statistic that is computed anew, in Python, for each of them."""
 _CHUNK = 2_000_000  # draws held at once in full width
 
 
@@ -98,6 +102,50 @@ def cluster_interval(
         tail = _expanded_tail(level, count)
         low, high = (float(q) for q in np.quantile(means_R, [tail, 1 - tail]))
     return Interval(mean, low, high, se, int(data.sizes_C.sum()), count, level)
+
+
+def statistic_interval(
+    value: float,
+    rows: Sequence[Row],
+    clusters: Sequence[str],
+    statistic: Callable[[Sequence[Row]], float | None],
+    *,
+    level: float = 0.95,
+    resamples: int = STATISTIC_RESAMPLES,
+    seed: int = 0,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> Interval:
+    """Return a cluster-bootstrap interval of any statistic of the samples.
+
+    Args:
+        value: The statistic of all samples.
+        rows: [N] samples; those of a cluster keep their order in every resample.
+        clusters: [N] the cluster (video) of each sample.
+        statistic: Samples to number; None where it is not defined, and the draw does not count.
+        level: Coverage of the interval.
+        resamples: Bootstrap resamples.
+        seed: Seed of the resampling.
+        bounds: Smallest and largest possible value; the interval where there is no spread to see.
+
+    Raises:
+        ValueError: No samples.
+    """
+    members: dict[str, list[Row]] = {}
+    for row, name in zip(rows, clusters, strict=True):
+        members.setdefault(name, []).append(row)
+    groups, rng = list(members.values()), np.random.default_rng(seed)
+    if not groups:
+        raise ValueError("need samples for an interval, got none")
+    drawn = (rng.integers(0, len(groups), len(groups)) for _ in range(resamples))
+    found = [statistic([row for at in index for row in groups[at]]) for index in drawn]
+    values_R = np.asarray([one for one in found if one is not None], float)
+    if len(groups) == 1 or len(values_R) < 2 or np.ptp(values_R) < 1e-12:
+        low, high = bounds
+    else:
+        tail = _expanded_tail(level, len(groups))
+        low, high = (float(q) for q in np.quantile(values_R, [tail, 1 - tail]))
+    se = float(values_R.std(ddof=1)) if len(values_R) > 1 else float("nan")
+    return Interval(value, low, high, se, len(rows), len(groups), level)
 
 
 def clustered_se(values: Sequence[float] | Floats, clusters: Sequence[str]) -> float:

@@ -6,10 +6,10 @@ comes from anywhere but the runs' files.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from internvideo3.reports.load import Run, Sample, load_runs
 from internvideo3.reports.stats import (
@@ -18,9 +18,11 @@ from internvideo3.reports.stats import (
     Interval,
     cluster_interval,
     paired_difference,
+    statistic_interval,
 )
 from internvideo3.reports.wording import MODEL_TITLES
-from internvideo3.tasks.scoring import Outcome
+from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS, SUBTITLED
+from internvideo3.tasks.scoring import Outcome, aggregate
 from internvideo3.tasks.scoring.averages import band_order, length_band
 
 SUITE_ORDER = (
@@ -78,6 +80,8 @@ class Cell:
     """Questions that the run set out to answer."""
     unreadable: int
     errors: int
+    no_value: int
+    """Answers without a score: their truth is not public, or only a judge could tell."""
     above_floor: bool | None
     """Whether the whole interval lies above chance and every control; `None` for controls."""
 
@@ -196,10 +200,12 @@ def summarise_paths(paths: Sequence[Path]) -> Summary:
 def summarise(runs: Sequence[Run]) -> Summary:
     """Summarise runs; systems keep the order given, controls go last."""
     systems = tuple(sorted(_systems(runs), key=lambda s: s.is_control))
-    names = {name for run in runs for name, samples in run.samples.items() if samples}
-    ordered = [s for s in SUITE_ORDER if s in names] + sorted(names - set(SUITE_ORDER))
+    names = {name for run in runs for name, samples in run.samples.items() if _scored(samples)}
+    known = (*SUITE_ORDER, *(n for b in BENCHMARKS for n in (b, b + SUBTITLED)))
+    ordered = [s for s in known if s in names] + sorted(names - set(known))
     notes = [f"{run.id}: {note}" for run in runs for note in run.notes]
     notes += [note for name in ordered for note in _data_notes(name, systems)]
+    notes += [note for run in runs for note in _unscored_notes(run)]
     return Summary(
         systems=systems,
         suites=tuple(_suite(name, systems) for name in ordered),
@@ -246,7 +252,7 @@ def _int(value: Any) -> int | None:
 
 
 def _suite(name: str, systems: Sequence[System]) -> SuiteSummary:
-    tested = [s for s in systems if s.run.samples.get(name)]
+    tested = [s for s in systems if _scored(s.run.samples.get(name, ()))]
     everything = [x for s in tested for x in s.run.samples[name]]
     families = tuple(sorted({x.family for x in everything}))
     bands = {length_band(x.length_s) for x in everything if x.length_s is not None}
@@ -272,6 +278,27 @@ def _suite(name: str, systems: Sequence[System]) -> SuiteSummary:
     )
 
 
+_NO_SCORE = {
+    Outcome.DROPPED: "unreadable and left out by the official rule",
+    Outcome.JUDGE_NEEDED: "only a judge could tell",
+    Outcome.NO_TRUTH: "whose truth is not public",
+}
+
+
+def _scored(samples: Iterable[Sample]) -> list[Sample]:
+    return [x for x in samples if x.value is not None]
+
+
+def _unscored_notes(run: Run) -> list[str]:
+    notes = []
+    for suite, samples in run.samples.items():
+        if samples and not _scored(samples):
+            counts = Counter(_NO_SCORE[x.official.outcome] for x in samples)
+            why = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+            notes.append(f"{run.id}: {suite} has no score: {why}")
+    return notes
+
+
 def _metric(suite: str, tested: Sequence[System]) -> str:
     for system in tested:
         metric = system.run.results.get(suite, {}).get("metric")
@@ -290,7 +317,7 @@ def _chance(samples: Iterable[Sample]) -> float | None:
 
 
 def _cell(system: System, suite: str, samples: Sequence[Sample], *, whole: bool = False) -> Cell:
-    scored = [x for x in samples if x.value is not None] or list(samples)
+    scored = _scored(samples)
     interval = cluster_interval(
         [x.value or 0.0 for x in scored],
         [x.video_id for x in scored],
@@ -300,20 +327,40 @@ def _cell(system: System, suite: str, samples: Sequence[Sample], *, whole: bool 
     # A result that was written before the last samples were added is not this suite's result.
     current = recorded.get("n") == len(samples) and recorded.get("value") is not None
     value = float(recorded["value"]) if current else interval.mean
-    plain = [x.plain.value for x in samples if x.plain.value is not None]
+    fits = abs(value - interval.mean) < 1e-6
+    if not fits and all(x.doc is not None for x in samples):
+        interval, fits = _aggregate_interval(value, samples), True
     outcomes = Counter(x.official.outcome for x in samples)
     expected = system.run.meta.get("suites", {}).get(suite, {}).get("n") if whole else None
     return Cell(
         value=value,
         interval=interval,
-        interval_fits=abs(value - interval.mean) < 1e-6,
-        plain=sum(plain) / len(plain) if plain else None,
+        interval_fits=fits,
+        plain=_plain(samples, recorded if current else {}),
         n=len(samples),
         expected=_int(expected),
         unreadable=outcomes[Outcome.UNREADABLE] + outcomes[Outcome.DROPPED],
         errors=outcomes[Outcome.ERROR],
+        no_value=outcomes[Outcome.NO_TRUTH] + outcomes[Outcome.JUDGE_NEEDED],
         above_floor=None,
     )
+
+
+def _plain(samples: Sequence[Sample], recorded: Mapping[str, Any]) -> float | None:
+    """Return the number under the plain rule: as recorded, else the mean over questions."""
+    if recorded.get("plain"):
+        return cast("float | None", recorded["plain"].get("value"))
+    values = [x.plain.value for x in samples if x.plain.value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _aggregate_interval(value: float, samples: Sequence[Sample]) -> Interval:
+    """Return the interval of an average that is no mean over questions, by its own rule."""
+
+    def statistic(chosen: Sequence[Sample]) -> float | None:
+        return aggregate(chosen[0].benchmark, [(x.doc or {}, x.official) for x in chosen]).value
+
+    return statistic_interval(value, samples, [x.video_id for x in samples], statistic)
 
 
 def _with_floor(
@@ -344,6 +391,7 @@ def _grouped(tested: Sequence[System], suite: str, key: Callable[[Sample], str |
         (system.name, name): _cell(system, suite, samples)
         for name, by_system in groups.items()
         for system, samples in by_system.items()
+        if _scored(samples)
     }
 
 

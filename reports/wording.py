@@ -3,6 +3,7 @@
 import math
 
 from internvideo3.reports.stats import Difference, Interval
+from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS, SUBTITLED
 
 SUITE_TITLES = {
     "world_long": "Long video",
@@ -29,7 +30,10 @@ def family(name: str) -> str:
 
 def suite_title(name: str) -> str:
     """Return a suite's name for readers."""
-    return SUITE_TITLES.get(name, name)
+    benchmark = BENCHMARKS.get(name.removesuffix(SUBTITLED))
+    if benchmark is None:
+        return SUITE_TITLES.get(name, name)
+    return benchmark.title + (" with subtitles" if name.endswith(SUBTITLED) else "")
 
 
 def percent(value: float | None, digits: int = 1) -> str:

@@ -1,0 +1,250 @@
+"""The paper's tables with our rows: values, counts, and why a score is not comparable.
+
+pytest tests/reports/test_leaderboard.py
+"""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internvideo3.reports import leaderboard, leaderboard_formats
+from internvideo3.reports.page import build_report
+from internvideo3.reports.stats import statistic_interval
+from internvideo3.reports.summary import Summary, summarise_paths
+from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS
+from internvideo3.tasks.scoring import aggregate, score
+
+SHORT = ("nextqa", "perceptiontest", "mvbench", "tomato", "motionbench", "tempcompass")
+OPTIONS = ["a ring", "a star", "a square"]
+HOSTILE = "=HYPERLINK() | <b>& %_ \\"
+
+
+def documents(suite: str) -> list[dict[str, Any]]:
+    """Six questions about three videos in the fields that the suite's scorer reads."""
+    lettered = "\n".join(f"{x}. {o}" for x, o in zip("ABC", OPTIONS, strict=True))
+    docs: dict[str, dict[str, Any]] = {
+        "nextqa": {
+            **{f"a{i}": text for i, text in enumerate([*OPTIONS, "x", "y"])},
+            "answer": 1,
+            "type": "CW",
+        },
+        "perceptiontest": {"options": OPTIONS, "answer_id": "1", "area": "physics"},
+        "mvbench": {"candidates": OPTIONS, "answer": OPTIONS[1], "task_type": "moving_count"},
+        "tomato": {
+            "options": OPTIONS, "answer": 1, "reason_type": "count", "demonstration_type": "human",
+        },
+        "motionbench": {
+            "options": [{"label": x, "text": o} for x, o in zip("ABC", OPTIONS, strict=True)],
+            "answer": "B",
+            "question_type": "Camera",
+        },
+        "tempcompass": {
+            "qtype": "multi-choice", "question": f"What?\n{lettered}",
+            "answer": "B. a star", "dim": "action",
+        },
+        "vsibench": {"question_type": "object_counting", "ground_truth": "4", "options": None},
+    }  # fmt: skip
+    rows = [dict(docs[suite]) for _ in range(6)]
+    if suite == "vsibench":
+        for row in rows[3:]:
+            row |= {"question_type": "room_size_estimation", "ground_truth": "10"}
+    return rows
+
+
+def write_run(root: Path, name: str, replies: dict[str, list[str]], **comparable: Any) -> Path:
+    """Write a run with one reply for each document of some suites."""
+    results, digest = {}, {"data_digest": "d"}
+    (root / "samples").mkdir(parents=True)
+    for suite, texts in replies.items():
+        lines, scored = [], []
+        for number, (doc, text) in enumerate(zip(documents(suite), texts, strict=True)):
+            both = {rule: score(suite, doc, text, rule=rule) for rule in ("official", "plain")}  # type: ignore[arg-type]
+            scored.append((doc, both["official"]))
+            row = {
+                "id": f"{suite}/{number}", "video_id": f"v{number // 2}", "family": "all",
+                "length_s": None, "question": "?", "options": OPTIONS, "answer": "a star",
+                "prediction": text, "benchmark": suite, "doc": doc, "error": None,
+            } | {rule: found.as_dict() for rule, found in both.items()}  # fmt: skip
+            lines.append(json.dumps(row) + "\n")
+        (root / "samples" / f"{suite}.jsonl").write_text("".join(lines))
+        results[suite] = aggregate(suite, scored).as_dict()
+    protocol = {"protocol": {"preset": "paper", "source": "the_script.sh"}}
+    run = {
+        "schema": 1,
+        "id": name,
+        "model": {"name": name, "attention": "gqa"},
+        "suites": {suite: {"n": 6, **digest, **protocol} for suite in replies},
+        "config": {},
+        "comparable": comparable,
+    }
+    (root / "run.json").write_text(json.dumps(run))
+    (root / "results.json").write_text(json.dumps(results))
+    return root
+
+
+RIGHT = {"mvbench": "(B) a star", "tempcompass": "B"}
+
+
+def answers(suite: str, wrong: int) -> list[str]:
+    right = RIGHT.get(suite, "B")
+    return ["(A) a ring" if suite == "mvbench" else "A"] * wrong + [right] * (6 - wrong)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("runs")
+    suites = {suite: {"paper": True, "reasons": []} for suite in SHORT}
+    suites["tomato"] = {"paper": False, "reasons": ["it is the text control"]}
+    whole = {suite: answers(suite, wrong) for wrong, suite in enumerate(SHORT)}
+    vsi = ["4"] * 3 + ["10", "5", "no idea"]
+    return [
+        write_run(root / "whole", "ours-8B", whole, paper=True, suites=suites),
+        write_run(root / "part", HOSTILE, {"vsibench": vsi}, paper=False, reason="settings differ"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def summary(paths: list[Path]) -> Summary:
+    return summarise_paths(paths)
+
+
+def table(summary: Summary, number: int) -> leaderboard.Table:
+    (found,) = [one for one in leaderboard.tables(summary) if one.number == number]
+    return found
+
+
+def test_every_column_of_the_paper_belongs_to_a_benchmark() -> None:
+    recorded = json.loads(leaderboard.PAPER.read_text())
+    columns = {(t["number"], c) for t in recorded["tables"] for c in t["columns"]}
+    ours = {one.column for one in BENCHMARKS.values() if one.column}
+    assert columns - ours == {(3, leaderboard.AVERAGE)}
+    assert ours <= columns
+
+
+def test_the_papers_average_is_the_mean_that_we_print(summary: Summary) -> None:
+    for row in table(summary, 3).paper:
+        others = [score for column, score in row.scores.items() if column != leaderboard.AVERAGE]
+        printed = row.scores[leaderboard.AVERAGE]
+        assert printed is not None and None not in others
+        assert sum(x or 0 for x in others) / 6 == pytest.approx(printed, abs=0.051)
+
+
+def test_our_row_has_the_recorded_values_and_their_mean(summary: Summary) -> None:
+    (row,) = table(summary, 3).ours
+    values = [row.cells[BENCHMARKS[suite].column[1]].cell.value for suite in SHORT]  # type: ignore[index]
+    assert values == pytest.approx([(6 - wrong) / 6 for wrong in range(6)])
+    assert row.average == pytest.approx(sum(values) / 6)
+
+
+def test_only_tables_with_a_column_of_ours_are_shown(summary: Summary, paths: list[Path]) -> None:
+    assert [one.number for one in leaderboard.tables(summary)] == [3, 4]
+    assert leaderboard.tables(summarise_paths(paths[1:]))[0].number == 4
+
+
+def test_a_cell_says_why_it_is_not_comparable(summary: Summary) -> None:
+    (row,) = table(summary, 3).ours
+    reasons = {column: one.reasons for column, one in row.cells.items()}
+    assert reasons["Tomato"] == ("it is the text control",)
+    assert all(not why for column, why in reasons.items() if column != "Tomato")
+    (other,) = table(summary, 4).ours
+    assert other.cells["VSIBench"].reasons == ("settings differ",)
+
+
+def test_missing_and_failed_samples_are_reasons(paths: list[Path], tmp_path: Path) -> None:
+    run = write_run(
+        tmp_path / "r", "m", {"nextqa": answers("nextqa", 0)},
+        paper=True, suites={"nextqa": {"paper": True, "reasons": []}},
+    )  # fmt: skip
+    samples = run / "samples/nextqa.jsonl"
+    rows = [json.loads(line) for line in samples.read_text().splitlines()][:4]
+    rows[0] |= {"error": {"type": "VideoError", "message": "torn"}}
+    rows[0]["official"] = {"value": 0.0, "parsed": None, "outcome": "error"}
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (row,) = table(summarise_paths([run]), 3).ours
+    assert row.cells["NextQA"].reasons == (
+        "4 of 6 questions are answered so far",
+        "1 samples failed and count as wrong",
+    )
+    assert row.average is None
+
+
+def test_an_average_that_is_no_mean_has_an_interval_by_its_own_rule(summary: Summary) -> None:
+    (row,) = table(summary, 4).ours
+    cell = row.cells["VSIBench"].cell
+    # Counting is all right; of the sizes one is right, one half, which is right at one threshold of
+    # ten, and one unreadable. Directions were not asked and count as 0, officially.
+    assert cell.value == pytest.approx((1 + (1 + 0.1 + 0) / 3 + 0) / 3)
+    assert cell.interval_fits
+    assert cell.interval.low <= cell.value <= cell.interval.high
+
+
+def test_statistic_interval_agrees_with_the_mean_where_the_statistic_is_one() -> None:
+    values = [0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0] * 10
+    names = [f"v{i // 2}" for i in range(100)]
+    found = statistic_interval(
+        0.7, values, names, lambda chosen: sum(chosen) / len(chosen), resamples=4000
+    )
+    # The clustered standard error of ten times the same five clusters.
+    spread = [0.5, 0.5, 1.0, 0.5, 1.0] * 10
+    error = (sum((x - 0.7) ** 2 for x in spread) / 50 / 50) ** 0.5
+    assert found.se == pytest.approx(error, rel=0.05)
+    assert found.low == pytest.approx(0.7 - 2 * error, abs=0.01)
+    assert (found.n, found.clusters) == (100, 50)
+    single = statistic_interval(0.5, [0.5], ["v"], lambda chosen: chosen[0])
+    assert (single.low, single.high) == (0.0, 1.0)
+
+
+def test_markdown_has_both_kinds_of_rows_and_a_foot(summary: Summary) -> None:
+    text = leaderboard_formats.markdown(leaderboard.tables(summary))
+    assert "| InternVideo3 | 85.5 | 81.4 | 75.0 | 37.4 | 60.6 | 74.0 | 69.0 |" in text
+    assert "**ours-8B** (ours) | 100.0 (" in text
+    assert "<sup>1</sup>" in text and "1. it is the text control" in text
+    assert "| ours-8B, NextQA | 100.0 |" in text and "the\\_script.sh" in text
+    assert "<b>" not in text
+
+
+def test_latex_escapes_and_balances(summary: Summary) -> None:
+    text = leaderboard_formats.latex(leaderboard.tables(summary))
+    assert text.count(r"\begin{") == text.count(r"\end{")
+    assert r"\textbf{=HYPERLINK() | <b>\& \%\_ \textbackslash{}}" in text
+    assert r"83.3 (" in text and r"\textsuperscript{1}" in text
+    for line in text.splitlines():
+        if line.endswith(r"\\") and line.startswith("InternVideo3"):
+            assert line.count("&") in (6, 7)
+
+
+def test_csv_has_every_score_once(summary: Summary) -> None:
+    rows = list(
+        csv.DictReader(io.StringIO(leaderboard_formats.as_csv(leaderboard.tables(summary))))
+    )
+    paper = [row for row in rows if row["from"] == "paper"]
+    assert {
+        "table": "3",
+        "column": "NextQA",
+        "system": "InternVideo3",
+        "value": "0.855",
+    }.items() <= (
+        next(r for r in paper if r["column"] == "NextQA" and r["system"] == "InternVideo3").items()
+    )
+    ours = {row["column"]: row for row in rows if row["from"] == "run"}
+    assert len(ours) == 7 and ours["Tomato"]["comparable"] == "False"
+    assert ours["NextQA"]["comparable"] == "True" and float(ours["NextQA"]["value"]) == 1.0
+    assert ours["VSIBench"]["system"].startswith("'=")
+
+
+def test_the_page_shows_them_and_files_lie_beside_it(paths: list[Path], tmp_path: Path) -> None:
+    page = build_report(paths, tmp_path / "page", title="T").read_text()
+    assert "Beside the paper" in page and "Table 3: Short video" in page
+    assert "it is the text control" in page and "<b>&amp; %_" not in page.split("<main>")[0]
+    for name in ("tables.md", "tables.tex", "tables.csv"):
+        assert (tmp_path / "page" / name).stat().st_size > 1000
+
+
+def test_runs_of_the_world_alone_have_no_such_tables(runs: list[Path], tmp_path: Path) -> None:
+    page = build_report(runs[:1], tmp_path / "page", title="T").read_text()
+    assert "Beside the paper" not in page
+    assert not (tmp_path / "page" / "tables.md").exists()
