@@ -1,13 +1,16 @@
 """Which of the two implementations of a kernel a tensor gets."""
 
+import contextlib
 import functools
 import importlib.util
-import os
+from collections.abc import Iterator
 
 import torch
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTERPRETED_SMS = 4
+
+_interpreting = False
 
 
 @functools.cache
@@ -17,12 +20,26 @@ def triton_is_installed() -> bool:
 
 
 def wants_triton(x: torch.Tensor) -> bool:
-    """Whether x runs in Triton: on CUDA, or on the CPU under ``TRITON_INTERPRET=1``.
+    """Whether x runs in Triton: on CUDA, or on the CPU within ``interpreted()``.
 
     float64 always runs in torch: it is the reference.
     """
-    runs_here = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return runs_here and x.dtype in TRITON_DTYPES and triton_is_installed()
+    return (x.is_cuda or _interpreting) and x.dtype in TRITON_DTYPES and triton_is_installed()
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Send CPU tensors to Triton's interpreter; needs ``TRITON_INTERPRET=1`` before its import.
+
+    The environment variable alone does not do it: a process that has it for one purpose (the tests
+    of the kernels) would interpret everything else as well, a thousand times slower.
+    """
+    global _interpreting
+    before, _interpreting = _interpreting, True
+    try:
+        yield
+    finally:
+        _interpreting = before
 
 
 @functools.cache
@@ -31,3 +48,8 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_SMS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def is_power_of_two(number: int) -> bool:
+    """Whether a width fits a Triton block exactly."""
+    return number > 0 and number & (number - 1) == 0

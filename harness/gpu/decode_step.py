@@ -24,10 +24,12 @@ import torch
 from internvideo3.harness.gpu.measure import Results, release, say, summarize, timing_fields
 from internvideo3.kernels.decode_linear.dispatch import decode_linear
 from internvideo3.kernels.gqa_append.dispatch import gqa_append
-from internvideo3.kernels.gqa_decode.dispatch import gqa_decode
+from internvideo3.kernels.gqa_decode.dispatch import decode_runs as gqa_decode
+from internvideo3.kernels.gqa_decode.naive import KeysValues
 from internvideo3.kernels.latent_absorb.dispatch import absorb_query, expand_output
 from internvideo3.kernels.latent_append.dispatch import latent_append
-from internvideo3.kernels.latent_decode.dispatch import latent_decode
+from internvideo3.kernels.latent_decode.dispatch import decode_runs as latent_decode
+from internvideo3.kernels.latent_decode.rows import Rows
 
 LABEL = "random weights, integrated at synthetic depth"
 DEPTHS = (32768, 65536, 131072, 262144, 393216, 524288, 786432)
@@ -79,7 +81,8 @@ class Engine(ABC):
                 "norm_in": self.gains(shape.hidden),
                 "norm_mid": self.gains(shape.hidden),
                 "out": self.draw(shape.hidden, shape.heads * shape.head_dim),
-                "gate_up": self.draw(2 * shape.intermediate, shape.hidden),
+                "gate": self.draw(shape.intermediate, shape.hidden),
+                "up": self.draw(shape.intermediate, shape.hidden),
                 "down": self.draw(shape.hidden, shape.intermediate),
             }
             | self.attention_weights()
@@ -119,7 +122,7 @@ class Engine(ABC):
     def attend(
         self, index: int, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        """Append one token to a layer's cache and attend: ``[hidden] -> [H * D]``."""
+        """Append one token to a layer's cache and attend: ``[1, hidden] -> [1, H * D]``."""
 
     def rewind(self, depth: int, token: int = 1) -> None:
         """Pretend that ``depth`` tokens are cached."""
@@ -130,14 +133,16 @@ class Engine(ABC):
     def step(self) -> torch.Tensor:
         """Advance by one token, the argmax, without touching the host; return the logits."""
         self.lengths_B.add_(1)
-        x = self.embedding.index_select(0, self.token)[0]
+        x = self.embedding.index_select(0, self.token)
         angle = self.position[:, None].to(torch.float32) * self.inverse_frequency_S
         cos, sin = angle.cos(), angle.sin()
         for index, layer in enumerate(self.layers):
             attended = self.attend(index, x, cos, sin)
-            x = decode_linear(attended, layer["out"], residual_N=x)
-            middle = decode_linear(x, layer["gate_up"], norm_weight_K=layer["norm_mid"], gated=True)
-            x = decode_linear(middle, layer["down"], residual_N=x)
+            x = decode_linear(attended, layer["out"], residual_BN=x)
+            middle = decode_linear(
+                x, layer["gate"], factor_NK=layer["up"], norm_weight_K=layer["norm_mid"]
+            )
+            x = decode_linear(middle, layer["down"], residual_BN=x)
         logits = decode_linear(x, self.lm_head, norm_weight_K=self.final_norm)
         self.token.copy_(logits.argmax().view(1))
         self.position.add_(1)
@@ -194,14 +199,13 @@ class LatentEngine(Engine):
         s, layer, rows_1TR = self.shape, self.layers[index], self.cache[index]
         qk_width = s.head_dim + s.rotary
         merged = decode_linear(x, layer["in"], norm_weight_K=layer["norm_in"])
-        q_1HW = merged[: s.heads * qk_width].view(1, s.heads, qk_width)
-        row_1R = merged[s.heads * qk_width :].view(1, -1)
+        q_1HW = merged[:, : s.heads * qk_width].unflatten(1, (s.heads, qk_width))
+        row_1R = merged[:, s.heads * qk_width :]
         latent_append(row_1R, cos, sin, self.position, rows_1TR[0])
         q_1HR = absorb_query(q_1HW, layer["up_key"], cos, sin)
-        latent_1HV, _ = latent_decode(
-            q_1HR, rows_1TR, self.lengths_B, scale=qk_width**-0.5, value_width=s.rank
-        )
-        return expand_output(latent_1HV, layer["up_value"]).view(-1)
+        cached = Rows(rows_bTW=rows_1TR, lengths_B=self.lengths_B, rank=s.rank)
+        latent_1HV, _ = latent_decode(q_1HR, [cached], scale=qk_width**-0.5, value_width=s.rank)
+        return expand_output(latent_1HV, layer["up_value"]).flatten(1)
 
 
 class GqaEngine(Engine):
@@ -233,14 +237,13 @@ class GqaEngine(Engine):
     ) -> torch.Tensor:
         """Append key and value, attend over the cache."""
         layer, (keys, values) = self.layers[index], self.cache[index]
-        qkv = decode_linear(x, layer["qkv"], norm_weight_K=layer["norm_in"])[None]
+        qkv = decode_linear(x, layer["qkv"], norm_weight_K=layer["norm_in"])
         q_1HD = gqa_append(
             qkv, layer["q_norm"], layer["k_norm"], cos, sin, self.position, keys, values
         )
-        out_1HD, _ = gqa_decode(
-            q_1HD, keys, values, self.lengths_B, scale=self.shape.head_dim**-0.5
-        )
-        return out_1HD.view(-1)
+        cached = KeysValues(keys_bKTD=keys, values_bKTD=values, lengths_B=self.lengths_B)
+        out_1HD, _ = gqa_decode(q_1HD, [cached], scale=self.shape.head_dim**-0.5)
+        return out_1HD.flatten(1)
 
 
 ENGINES: dict[str, type[Engine]] = {"m2la": LatentEngine, "gqa": GqaEngine}

@@ -88,7 +88,7 @@ LINEAR_SHAPES = {
     "m2la-in": (9216, 4096, False),
     "gqa-qkv": (6144, 4096, False),
     "out": (4096, 4096, False),
-    "gate-up": (24576, 4096, True),
+    "gate-up": (12288, 4096, True),
     "down": (4096, 12288, False),
     "lm-head": (151936, 4096, False),
 }
@@ -253,22 +253,18 @@ def check_linear(shape: str, tile: linear.Tile, device: torch.device) -> float:
     """Error of one fused linear layer."""
     sizes, (rows, width, gated) = sizes_of(device), LINEAR_SHAPES[shape]
     rows, width = rows // sizes.shrink_linear, max(64, width // sizes.shrink_linear)
-    rows -= rows % 2
-    x = make_random(width, like=sizes.dtype, device=device)
+    x = make_random(1, width, like=sizes.dtype, device=device)
     weight = make_random(rows, width, like=sizes.dtype, device=device)
-    norm = make_random(width, like=sizes.dtype, device=device)
-    residual = make_random(rows // 2 if gated else rows, like=sizes.dtype, device=device)
+    options: dict[str, Any] = {"norm_weight_K": make_random(width, like=sizes.dtype, device=device)}
+    if gated:
+        options["factor_NK"] = make_random(rows, width, like=sizes.dtype, device=device)
+    else:
+        options["bias_N"] = make_random(rows, like=sizes.dtype, device=device)
+        options["residual_BN"] = make_random(1, rows, like=sizes.dtype, device=device)
     with poisoned():
-        out = linear.decode_linear(
-            x, weight, norm_weight_K=norm, residual_N=residual, gated=gated, tile=tile
-        )
-    expected = linear_naive.decode_linear(
-        x.double(),
-        weight.double(),
-        norm_weight_K=norm.double(),
-        residual_N=residual.double(),
-        gated=gated,
-    )
+        out = linear.decode_linear(x, weight, tile=tile, **options)
+    wide = {name: tensor.double() for name, tensor in options.items()}
+    expected = linear_naive.decode_linear(x.double(), weight.double(), **wide)
     return relative_error(out, expected)
 
 
@@ -543,21 +539,29 @@ def time_linear(shape: str, tile: linear.Tile | None, device: torch.device) -> d
     """Time one fused linear layer, or torch's plain one when no tile is given."""
     sizes, (rows, width, gated) = sizes_of(device), LINEAR_SHAPES[shape]
     rows, width = rows // sizes.shrink_linear, max(64, width // sizes.shrink_linear)
-    rows -= rows % 2
-    size = rows * width * sizes.dtype.itemsize
-    x = make_random(width, like=sizes.dtype, device=device)
+    matrices = 2 if gated else 1
+    size = matrices * rows * width * sizes.dtype.itemsize
+    x = make_random(1, width, like=sizes.dtype, device=device)
     norm = make_random(width, like=sizes.dtype, device=device)
     weights = [
-        torch.empty(rows, width, dtype=sizes.dtype, device=device).normal_()
+        torch.empty(matrices, rows, width, dtype=sizes.dtype, device=device).normal_()
         for _ in range(buffers_for(size) if device.type == "cuda" else 1)
     ]
     calls: list[Callable[[], Any]]
     if tile is None:
-        row = x[None]
-        calls = [functools.partial(torch.nn.functional.linear, row, w) for w in weights]
+        calls = [functools.partial(torch.nn.functional.linear, x, w.flatten(0, 1)) for w in weights]
     else:
-        options: dict[str, Any] = {"norm_weight_K": norm, "gated": gated, "tile": tile}
-        calls = [functools.partial(linear.decode_linear, x, w, **options) for w in weights]
+        calls = [
+            functools.partial(
+                linear.decode_linear,
+                x,
+                w[0],
+                norm_weight_K=norm,
+                factor_NK=w[1] if gated else None,
+                tile=tile,
+            )
+            for w in weights
+        ]
     timing = time_calls(calls, device)
     return {"bytes": size, "bytes_per_s": size / timing.median_s} | timing_fields(timing)
 

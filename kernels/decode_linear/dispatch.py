@@ -1,41 +1,47 @@
-"""A linear layer for one token on whatever device the tensors are.
+"""A linear layer for one token of each sequence on whatever device the tensors are.
 
-Axes: K input width, N output width.
+Axes: B batch, K input width, N output width.
 """
 
 import torch
 
 from internvideo3.kernels.choice import wants_triton
-from internvideo3.kernels.decode_linear import naive
+from internvideo3.kernels.decode_linear import batched
 
 
 def decode_linear(
-    x_K: torch.Tensor,
+    x_BK: torch.Tensor,
     weight_NK: torch.Tensor,
     *,
     norm_weight_K: torch.Tensor | None = None,
-    residual_N: torch.Tensor | None = None,
-    gated: bool = False,
+    factor_NK: torch.Tensor | None = None,
+    bias_N: torch.Tensor | None = None,
+    residual_BN: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """Multiply one token by a weight; see ``naive.decode_linear``."""
-    if not wants_triton(x_K):
-        return naive.decode_linear(
-            x_K,
+    """Multiply tokens by a weight; see ``naive.decode_linear``.
+
+    One sequence is a matrix-vector product, fused in Triton; a batch is a matrix product.
+    """
+    if x_BK.shape[0] > 1 or not wants_triton(x_BK):
+        return batched.decode_linear(
+            x_BK,
             weight_NK,
             norm_weight_K=norm_weight_K,
-            residual_N=residual_N,
-            gated=gated,
+            factor_NK=factor_NK,
+            bias_N=bias_N,
+            residual_BN=residual_BN,
             eps=eps,
         )
     from internvideo3.kernels.decode_linear import triton
 
     return triton.decode_linear(
-        x_K,
+        x_BK,
         weight_NK,
         norm_weight_K=norm_weight_K,
-        residual_N=residual_N,
-        gated=gated,
+        factor_NK=factor_NK,
+        bias_N=bias_N,
+        residual_BN=residual_BN,
         eps=eps,
-        tile=triton.GATED_TILE if gated else triton.PLAIN,
+        tile=triton.PLAIN if factor_NK is None else triton.GATED_TILE,
     )

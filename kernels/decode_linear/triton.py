@@ -30,7 +30,9 @@ GATED_TILE = Tile(2, 1024, 4)
 def linear_kernel(
     x_ptr,
     weight_ptr,
+    factor_ptr,
     norm_ptr,
+    bias_ptr,
     residual_ptr,
     out_ptr,
     eps,
@@ -38,6 +40,7 @@ def linear_kernel(
     K: tl.constexpr,
     NORM: tl.constexpr,
     GATED: tl.constexpr,
+    BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -45,7 +48,7 @@ def linear_kernel(
     """BLOCK_N outputs; the norm's scale is a scalar, so it is applied after the product."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (row < N)[:, None]
-    row_ptr = weight_ptr + row.to(tl.int64)[:, None] * K
+    start = row.to(tl.int64)[:, None] * K
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc_factor = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     squares = tl.zeros([BLOCK_K], tl.float32)
@@ -53,14 +56,14 @@ def linear_kernel(
         column = first + tl.arange(0, BLOCK_K)
         real = column < K
         mask = inside & real[None, :]
-        weight = tl.load(row_ptr + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + start + column[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + column, mask=real, other=0.0).to(tl.float32)
         if NORM:
             squares += x * x
             x = x * tl.load(norm_ptr + column, mask=real, other=0.0).to(tl.float32)
         acc += weight * x[None, :]
         if GATED:
-            factor = tl.load(row_ptr + N * K + column[None, :], mask=mask, other=0.0)
+            factor = tl.load(factor_ptr + start + column[None, :], mask=mask, other=0.0)
             acc_factor += factor.to(tl.float32) * x[None, :]
     out = tl.sum(acc, axis=1)
     inverse = 1.0
@@ -69,39 +72,48 @@ def linear_kernel(
         out = out * inverse
     if GATED:
         out = out / (1.0 + tl.exp(-out)) * (tl.sum(acc_factor, axis=1) * inverse)
+    if BIAS:
+        out += tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
     if RESIDUAL:
         out += tl.load(residual_ptr + row, mask=row < N, other=0.0).to(tl.float32)
     tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty), mask=row < N)
 
 
 def decode_linear(
-    x_K: torch.Tensor,
+    x_BK: torch.Tensor,
     weight_NK: torch.Tensor,
     *,
     norm_weight_K: torch.Tensor | None = None,
-    residual_N: torch.Tensor | None = None,
-    gated: bool = False,
+    factor_NK: torch.Tensor | None = None,
+    bias_N: torch.Tensor | None = None,
+    residual_BN: torch.Tensor | None = None,
     eps: float = 1e-6,
     tile: Tile,
 ) -> torch.Tensor:
-    """Multiply one token by a contiguous weight; see ``naive.decode_linear``."""
-    n_rows, width = weight_NK.shape
-    n_out = n_rows // 2 if gated else n_rows
-    out_N = torch.empty(n_out, dtype=x_K.dtype, device=x_K.device)
+    """Multiply one token (B = 1) by contiguous weights; see ``naive.decode_linear``."""
+    n_out, width = weight_NK.shape
+    out_BN = torch.empty(1, n_out, dtype=x_BK.dtype, device=x_BK.device)
+
+    def or_x(tensor: torch.Tensor | None) -> torch.Tensor:
+        return x_BK if tensor is None else tensor
+
     linear_kernel[(triton.cdiv(n_out, tile.block_n),)](
-        x_K,
+        x_BK,
         weight_NK,
-        x_K if norm_weight_K is None else norm_weight_K,
-        x_K if residual_N is None else residual_N,
-        out_N,
+        or_x(factor_NK),
+        or_x(norm_weight_K),
+        or_x(bias_N),
+        or_x(residual_BN),
+        out_BN,
         eps,
         N=n_out,
         K=width,
         NORM=norm_weight_K is not None,
-        GATED=gated,
-        RESIDUAL=residual_N is not None,
+        GATED=factor_NK is not None,
+        BIAS=bias_N is not None,
+        RESIDUAL=residual_BN is not None,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         num_warps=tile.num_warps,
     )
-    return out_N
+    return out_BN

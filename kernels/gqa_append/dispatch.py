@@ -5,7 +5,7 @@ Axes: B batch, H query heads, K key/value heads, T cache capacity, D head width,
 
 import torch
 
-from internvideo3.kernels.choice import wants_triton
+from internvideo3.kernels.choice import is_power_of_two, wants_triton
 from internvideo3.kernels.gqa_append import naive
 
 
@@ -23,7 +23,7 @@ def gqa_append(
 ) -> torch.Tensor:
     """Normalise and rotate q and k, append k and v; see ``naive.gqa_append``."""
     append = naive.gqa_append
-    if wants_triton(qkv_BW):
+    if wants_triton(qkv_BW) and is_power_of_two(cos_BS.shape[1]):
         from internvideo3.kernels.gqa_append import triton
 
         append = triton.gqa_append

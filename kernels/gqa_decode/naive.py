@@ -1,9 +1,24 @@
 """Grouped-query attention for one new token per sequence, in plain torch.
 
-Axes: B batch, H query heads, K key/value heads, T cached tokens, D head width.
+Axes: B sequences, b = B or 1, H query heads, K key/value heads, G = H / K, T cached tokens,
+D head width.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeysValues:
+    """A run of cached keys and values; a sequence attends to all its runs."""
+
+    keys_bKTD: torch.Tensor
+    """Those at or beyond a sequence's length are never read; b = 1: all sequences share them."""
+    values_bKTD: torch.Tensor
+    lengths_B: torch.Tensor
+    """Valid tokens of each sequence, int32 on the device."""
 
 
 def gqa_decode(
@@ -14,32 +29,52 @@ def gqa_decode(
     *,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend over one run; see ``decode_runs``."""
+    run = KeysValues(keys_bKTD=keys_BKTD, values_bKTD=values_BKTD, lengths_B=lengths_B)
+    return decode_runs(q_BHD, [run], scale=scale)
+
+
+def decode_runs(
+    q_BHD: torch.Tensor, runs: Sequence[KeysValues], *, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend from one query per head; ``H // K`` query heads share a key/value head.
 
     Args:
         q_BHD: queries; head h reads key/value head ``h // (H // K)``.
-        keys_BKTD: cached keys; those at or beyond a sequence's length are never read.
-        values_BKTD: cached values.
-        lengths_B: valid tokens of each sequence (integer).
+        runs: cached keys and values.
         scale: factor on the scores.
 
     Returns:
         Output ``[B, H, D]`` in the dtype of q, and natural-log log-sum-exp ``[B, H]`` in at least
-        float32. A sequence of length 0 gives zeros and ``-inf``.
+        float32. A sequence without tokens gives zeros and ``-inf``.
     """
     wide = torch.promote_types(q_BHD.dtype, torch.float32)
-    batch, heads, width = q_BHD.shape
-    kv_heads = keys_BKTD.shape[1]
-    out_BHD = torch.zeros_like(q_BHD)
-    lse_BH = torch.full((batch, heads), float("-inf"), dtype=wide, device=q_BHD.device)
-    for index, length in enumerate(lengths_B.tolist()):
-        if length == 0:
-            continue
-        keys_KTD = keys_BKTD[index, :, :length].to(wide)
-        values_KTD = values_BKTD[index, :, :length].to(wide)
-        q_KGD = q_BHD[index].to(wide).view(kv_heads, heads // kv_heads, width)
-        scores_KGT = scale * (q_KGD @ keys_KTD.transpose(1, 2))
-        lse_BH[index] = torch.logsumexp(scores_KGT, dim=-1).flatten()
-        out_KGD = scores_KGT.softmax(-1) @ values_KTD
-        out_BHD[index] = out_KGD.reshape(heads, width).to(q_BHD.dtype)
-    return out_BHD, lse_BH
+    q_BKGD = scale * q_BHD.to(wide).unflatten(1, (runs[0].keys_bKTD.shape[1], -1))
+    scores, values = [], []
+    for run in runs:
+        longest = int(run.lengths_B.max())
+        keys = run.keys_bKTD[:, :, :longest].to(wide)
+        value = run.values_bKTD[:, :, :longest].to(wide)
+        valid_BT = torch.arange(longest, device=q_BHD.device) < run.lengths_B[:, None]
+        if value.shape[0] > 1 and not bool(valid_BT.all()):
+            value = value.masked_fill(~valid_BT[:, None, :, None], 0.0)
+        scores_BKGT = _times(q_BKGD, keys.mT)
+        scores.append(scores_BKGT.masked_fill(~valid_BT[:, None, None], float("-inf")))
+        values.append(value)
+    joined_BKGT = torch.cat(scores, dim=-1)
+    lse_BKG = torch.logsumexp(joined_BKGT, dim=-1)
+    # A sequence that sees nothing would give NaN: its weights are zero.
+    weights_BKGT = torch.exp(joined_BKGT - lse_BKG.nan_to_num(neginf=0.0)[..., None])
+    parts = weights_BKGT.split([s.shape[-1] for s in scores], dim=-1)
+    out_BKGD = sum(_times(w, v) for w, v in zip(parts, values, strict=True))
+    assert isinstance(out_BKGD, torch.Tensor)
+    return out_BKGD.flatten(1, 2).to(q_BHD.dtype), lse_BKG.flatten(1)
+
+
+def _times(x_BKGT: torch.Tensor, y_bKTD: torch.Tensor) -> torch.Tensor:
+    """Batched product; a shared factor is read once, as one product over all rows."""
+    if y_bKTD.shape[0] == x_BKGT.shape[0]:
+        return x_BKGT @ y_bKTD
+    B, K, G, T = x_BKGT.shape
+    folded_KMD = x_BKGT.transpose(0, 1).reshape(K, B * G, T) @ y_bKTD[0]
+    return folded_KMD.view(K, B, G, -1).transpose(0, 1)

@@ -7,6 +7,7 @@ The same family as ``latent_decode``: one program per token range (and key/value
 read on the device, a fixed number of splits, the same merge.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from internvideo3.kernels.latent_decode.triton import LOG2_E, token_range
+from internvideo3.kernels.gqa_decode.naive import KeysValues
+from internvideo3.kernels.latent_decode.triton import BLOCKS_PER_SPLIT, LOG2_E, token_range
 from internvideo3.kernels.lse_merge.triton import lse_merge
 
 
@@ -41,6 +43,8 @@ def gqa_kernel(
     parts_ptr,
     parts_lse_ptr,
     scale_log2,
+    first_split,
+    total_splits,
     stride_qb,
     stride_qh,
     stride_kb,
@@ -59,8 +63,7 @@ def gqa_kernel(
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    n_splits = tl.num_programs(0)
-    start, end = token_range(tl.load(lengths_ptr + batch), split, n_splits, BLOCK_N)
+    start, end = token_range(tl.load(lengths_ptr + batch), split, tl.num_programs(0), BLOCK_N)
 
     member = tl.arange(0, BLOCK_G)
     column = tl.arange(0, WIDTH)
@@ -100,7 +103,7 @@ def gqa_kernel(
         acc = tl.dot(weight.to(values.dtype), values, acc, input_precision="ieee")
         top = new_top
 
-    slot = batch * n_splits + split
+    slot = batch * total_splits + first_split + split
     some = total > 0.0
     divisor = tl.where(some, total, 1.0)
     tl.store(
@@ -165,21 +168,74 @@ def gqa_decode(
     Returns:
         Output ``[B, H, D]`` in the dtype of q, natural-log float32 log-sum-exp ``[B, H]``.
     """
+    run = KeysValues(keys_bKTD=keys_BKTD, values_bKTD=values_BKTD, lengths_B=lengths_B)
+    return _launch(q_BHD, [(run, n_splits)], scale, tile, parts_dtype)
+
+
+def decode_runs(
+    q_BHD: torch.Tensor,
+    runs: Sequence[KeysValues],
+    *,
+    scale: float,
+    multiprocessors: int,
+    parts_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend over several runs with the shipped tile; see ``naive.decode_runs``.
+
+    Args:
+        q_BHD: queries, contiguous in D.
+        runs: at least one; keys and values contiguous in D.
+        scale: factor on the scores.
+        multiprocessors: of the device; decides how many programs share a run.
+        parts_dtype: dtype of the partial outputs; None is that of q.
+
+    Returns:
+        Output ``[B, H, D]`` in the dtype of q, natural-log float32 log-sum-exp ``[B, H]``.
+    """
+    launches = []
+    for run in runs:
+        _, kv_heads, capacity, _ = run.keys_bKTD.shape
+        most = multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // (q_BHD.shape[0] * kv_heads)
+        few = triton.cdiv(capacity, TILE.block_n * BLOCKS_PER_SPLIT)
+        launches.append((run, max(1, min(most, few))))
+    return _launch(q_BHD, launches, scale, TILE, parts_dtype or q_BHD.dtype)
+
+
+def _launch(
+    q_BHD: torch.Tensor,
+    launches: Sequence[tuple[KeysValues, int]],
+    scale: float,
+    tile: Tile,
+    parts_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One kernel for each run, all into one set of partial outputs, then the merge."""
     batch, heads, width = q_BHD.shape
-    kv_heads = keys_BKTD.shape[1]
-    parts_BSHD = torch.empty(batch, n_splits, heads, width, dtype=parts_dtype, device=q_BHD.device)
-    parts_lse_BSH = torch.empty(batch, n_splits, heads, dtype=torch.float32, device=q_BHD.device)
-    constants = launch_constants(tile, heads=heads, kv_heads=kv_heads, width=width)
-    strides = (q_BHD.stride(0), q_BHD.stride(1), *keys_BKTD.stride()[:3], *values_BKTD.stride()[:3])
-    gqa_kernel[(n_splits, kv_heads, batch)](
-        q_BHD,
-        keys_BKTD,
-        values_BKTD,
-        lengths_B,
-        parts_BSHD,
-        parts_lse_BSH,
-        scale * LOG2_E,
-        *strides,
-        **constants,
-    )
+    total = sum(n_splits for _, n_splits in launches)
+    parts_BSHD = torch.empty(batch, total, heads, width, dtype=parts_dtype, device=q_BHD.device)
+    parts_lse_BSH = torch.empty(batch, total, heads, dtype=torch.float32, device=q_BHD.device)
+    first = 0
+    for run, n_splits in launches:
+        kv_heads = run.keys_bKTD.shape[1]
+        gqa_kernel[(n_splits, kv_heads, batch)](
+            q_BHD,
+            run.keys_bKTD,
+            run.values_bKTD,
+            run.lengths_B,
+            parts_BSHD,
+            parts_lse_BSH,
+            scale * LOG2_E,
+            first,
+            total,
+            *q_BHD.stride()[:2],
+            *_strides(run.keys_bKTD),
+            *_strides(run.values_bKTD),
+            **launch_constants(tile, heads=heads, kv_heads=kv_heads, width=width),
+        )
+        first += n_splits
     return lse_merge(parts_BSHD, parts_lse_BSH, out_dtype=q_BHD.dtype)
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Strides over sequences (0 where they share one copy), heads and tokens."""
+    of_sequence, of_head, of_token, _ = tensor.stride()
+    return 0 if tensor.shape[0] == 1 else of_sequence, of_head, of_token

@@ -1,6 +1,6 @@
 """Fold the up-projections into the query and out of the output, in plain torch.
 
-Axes: B batch, H heads, N content width, S rotary slots, R rank, V value width.
+Axes: B batch, H heads, K key/value heads, N content width, S rotary slots, R rank, V value width.
 """
 
 import torch
@@ -11,11 +11,14 @@ from internvideo3.kernels.latent_append.naive import rotate
 def absorb_query(
     q_BHW: torch.Tensor, w_uk_HNR: torch.Tensor, cos_BS: torch.Tensor, sin_BS: torch.Tensor
 ) -> torch.Tensor:
-    """Turn per-head queries ``[q_nope | q_rope]`` into latent queries ``[q_nope W_UK | rotated]``.
+    """Turn per-head queries into latent queries ``[content W_UK | rotated]``.
+
+    The part to rotate is the query's own tail (``q = [content | rotary]``, ``w_uk`` has R columns),
+    or the map makes it as well (``q = content``, ``w_uk`` has R + 2S columns).
 
     Args:
-        q_BHW: queries, W = N + 2S.
-        w_uk_HNR: key up-projection of each head.
+        q_BHW: queries, W = N + 2S, or N.
+        w_uk_HNR: map of each head, R columns, or R + 2S.
         cos_BS: cosines of each sequence's rotary angles.
         sin_BS: sines.
 
@@ -23,15 +26,18 @@ def absorb_query(
         ``[B, H, R + 2S]`` in the dtype of q.
     """
     wide = torch.promote_types(q_BHW.dtype, torch.float32)
-    content = w_uk_HNR.shape[1]
+    content, rotary = w_uk_HNR.shape[1], 2 * cos_BS.shape[1]
     q = q_BHW.to(wide)
-    latent_BHR = torch.einsum("bhn,hnr->bhr", q[..., :content], w_uk_HNR.to(wide))
-    rope_BHW = rotate(q[..., content:], cos_BS.to(wide)[:, None], sin_BS.to(wide)[:, None])
-    return torch.cat((latent_BHR, rope_BHW), dim=-1).to(q_BHW.dtype)
+    made_BHR = torch.einsum("bhn,hnr->bhr", q[..., :content], w_uk_HNR.to(wide))
+    made_BHW = torch.cat((made_BHR, q[..., content:]), dim=-1)
+    latent_BHR, rope_BHS = made_BHW[..., :-rotary], made_BHW[..., -rotary:]
+    rope_BHS = rotate(rope_BHS, cos_BS.to(wide)[:, None], sin_BS.to(wide)[:, None])
+    return torch.cat((latent_BHR, rope_BHS), dim=-1).to(q_BHW.dtype)
 
 
-def expand_output(latent_BHR: torch.Tensor, w_uv_HVR: torch.Tensor) -> torch.Tensor:
-    """Apply each head's value up-projection: ``[B, H, R] -> [B, H, V]``."""
+def expand_output(latent_BHR: torch.Tensor, w_uv_KVR: torch.Tensor) -> torch.Tensor:
+    """Apply the value up-projections: ``[B, H, R] -> [B, H, V]``; ``H / K`` heads share one."""
     wide = torch.promote_types(latent_BHR.dtype, torch.float32)
-    out_BHV = torch.einsum("bhr,hvr->bhv", latent_BHR.to(wide), w_uv_HVR.to(wide))
-    return out_BHV.to(latent_BHR.dtype)
+    latent_BKGR = latent_BHR.to(wide).unflatten(1, (w_uv_KVR.shape[0], -1))
+    out_BKGV = torch.einsum("bkgr,kvr->bkgv", latent_BKGR, w_uv_KVR.to(wide))
+    return out_BKGV.flatten(1, 2).to(latent_BHR.dtype)

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """The absorbed query and the expanded output of one decode step, in Triton.
 
-Axes: B batch, H heads, N content width, S rotary slots, R rank, V value width.
+Axes: B batch, H heads, K key/value heads, N content width, S rotary slots, R rank, V value width.
 """
 
 import torch
@@ -25,6 +25,7 @@ def absorb_kernel(
     CONTENT: tl.constexpr,
     ROTARY: tl.constexpr,
     RANK: tl.constexpr,
+    MAPPED: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """BLOCK_R latent columns of one head, or its rotation in the last program; grid (., H, B)."""
@@ -33,22 +34,29 @@ def absorb_kernel(
     q_ptr += batch * stride_qb + head * stride_qh
     out_ptr += (batch * HEADS + head) * (RANK + 2 * ROTARY)
     dtype = out_ptr.dtype.element_ty
+    content = tl.arange(0, CONTENT)
+    stride_w = RANK + 2 * ROTARY if MAPPED else RANK
+    w_ptr += head * (CONTENT * stride_w)
     if tl.program_id(0) == tl.num_programs(0) - 1:
         pair = tl.arange(0, ROTARY)
-        first = tl.load(q_ptr + CONTENT + pair).to(tl.float32)
-        second = tl.load(q_ptr + CONTENT + ROTARY + pair).to(tl.float32)
+        if MAPPED:
+            q_column = tl.load(q_ptr + content).to(tl.float32)[:, None]
+            map_ptr = w_ptr + content[:, None] * stride_w + RANK + pair[None, :]
+            first = tl.sum(q_column * tl.load(map_ptr).to(tl.float32), axis=0)
+            second = tl.sum(q_column * tl.load(map_ptr + ROTARY).to(tl.float32), axis=0)
+        else:
+            first = tl.load(q_ptr + CONTENT + pair).to(tl.float32)
+            second = tl.load(q_ptr + CONTENT + ROTARY + pair).to(tl.float32)
         cos = tl.load(cos_ptr + batch * ROTARY + pair).to(tl.float32)
         sin = tl.load(sin_ptr + batch * ROTARY + pair).to(tl.float32)
         tl.store(out_ptr + RANK + pair, (first * cos - second * sin).to(dtype))
         tl.store(out_ptr + RANK + ROTARY + pair, (second * cos + first * sin).to(dtype))
     else:
-        content = tl.arange(0, CONTENT)
         column = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
         inside = column < RANK
         q = tl.load(q_ptr + content).to(tl.float32)
-        w_ptr += head * (CONTENT * RANK)
         w = tl.load(
-            w_ptr + content[:, None] * RANK + column[None, :], mask=inside[None, :], other=0.0
+            w_ptr + content[:, None] * stride_w + column[None, :], mask=inside[None, :], other=0.0
         ).to(tl.float32)
         tl.store(out_ptr + column, tl.sum(q[:, None] * w, axis=0).to(dtype), mask=inside)
 
@@ -59,6 +67,7 @@ def expand_kernel(
     w_ptr,
     out_ptr,
     HEADS: tl.constexpr,
+    SHARE: tl.constexpr,
     RANK: tl.constexpr,
     VALUE: tl.constexpr,
     POW2_R: tl.constexpr,
@@ -72,7 +81,7 @@ def expand_kernel(
     column = tl.arange(0, POW2_R)
     real = column < RANK
     w = tl.load(
-        w_ptr + head * (VALUE * RANK) + value[:, None] * RANK + column[None, :],
+        w_ptr + (head // SHARE) * (VALUE * RANK) + value[:, None] * RANK + column[None, :],
         mask=inside[:, None] & real[None, :],
         other=0.0,
     ).to(tl.float32)
@@ -92,8 +101,10 @@ def absorb_query(
 ) -> torch.Tensor:
     """Make latent queries; see ``naive.absorb_query`` (N, S powers of two; w contiguous)."""
     batch, heads, _ = q_BHW.shape
-    _, content, rank = w_uk_HNR.shape
+    _, content, columns = w_uk_HNR.shape
     rotary = cos_BS.shape[1]
+    mapped = q_BHW.shape[2] == content
+    rank = columns - 2 * rotary if mapped else columns
     out = torch.empty(batch, heads, rank + 2 * rotary, dtype=q_BHW.dtype, device=q_BHW.device)
     absorb_kernel[(triton.cdiv(rank, BLOCK_R) + 1, heads, batch)](
         q_BHW,
@@ -107,22 +118,24 @@ def absorb_query(
         CONTENT=content,
         ROTARY=rotary,
         RANK=rank,
+        MAPPED=mapped,
         BLOCK_R=BLOCK_R,
         num_warps=4,
     )
     return out
 
 
-def expand_output(latent_BHR: torch.Tensor, w_uv_HVR: torch.Tensor) -> torch.Tensor:
+def expand_output(latent_BHR: torch.Tensor, w_uv_KVR: torch.Tensor) -> torch.Tensor:
     """Apply each head's value up-projection; see ``naive.expand_output`` (both contiguous)."""
     batch, heads, rank = latent_BHR.shape
-    value = w_uv_HVR.shape[1]
+    kv_heads, value, _ = w_uv_KVR.shape
     out = torch.empty(batch, heads, value, dtype=latent_BHR.dtype, device=latent_BHR.device)
     expand_kernel[(triton.cdiv(value, BLOCK_V), heads, batch)](
         latent_BHR,
-        w_uv_HVR,
+        w_uv_KVR,
         out,
         HEADS=heads,
+        SHARE=heads // kv_heads,
         RANK=rank,
         VALUE=value,
         POW2_R=triton.next_power_of_2(rank),

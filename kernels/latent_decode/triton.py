@@ -1,14 +1,17 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Split-KV absorbed decode over contiguous latent rows, in Triton.
+"""Split-KV absorbed decode over latent rows, in Triton.
 
-Axes: B batch, H query heads, T cached tokens, R row width, V value width, S splits, G row groups.
+Axes: B sequences, H query heads, T cached tokens, W row width, V value width (the query's rank),
+R rank of a run, S splits, G row groups.
 
 A program owns one range of tokens of one sequence and all heads, so every cached byte is read once
-from memory; the tile in shared memory serves as keys and as values. Partial outputs are joined by
-``lse_merge``. The number of splits is fixed by the caller and the lengths are read on the device,
-so a captured CUDA graph stays valid while sequences grow.
+from memory; the tile in shared memory serves as keys and as values. Partial outputs of all runs are
+joined by one ``lse_merge``. The number of splits is fixed by the caller and the lengths are read on
+the device, so a captured CUDA graph stays valid while sequences grow. A run that all sequences
+share is stored once; their programs meet its tiles in the L2 cache.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from internvideo3.kernels.latent_decode.rows import Rows
 from internvideo3.kernels.lse_merge.triton import lse_merge
 
 LOG2_E = 1.4426950408889634
@@ -49,6 +53,15 @@ PLANS = {
     576: Plan(Tile("transposed", 32, 4, 3), 2),
     512: Plan(Tile("transposed", 32, 4, 3), 2),
 }
+PAGED_PLANS = PLANS | {576: Plan(Tile("transposed", 32, 8, 3), 2)}
+FP8_PLANS = {
+    # One stage: with two, 1024 columns converted in registers spill (README, "fp8 rows").
+    1024: Plan(Tile("transposed", 16, 8, 1), 2),
+    576: Plan(Tile("transposed", 32, 8, 2), 2),
+    512: Plan(Tile("transposed", 32, 8, 2), 2),
+}
+BLOCKS_PER_SPLIT = 4
+"""A run of few tokens gets fewer programs than the card has: at least so many blocks for each."""
 
 
 @triton.jit
@@ -66,53 +79,101 @@ def token_range(length, split, n_splits, BLOCK_N: tl.constexpr):
 def transposed_kernel(
     q_ptr,
     rows_ptr,
+    tail_ptr,
+    row_scale_ptr,
+    pages_ptr,
     lengths_ptr,
     parts_ptr,
     parts_lse_ptr,
     scale_log2,
+    first_split,
+    total_splits,
     stride_qb,
     stride_qh,
     stride_rb,
     stride_rt,
+    stride_tb,
+    stride_tt,
+    stride_sb,
+    stride_pb,
     HEADS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     MAIN: tl.constexpr,
+    REAL: tl.constexpr,
     TAIL: tl.constexpr,
+    RANK: tl.constexpr,
     VALUE: tl.constexpr,
+    PAGE: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Scores [tokens, heads], output [columns, heads]; grid (S, B)."""
+    """Scores [tokens, heads], output [columns, heads]; grid (S, B).
+
+    A row is its first REAL columns (padded to MAIN) and TAIL more, read through another pointer:
+    they are keys only. RANK columns are latent; the query's rank is VALUE.
+    """
     split = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
-    n_splits = tl.num_programs(0)
-    start, end = token_range(tl.load(lengths_ptr + batch), split, n_splits, BLOCK_N)
+    start, end = token_range(tl.load(lengths_ptr + batch), split, tl.num_programs(0), BLOCK_N)
 
     head = tl.arange(0, BLOCK_H)
     column = tl.arange(0, MAIN)
     here = head < HEADS
     q_ptr += batch * stride_qb
-    q = tl.load(q_ptr + head[:, None] * stride_qh + column[None, :], mask=here[:, None], other=0.0)
+    # Columns of a nested rank: the first of the query's latent ones, then its rotary ones.
+    q_column = tl.where(column < RANK, column, column + (VALUE - RANK))
+    q = tl.load(
+        q_ptr + head[:, None] * stride_qh + q_column[None, :],
+        mask=here[:, None] & (column < REAL)[None, :],
+        other=0.0,
+    )
     if TAIL > 0:
-        tail = MAIN + tl.arange(0, TAIL)
+        tail = tl.arange(0, TAIL)
         q_tail = tl.load(
-            q_ptr + head[:, None] * stride_qh + tail[None, :], mask=here[:, None], other=0.0
+            q_ptr + head[:, None] * stride_qh + (VALUE - RANK + REAL + tail)[None, :],
+            mask=here[:, None],
+            other=0.0,
         )
     top = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([MAIN, BLOCK_H], tl.float32)
-    rows_ptr += batch * stride_rb
     for first in range(start, end, BLOCK_N):
         step = tl.arange(0, BLOCK_N)
         valid = first + step < end
         # 64-bit only for the block's start: 2.5M rows of 1024 exceed 2**31 values.
-        block_ptr = rows_ptr + tl.cast(first, tl.int64) * stride_rt
+        if PAGE > 0:
+            item = tl.load(pages_ptr + batch * stride_pb + first // PAGE).to(tl.int64)
+            token = tl.cast(first % PAGE, tl.int64)
+        else:
+            item = batch
+            token = tl.cast(first, tl.int64)
+        loads = valid[:, None]
+        if REAL < MAIN:
+            loads = loads & (column < REAL)[None, :]
         rows = tl.load(
-            block_ptr + step[:, None] * stride_rt + column[None, :], mask=valid[:, None], other=0.0
+            rows_ptr
+            + item * stride_rb
+            + token * stride_rt
+            + step[:, None] * stride_rt
+            + column[None, :],
+            mask=loads,
+            other=0.0,
         )
+        if SCALED:
+            rows = rows.to(q.dtype)
+            row_scale = tl.load(
+                row_scale_ptr + item * stride_sb + token + step, mask=valid, other=0.0
+            )
         scores = tl.dot(rows, tl.trans(q), input_precision="ieee")
+        if SCALED:
+            scores = scores * row_scale[:, None]
         if TAIL > 0:
             rows_tail = tl.load(
-                block_ptr + step[:, None] * stride_rt + tail[None, :],
+                tail_ptr
+                + item * stride_tb
+                + token * stride_tt
+                + step[:, None] * stride_tt
+                + tail[None, :],
                 mask=valid[:, None],
                 other=0.0,
             )
@@ -123,10 +184,12 @@ def transposed_kernel(
         weight = tl.exp2(scores - new_top[None, :])
         total = total * keep + tl.sum(weight, axis=0)
         acc = acc * keep[None, :]
+        if SCALED:
+            weight = weight * row_scale[:, None]
         acc = tl.dot(tl.trans(rows), weight.to(rows.dtype), acc, input_precision="ieee")
         top = new_top
 
-    slot = batch * n_splits + split
+    slot = batch * total_splits + first_split + split
     some = total > 0.0
     divisor = tl.where(some, total, 1.0)
     tl.store(
@@ -138,7 +201,7 @@ def transposed_kernel(
         tl.store(
             parts_ptr + slot * (VALUE * HEADS) + column[:, None] * HEADS + head[None, :],
             (acc / divisor[None, :]).to(parts_ptr.dtype.element_ty),
-            mask=(column < VALUE)[:, None] & here[None, :],
+            mask=(column < RANK)[:, None] & here[None, :],
         )
 
 
@@ -225,8 +288,8 @@ def grouped_kernel(
 
 
 def latent_decode(
-    q_BHR: torch.Tensor,
-    rows_BTR: torch.Tensor,
+    q_BHW: torch.Tensor,
+    rows_BTW: torch.Tensor,
     lengths_B: torch.Tensor,
     *,
     scale: float,
@@ -235,14 +298,14 @@ def latent_decode(
     tile: Tile,
     parts_dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend from absorbed queries over latent rows; see ``naive.latent_decode``.
+    """Attend over one contiguous run of rows, in either form; see ``naive.latent_decode``.
 
     Args:
-        q_BHR: absorbed query, contiguous in R.
-        rows_BTR: cached rows, contiguous in R; other strides are free (multiples of 16 are fast).
+        q_BHW: absorbed query, contiguous in W.
+        rows_BTW: cached rows, contiguous in W; other strides are free (multiples of 16 are fast).
         lengths_B: valid tokens, int32 on the device; only the kernel reads them.
         scale: factor on the scores.
-        value_width: rank r of the latent.
+        value_width: rank of the latent.
         n_splits: programs per sequence.
         tile: form and block sizes.
         parts_dtype: dtype of the partial outputs; bfloat16 halves their traffic.
@@ -250,48 +313,180 @@ def latent_decode(
     Returns:
         Latent output ``[B, H, V]`` in the dtype of q, natural-log float32 log-sum-exp ``[B, H]``.
     """
-    batch, heads, width = q_BHR.shape
-    head_minor = tile.form == "transposed"
-    shape = (value_width, heads) if head_minor else (heads, value_width)
-    parts = torch.empty(batch, n_splits, *shape, dtype=parts_dtype, device=q_BHR.device)
-    parts_lse_BSH = torch.empty(batch, n_splits, heads, dtype=torch.float32, device=q_BHR.device)
-    kernel, constants = launch_constants(tile, heads=heads, width=width, value_width=value_width)
-    strides = (q_BHR.stride(0), q_BHR.stride(1), rows_BTR.stride(0), rows_BTR.stride(1))
-    kernel[(n_splits, batch)](
-        q_BHR, rows_BTR, lengths_B, parts, parts_lse_BSH, scale * LOG2_E, *strides, **constants
+    run = Rows(rows_bTW=rows_BTW, lengths_B=lengths_B, rank=value_width)
+    if tile.form == "transposed":
+        launches = [(run, tile, n_splits)]
+        return _launch(q_BHW, launches, scale, value_width, parts_dtype)
+    batch, heads, width = q_BHW.shape
+    shape = (batch, n_splits, heads)
+    parts = torch.empty(*shape, value_width, dtype=parts_dtype, device=q_BHW.device)
+    parts_lse_BSH = torch.empty(*shape, dtype=torch.float32, device=q_BHW.device)
+    grouped_kernel[(n_splits, batch)](
+        q_BHW,
+        rows_BTW,
+        lengths_B,
+        parts,
+        parts_lse_BSH,
+        scale * LOG2_E,
+        *q_BHW.stride()[:2],
+        *rows_BTW.stride()[:2],
+        **grouped_constants(tile, heads=heads, width=width, value_width=value_width),
     )
-    return lse_merge(parts, parts_lse_BSH, out_dtype=q_BHR.dtype, head_minor=head_minor)
+    return lse_merge(parts, parts_lse_BSH, out_dtype=q_BHW.dtype)
 
 
-def launch_constants(
-    tile: Tile, *, heads: int, width: int, value_width: int
-) -> tuple[Any, dict[str, Any]]:
-    """Return the kernel of a tile's form and the compile-time arguments of its launch.
+def decode_runs(
+    q_BHW: torch.Tensor,
+    runs: Sequence[Rows],
+    *,
+    scale: float,
+    value_width: int,
+    multiprocessors: int,
+    parts_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend over several runs with the shipped tiles; see ``naive.decode_runs``.
+
+    Args:
+        q_BHW: absorbed query, contiguous in W.
+        runs: at least one; rows contiguous in W.
+        scale: factor on the scores.
+        value_width: rank of the query.
+        multiprocessors: of the device; decides how many programs share a run.
+        parts_dtype: dtype of the partial outputs; None is that of q.
+
+    Returns:
+        Latent output ``[B, H, V]`` in the dtype of q, natural-log float32 log-sum-exp ``[B, H]``.
+    """
+    launches = []
+    for run in runs:
+        plan = plan_of(run)
+        most = multiprocessors * plan.programs_per_multiprocessor // q_BHW.shape[0]
+        few = triton.cdiv(run.capacity, plan.tile.block_n * BLOCKS_PER_SPLIT)
+        launches.append((run, plan.tile, max(1, min(most, few))))
+    return _launch(q_BHW, launches, scale, value_width, parts_dtype or q_BHW.dtype)
+
+
+def plan_of(run: Rows) -> Plan:
+    """The tile shipped for a run's kind and width."""
+    if run.scale_bT is not None:
+        return FP8_PLANS[run.width]
+    return (PLANS if run.pages_BN is None else PAGED_PLANS)[run.width]
+
+
+def _launch(
+    q_BHW: torch.Tensor,
+    launches: Sequence[tuple[Rows, Tile, int]],
+    scale: float,
+    value_width: int,
+    parts_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One transposed kernel for each run, all into one set of partial outputs, then the merge."""
+    batch, heads, _ = q_BHW.shape
+    total = sum(n_splits for _, _, n_splits in launches)
+    parts_BSVH = torch.empty(
+        batch, total, value_width, heads, dtype=parts_dtype, device=q_BHW.device
+    )
+    parts_lse_BSH = torch.empty(batch, total, heads, dtype=torch.float32, device=q_BHW.device)
+    first = 0
+    for run, tile, n_splits in launches:
+        constants = launch_constants(tile, run, heads=heads, value_width=value_width)
+        if run.rank < value_width:
+            parts_BSVH[:, first : first + n_splits, run.rank :].zero_()
+        tail = run.rope_bTS
+        if tail is None:
+            tail = run.rows_bTW[..., constants["REAL"] :]
+        transposed_kernel[(n_splits, batch)](
+            q_BHW,
+            run.rows_bTW,
+            tail,
+            q_BHW if run.scale_bT is None else run.scale_bT,
+            run.lengths_B if run.pages_BN is None else run.pages_BN,
+            run.lengths_B,
+            parts_BSVH,
+            parts_lse_BSH,
+            scale * LOG2_E,
+            first,
+            total,
+            *q_BHW.stride()[:2],
+            *_strides(run, run.rows_bTW),
+            *_strides(run, tail),
+            0 if run.scale_bT is None else _strides(run, run.scale_bT)[0],
+            0 if run.pages_BN is None else run.pages_BN.stride(0),
+            **constants,
+        )
+        first += n_splits
+    return lse_merge(parts_BSVH, parts_lse_BSH, out_dtype=q_BHW.dtype, head_minor=True)
+
+
+def _strides(run: Rows, tensor: torch.Tensor) -> tuple[int, int]:
+    """Strides over sequences (or pages) and tokens; 0 over sequences that share one copy."""
+    shared = run.pages_BN is None and tensor.shape[0] == 1
+    return 0 if shared else tensor.stride(0), tensor.stride(1)
+
+
+def grouped_constants(tile: Tile, *, heads: int, width: int, value_width: int) -> dict[str, Any]:
+    """Compile-time arguments of a grouped launch.
 
     Raises:
         ValueError: if the row width does not fit the form.
     """
-    common = {
+    groups, rest = divmod(width, GROUP_WIDTH)
+    if rest or groups & (groups - 1):
+        raise ValueError(
+            f"the grouped form needs a row of 128 x a power of two, got {width}: "
+            "use the transposed form"
+        )
+    return {
         "HEADS": heads,
         "BLOCK_H": max(16, triton.next_power_of_2(heads)),
         "VALUE": value_width,
         "BLOCK_N": tile.block_n,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
+        "GROUPS": groups,
+        "WIDTH": GROUP_WIDTH,
     }
-    if tile.form == "grouped":
-        groups, rest = divmod(width, GROUP_WIDTH)
-        if rest or groups & (groups - 1):
-            raise ValueError(
-                f"the grouped form needs a row of 128 x a power of two, got {width}: "
-                "use the transposed form"
-            )
-        return grouped_kernel, common | {"GROUPS": groups, "WIDTH": GROUP_WIDTH}
-    main = 1 << (width.bit_length() - 1)
-    tail = width - main
-    if tail & (tail - 1) or (tail and (tail < 16 or value_width > main)):
+
+
+def launch_constants(tile: Tile, run: Rows, *, heads: int, value_width: int) -> dict[str, Any]:
+    """Compile-time arguments of a transposed launch.
+
+    Raises:
+        ValueError: if the rows do not fit the form, or a page is no multiple of the tile.
+    """
+    page = 0 if run.pages_BN is None else run.rows_bTW.shape[1]
+    if page % tile.block_n:
         raise ValueError(
-            f"row width {width} with values {value_width} is neither a power of two nor a power "
+            f"a page of {page} tokens is no multiple of the tile's {tile.block_n}; "
+            "allocate pages of 64 or 128 tokens"
+        )
+    real, tail = _columns(run)
+    return {
+        "HEADS": heads,
+        "BLOCK_H": max(16, triton.next_power_of_2(heads)),
+        "MAIN": triton.next_power_of_2(real),
+        "REAL": real,
+        "TAIL": tail,
+        "RANK": run.rank,
+        "VALUE": value_width,
+        "PAGE": page,
+        "SCALED": run.scale_bT is not None,
+        "BLOCK_N": tile.block_n,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def _columns(run: Rows) -> tuple[int, int]:
+    """Columns of the first tile, which holds all values, and of the second, for keys only."""
+    if run.rope_bTS is not None:
+        real, tail = run.rows_bTW.shape[-1], run.rope_bTS.shape[-1]
+    else:
+        real = 1 << (run.width.bit_length() - 1)
+        tail = run.width - real
+    if tail & (tail - 1) or (tail and (tail < 16 or run.rank > real)):
+        raise ValueError(
+            f"row width {run.width} with rank {run.rank} is neither a power of two nor a power "
             "of two holding the values plus a smaller one of at least 16"
         )
-    return transposed_kernel, common | {"MAIN": main, "TAIL": tail}
+    return real, tail

@@ -6,8 +6,8 @@ V value width.
 
 import torch
 
-from internvideo3.kernels.choice import wants_triton
-from internvideo3.kernels.latent_prefill import naive
+from internvideo3.kernels.choice import is_power_of_two, wants_triton
+from internvideo3.kernels.latent_prefill import fused
 
 KERNEL_WIDTHS = (128, 256)
 
@@ -22,8 +22,9 @@ def latent_prefill(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend from a chunk of queries over reconstructed keys; see ``naive.latent_prefill``."""
     width = q_BQHD.shape[-1]
-    if width not in KERNEL_WIDTHS or not wants_triton(q_BQHD):
-        return naive.latent_prefill(q_BQHD, k_BTKD, v_BTKV, scale=scale, offset=offset)
+    fits = width in KERNEL_WIDTHS and is_power_of_two(v_BTKV.shape[-1])
+    if not fits or not wants_triton(q_BQHD):
+        return fused.latent_prefill(q_BQHD, k_BTKD, v_BTKV, scale=scale, offset=offset)
     from internvideo3.kernels.latent_prefill import triton
 
     return triton.latent_prefill(

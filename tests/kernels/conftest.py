@@ -1,4 +1,4 @@
-"""Run Triton kernels on the CPU: interpreter on, its bf16 product repaired, scratch poisoned."""
+"""Run Triton kernels on the CPU: interpreter on, its bf16 repaired, scratch poisoned."""
 
 import os
 
@@ -23,16 +23,26 @@ def widen(x: Any) -> Any:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def interpreter_multiplies_bf16() -> Iterator[None]:
-    """The stock interpreter multiplies the raw bits (triton-lang/triton issue 11584)."""
-    stock = interpreter.InterpreterBuilder.create_dot
+def interpreter_knows_bf16() -> Iterator[None]:
+    """The stock interpreter multiplies the raw bits (triton-lang/triton issue 11584).
+
+    It also truncates where a GPU rounds to nearest, so its errors would be twice the real ones.
+    """
+    builder = interpreter.InterpreterBuilder
+    stock_dot, stock_cast = builder.create_dot, builder.cast_impl
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, accumulate: Any) -> Any:
-        return stock(self, widen(a), widen(b), d, precision, accumulate)
+        return stock_dot(self, widen(a), widen(b), d, precision, accumulate)
 
-    interpreter.InterpreterBuilder.create_dot = create_dot
+    def cast(self: Any, source: Any, target: Any) -> Any:
+        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+            return stock_cast(self, source, target)
+        rounded = torch.from_numpy(source.data.copy()).bfloat16().view(torch.int16)
+        return interpreter.TensorHandle(rounded.numpy().view(np.uint16), tl.bfloat16)
+
+    builder.create_dot, builder.cast_impl = create_dot, cast
     yield
-    interpreter.InterpreterBuilder.create_dot = stock
+    builder.create_dot, builder.cast_impl = stock_dot, stock_cast
 
 
 @pytest.fixture(autouse=True)

@@ -19,19 +19,22 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from internvideo3.kernels.latent_decode.rows import Rows
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_LIMIT = 232448
 REGISTER_LIMIT = 65536
 OPTIONS = ("num_warps", "num_stages")
-UNALIGNED = {"n_splits", "eps", "offset"}
+UNALIGNED = {"n_splits", "eps", "offset", "first_split", "total_splits"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Case:
     """Whether pointers, strides and sizes are multiples of 16."""
     pipelined: bool = False
     """Whether asynchronous copies must be there, all of them 16 bytes wide."""
+    narrow_copies: int = 0
+    """But so many may be narrow."""
 
 
 def signature(case: Case) -> tuple[dict[str, str], dict[Any, Any]]:
@@ -74,6 +79,8 @@ COMMON_TYPES = {
     "sin_ptr": "*fp32",
     "parts_lse_ptr": "*fp32",
     "lse_ptr": "*fp32",
+    "row_scale_ptr": "*fp32",
+    "pages_ptr": "*i32",
     "scale_log2": "fp32",
     "eps": "fp32",
 }
@@ -139,7 +146,8 @@ def faults(case: Case, found: dict[str, Any]) -> list[str]:
             found["registers"] * 32 * found["warps"] <= REGISTER_LIMIT
         ),
         "matrix instruction missing": opcodes[case.opcode] > 0,
-        "copies missing or narrow": (not case.pipelined or 0 < copies == found["async_copies_16B"]),
+        "copies missing or narrow": not case.pipelined
+        or (copies > case.narrow_copies >= copies - found["async_copies_16B"]),
     }
     return [fault for fault, holds in rules.items() if not holds]
 
@@ -147,9 +155,31 @@ def faults(case: Case, found: dict[str, Any]) -> list[str]:
 def latent_case(name: str, tile: Any, width: int, value: int, **options: Any) -> Case:
     from internvideo3.kernels.latent_decode import triton as latent
 
-    kernel, constants = latent.launch_constants(tile, heads=32, width=width, value_width=value)
-    opcode = "hmma" if tile.form == "grouped" else "any"
-    return Case(name, kernel, constants, opcode=opcode, pipelined=True, **options)
+    if tile.form == "grouped":
+        constants = latent.grouped_constants(tile, heads=32, width=width, value_width=value)
+        return Case(name, latent.grouped_kernel, constants, opcode="hmma", pipelined=True)
+    run = Rows(rows_bTW=torch.empty(1, 64, width), lengths_B=torch.empty(1), rank=value)
+    return runs_case(name, tile, run, value, **options)
+
+
+def runs_case(name: str, tile: Any, run: Any, value: int, **options: Any) -> Case:
+    from internvideo3.kernels.latent_decode import triton as latent
+
+    constants = latent.launch_constants(tile, run, heads=32, value_width=value)
+    return Case(name, latent.transposed_kernel, constants, opcode="any", pipelined=True, **options)
+
+
+def fp8_case(name: str, tile: Any, rank: int, rope: int) -> Case:
+    """Narrow copies are allowed: a row of fp8 is half as wide, and converted after the copy."""
+    run = Rows(
+        rows_bTW=torch.empty(1, 64, rank),
+        lengths_B=torch.empty(1),
+        rank=rank,
+        rope_bTS=torch.empty(1, 64, rope),
+        scale_bT=torch.empty(1, 64),
+    )
+    case = runs_case(name, tile, run, rank, types={"rows_ptr": "*fp8e4nv"})
+    return replace(case, pipelined=False)
 
 
 def gqa_case(name: str, tile: Any) -> Case:
@@ -177,6 +207,7 @@ def linear_case(name: str, tile: Any, rows: int, width: int, *, gated: bool) -> 
     from internvideo3.kernels.decode_linear import triton as linear
 
     constants = {"N": rows, "K": width, "NORM": gated, "GATED": gated, "RESIDUAL": not gated}
+    constants |= {"BIAS": not gated}
     constants |= {"BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "num_warps": tile.num_warps}
     return Case(name, linear.linear_kernel, constants)
 
@@ -197,6 +228,23 @@ def shipped_cases() -> Iterator[Case]:
 
     for width, plan in latent.PLANS.items():
         yield latent_case(f"latent_decode-{width}", plan.tile, width, WIDTHS[width])
+        pages = torch.empty(1, 4, dtype=torch.int32)
+        run = Rows(
+            rows_bTW=torch.empty(8, 128, width),
+            lengths_B=torch.empty(1),
+            rank=WIDTHS[width],
+            pages_BN=pages,
+        )
+        # Its three narrow copies fetch page numbers.
+        tile = latent.plan_of(run).tile
+        yield runs_case(
+            f"latent_decode-{width}-paged", tile, run, WIDTHS[width], narrow_copies=tile.num_stages
+        )
+    nested = Rows(rows_bTW=torch.empty(1, 64, 512), lengths_B=torch.empty(1), rank=384)
+    yield runs_case("latent_decode-512-of-1024", latent.PLANS[512].tile, nested, 896)
+    for width, plan in latent.FP8_PLANS.items():
+        rank = WIDTHS[width]
+        yield fp8_case(f"latent_decode-{width}-fp8", plan.tile, rank, width - rank)
     yield gqa_case("gqa_decode", gqa.TILE)
     for width, tile in prefill.TILES.items():
         yield prefill_case(f"latent_prefill-{width}", tile, width)
@@ -208,9 +256,11 @@ def shipped_cases() -> Iterator[Case]:
     constants = {"RANK": 896, "ROTARY": 64, "BLOCK_R": 1024, "BLOCK_S": 64, "num_warps": 4}
     constants |= {"NORM": True, "AFFINE": True}
     yield Case("latent_append", append.append_kernel, constants)
-    constants = heads | {"CONTENT": 128, "ROTARY": 64, "BLOCK_R": absorb.BLOCK_R}
-    yield Case("absorb_query", absorb.absorb_kernel, constants)
-    constants = heads | {"VALUE": 128, "POW2_R": 1024, "BLOCK_V": absorb.BLOCK_V}
+    for mapped in (False, True):
+        constants = heads | {"CONTENT": 128, "ROTARY": 64, "BLOCK_R": absorb.BLOCK_R}
+        constants |= {"MAPPED": mapped}
+        yield Case(f"absorb_query-{mapped}", absorb.absorb_kernel, constants)
+    constants = heads | {"VALUE": 128, "POW2_R": 1024, "BLOCK_V": absorb.BLOCK_V, "SHARE": 4}
     yield Case("expand_output", absorb.expand_kernel, constants)
     constants = {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "num_warps": 1}
     yield Case("gqa_append", gqa_append.gqa_append_kernel, constants)
