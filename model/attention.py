@@ -38,7 +38,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 from internvideo3.model.cache import LatentCache, Part
 from internvideo3.model.config import InternVideo3TextConfig
 from internvideo3.model.folding import Folded, fold, state_of
-from internvideo3.model.segments import attend
+from internvideo3.model.segments import attend, attend_blocks, goes_by_blocks
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -127,6 +127,9 @@ class RowAttention(nn.Module, ABC):
 
     def attend_reconstructed(self, q_BHTW: Tensor, parts: list[Part]) -> Tensor:
         """Attention on keys and values rebuilt per head; returns [B, H, T, D]."""
+        if goes_by_blocks(parts, q_BHTW.shape[2]):
+            q_BKGTW = q_BHTW.unflatten(1, (self.num_kv_heads, -1))
+            return attend_blocks(q_BKGTW, parts, self.scale, self.rebuild).flatten(1, 2)
         rebuilt = [Part(self.rebuild(p.tensors[0][:, 0]), p.mask_BxTN, p.causal) for p in parts]
         q_BKGTW = q_BHTW.unflatten(1, (self.num_kv_heads, -1))
         return attend(q_BKGTW, rebuilt, self.scale).flatten(1, 2)

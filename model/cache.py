@@ -27,6 +27,10 @@ BLOCK_TOKENS = 64
 GROWTH = 1.25
 """Factor by which a full tail grows, so that appending N tokens copies O(N) rows in all."""
 
+COPIED_TOKENS = 8192
+"""A full tail longer than this is frozen where it is, and a new one is begun: growing it would
+hold it twice for a moment, which a cache that fills the device has no room for."""
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -89,6 +93,8 @@ class SegmentedLayer(CacheLayerMixin):
         self.frozen = frozen
         self.tail: tuple[Tensor, ...] = ()
         self.length = 0
+        self.expected = 0
+        """Tokens that are announced: the next allocation has room for all of them."""
         self.is_initialized = bool(frozen)
         # Tail tokens below this index belong to a fork as well and must not be overwritten.
         self._shared_length = 0
@@ -129,6 +135,22 @@ class SegmentedLayer(CacheLayerMixin):
         self._shared_length = 0
         self.is_initialized = True
 
+    def make_room(self, tokens: int, like: tuple[Tensor, ...] = (), *, may_freeze: bool) -> None:
+        """Makes sure that the tail can take `tokens` more tokens.
+
+        Args:
+            tokens: how many.
+            like: tensors shaped like the storage, [B, K, any, W]; by default what is cached.
+            may_freeze: whether a long tail may become a segment (its rows have one length).
+        """
+        like = like or self.tail or self.frozen[-1].tensors
+        capacity = self.tail[0].shape[2] if self.tail else 0
+        full = self.length + tokens > capacity
+        if full and may_freeze and self.length > COPIED_TOKENS:
+            self.frozen = self.segments()
+            self.tail, self.length, self._shared_length = (), 0, 0
+        self.reserve(like, self.length + tokens)
+
     def write(self, new: tuple[Tensor, ...], placement: Placement | None = None) -> None:
         """Appends tokens, each tensor [B, K, T, W], to the tail.
 
@@ -140,8 +162,13 @@ class SegmentedLayer(CacheLayerMixin):
                 "a cache holds constants, but the new rows need gradients. "
                 "Run under torch.no_grad(), or pass use_cache=False to train."
             )
-        stop = self.length + new[0].shape[2] if placement is None else placement.stop
-        self.reserve(new, stop)
+        if placement is None:
+            self.make_room(max(new[0].shape[2], self.expected), new, may_freeze=True)
+            stop = self.length + new[0].shape[2]
+            self.expected = max(0, self.expected - new[0].shape[2])
+        else:
+            stop = placement.stop
+            self.reserve(new, stop)
         for storage, value in zip(self.tail, new, strict=True):
             if placement is None:
                 storage[:, :, self.length : stop] = value
@@ -286,6 +313,12 @@ class SegmentedCache(Cache):
             yield
         finally:
             self.placement, self.over_segments = None, False
+
+    def expect(self, tokens: int) -> None:
+        """Announces how many tokens follow, so that they are allocated at once and never copied."""
+        for index in range(len(self.layers)):
+            layer = self.segmented(index)
+            layer.expected = max(layer.expected, tokens)
 
     def fork(self) -> Self:
         """A cache with the same past. O(layers): no tensor is copied."""

@@ -2,7 +2,8 @@
 
 The shared segments of the rows' caches are read where they are; only what a row has of its own is
 copied, once, into a batched tail. Rows may differ in length: each row's tail is contiguous, and
-`Placement` says where a step writes.
+`Placement` says where a prompt is written. Prompts go through the model's layers, replies through
+the engine.
 
 Axes: B rows, T new tokens, X text model width, Y vocabulary.
 """
@@ -19,10 +20,12 @@ import torch
 from torch import Tensor
 
 from internvideo3.model.cache import Placement, Segment, SegmentedCache, SegmentedLayer
+from internvideo3.model.engine import Engine
+from internvideo3.model.engine import Reply as Continuation
 from internvideo3.model.forward import Tokens, logits, run
 
-SPARE_TOKENS = 256
-"""Most room for new tokens that a batched tail gets at once; it grows if that is too little."""
+ROUND = 4096
+"""Most steps between two allocations: a tail gets room for so many tokens at once."""
 
 
 class StopReason(StrEnum):
@@ -106,27 +109,33 @@ def generate(
     scores_BY = batch.prefill([row.pending for row in rows], chunk)
     wait_for(model.device)
     prefilled = time.perf_counter()
-    writers = [_Writer(row.limits, stop_ids) for row in rows]
-    while True:
-        for writer, scores_Y in zip(writers, scores_BY, strict=True):
-            writer.write(scores_Y)
-        if all(writer.stop_reason for writer in writers):
-            break
-        scores_BY = batch.step(
-            [w.token_ids[-1] for w in writers],
-            [w.stop_reason is None for w in writers],
-        )
+    stops = [
+        tuple(stop_ids if row.limits.stop_ids is None else row.limits.stop_ids) for row in rows
+    ]
+    engine = Engine(model, batch.continuations([row.limits for row in rows], stops), scores_BY)
+    left = max(row.limits.max_new_tokens for row in rows) - 1
+    while left > 0 and not engine.ended:
+        steps = min(left, ROUND)
+        batch.make_room(steps)
+        engine.length_B.copy_(torch.tensor(batch.lengths))
+        engine.bind(batch.cache)
+        engine.run(steps)
+        batch.advance([len(ids) for ids in engine.said()])
+        left -= steps
+    said = engine.said()
     done = time.perf_counter()
     return [
         Continued(
             cache,
             position,
-            writer.token_ids,
-            writer.stop_reason or StopReason.LENGTH,
+            ids,
+            StopReason.STOP if ids[-1] in stop else StopReason.LENGTH,
             (prefilled - started) / len(rows),
             (done - prefilled) / len(rows),
         )
-        for cache, position, writer in zip(batch.split(), batch.positions, writers, strict=True)
+        for cache, position, ids, stop in zip(
+            batch.split(), batch.positions, said, stops, strict=True
+        )
     ]
 
 
@@ -136,34 +145,6 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class _Writer:
-    """One reply as it grows."""
-
-    def __init__(self, limits: Limits, stop_ids: Sequence[int]) -> None:
-        self.limits = limits
-        self.stop_ids = frozenset(stop_ids if limits.stop_ids is None else limits.stop_ids)
-        self.token_ids: list[int] = []
-        self.stop_reason: StopReason | None = None
-        self._generator = torch.Generator().manual_seed(limits.seed)
-
-    def write(self, scores_Y: Tensor) -> None:
-        """Chooses the next token, unless the reply has ended."""
-        if self.stop_reason:
-            return
-        token = self._choose(scores_Y)
-        self.token_ids.append(token)
-        if token in self.stop_ids:
-            self.stop_reason = StopReason.STOP
-        elif len(self.token_ids) >= self.limits.max_new_tokens:
-            self.stop_reason = StopReason.LENGTH
-
-    def _choose(self, scores_Y: Tensor) -> int:
-        if self.limits.temperature == 0:
-            return int(scores_Y.argmax())
-        probs_Y = (scores_Y.float().cpu() / self.limits.temperature).softmax(-1)
-        return int(torch.multinomial(probs_Y, 1, generator=self._generator))
-
-
 class _Batch:
     """Caches of the rows as one, and where each row stands."""
 
@@ -171,12 +152,14 @@ class _Batch:
         self.model = model
         self.positions = [row.position for row in rows]
         self._known = [row.logits_Y for row in rows]
+        self._replied = [0] * len(rows)
         self._alone = len(rows) == 1
         if self._alone:
-            self.cache, self._lengths = rows[0].cache, [0]
+            self.cache = rows[0].cache
+            self.lengths = [self.cache.segmented(0).length]
             return
-        room = max(len(r.pending) + min(r.limits.max_new_tokens, SPARE_TOKENS) for r in rows)
-        self.cache, self._lengths = _join([row.cache for row in rows], room)
+        room = max(len(r.pending) + min(r.limits.max_new_tokens, ROUND) for r in rows)
+        self.cache, self.lengths = _join([row.cache for row in rows], room)
 
     def prefill(self, pending: Sequence[Sequence[int]], chunk: int) -> Tensor:
         """Caches the pending tokens of every row; returns the next-token logits [B, Y]."""
@@ -196,10 +179,33 @@ class _Batch:
         assert all(scores is not None for scores in found), "a row has neither tokens nor logits"
         return torch.stack([scores for scores in found if scores is not None])
 
-    def step(self, token_ids: Sequence[int], goes_on: Sequence[bool]) -> Tensor:
-        """Caches one token of each row that goes on; returns logits [B, Y] (those rows' count)."""
-        cut = [[token] if on else [] for token, on in zip(token_ids, goes_on, strict=True)]
-        return logits(self.model, self._run(cut)[:, 0])
+    def continuations(
+        self, limits: Sequence[Limits], stops: Sequence[tuple[int, ...]]
+    ) -> list[Continuation]:
+        """What the engine needs to know of each row."""
+        return [
+            Continuation(position, length, one.max_new_tokens, stop, one.temperature, one.seed)
+            for position, length, one, stop in zip(
+                self.positions, self.lengths, limits, stops, strict=True
+            )
+        ]
+
+    def make_room(self, steps: int) -> None:
+        """Allocates what `steps` steps will write; the last one may write behind its end."""
+        for index in range(len(self.cache.layers)):
+            self.cache.segmented(index).make_room(steps + 1, may_freeze=self._alone)
+        if self._alone:
+            self.lengths = [self.cache.segmented(0).length]
+
+    def advance(self, replied: Sequence[int]) -> None:
+        """Accounts for the tokens that the engine cached: all of a reply but its last one."""
+        for row, count in enumerate(replied):
+            new = count - 1 - self._replied[row]
+            self.positions[row] += new
+            self.lengths[row] += new
+            self._replied[row] += new
+        for index in range(len(self.cache.layers)):
+            self.cache.segmented(index).length = max(self.lengths)
 
     def _run(self, cut: Sequence[Sequence[int]]) -> Tensor:
         """Appends the given tokens of each row; returns hidden states [B, T, X]."""
@@ -209,19 +215,19 @@ class _Batch:
         ids_BT = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in cut], device=device)
         first_B1 = torch.tensor(self.positions, device=device)[:, None]
         positions_BT = first_B1 + torch.arange(longest, device=device)
-        placement = None if self._alone else Placement.of(self._lengths, longest, device)
+        placement = None if self._alone else Placement.of(self.lengths, longest, device)
         tokens = Tokens(ids_BT, positions_BT.expand(3, -1, -1))
         hidden_BTX = run(self.model, self.cache, tokens, placement)
         for row, ids in enumerate(cut):
             self.positions[row] += len(ids)
-            self._lengths[row] += len(ids)
+            self.lengths[row] += len(ids)
         return hidden_BTX
 
     def split(self) -> list[SegmentedCache]:
         """The rows' caches, each a view of the batch's storage."""
         if self._alone:
             return [self.cache]
-        return [self.cache.row(row, length) for row, length in enumerate(self._lengths)]
+        return [self.cache.row(row, length) for row, length in enumerate(self.lengths)]
 
 
 def _join(caches: Sequence[SegmentedCache], room: int) -> tuple[SegmentedCache, list[int]]:

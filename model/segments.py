@@ -7,18 +7,56 @@ N cached tokens, W width of a key, V width of a value.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from internvideo3.kernels.latent_prefill.dispatch import latent_prefill
 from internvideo3.model.cache import Part
 
 MAX_SCORES = 1 << 26
-"""Scores held at once by `attend`; longer inputs are taken in runs of queries."""
-
+"""Scores held at once where torch computes them; longer inputs are taken in runs of queries."""
 
 FUSED_WIDTH = 256
 """Widest keys that torch's fused kernels take; wider ones would make it hold all scores at once."""
+
+BLOCK = 16384
+"""Cached tokens whose keys and values are rebuilt and attended to at once, so that a prefill's
+scratch does not grow with the context."""
+
+Rebuild = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Cached rows [b, N, W] to keys [b, K, N, W'] and values [b, K, N, V]."""
+
+
+def attend_blocks(
+    q_BKGTW: Tensor, parts: list[Part], scale: float, rebuild: Rebuild | None = None
+) -> Tensor:
+    """Softmax attention over several segments, block by block, merged by log-sum-exp.
+
+    Without gradients and masks only; a part may be causal. Equal to `attend` on what `rebuild`
+    makes of the parts, with keys and values of `BLOCK` tokens at a time.
+
+    Returns:
+        [B, K, G, T, V].
+    """
+    T = q_BKGTW.shape[3]
+    found: tuple[Tensor, Tensor] | None = None
+    for part in parts:
+        cached = part.tensors[0].shape[2]
+        # A causal part: what was cached before is seen by all queries, the own tokens by some.
+        past = cached - T if part.causal else cached
+        cuts = [(start, min(start + BLOCK, past), False) for start in range(0, past, BLOCK)]
+        if part.causal:
+            cuts.append((past, cached, True))
+        for start, stop, causal in cuts:
+            cut = tuple(t[:, :, start:stop] for t in part.tensors)
+            block = Part(cut if rebuild is None else rebuild(cut[0][:, 0]), causal=causal)
+            new = _attend_block(q_BKGTW, block, scale)
+            found = new if found is None else _merge_two(found, new)
+    assert found is not None, "a step always has its own tokens to attend to"
+    return found[0]
 
 
 def attend(q_BKGTW: Tensor, parts: list[Part], scale: float) -> Tensor:
@@ -31,6 +69,8 @@ def attend(q_BKGTW: Tensor, parts: list[Part], scale: float) -> Tensor:
         [B, K, G, T, V].
     """
     B, K, G, T, W = q_BKGTW.shape
+    if goes_by_blocks(parts, T) and W <= FUSED_WIDTH:
+        return attend_blocks(q_BKGTW, parts, scale)
     if len(parts) == 1 and parts[0].tensors[0].shape[0] == B and W <= FUSED_WIDTH:
         return _attend_whole(q_BKGTW, parts[0], scale)
     cached = sum(part.tensors[0].shape[2] for part in parts)
@@ -44,6 +84,15 @@ def attend(q_BKGTW: Tensor, parts: list[Part], scale: float) -> Tensor:
         q_run = q_BKGTW[..., start:stop, :]
         outs.append(_merge([_attend_part(q_run, part, scale) for part in cut]))
     return torch.cat(outs, dim=3)
+
+
+def goes_by_blocks(parts: list[Part], new_tokens: int) -> bool:
+    """Whether attention can be taken block by block: several queries, no mask, no gradients."""
+    return (
+        new_tokens > 1
+        and not torch.is_grad_enabled()
+        and all(part.mask_BxTN is None for part in parts)
+    )
 
 
 def _attend_whole(q_BKGTW: Tensor, part: Part, scale: float) -> Tensor:
@@ -78,6 +127,40 @@ def _merge(found: list[tuple[Tensor, Tensor]]) -> Tensor:
     total_BKGT = lse_PBKGT.logsumexp(0).clamp_min(torch.finfo(lse_PBKGT.dtype).min)
     weight_PBKGT = (lse_PBKGT - total_BKGT).exp().to(outs[0].dtype)
     return (weight_PBKGT[..., None] * torch.stack(outs)).sum(0)
+
+
+def _attend_block(q_BKGTW: Tensor, block: Part, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention over one block: output [B, K, G, T, V] and log-sum-exp [B, K, G, T].
+
+    Either every query sees every key, and then those of a key/value head are one long sequence of
+    queries (of all rows of the batch, if they share the block); or query t sees keys up to t.
+    """
+    k_bNKW, v_bNKV = (t.transpose(1, 2) for t in block.tensors)
+    B, K, G, T, _ = q_BKGTW.shape
+    if block.causal:
+        q_BTHW = q_BKGTW.flatten(1, 2).transpose(1, 2)
+        out_BTHV, lse_BHT = latent_prefill(q_BTHW, k_bNKW, v_bNKV, scale=scale, offset=0)
+        return out_BTHV.transpose(1, 2).unflatten(1, (K, G)), lse_BHT.unflatten(1, (K, G))
+    b = k_bNKW.shape[0]
+    fold = B // b
+    q_bKMW = q_BKGTW.transpose(0, 1)[None] if fold > 1 else q_BKGTW
+    q_bKMW = q_bKMW.reshape(b, K, fold * G * T, -1)
+    out_bMKV, lse_bKM = latent_prefill(
+        q_bKMW.transpose(1, 2), k_bNKW, v_bNKV, scale=scale, offset=None
+    )
+    out = out_bMKV.transpose(1, 2).unflatten(2, (fold, G, T))
+    lse = lse_bKM.unflatten(2, (fold, G, T))
+    if fold > 1:
+        return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+    return out[:, :, 0], lse[:, :, 0]
+
+
+def _merge_two(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Merges two outputs [B, K, G, T, V] by their log-sum-exp [B, K, G, T]."""
+    lse = torch.logaddexp(a[1], b[1])
+    safe = lse.clamp_min(torch.finfo(lse.dtype).min)
+    weight = (b[1] - safe).exp().to(a[0].dtype)[..., None]
+    return a[0].lerp(b[0], weight), lse
 
 
 def _attend_part(q_BKGTW: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:

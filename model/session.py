@@ -23,6 +23,9 @@ from internvideo3.model.forward import Tokens, logits, new_cache, run
 from internvideo3.model.prompt import Frames, Medium, Message, Piece, Prompter, PromptError
 from internvideo3.model.vision import Encoded, FeatureCache
 
+CHUNK = {"cpu": 2048, "cuda": 65536}
+"""Most tokens prefilled at once, by device: the paper's 64K, and what a CPU's caches like."""
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -48,7 +51,7 @@ class Session:
         model: a Qwen3-VL for conditional generation, GQA or M²LA; not changed.
         processor: its `Qwen3VLProcessor`.
         device: where inputs go; the model's device by default.
-        chunk: most tokens prefilled at once.
+        chunk: most tokens prefilled at once; by default what suits the device (`CHUNK`).
         features: keeps encoded media; give one to several sessions to share it.
         media_options: further arguments of the processor call for frames and images, e.g.
             `{"do_resize": False}`.
@@ -60,14 +63,14 @@ class Session:
         processor: Any,
         *,
         device: torch.device | str | None = None,
-        chunk: int = 2048,
+        chunk: int | None = None,
         features: FeatureCache | None = None,
         media_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.processor = processor
         self.device = torch.device(device or model.device)
-        self.chunk = chunk
+        self.chunk = chunk or CHUNK.get(self.device.type, CHUNK["cpu"])
         self.features = FeatureCache() if features is None else features
         self.encode_s = 0.0
         """Seconds that this session, not its parents, spent in the vision tower."""
@@ -295,6 +298,7 @@ class Session:
         started, encoded_before_s = time.perf_counter(), self.encode_s
         with torch.no_grad():
             tokens, following = self._place(piece)
+            self.cache.expect(len(piece.ids))
             for chunk in tokens.chunks(self.chunk):
                 hidden_1TX = run(self.model, self.cache, chunk)
             self._logits_Y = logits(self.model, hidden_1TX[0, -1])

@@ -67,9 +67,9 @@ def whole(asker: Asker, inputs: Any) -> Callable[[str], dict[str, Any]]:
 
 
 def steps_of(model: Any, run: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
-    """What `run` returns, and the logits that the language-model head gave meanwhile."""
+    """What `run` returns, and the logits [Y] that tokens of a first row were chosen from."""
     caught: list[Tensor] = []
-    hook = model.lm_head.register_forward_hook(lambda _m, _i, out: caught.append(out))
+    hook = model.lm_head.register_forward_hook(lambda _m, _i, out: caught.append(out[0, -1]))
     try:
         return run(), caught
     finally:
@@ -228,10 +228,34 @@ def test_fork_leaves_the_parent_untouched(model: Any, asker: Asker, whole: Any) 
     assert not torch.equal(prefix.logits_last, before)
 
 
-def test_generate_equals_transformers(model: Any, asker: Asker, whole: Any) -> None:
+@pytest.fixture
+def chosen_from(monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
+    """For every reply from here on, in order, the logits that its tokens were chosen from."""
+    seen: list[list[Tensor]] = []
+
+    class Recorder(decoding.Engine):
+        def __init__(self, model: Any, replies: Any, logits_BY: Tensor) -> None:
+            self.mine: list[list[Tensor]] = [[] for _ in replies]
+            seen.extend(self.mine)
+            super().__init__(model, replies, logits_BY)
+
+        def choose(self, logits_BY: Tensor) -> None:
+            for row, goes_on in enumerate(self.goes_on_B.tolist()):
+                if goes_on:
+                    self.mine[row].append(logits_BY[row])
+            super().choose(logits_BY)
+
+    monkeypatch.setattr(decoding, "Engine", Recorder)
+    return seen
+
+
+def test_generate_equals_transformers(
+    model: Any, asker: Asker, whole: Any, chosen_from: list[list[Tensor]]
+) -> None:
     case = whole(QUESTIONS[1])
     fork = asker.ask(asker.prefix(model), QUESTIONS[1])
-    reply, got = steps_of(model, lambda: fork.generate(Limits(max_new_tokens=5, stop_ids=())))
+    reply = fork.generate(Limits(max_new_tokens=5, stop_ids=()))
+    (got,) = chosen_from
     ids, want = steps_of(
         model,
         lambda: model.generate(**case, max_new_tokens=5, do_sample=False, eos_token_id=-1),
@@ -239,7 +263,7 @@ def test_generate_equals_transformers(model: Any, asker: Asker, whole: Any) -> N
     assert ids[0].tolist() == fork.ids
     assert reply.prompt_tokens + reply.new_tokens == len(fork) == ids.shape[1]
     assert reply.stop_reason is StopReason.LENGTH
-    assert max(gap(a[0], b[0, -1]) for a, b in zip(got, want, strict=True)) <= TOLERANCE
+    assert max(gap(a, b) for a, b in zip(got, want, strict=True)) <= TOLERANCE
 
 
 def test_transformers_generate_on_a_fork(model: Any, asker: Asker, whole: Any) -> None:
@@ -264,7 +288,7 @@ def test_transformers_generate_on_a_fork(model: Any, asker: Asker, whole: Any) -
         ),
     )
     assert torch.equal(ids, wanted)
-    assert max(gap(a[0, -1], b[0, -1]) for a, b in zip(got, want, strict=True)) <= TOLERANCE
+    assert max(gap(a, b) for a, b in zip(got, want, strict=True)) <= TOLERANCE
 
 
 def batch_of(asker: Asker, model: Any, private: str) -> list[Session]:
@@ -280,25 +304,6 @@ def batch_of(asker: Asker, model: Any, private: str) -> list[Session]:
         made[0].prefill()
         made[2].prefill()
     return made
-
-
-@pytest.fixture
-def chosen_from(monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
-    """For every reply from here on, in order, the logits that its tokens were chosen from."""
-    seen: list[list[Tensor]] = []
-
-    class Recorder(decoding._Writer):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            self.mine: list[Tensor] = []
-            seen.append(self.mine)
-
-        def _choose(self, scores_Y: Tensor) -> int:
-            self.mine.append(scores_Y)
-            return super()._choose(scores_Y)
-
-    monkeypatch.setattr(decoding, "_Writer", Recorder)
-    return seen
 
 
 @pytest.mark.parametrize("private", ["nothing cached", "cached questions", "videos"])

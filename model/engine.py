@@ -1,0 +1,171 @@
+"""The decode loop: a static step that chooses its own tokens, captured in a CUDA graph.
+
+`Engine` continues a batch of contexts that are cached already. All of its state (last token,
+position, tail length, which sequences go on, the tokens chosen) lives in tensors on the device and
+is updated in place by `step`; the host only looks now and then whether all have ended. On CUDA the
+step is captured once for each batch and replayed; on a CPU the same function runs eagerly. GQA
+and M²LA differ in `engine_layers` alone.
+
+Axes: B sequences, N tokens of a reply, X model width, Y vocabulary, Z stop ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internvideo3.kernels.decode_linear.dispatch import decode_linear
+from internvideo3.model.cache import SegmentedCache
+from internvideo3.model.engine_layers import Where, bind
+
+LOOK_EVERY = 16
+"""Steps on CUDA between two looks at whether all replies have ended; each look waits for the
+device. On a CPU there is nothing to wait for."""
+
+EAGER_STEPS = 3
+"""Steps before a capture: they compile the kernels."""
+
+CAPTURE_FROM = 24
+"""Fewer steps than this are not worth a capture."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """How one sequence is to be continued."""
+
+    position: int
+    """Rotary position of the first new token."""
+    length: int
+    """Tokens in the sequence's tail."""
+    max_new_tokens: int
+    stop_ids: Sequence[int]
+    temperature: float
+    seed: int
+
+
+class Engine:
+    """Continues a batch of cached contexts, token by token.
+
+    Args:
+        model: a Qwen3-VL for conditional generation, GQA or M²LA.
+        replies: one for each sequence.
+        logits_BY: next-token logits after the cached tokens.
+    """
+
+    def __init__(self, model: Any, replies: Sequence[Reply], logits_BY: Tensor) -> None:
+        self.model = model
+        self.device = logits_BY.device
+
+        def on_device(values: Sequence[Any], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=self.device)
+
+        most, stops = max(r.max_new_tokens for r in replies), max(len(r.stop_ids) for r in replies)
+        padded = [[*r.stop_ids, *[-1] * (stops - len(r.stop_ids))] for r in replies]
+        self.stop_BZ = on_device(padded, torch.int64).view(len(replies), stops)
+        self.limit_B = on_device([r.max_new_tokens for r in replies], torch.int64)
+        self.position_B = on_device([r.position for r in replies], torch.int64)
+        self.length_B = on_device([r.length for r in replies], torch.int64)
+        self.temperature_B1 = on_device([[r.temperature] for r in replies], torch.float32)
+        self.token_B = torch.zeros_like(self.limit_B)
+        self.count_B = torch.zeros_like(self.limit_B)
+        self.goes_on_B = torch.ones_like(self.limit_B, dtype=torch.bool)
+        self.said_BN = torch.zeros(len(replies), most, dtype=torch.int64, device=self.device)
+        self.generators = [
+            torch.Generator(self.device).manual_seed(r.seed) if r.temperature else None
+            for r in replies
+        ]
+        self.choose(logits_BY)
+
+    @property
+    def ended(self) -> bool:
+        """Whether all replies have ended; waits for the device."""
+        return not bool(self.goes_on_B.any())
+
+    def said(self) -> list[list[int]]:
+        """Tokens of each reply so far, the stop token included."""
+        counts = self.count_B.tolist()
+        return [row[:count] for row, count in zip(self.said_BN.tolist(), counts, strict=True)]
+
+    def bind(self, cache: SegmentedCache) -> None:
+        """Decodes on this cache from now on; its tails need room for the steps to come."""
+        layers = self.model.model.language_model.layers
+        self._layers = [bind(m, cache.segmented(i)) for i, m in enumerate(layers)]
+
+    def run(self, steps: int) -> None:
+        """Takes at most so many steps; fewer if all replies end before."""
+        replay: Callable[[], Any] = self.step
+        look = 1 if self.device.type == "cpu" else LOOK_EVERY
+        for taken in range(steps):
+            if taken % look == 0 and self.ended:
+                return
+            if taken == EAGER_STEPS and self.device.type == "cuda" and steps >= CAPTURE_FROM:
+                replay = self._captured().replay
+            replay()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Caches the last token of each sequence that goes on and chooses the next one."""
+        text = self.model.model.language_model
+        x_BX = text.embed_tokens(self.token_B)
+        cos_B1D, sin_B1D = text.rotary_emb(x_BX[:, None], self.position_B[None, :, None])
+        where = Where(
+            self.length_B, (self.length_B + 1).to(torch.int32), cos_B1D[:, 0], sin_B1D[:, 0]
+        )
+        for layer in self._layers:
+            x_BX = layer(x_BX, where)
+        # A sequence that has ended writes behind its end, again and again at the same place.
+        self.length_B += self.goes_on_B
+        self.position_B += self.goes_on_B
+        self.choose(
+            decode_linear(
+                x_BX,
+                self.model.lm_head.weight,
+                norm_weight_K=text.norm.weight,
+                eps=text.norm.variance_epsilon,
+            )
+        )
+
+    def choose(self, logits_BY: Tensor) -> None:
+        """Appends each reply's next token, unless the reply has ended."""
+        goes_on_B, count_B = self.goes_on_B, self.count_B
+        self.token_B.copy_(torch.where(goes_on_B, self._pick(logits_BY), self.token_B))
+        place_B1 = count_B.clamp_max(self.said_BN.shape[1] - 1)[:, None]
+        kept_B1 = self.said_BN.gather(1, place_B1)
+        said_B1 = torch.where(goes_on_B[:, None], self.token_B[:, None], kept_B1)
+        self.said_BN.scatter_(1, place_B1, said_B1)
+        count_B += goes_on_B
+        stops_B = (self.token_B[:, None] == self.stop_BZ).any(1)
+        goes_on_B &= ~stops_B & (count_B < self.limit_B)
+
+    def _pick(self, logits_BY: Tensor) -> Tensor:
+        """The likeliest token of each row, or one drawn at its temperature.
+
+        A draw divides every probability by exponential noise and takes the largest ratio, which
+        is the index with that probability; each row has a generator of its own, so that it draws
+        the same alone and in a batch.
+        """
+        likeliest_B = logits_BY.argmax(-1)
+        if not any(self.generators):
+            return likeliest_B
+        drawn_B = likeliest_B.clone()
+        for row, generator in enumerate(self.generators):
+            if generator is not None:
+                odds_Y = (logits_BY[row].float() / self.temperature_B1[row]).softmax(-1)
+                noise_Y = torch.empty_like(odds_Y).exponential_(generator=generator)
+                drawn_B[row] = (odds_Y / noise_Y.clamp_min(1e-30)).argmax(-1)
+        return drawn_B
+
+    def _captured(self) -> Any:
+        """A CUDA graph of one step; capturing executes nothing."""
+        graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            if generator is not None:
+                graph.register_generator_state(generator)
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph

@@ -1,0 +1,241 @@
+"""Text layers as a decode step runs them: the model's own weights, through the kernels' dispatch.
+
+A step of a layer is a handful of fused calls with static shapes; lengths and slots are read on the
+device, so that a CUDA graph of it stays valid while the contexts grow. Nothing is converted: q, k
+and v projections become views of one tensor (the values stay, and the model still uses them), and
+the multiplied-out weights of a latent layer are the layer's own (`folding`).
+
+Axes: B sequences, b = B or 1 (all share it), X model width, H query heads, K key/value heads,
+D head width, J = 2 K, R rank, W row width, S rotary slots, T cache capacity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
+
+from internvideo3.kernels.decode_linear.dispatch import decode_linear
+from internvideo3.kernels.gqa_append.dispatch import gqa_append
+from internvideo3.kernels.gqa_decode.dispatch import decode_runs as gqa_decode
+from internvideo3.kernels.gqa_decode.naive import KeysValues
+from internvideo3.kernels.latent_absorb.dispatch import absorb_query, expand_output
+from internvideo3.kernels.latent_append.dispatch import latent_append
+from internvideo3.kernels.latent_decode.dispatch import decode_runs as latent_decode
+from internvideo3.kernels.latent_decode.rows import Rows
+from internvideo3.model.attention import LatentAttention, RowAttention
+from internvideo3.model.cache import Segment, SegmentedLayer
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a step stands; the tensors are updated in place from step to step."""
+
+    slots_B: Tensor
+    """Tail index that each sequence's new token gets (int64)."""
+    visible_B: Tensor
+    """Tail tokens that it sees, itself included (int32)."""
+    cos_BD: Tensor
+    sin_BD: Tensor
+    """Rotary angles of the source model."""
+
+
+class Attend(Protocol):
+    """The attention of one layer: normalised input to heads' outputs, new token cached."""
+
+    def __call__(self, x_BX: Tensor, norm: Any, where: Where) -> Tensor:
+        """Returns [B, H D]."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One text layer."""
+
+    module: Any
+    """A `Qwen3VLTextDecoderLayer`."""
+    attend: Attend
+
+    def __call__(self, x_BX: Tensor, where: Where) -> Tensor:
+        """Caches one token of each sequence and returns its hidden state [B, X]."""
+        attn, mlp, norm = self.module.self_attn, self.module.mlp, self.module.input_layernorm
+        out_BE = self.attend(x_BX, norm, where)
+        x_BX = decode_linear(out_BE, attn.o_proj.weight, bias_N=attn.o_proj.bias, residual_BN=x_BX)
+        norm = self.module.post_attention_layernorm
+        middle_BI = decode_linear(
+            x_BX,
+            mlp.gate_proj.weight,
+            factor_NK=mlp.up_proj.weight,
+            norm_weight_K=norm.weight,
+            eps=norm.variance_epsilon,
+        )
+        return decode_linear(middle_BI, mlp.down_proj.weight, residual_BN=x_BX)
+
+
+class GroupedAttend:
+    """Transformers' grouped-query attention: the baseline."""
+
+    def __init__(self, attn: Any, layer: SegmentedLayer) -> None:
+        self.attn = attn
+        self.qkv = MergedLinear([attn.q_proj, attn.k_proj, attn.v_proj])
+        self.keys_BKTD, self.values_BKTD = layer.tail
+        self.shared = [
+            KeysValues(keys_bKTD=k, values_bKTD=v, lengths_B=lengths)
+            for (k, v), lengths in _frozen(layer)
+        ]
+
+    def __call__(self, x_BX: Tensor, norm: Any, where: Where) -> Tensor:
+        """Appends key and value, then attends."""
+        attn, half = self.attn, where.cos_BD.shape[1] // 2
+        q_BHD = gqa_append(
+            self.qkv(x_BX, norm),
+            attn.q_norm.weight,
+            attn.k_norm.weight,
+            where.cos_BD[:, :half],
+            where.sin_BD[:, :half],
+            where.slots_B,
+            self.keys_BKTD,
+            self.values_BKTD,
+            eps=attn.q_norm.variance_epsilon,
+        )
+        own = KeysValues(
+            keys_bKTD=self.keys_BKTD, values_bKTD=self.values_BKTD, lengths_B=where.visible_B
+        )
+        out_BHD, _ = gqa_decode(q_BHD, [*self.shared, own], scale=attn.scaling)
+        return out_BHD.flatten(1)
+
+
+class RowAttend:
+    """M²LA in the absorbed form, rows and queries made by the layer's own steps."""
+
+    def __init__(self, attn: RowAttention, layer: SegmentedLayer) -> None:
+        self.attn = attn
+        self.v_up_KDR = attn.v_up.detach().contiguous()
+        (rows_B1TW,) = layer.tail
+        self.rows_BTW = rows_B1TW[:, 0]
+        B, capacity, _ = self.rows_BTW.shape
+        self.first_slots_B = torch.arange(B, device=rows_B1TW.device) * capacity
+        self.shared = [
+            Rows(rows_bTW=rows[:, 0], lengths_B=lengths, rank=attn.rank)
+            for (rows,), lengths in _frozen(layer)
+        ]
+
+    def __call__(self, x_BX: Tensor, norm: Any, where: Where) -> Tensor:
+        """Appends the row, then attends over the rows themselves."""
+        slots = self.attn._slot_index(x_BX.device)
+        angles = tuple(t.index_select(-1, slots) for t in (where.cos_BD, where.sin_BD))
+        q_BHW = self.write(x_BX, norm, angles, self.first_slots_B + where.slots_B)
+        own = Rows(rows_bTW=self.rows_BTW, lengths_B=where.visible_B, rank=self.attn.rank)
+        latent_BHR, _ = latent_decode(
+            q_BHW, [*self.shared, own], scale=self.attn.scale, value_width=self.attn.rank
+        )
+        return expand_output(latent_BHR, self.v_up_KDR).flatten(1)
+
+    def write(self, x_BX: Tensor, norm: Any, angles: tuple[Tensor, ...], slots_B: Tensor) -> Tensor:
+        """Caches a row of each sequence at its slot; returns the absorbed queries [B, H, W]."""
+        x_B1X, (cos_B1S, sin_B1S) = norm(x_BX)[:, None], (t[:, None] for t in angles)
+        row_B1W = self.attn.write(x_B1X, cos_B1S, sin_B1S, None)
+        self.rows_BTW.flatten(0, 1).index_copy_(0, slots_B, row_B1W[:, 0])
+        return self.attn.absorbed_queries(x_B1X, cos_B1S, sin_B1S)[:, :, 0].contiguous()
+
+
+class FusedRowAttend(RowAttend):
+    """The same for rows with exact QK-norm, from multiplied-out weights by fused kernels."""
+
+    attn: LatentAttention
+
+    def __init__(self, attn: LatentAttention, layer: SegmentedLayer) -> None:
+        super().__init__(attn, layer)
+        self.qkv = MergedLinear([attn.q_proj, attn.k_proj, attn.v_proj])
+        folded = attn._folded()
+        assert folded is not None, "decoding runs without gradients"
+        self.folded = folded
+        self.q_norm: Any = attn.q_norm
+        self.k_norm: Any = attn.k_norm
+        # Keys and values between the two products: normalised, not rotated.
+        B, K, D = self.rows_BTW.shape[0], attn.num_kv_heads, attn.head_dim
+        self.kv_BJ1D = self.rows_BTW.new_zeros(B, 2 * K, 1, D)
+        self.nowhere_B = torch.zeros_like(self.first_slots_B)
+        self.ones_BS = self.rows_BTW.new_ones(B, D // 2)
+
+    def write(self, x_BX: Tensor, norm: Any, angles: tuple[Tensor, ...], slots_B: Tensor) -> Tensor:
+        """As `RowAttend.write`: four launches."""
+        K, q_norm, k_norm = self.attn.num_kv_heads, self.q_norm, self.k_norm
+        q_BHD = gqa_append(
+            self.qkv(x_BX, norm),
+            q_norm.weight,
+            k_norm.weight,
+            self.ones_BS,
+            torch.zeros_like(self.ones_BS),
+            self.nowhere_B,
+            self.kv_BJ1D[:, :K],
+            self.kv_BJ1D[:, K:],
+            eps=q_norm.variance_epsilon,
+        )
+        text = self.folded.text
+        row_BW = decode_linear(self.kv_BJ1D.flatten(1), text.weight_WE, bias_N=text.bias_W)
+        cos_BS, sin_BS = angles
+        latent_append(row_BW, cos_BS, sin_BS, slots_B, self.rows_BTW.flatten(0, 1))
+        return absorb_query(q_BHD, self.folded.query_HDW, cos_BS, sin_BS)
+
+
+class MergedLinear:
+    """Linear layers with one input as one product; their weights become views of one tensor."""
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        self.weight_NK = _merged([linear.weight for linear in linears])
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        self.bias_N = torch.cat([bias.detach() for bias in biases]) if biases else None
+
+    def __call__(self, x_BX: Tensor, norm: Any) -> Tensor:
+        """Outputs side by side, of the input normalised by `norm`."""
+        return decode_linear(
+            x_BX,
+            self.weight_NK,
+            norm_weight_K=norm.weight,
+            bias_N=self.bias_N,
+            eps=norm.variance_epsilon,
+        )
+
+
+def _merged(weights: Sequence[Tensor]) -> Tensor:
+    """The weights' rows one after the other, without a second copy of them."""
+    first, size = weights[0], sum(len(w) for w in weights)
+    follows = first.data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != follows or not weight.is_contiguous():
+            break
+        follows += weight.nbytes
+    else:
+        if first.untyped_storage().data_ptr() == weights[-1].untyped_storage().data_ptr():
+            return first.detach().as_strided((size, first.shape[1]), first.stride())
+    merged = torch.cat([w.detach() for w in weights])
+    for weight, rows in zip(weights, merged.split([len(w) for w in weights]), strict=True):
+        weight.data = rows
+    return merged
+
+
+def _frozen(layer: SegmentedLayer) -> list[tuple[tuple[Tensor, ...], Tensor]]:
+    """Storage and lengths [B] of a layer's frozen segments."""
+    batch, device = layer.tail[0].shape[0], layer.tail[0].device
+
+    def lengths(segment: Segment) -> Tensor:
+        return torch.full((batch,), segment.length, dtype=torch.int32, device=device)
+
+    return [(segment.tensors, lengths(segment)) for segment in layer.frozen]
+
+
+def bind(module: Any, layer: SegmentedLayer) -> Layer:
+    """A text layer on one layer of a cache, whose tail must have been allocated."""
+    attn = module.self_attn
+    attend: Attend
+    if isinstance(attn, LatentAttention) and isinstance(attn.q_norm, Qwen3VLTextRMSNorm):
+        attend = FusedRowAttend(attn, layer)
+    elif isinstance(attn, RowAttention):
+        attend = RowAttend(attn, layer)
+    else:
+        attend = GroupedAttend(attn, layer)
+    return Layer(module, attend)

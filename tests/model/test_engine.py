@@ -1,0 +1,224 @@
+"""The engine on the shipped scale models: its greedy tokens are those of transformers' `generate`.
+
+Run: .venv/bin/python -m pytest tests/model/test_engine.py -q
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from internvideo3.model import decoding, segments
+from internvideo3.model.checkpoint import load_model
+from internvideo3.model.engine import Engine
+from internvideo3.model.engine_layers import MergedLinear
+from internvideo3.model.session import Limits, Session
+
+NEW = 24
+VIDEO_TEXT = "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
+QUESTION = "What shape is the red object?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module", params=["scale:base", "scale:m2la"], ids=["gqa", "m2la"])
+def loaded(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    return load_model(request.param, "cpu", "float32")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past tokens are rebuilt 16 at a time, so that the prefill merges many blocks."""
+    monkeypatch.setattr(segments, "BLOCK", 16)
+
+
+def transformers_says(model: Any, processor: Any, video: Any, new: int = NEW) -> list[int]:
+    session = Session(model, processor)
+    piece = session._prompter.piece(VIDEO_TEXT + QUESTION, [video])
+    (medium,) = piece.media
+    ids = torch.tensor([piece.ids])
+    video_token = model.config.video_token_id
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=2 * (ids == video_token).int(),
+        pixel_values_videos=medium.pixels,
+        video_grid_thw=medium.grid_thw[None],
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=-1,
+    )
+    return list(out[0, len(piece.ids) :].tolist())
+
+
+def engine_says(model: Any, processor: Any, video: Any, chunk: int, new: int = NEW) -> list[int]:
+    session = Session(model, processor, chunk=chunk)
+    session.append_text(VIDEO_TEXT + QUESTION, [video])
+    return list(session.generate(Limits(max_new_tokens=new, stop_ids=())).token_ids)
+
+
+@pytest.mark.parametrize("chunk", [23, 4096], ids=["chunked", "unchunked"])
+def test_greedy_tokens_are_those_of_generate(
+    loaded: tuple[Any, Any], frames: Any, chunk: int, small_blocks: None
+) -> None:
+    for seed in (1, 2, 3):
+        video = frames(20, seed)
+        want = transformers_says(*loaded, video)
+        assert engine_says(*loaded, video, chunk) == want
+
+
+@pytest.mark.parametrize("form", ["absorbed", "reconstruct"])
+def test_a_prompt_in_either_form_gives_the_same_tokens(
+    frames: Any, form: str, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = load_model("scale:m2la", "cpu", "float32")
+    monkeypatch.setattr(model.config.text_config, "attention_form", form)
+    video = frames(20, 1)
+    assert engine_says(model, processor, video, 23) == transformers_says(model, processor, video)
+
+
+def test_replies_longer_than_a_round_go_on(
+    loaded: tuple[Any, Any], frames: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tails are reallocated, or frozen where they are long, between rounds."""
+    video = frames(8, 4)
+    want = transformers_says(*loaded, video, new=40)
+    monkeypatch.setattr(decoding, "ROUND", 7)
+    assert engine_says(*loaded, video, 4096, new=40) == want
+    monkeypatch.setattr("internvideo3.model.cache.COPIED_TOKENS", 5)
+    monkeypatch.setattr("internvideo3.model.cache.BLOCK_TOKENS", 1)
+    model, processor = loaded
+    session = Session(model, processor)
+    session.append_text(VIDEO_TEXT + QUESTION, [video])
+    reply = session.generate(Limits(max_new_tokens=40, stop_ids=()))
+    assert list(reply.token_ids) == want
+    assert len(session.cache.segmented(0).frozen) > 3
+
+
+def test_the_step_reads_nothing_on_the_host(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a CUDA graph needs: the same operators on the same storage whatever the length.
+
+    The definitions of the two attention kernels, which stand in for them on a CPU, do read lengths
+    on the host: they are replaced by ones that do not.
+    """
+    model, processor = loaded
+    session = Session(model, processor)
+    session.append_ids(list(range(100, 140)))
+    engine = prepared_engine(session, steps=4)
+    zeros = torch.zeros(1, model.config.text_config.num_attention_heads, 1)
+
+    def without_lengths(q: Tensor, runs: Any, *, scale: float, **widths: int) -> Any:
+        width = widths.get("value_width", q.shape[-1])
+        return zeros.expand(-1, -1, width) + q.mean(), None
+
+    monkeypatch.setattr("internvideo3.model.engine_layers.latent_decode", without_lengths)
+    monkeypatch.setattr("internvideo3.model.engine_layers.gqa_decode", without_lengths)
+    with Watch() as first:
+        engine.step()
+    with Watch() as second:
+        engine.step()
+    assert first.operators == second.operators
+    assert not {"_local_scalar_dense", "nonzero", "item"} & set(first.operators)
+
+
+def prepared_engine(session: Session, steps: int) -> Engine:
+    """An engine after a session's last token, ready for some steps."""
+    row = session._row(Limits(max_new_tokens=steps + 1, stop_ids=()))
+    logits_BY = session.logits_last[None]
+    batch = decoding._Batch(session.model, [row])
+    engine = Engine(session.model, batch.continuations([row.limits], [()]), logits_BY)
+    batch.make_room(steps)
+    engine.bind(batch.cache)
+    return engine
+
+
+class Watch(TorchDispatchMode):
+    """Names of the operators that run, and the largest tensor that one makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.operators.append(func._schema.name.removeprefix("aten::"))
+        if not func.is_view:
+            made = out if isinstance(out, (tuple, list)) else (out,)
+            self.largest = max([self.largest, *(t.nbytes for t in made if isinstance(t, Tensor))])
+        return out
+
+
+def test_scratch_does_not_grow_with_the_context(
+    loaded: tuple[Any, Any], small_blocks: None
+) -> None:
+    """The largest tensor made while a chunk is prefilled, cache storage apart."""
+    model, processor = loaded
+    largest = []
+    for context in (256, 1024):
+        session = Session(model, processor, chunk=128)
+        session.cache.expect(context + 128)
+        session.append_ids([100 + i % 200 for i in range(context)])
+        with Watch() as watch:
+            session.append_ids([100 + i % 200 for i in range(128)])
+        largest.append(watch.largest)
+    assert largest[0] == largest[1]
+
+
+def test_a_long_prompt_is_allocated_once(loaded: tuple[Any, Any]) -> None:
+    model, processor = loaded
+    session = Session(model, processor, chunk=64)
+    seen = set()
+    write = type(session.cache.segmented(0)).write
+
+    def spy(self: Any, *args: Any) -> None:
+        write(self, *args)
+        if self is session.cache.segmented(0):
+            seen.add(self.tail[0].data_ptr())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(session.cache.segmented(0)), "write", spy)
+        session.append_ids([100 + i % 200 for i in range(1000)])
+    assert len(seen) == 1
+
+
+@pytest.fixture
+def unmerged() -> Iterator[Callable[[], list[torch.nn.Linear]]]:
+    yield lambda: [torch.nn.Linear(6, width, bias=False) for width in (4, 2, 3)]
+
+
+def test_merged_weights_are_the_linears_own(
+    unmerged: Callable[[], list[torch.nn.Linear]],
+) -> None:
+    """Training the model after its engine has run trains what the engine reads."""
+    linears = unmerged()
+    want = torch.cat([linear.weight for linear in linears])
+    merged = MergedLinear(linears)
+    assert torch.equal(merged.weight_NK, want)
+    with torch.no_grad():
+        linears[1].weight.mul_(2)
+    assert torch.equal(merged.weight_NK[4:6], 2 * want[4:6])
+    again = MergedLinear(linears)
+    assert again.weight_NK.data_ptr() == merged.weight_NK.data_ptr()
+    linears[0].weight.data = linears[0].weight.data.clone()
+    third = MergedLinear(linears)
+    assert third.weight_NK.data_ptr() != merged.weight_NK.data_ptr()
+    assert torch.equal(third.weight_NK, torch.cat([linear.weight for linear in linears]))
+
+
+def test_a_model_whose_weights_were_merged_saves_and_loads(tmp_path: Any) -> None:
+    model, processor = load_model("scale:base", "cpu", "float32")
+    session = Session(model, processor)
+    session.append_ids([100, 101, 102])
+    session.generate(Limits(max_new_tokens=2, stop_ids=()))
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    for (name, one), other in zip(
+        model.state_dict().items(), again.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name
