@@ -35,7 +35,7 @@ from internvideo3.tasks.world.build import world_root
 
 SUITE = "world_manyq"
 ENOUGH_ANSWERS = 30
-BAR_TOTAL, BAR_WITHOUT_DECODING = 6.0, 3.0
+BAR_TOTAL, BAR_WITHOUT_DECODING = 8.0, 4.0
 
 
 class CompareError(ValueError):
