@@ -291,6 +291,39 @@ def score_command(
         _print_runs([run])
 
 
+@app.command("judge")
+def judge_command(
+    run: Annotated[Path, typer.Argument(help="Run directory of an earlier eval.")],
+    endpoint: Annotated[
+        str, typer.Option(help="Base address of a chat API, e.g. http://localhost:8000/v1.")
+    ],
+    judge: Annotated[str, typer.Option(help="The judging model's name there.")],
+    key_variable: Annotated[
+        str, typer.Option(help="Environment variable that holds the API key, if it needs one.")
+    ] = "OPENAI_API_KEY",
+) -> None:
+    """Ask a language model for the verdicts that a benchmark's rules leave to one; resumable.
+
+    The questions and answers are sent to the endpoint that you name, and to nothing else. Verdicts
+    are kept in the run, so `score` needs no network afterwards.
+
+    [bold]Example[/bold]
+
+      internvideo3 judge runs/short --endpoint http://localhost:8000/v1 --judge qwen
+    """
+    with _errors_in_words(run):
+        from internvideo3.harness.judge import Judge
+        from internvideo3.harness.judge import judge as ask
+        from internvideo3.harness.rescore import rescore
+
+        whom = Judge(endpoint=endpoint, model=judge, key_variable=key_variable)
+        with _bars() as advance:
+            done = ask(run, whom, lambda now, all_of_them: advance("verdicts", now, all_of_them))
+        rescore(run)
+        _print_runs([run])
+        print(f"{done.asked} verdicts, {done.kept} kept from before, {done.left} left open: {run}")
+
+
 @app.command("report")
 def report_command(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, the base model's first.")],

@@ -1,7 +1,9 @@
 """`internvideo3 score`: score the stored answers of a run again. No torch, no lmms-eval."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from internvideo3.harness.judge import apply, judgements
 from internvideo3.harness.recorder import score_fields, scored_doc, suite_result
 from internvideo3.harness.store import Row, RunStore, StoreError, read_run, suites_of
 from internvideo3.harness.submission import write_submission
@@ -25,13 +27,15 @@ def rescore(root: Path) -> Row:
         raise StoreError(f"{root} has no samples yet. Run `internvideo3 eval --out {root}` first.")
     with RunStore.open(root, run) as store:
         for suite in suites:
-            rows = list(store.answered(suite).values())
-            again = [
-                row
-                | score_fields(row.get("benchmark") or suite, scored_doc(row), row["prediction"])
-                for row in rows
-            ]
+            verdicts = judgements(root, suite)
+            again = [_again(suite, row, verdicts) for row in store.answered(suite).values()]
             store.rewrite(suite, again)
             store.finish(suite, [row["id"] for row in again], suite_result(suite, again))
             write_submission(root, suite, again)
         return store.results()
+
+
+def _again(suite: str, row: Row, verdicts: Mapping[str, Row]) -> Row:
+    """A record with today's scores, and with the verdict of a judge where one was recorded."""
+    benchmark = row.get("benchmark") or suite
+    return apply(row | score_fields(benchmark, scored_doc(row), row["prediction"]), verdicts)

@@ -244,9 +244,18 @@ def append_measurements(root: Path, rows: Sequence[Row]) -> None:
     Raises:
         StoreError: no space left, or the directory cannot be written.
     """
-    with _explained(root):
-        root.mkdir(parents=True, exist_ok=True)
-        _append(root / "measurements.jsonl", rows)
+    append_rows(root / "measurements.jsonl", rows)
+
+
+def append_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Append rows to a file, in a folder that is made if missing; fsynced on return.
+
+    Raises:
+        StoreError: no space left, or the directory cannot be written.
+    """
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _append(path, rows)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -363,6 +372,17 @@ def _repair(path: Path) -> None:
     _, good = _parse(path)
     if good < path.stat().st_size:
         os.truncate(path, good)
+
+
+def repair_rows(path: Path) -> None:
+    """Cut off a torn last line, which a killed process may have left; a missing file is whole.
+
+    Raises:
+        StoreError: a line other than the last is damaged, or the file cannot be written.
+    """
+    with _explained(path):
+        if path.is_file():
+            _repair(path)
 
 
 def _append(path: Path, rows: Iterable[Row]) -> None:

@@ -93,6 +93,7 @@ OPTIONS = {
     "processes frame-cache frame-cache-gb retry-errors max-errors profile root",
     "suites": "data",
     "score": "",
+    "judge": "endpoint judge key-variable",
     "report": "out title",
     "profile": "model out contexts repeats dtype threads",
     "demo": "full videos out root threads",
