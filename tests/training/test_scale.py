@@ -31,7 +31,12 @@ from internvideo3.training.scale.batches import (
     make_batch,
     seed_stream,
 )
-from internvideo3.training.scale.curriculum import STRETCHES, difficulty_at, learning_rate_factor
+from internvideo3.training.scale.curriculum import (
+    BASE,
+    CURRICULA,
+    difficulty_at,
+    learning_rate_factor,
+)
 from internvideo3.training.scale.objective import (
     MaskedModel,
     PackedModel,
@@ -234,14 +239,17 @@ def test_scene_truth_is_what_the_heads_can_reach(model: Any) -> None:
 
 
 def test_curriculum_grows() -> None:
-    longest = [max(stretch.lengths) for stretch in STRETCHES]
-    easy = [stretch.easy_share for stretch in STRETCHES]
-    ends = [stretch.until for stretch in STRETCHES]
+    longest = [max(stretch.lengths) for stretch in BASE]
+    easy = [stretch.easy_share for stretch in BASE]
+    ends = [stretch.until for stretch in BASE]
     assert longest == sorted(longest) and longest[-1] == 120
     assert easy == sorted(easy, reverse=True) and easy[0] == 1.0
     assert ends == sorted(ends) and ends[-1] == 1.0
-    assert difficulty_at(0.0).easy_share == 1.0
-    assert difficulty_at(1.0) == difficulty_at(0.999)
+    assert difficulty_at("base", 0.0).easy_share == 1.0
+    for name in CURRICULA:
+        assert difficulty_at(name, 1.0) == difficulty_at(name, 0.999)
+    assert difficulty_at("late", 0.0).easy_share > difficulty_at("late", 1.0).easy_share
+    assert difficulty_at("final", 0.0) == difficulty_at("late", 1.0)
     rates = [learning_rate_factor(step, 1000, 100) for step in range(1000)]
     assert max(rates) == 1.0 and rates[0] < 0.02 and rates[-1] < 0.03
 
@@ -298,6 +306,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
             batch_tokens=600,
             warmup=2,
             weight_decay=0.05,
+            curriculum="base",
             seed=3,
         )
 

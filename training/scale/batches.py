@@ -35,7 +35,8 @@ QUESTION_TOKENS = 32
 """A question, its options and answer in tokens, at most; longer draws are left out."""
 
 PROFILE_SHARES: Mapping[Profile, float] = {"main": 0.68, "ego": 0.14, "spatial": 0.18}
-PROFILE_FAMILIES: Mapping[Profile, Mapping[str, float]] = {
+FamilyShares = Mapping[Profile, Mapping[str, float]]
+PROFILE_FAMILIES: FamilyShares = {
     "main": {
         "needle": 0.7, "order": 2.0, "count": 1.0, "attime": 2.0, "whereabouts": 0.4,
         "motion": 2.0, "depth": 2.0, "shape": 0.7, "colour": 1.5, "ground_object": 2.0,
@@ -70,6 +71,8 @@ class Difficulty:
     """Share of order and at-time questions with two or three options instead of four."""
     profiles: Mapping[Profile, float] = field(default_factory=lambda: PROFILE_SHARES)
     """Share of each kind of video."""
+    families: FamilyShares = field(default_factory=lambda: PROFILE_FAMILIES)
+    """How often each family is tried, by kind of video."""
 
 
 class Batch(NamedTuple):
@@ -176,7 +179,7 @@ def draw_questions(
     writer: RowWriter, spec: VideoSpec, rng: random.Random, difficulty: Difficulty
 ) -> list[tuple[list[int], int, int]]:
     """At most `QUESTIONS` questions of one video: (ids, answer tokens, family index)."""
-    shares = PROFILE_FAMILIES[spec.profile]
+    shares = difficulty.families[spec.profile]
     rows: list[tuple[list[int], int, int]] = []
     asked: set[str] = set()
     for family in rng.choices(list(shares), list(shares.values()), k=2 * QUESTIONS):

@@ -1,12 +1,12 @@
 """Stage 2: teach the language model to answer; also the equal extra training of stage 3.
 
     python -m internvideo3.training.scale.language_stage --vision VISION.safetensors --out DIR …
+    python -m internvideo3.training.scale.language_stage --init CKPT --out DIR …
     python -m internvideo3.training.scale.language_stage --init CKPT --teacher CKPT --out DIR …
 
-From random weights it runs the curriculum, and the vision tower goes on learning (at a lower rate,
-with its dense heads); with `--init` it goes on from a checkpoint (GQA or latent) on the final
-mixture with the tower frozen. Every batch depends on the seed and
-its step only; a killed run resumes from its last checkpoint.
+From random weights the vision tower goes on learning (at a lower rate, with its dense heads); with
+`--init` it goes on from a checkpoint (GQA or latent) with the tower frozen. Every batch depends on
+the seed and its step only; a killed run resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from internvideo3.training.scale.batches import (
     rows_for,
     seed_stream,
 )
-from internvideo3.training.scale.curriculum import difficulty_at, learning_rate_factor
+from internvideo3.training.scale.curriculum import CURRICULA, difficulty_at, learning_rate_factor
 from internvideo3.training.scale.objective import (
     PackedModel,
     answer_loss,
@@ -76,6 +76,8 @@ class Options:
     warmup: int
     weight_decay: float
     seed: int
+    curriculum: str
+    """Name in `CURRICULA`."""
     bfloat16: bool = False
     """Whether matrix products run in bf16; the weights are float32 either way."""
 
@@ -112,11 +114,6 @@ def start_heads(options: Options, width: int) -> SceneHeads | None:
     return heads
 
 
-def step_difficulty(options: Options, step: int) -> Difficulty:
-    """Mixture of a step: the curriculum from random weights, its end from a checkpoint."""
-    return difficulty_at(step / options.steps if options.init is None else 1.0)
-
-
 class StepStream(IterableDataset[Batch]):
     """Batches of the remaining steps; worker w of n makes every n-th, so the order is fixed."""
 
@@ -131,7 +128,7 @@ class StepStream(IterableDataset[Batch]):
         options = self.options
         writer = RowWriter(load_processor().tokenizer)
         for step in range(self.first_step + worker, options.steps, workers):
-            difficulty = step_difficulty(options, step)
+            difficulty = difficulty_at(options.curriculum, step / options.steps)
             rng = random.Random(f"batch/{options.seed}/{step}")
             length = rng.choices(list(difficulty.lengths), list(difficulty.lengths.values()))[0]
             rows = rows_for(length, options.batch_tokens)
@@ -308,6 +305,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vision", type=Path, help="weights of stage 1")
     parser.add_argument("--init", type=Path, help="checkpoint folder to go on from")
     parser.add_argument("--teacher", type=Path, help="checkpoint folder to distil from")
+    parser.add_argument(
+        "--curriculum", choices=list(CURRICULA), default="base", help="what is asked"
+    )
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--batch-tokens", type=int, default=3000)
     parser.add_argument("--warmup", type=int, default=150)

@@ -24,7 +24,8 @@ from internvideo3.model.scale.build import SCALE_FOLDER
 from internvideo3.tasks.world.difficulty import digest
 
 NAMES = ("base", "m2la", "control")
-STAGES = ("vision", *NAMES)
+LANGUAGE_STAGES = ("early", *NAMES)
+STAGES = ("vision", *LANGUAGE_STAGES)
 LIMIT_BYTES = 20 * 2**20
 LEGEND_ROWS = 9
 
@@ -33,7 +34,7 @@ def publish(work: Path, target: Path = SCALE_FOLDER) -> None:
     """Copy the checkpoints of a training folder and write the card.
 
     Args:
-        work: Folder with `vision`, `base`, `m2la` and `control` (stages of `recipe.sh`).
+        work: Folder with `vision`, `early`, `base`, `m2la`, `control` (stages of `recipe.sh`).
         target: The folder that the package ships.
 
     Raises:
@@ -63,17 +64,21 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_curves(work: Path, path: Path) -> None:
-    """Vision scores, answer loss of the three models, base validation by family."""
+    """Vision scores, answer loss of every stage, base validation by family."""
     figure, (vision, loss, families) = plt.subplots(1, 3, figsize=(13, 4))
     rows = rows_of(work / "vision" / "vision_metrics.jsonl")
     for name in ("objects", "shape", "place", "flash", "token_shape", "token_motion"):
         vision.plot([r["step"] for r in rows], [r[name] for r in rows], label=name)
     vision.set(title="Stage 1: reading one second", xlabel="step", ylabel="accuracy")
-    for name in NAMES:
-        rows = [r for r in rows_of(work / name / "metrics.jsonl") if "answer" in r]
-        loss.plot([r["step"] for r in rows], [r["answer"] for r in rows], label=name, alpha=0.8)
-    loss.set(title="Answer loss", xlabel="step", ylabel="nats (weighted)")
-    rows = [r for r in rows_of(work / "base" / "metrics.jsonl") if "needle" in r]
+    lasted = _rows(work, "early", "answer")[-1]["step"]
+    for name in LANGUAGE_STAGES:
+        rows = _rows(work, name, "answer")
+        before = lasted if name == "base" else 0
+        steps = [before + r["step"] for r in rows]
+        loss.plot(steps, [r["answer"] for r in rows], label=name, alpha=0.8)
+    loss.set(title="Answer loss (base after early)", xlabel="step", ylabel="nats (weighted)")
+    rows = _rows(work, "early", "needle")
+    rows += [{**r, "step": lasted + r["step"]} for r in _rows(work, "base", "needle")]
     names = sorted(
         {name for r in rows for name in r}
         - {"step"}
@@ -88,6 +93,11 @@ def plot_curves(work: Path, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def _rows(work: Path, stage: str, key: str) -> list[dict[str, Any]]:
+    """Rows of a stage's metrics that hold a key."""
+    return [r for r in rows_of(work / stage / "metrics.jsonl") if key in r]
 
 
 def card(work: Path) -> str:
@@ -110,8 +120,8 @@ def card(work: Path) -> str:
         "| stage | steps | options | wall time of the last process |",
         "|---|---|---|---|",
     ]
-    for name in NAMES:
-        rows = [r for r in rows_of(work / name / "metrics.jsonl") if "seconds" in r]
+    for name in LANGUAGE_STAGES:
+        rows = _rows(work, name, "seconds")
         options = json.loads((work / name / "options.json").read_text())
         shown = ", ".join(
             f"{key} {_stage(value) if '/' in str(value) else value}"
@@ -129,24 +139,21 @@ def card(work: Path) -> str:
         f"{vision['token_motion']:.2f}.",
         "",
         f"Machine: {platform.machine()}, two shared cores, no GPU; torch {torch.__version__}, "
-        f"transformers {transformers.__version__}. One seed (0). Validation, exact answers:",
+        f"transformers {transformers.__version__}. One run, seeds as above. Validation, exact answers:",
         "",
         "| family | " + " | ".join(NAMES) + " |",
         "|---|" + "---|" * len(NAMES),
     ]
-    final = {
-        name: next(r for r in reversed(rows_of(work / name / "metrics.jsonl")) if "needle" in r)
-        for name in NAMES
-    }
+    final = {name: _rows(work, name, "needle")[-1] for name in NAMES}
     for key in sorted(set(final["base"]) - {"step"}):
         cells = (f"{row[key]:.2f}" if key in row else "" for row in final.values())
         lines.append(f"| {key} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "The mixture was changed once during base training, after looking at validation seeds; "
-        "`curriculum.py` says where and why. The run was stopped and resumed there, so a fresh run "
-        "of the recipe repeats the same batches, not the same last bits. Test seeds were never "
-        "used for a choice.",
+        "The mixture was changed once during `early`, and `late` asks what `early` left unlearnt, "
+        "both after looking at validation seeds; `curriculum.py` says where and why. `early` was "
+        "stopped and resumed at its change, so a fresh run of the recipe repeats the same batches, "
+        "not the same last bits. Test seeds were never used for a choice.",
         "",
     ]
     return "\n".join(lines)
