@@ -157,7 +157,7 @@ class InternVideo3ForCausalLM(_InitialisesLatentAttention, Qwen3ForCausalLM):
     On text Qwen3-VL's three position axes are equal, so its text model is theirs.
     """
 
-    config: InternVideo3TextConfig
+    config: InternVideo3TextConfig  # type: ignore[assignment]
     config_class = InternVideo3TextConfig
     _supports_flash_attn = False
     _supports_flex_attn = False

@@ -9,7 +9,7 @@ sqrt(D + 2 S), and rotary pairs lie next to each other: row 2 f is Re, row 2 f +
 There is no QK-norm, no modality adapter, and one slot per frequency.
 
 Axes: B batch, T tokens, X model width, H query heads, K key/value heads of the source, D head
-width, S slots = D/2, R rank.
+width, S slots = D/2, R rank, P keys or values.
 """
 
 from __future__ import annotations
@@ -38,12 +38,17 @@ class ReleasedAttention(RowAttention):
     @property
     def k_up(self) -> Tensor:  # type: ignore[override]
         """Up-projection of keys, [H, D, R]."""
-        return self.kv_b_proj.weight.unflatten(0, (self.num_heads, 2, -1))[:, 0]
+        return self._up_projections()[:, 0]
 
     @property
     def v_up(self) -> Tensor:  # type: ignore[override]
         """Up-projection of values, [H, D, R]."""
-        return self.kv_b_proj.weight.unflatten(0, (self.num_heads, 2, -1))[:, 1]
+        return self._up_projections()[:, 1]
+
+    def _up_projections(self) -> Tensor:
+        """Up-projections of every query head: P = 0 its keys', P = 1 its values'."""
+        up_HPDR: Tensor = self.kv_b_proj.weight.unflatten(0, (self.num_heads, 2, -1))
+        return up_HPDR
 
     def write(
         self, x_BTX: Tensor, cos_BTS: Tensor, sin_BTS: Tensor, vision_BT: Tensor | None
@@ -62,12 +67,14 @@ class ReleasedAttention(RowAttention):
 
 def split_pairs(x: Tensor) -> Tensor:
     """`[Re 0, Im 0, Re 1, Im 1, ...]` to `[Re ... | Im ...]` along the last axis."""
-    return x.unflatten(-1, (-1, 2)).mT.flatten(-2)
+    pairs: Tensor = x.unflatten(-1, (-1, 2))
+    return pairs.mT.flatten(-2)
 
 
 def join_pairs(x: Tensor) -> Tensor:
     """The inverse of `split_pairs`."""
-    return x.unflatten(-1, (2, -1)).mT.flatten(-2)
+    halves: Tensor = x.unflatten(-1, (2, -1))
+    return halves.mT.flatten(-2)
 
 
 @torch.no_grad()
