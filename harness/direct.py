@@ -24,7 +24,8 @@ from torchvision.transforms.functional import resize
 from internvideo3.harness.frame_cache import FrameCache
 from internvideo3.harness.settings import NEW_TOKENS, Settings
 from internvideo3.model.session import Limits, Reply, Session
-from internvideo3.tasks.video import Frames, read_frames
+from internvideo3.tasks.decoder import IsolatedReader
+from internvideo3.tasks.video import Frames
 
 Message = dict[str, Any]
 
@@ -112,17 +113,23 @@ class Answerer:
     """Answers questions with one model; holds no state between calls."""
 
     def __init__(
-        self, model: Any, processor: Any, settings: Settings, cache: FrameCache | None = None
+        self,
+        model: Any,
+        processor: Any,
+        settings: Settings,
+        cache: FrameCache | None = None,
+        reader: IsolatedReader | None = None,
     ):
         self.model = model
         self.processor = processor
         self.settings = settings
         self.cache = cache
+        self.reader = reader or IsolatedReader()
         self._video_end = processor.tokenizer.decode([model.config.vision_end_token_id])
 
     def at(self, settings: Settings) -> "Answerer":
         """The same model at other settings."""
-        return Answerer(self.model, self.processor, settings, self.cache)
+        return Answerer(self.model, self.processor, settings, self.cache, self.reader)
 
     def answer(
         self,
@@ -188,7 +195,7 @@ class Answerer:
         factor, settings = _pixel_factor(self.model.config), self.settings
 
         def make() -> Frames:
-            read = read_frames(
+            read = self.reader.read(
                 clip.path,
                 fps=settings.fps,
                 max_frames=settings.max_frames,

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwen_vl_utils import process_vision_info
 
-from internvideo3.harness import direct
 from internvideo3.harness.direct import Answerer, Clip, Question, fit_frames
 from internvideo3.harness.settings import Settings, pixel_range
+from internvideo3.tasks.decoder import IsolatedReader
 from internvideo3.tasks.video import Frames, read_frames
 
 SCALE = Settings(min_pixels=4096, max_pixels=4096, max_new_tokens=4)
@@ -90,7 +90,7 @@ def test_each_video_is_read_and_encoded_once(
     encoded: list[int] = []
     visual = answerer.model.model.visual.forward
 
-    def counting_read(path: str, **options: Any) -> Frames:
+    def counting_read(_: IsolatedReader, path: str, **options: Any) -> Frames:
         read.append(path)
         return read_frames(path, **options)
 
@@ -98,7 +98,7 @@ def test_each_video_is_read_and_encoded_once(
         encoded.append(1)
         return visual(*args, **options)
 
-    monkeypatch.setattr(direct, "read_frames", counting_read)
+    monkeypatch.setattr(IsolatedReader, "read", counting_read)
     monkeypatch.setattr(answerer.model.model.visual, "forward", counting_encode)
     one, two = videos(world)[:2]
     questions = [ask("a", one), ask("b", two), ask("c", one), ask("d", two), ask("e", one)]

@@ -1,0 +1,195 @@
+"""Videos decoded in a process of their own: a file that crashes the decoder costs that file only.
+
+About one in a hundred files with a few flipped bits in its header makes decord 0.6 read where it
+must not (measured by flipping bits: segmentation fault), which no `try` can catch. The process
+lives as long as it can and is started again after a crash or at the time limit, which also ends
+native calls that never return.
+
+    reader = IsolatedReader()
+    frames = reader.read("clip.mp4", fps=2.0)
+
+The other side is `python -m internvideo3.tasks.decoder`: a JSON line with the request comes in, a
+JSON line with the answer goes out, followed by the pixels.
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from internvideo3.tasks.video import TIME_LIMIT_S, Frames, VideoError, read_frames
+
+_GRACE_S = 5.0
+"""The process looks at the clock itself and answers; only where it cannot is it killed."""
+
+
+class IsolatedReader:
+    """Reads frames as `read_frames` does, in another process; safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def read(
+        self,
+        path: str | Path,
+        *,
+        fps: float = 2.0,
+        max_frames: int = 768,
+        start_s: float | None = None,
+        end_s: float | None = None,
+        time_limit_s: float = TIME_LIMIT_S,
+    ) -> Frames:
+        """The frames of a video; arguments, result and errors are those of `read_frames`.
+
+        Raises:
+            VideoError: as `read_frames`, or the decoder crashed on the file.
+            ValueError: as `read_frames`.
+        """
+        request = {
+            "path": str(path),
+            "fps": fps,
+            "max_frames": max_frames,
+            "start_s": start_s,
+            "end_s": end_s,
+            "time_limit_s": time_limit_s,
+        }
+        with self._lock:
+            process = self._running()
+            try:
+                return _ask(process, request)
+            except BaseException as error:
+                if isinstance(error, VideoError | ValueError):
+                    raise
+                # Whatever else happens, an interrupt too, leaves the pipe in the middle of a reply.
+                status = _end(process)
+                self._process = None
+                if isinstance(error, _CrashError | OSError):
+                    raise VideoError(_said(path, status, time_limit_s)) from None
+                raise
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            _end(self._process)
+            self._process = None
+
+    def _running(self) -> "subprocess.Popen[bytes]":
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                # Decoders write about damaged files there; the reply says what is of use.
+                stderr=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": _python_path()},
+            )
+        return self._process
+
+
+class _CrashError(RuntimeError):
+    """The process ended, or did not answer in time."""
+
+
+def _python_path() -> str:
+    source = Path(str(sys.modules["internvideo3"].__file__)).parents[1]
+    return os.pathsep.join(filter(None, [str(source), os.environ.get("PYTHONPATH")]))
+
+
+def _ask(process: "subprocess.Popen[bytes]", request: Mapping[str, Any]) -> Frames:
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(json.dumps(request).encode() + b"\n")
+    process.stdin.flush()
+    ready, _, _ = select.select([process.stdout], [], [], request["time_limit_s"] + _GRACE_S)
+    line = process.stdout.readline() if ready else b""
+    if not line.endswith(b"\n"):
+        raise _CrashError
+    answer = json.loads(line)
+    if "error" in answer:
+        kind = VideoError if answer["kind"] == "VideoError" else ValueError
+        raise kind(answer["error"])
+    pixels_THWC = np.empty(answer["shape"], np.uint8)
+    _fill(process.stdout, pixels_THWC.reshape(-1).data)
+    return Frames(
+        pixels_THWC=pixels_THWC,
+        indices=tuple(answer["indices"]),
+        source_fps=answer["source_fps"],
+        total_frames=answer["total_frames"],
+        duration_s=answer["duration_s"],
+        digest=answer["digest"],
+    )
+
+
+def _fill(stream: IO[bytes], room: memoryview) -> None:
+    while room:
+        chunk = stream.read(min(len(room), 1 << 24))
+        if not chunk:
+            raise _CrashError
+        room[: len(chunk)] = chunk
+        room = room[len(chunk) :]
+
+
+def _end(process: "subprocess.Popen[bytes]") -> int:
+    """End the process if it has not ended by itself, and return its status."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+    process.kill()
+    for pipe in (process.stdin, process.stdout):
+        # What is left to be flushed has no reader any more.
+        with contextlib.suppress(OSError):
+            assert pipe is not None
+            pipe.close()
+    return process.wait()
+
+
+def _said(path: str | Path, status: int, time_limit_s: float) -> str:
+    if status == -signal.SIGKILL:
+        what = f"it did not decode within {time_limit_s:g} s"
+    else:
+        name = signal.Signals(-status).name if status < 0 else f"status {status}"
+        what = f"the decoder crashed on it ({name})"
+    return f"cannot read the video {path}: {what}. Check that it plays, or fetch or build it again"
+
+
+def main() -> None:
+    """Answer requests until the other side closes."""
+    # Native code may print; the replies keep a descriptor of their own.
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    # Ctrl-C goes to the whole group; the other side decides what becomes of this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        try:
+            frames = read_frames(request.pop("path"), **request)
+        except ValueError as error:  # VideoError is one
+            _write(replies, {"kind": type(error).__name__, "error": str(error)})
+            continue
+        header = {
+            "shape": frames.pixels_THWC.shape,
+            "indices": frames.indices,
+            "source_fps": frames.source_fps,
+            "total_frames": frames.total_frames,
+            "duration_s": frames.duration_s,
+            "digest": frames.digest,
+        }
+        _write(replies, header, np.ascontiguousarray(frames.pixels_THWC).reshape(-1).data)
+
+
+def _write(stream: IO[bytes], header: Mapping[str, Any], payload: memoryview | bytes = b"") -> None:
+    stream.write(json.dumps(header).encode() + b"\n")
+    stream.write(payload)
+    stream.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Decoding in another process: same frames, and crashes and hangs that cost one file.
+
+pytest tests/tasks/test_decoder.py
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from internvideo3.tasks import decoder
+from internvideo3.tasks.decoder import IsolatedReader
+from internvideo3.tasks.video import VideoError, read_frames
+from internvideo3.tasks.world.media import encode_video
+
+
+def a_video(path: Path, seed: int = 0) -> Path:
+    pixels_THWC = np.random.default_rng(seed).integers(0, 255, (24, 64, 64, 3), np.uint8)
+    path.write_bytes(encode_video(pixels_THWC, fps=8))
+    return path
+
+
+@pytest.fixture(scope="module")
+def reader() -> IsolatedReader:
+    return IsolatedReader()
+
+
+@pytest.mark.parametrize("options", [{}, {"fps": 8.0, "max_frames": 6}, {"start_s": 1.0}])
+def test_frames_are_those_of_reading_here(
+    options: dict[str, float], reader: IsolatedReader, tmp_path: Path
+) -> None:
+    video = a_video(tmp_path / "a.mp4")
+    here, there = read_frames(video, **options), reader.read(video, **options)  # type: ignore[arg-type]
+    assert np.array_equal(here.pixels_THWC, there.pixels_THWC)
+    for name in ("indices", "source_fps", "total_frames", "duration_s", "digest"):
+        assert getattr(here, name) == getattr(there, name)
+
+
+def test_errors_are_those_of_reading_here(reader: IsolatedReader, tmp_path: Path) -> None:
+    torn = tmp_path / "torn.mp4"
+    torn.write_bytes(a_video(tmp_path / "a.mp4").read_bytes()[:900])
+    for path in (torn, tmp_path / "gone.mp4"):
+        with pytest.raises(VideoError) as here:
+            read_frames(path)
+        with pytest.raises(VideoError) as there:
+            reader.read(path)
+        assert str(here.value) == str(there.value)
+    with pytest.raises(ValueError, match="fps must be"):
+        reader.read(torn, fps=0)
+
+
+def test_a_crash_is_an_error_of_that_file_and_the_next_one_is_read(tmp_path: Path) -> None:
+    video, own = a_video(tmp_path / "a.mp4"), IsolatedReader()
+    own.read(video)
+    assert own._process is not None
+    os.kill(own._process.pid, signal.SIGSEGV)
+    own._process.wait()
+    assert own.read(video).indices
+
+    # A pipe in place of a file keeps the process waiting, so that it dies in the middle.
+    stuck = tmp_path / "stuck.mp4"
+    ask = decoder._ask
+
+    def die(process: "subprocess.Popen[bytes]", request: dict[str, object]) -> object:
+        process.kill() if request["path"] == "hang" else process.send_signal(signal.SIGSEGV)
+        process.wait()
+        return ask(process, request)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "_ask", die)
+        with pytest.raises(VideoError, match=r"stuck\.mp4: the decoder crashed on it \(SIGSEGV\)"):
+            own.read(stuck)
+    assert own.read(video).indices
+    own.close()
+
+
+def test_damaged_headers_never_end_this_process(tmp_path: Path) -> None:
+    """Bits flipped in the index of the file, where decord 0.6 has crashed."""
+    whole, rng, own = a_video(tmp_path / "a.mp4").read_bytes(), random.Random(5), IsolatedReader()
+    path, start = tmp_path / "hurt.mp4", whole.rfind(b"moov")
+    for _ in range(60):
+        data = bytearray(whole)
+        for _ in range(rng.choice((1, 2, 4, 8))):
+            data[rng.randrange(start, len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try:
+            assert own.read(path, fps=4, max_frames=8, time_limit_s=20).indices
+        except VideoError as error:
+            assert "hurt.mp4" in str(error)
+    own.close()
+
+
+def test_what_never_returns_is_killed_at_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "_GRACE_S", 0.2)
+    video, own = a_video(tmp_path / "a.mp4"), IsolatedReader()
+    own.read(video)
+    assert own._process is not None
+    os.kill(own._process.pid, signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises(VideoError, match=r"did not decode within 0\.3 s"):
+        own.read(video, time_limit_s=0.3)
+    assert time.monotonic() - started < 5
+    assert own.read(video).indices
+    own.close()
+
+
+def test_threads_take_turns(reader: IsolatedReader, tmp_path: Path) -> None:
+    videos = [a_video(tmp_path / f"{seed}.mp4", seed) for seed in range(4)]
+    expected = [read_frames(video).digest for video in videos]
+    found: list[str] = [""] * 4
+
+    def run(number: int) -> None:
+        found[number] = reader.read(videos[number]).digest
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
+
+
+def test_the_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
+    video = a_video(tmp_path / "a.mp4")
+    code = (
+        "import os\n"
+        "from internvideo3.tasks.decoder import IsolatedReader\n"
+        f"reader = IsolatedReader()\nreader.read({str(video)!r})\n"
+        "print(reader._process.pid, flush=True)\nos.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    pid, until = int(done.stdout), time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.05)
