@@ -1,8 +1,9 @@
 """Checkpoints: finding, checking, describing and loading them.
 
-A checkpoint is a folder with `config.json`, safetensors weights and processor files. Two layouts
-are known: Qwen3-VL (GQA) and ours (M²LA). Pickled weights are refused, since unpickling runs code.
-torch is imported only to load weights.
+A checkpoint is a folder with `config.json`, safetensors weights and processor files. Known are
+Qwen3-VL (GQA), ours (M²LA, with vision or text alone), and the authors' release: a Qwen3-VL
+configuration beside weights whose names show the latent attention. Pickled weights are refused,
+since unpickling runs code. torch is imported only to load weights.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SCALE_FOLDER = Path(__file__).parent / "scale"
 SCALE_NAMES = {f"scale:{kind}": SCALE_FOLDER / kind for kind in ("base", "m2la", "control")}
 """Short names of the checkpoints shipped with the package."""
 
-ARCHITECTURES = {"qwen3_vl": "gqa", "internvideo3": "m2la"}
+ARCHITECTURES = {"qwen3_vl": "gqa", "internvideo3": "m2la", "internvideo3_text": "m2la"}
 """Attention of each model type that can be loaded."""
 
 KERNEL_WIDTHS = (512, 576, 1024)
@@ -48,6 +49,8 @@ class CheckpointInfo:
     parameters: int
     """Values stored; tied weights count once."""
     layers: int
+    row_form: str
+    """"grouped" for GQA, else "latent", "prerope" or "released"."""
     query_heads: int
     kv_heads: int
     head_dim: int
@@ -122,17 +125,59 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{path} has no config.json, so it is no checkpoint.")
-    try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is not JSON ({error}); copy the file again.") from error
+    config = read_json(file)
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
         raise CheckpointError(
             f"{path} holds a {kind!r} model. Known are {' and '.join(ARCHITECTURES)}: Qwen3-VL, "
-            "and Qwen3-VL converted to M²LA by this package."
+            "and models converted to M²LA by this package (`internvideo3 convert`)."
         )
-    return config
+    return _as_released(path, config) if kind == "qwen3_vl" else config
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A checkpoint's JSON file.
+
+    Raises:
+        CheckpointError: it is not JSON.
+    """
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is not JSON ({error}); copy the file again.") from error
+    return found
+
+
+def _as_released(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the authors' release, whose own is that of the GQA model.
+
+    The weights tell: rank and rotary width are read from the shapes of each layer's tensors.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        shapes |= _stored_shapes(file)
+    layers = config["text_config"]["num_hidden_layers"]
+    prefix = "model.language_model.layers"
+    down = [shapes.get(f"{prefix}.{i}.self_attn.kv_a_proj_with_mqa.weight") for i in range(layers)]
+    up = [shapes.get(f"{prefix}.{i}.self_attn.kv_b_proj.weight") for i in range(layers)]
+    if not any(down):
+        return config
+    absent = [i for i in range(layers) if down[i] is None or up[i] is None]
+    if absent:
+        raise CheckpointError(
+            f"{path} has the released layout, but layers {absent[:5]} lack kv_a_proj_with_mqa or "
+            "kv_b_proj; copy the weights again."
+        )
+    ranks = [int(shape[1]) for shape in up if shape]
+    slots = [(int(shape[0]) - rank) // 2 for shape, rank in zip(down, ranks, strict=True) if shape]
+    latent = {
+        "latent_rank": ranks,
+        "rope_slots": slots,
+        "row_form": "released",
+        "qk_norm": "linear",
+    }
+    text = {k: v for k, v in config["text_config"].items() if k != "model_type"} | latent
+    return config | {"model_type": "internvideo3", "text_config": text}
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -142,6 +187,12 @@ def weight_files(path: Path) -> list[Path]:
         CheckpointError: there is none, or only pickled weights.
     """
     files = sorted(path.glob("*.safetensors"))
+    absent = sorted(_shards_of_index(path) - {file.name for file in files})
+    if absent:
+        raise CheckpointError(
+            f"{path} lacks {len(absent)} of its weight files ({', '.join(absent[:3])}); "
+            "copy them again."
+        )
     if files:
         return files
     pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
@@ -151,6 +202,14 @@ def weight_files(path: Path) -> list[Path]:
             "they are refused: convert them to safetensors first."
         )
     raise CheckpointError(f"{path} has no *.safetensors file; copy the weights again.")
+
+
+def _shards_of_index(path: Path) -> set[str]:
+    """Names of the weight files that a sharded checkpoint's index lists."""
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        return set()
+    return set(read_json(index).get("weight_map", {}).values())
 
 
 def weights_digest(path: Path) -> str:
@@ -186,8 +245,14 @@ def cache_bytes_per_token(config: Path | Mapping[str, Any] | Any, dtype: str | A
     elif not isinstance(config, Mapping):
         config = config.to_dict()
     ranks, ropes = _latent_rows(config)
-    numbers = sum(ranks) + sum(ropes) if ranks else _gqa_numbers(config["text_config"])
+    numbers = sum(ranks) + sum(ropes) if ranks else _gqa_numbers(text_config(config))
     return numbers * ITEM_BYTES[name]
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The text part of a configuration."""
+    text: Mapping[str, Any] = config.get("text_config", config)
+    return text
 
 
 def inspect(name: str | Path) -> CheckpointInfo:
@@ -198,7 +263,7 @@ def inspect(name: str | Path) -> CheckpointInfo:
     """
     path = resolve_checkpoint(name)
     config = read_config(path)
-    text = config["text_config"]
+    text = text_config(config)
     ranks, ropes = _latent_rows(config)
     widths = [rank + rope for rank, rope in zip(ranks, ropes, strict=True)]
     return CheckpointInfo(
@@ -207,6 +272,7 @@ def inspect(name: str | Path) -> CheckpointInfo:
         attention=ARCHITECTURES[config["model_type"]],
         parameters=sum(_stored_values(file) for file in weight_files(path)),
         layers=text["num_hidden_layers"],
+        row_form=text.get("row_form", "latent") if ranks else "grouped",
         query_heads=text["num_attention_heads"],
         kv_heads=text["num_key_value_heads"],
         head_dim=text["head_dim"],
@@ -219,16 +285,22 @@ def inspect(name: str | Path) -> CheckpointInfo:
 
 
 def _latent_rows(config: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Rank and rotary width of each layer; empty for GQA."""
-    if config["model_type"] != "internvideo3":
+    """Rank and rotary width of each layer; empty for GQA.
+
+    Before rotation there are no slots, but the first layer's rows carry every token's angles.
+    """
+    if ARCHITECTURES[config["model_type"]] != "m2la":
         return (), ()
-    text = config["text_config"]
+    text = text_config(config)
     layers = text["num_hidden_layers"]
 
     def each(value: int | list[int]) -> list[int]:
         return value if isinstance(value, list) else [value] * layers
 
-    return tuple(each(text["latent_rank"])), tuple(2 * s for s in each(text["rope_slots"]))
+    ropes = [2 * slots for slots in each(text["rope_slots"])]
+    if text.get("row_form") == "prerope":
+        ropes[0] += text["head_dim"]
+    return tuple(each(text["latent_rank"])), tuple(ropes)
 
 
 def _gqa_numbers(text: Mapping[str, Any]) -> int:
@@ -237,12 +309,17 @@ def _gqa_numbers(text: Mapping[str, Any]) -> int:
 
 def _stored_values(file: Path) -> int:
     """Number of values in a safetensors file, from its header."""
+    return sum(math.prod(shape) for shape in _stored_shapes(file).values())
+
+
+def _stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor in a safetensors file, from its header."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="numpy") as stored:
             names = list(stored.keys())
-            return sum(math.prod(stored.get_slice(name).get_shape()) for name in names)
+            return {name: tuple(stored.get_slice(name).get_shape()) for name in names}
     except SafetensorError as error:
         raise CheckpointError(f"{file} is damaged ({error}); copy the weights again.") from error
 
@@ -259,20 +336,25 @@ def load_model(
 
     Returns:
         The model (a `Qwen3VLForConditionalGeneration`, for M²LA its subclass) and its
-        `Qwen3VLProcessor`.
+        `Qwen3VLProcessor`. For a converted text model its class, and its tokenizer.
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
     """
     path = resolve_checkpoint(name)
-    kind = read_config(path)["model_type"]
+    config = read_config(path)
+    kind = config["model_type"]
     weight_files(path)
 
     import torch
     from safetensors import SafetensorError
-    from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+    from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
-    from internvideo3.model.modeling import InternVideo3ForConditionalGeneration
+    from internvideo3.model.config import InternVideo3Config
+    from internvideo3.model.modeling import (
+        InternVideo3ForCausalLM,
+        InternVideo3ForConditionalGeneration,
+    )
 
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype == "auto":
@@ -280,23 +362,32 @@ def load_model(
     classes: dict[str, Any] = {
         "qwen3_vl": Qwen3VLForConditionalGeneration,
         "internvideo3": InternVideo3ForConditionalGeneration,
+        "internvideo3_text": InternVideo3ForCausalLM,
     }
+    given = {"config": InternVideo3Config.from_dict(config)} if kind == "internvideo3" else {}
+    reader: Any = AutoTokenizer if kind == "internvideo3_text" else Qwen3VLProcessor
     try:
         model, report = classes[kind].from_pretrained(
             path,
-            dtype=_torch_type(dtype),
+            dtype=torch_type(dtype),
+            **given,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
         )
-        processor = Qwen3VLProcessor.from_pretrained(path, local_files_only=True)
+        processor = reader.from_pretrained(path, local_files_only=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
-    _check_complete(path, report)
+    check_complete(path, report)
     return model.to(where).eval(), processor
 
 
-def _torch_type(dtype: str | torch.dtype) -> torch.dtype:
+def torch_type(dtype: str | torch.dtype) -> torch.dtype:
+    """A floating type by name.
+
+    Raises:
+        CheckpointError: the type is not known.
+    """
     import torch
 
     name = str(dtype).removeprefix("torch.")
@@ -306,8 +397,16 @@ def _torch_type(dtype: str | torch.dtype) -> torch.dtype:
     return kind
 
 
-def _check_complete(path: Path, report: Mapping[str, Any]) -> None:
-    """Refuses weights that do not fit the configuration; transformers would fill the gaps."""
+def check_complete(path: Path, report: Mapping[str, Any]) -> None:
+    """Refuses weights that do not fit the configuration; transformers would fill the gaps.
+
+    Args:
+        path: the checkpoint.
+        report: what `from_pretrained` returns with `output_loading_info`.
+
+    Raises:
+        CheckpointError: tensors are missing, not known, or of another shape; names them.
+    """
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         names = sorted(map(str, report.get(problem) or ()))
         if names:

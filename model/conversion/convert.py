@@ -1,44 +1,50 @@
-"""GQA Qwen3-VL to M²LA: the order of the steps, and what they report.
+"""GQA to M²LA: the order of the steps, and what they report.
 
-1. `statistics.collect`: one forward and backward pass over the calibration batches;
-2. per layer `rotary` (slots and gain), `lowrank` (latent), `adapters` (modalities); the number of
-   rotary slots and the use of adapters are chosen by `divergence` from the source;
-3. `refit`: output projections, on the source's layer inputs.
+1. `recording`: one forward and backward pass over the calibration batches, written layer by layer;
+2. per layer `statistics`, with `norms` in place of QK-norm if it is to be linear;
+3. per layer `rotary` (slots and gain) and `lowrank` (latent); the number of slots and the use of
+   `adapters` are chosen by `divergence` from the source, ranks by `budget`;
+4. per layer `refit` of the output projection.
 
-Keys are normalised (QK-norm) before they are compressed, so the norm stays exact: what is cached
-need not be linear in the layer input (paper section 3.2.3 puts a constant in place of the norm).
+Every step works on one layer at a time and leaves its result in a work folder: an interrupted
+conversion continues, several conversions of one source share what they can, and memory holds the
+source, one layer's statistics and the new layers. The folder has
+
+    inputs.json                     what the source and the calibration batches are
+    calls-SEED/                     the calibration pass
+    statistics-DIGEST/              per layer, for one linear norm and token floor
+    result-DIGEST/                  per layer, for one set of options
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Qwen3VLForConditionalGeneration
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextAttention
 
-from internvideo3.model.attention import LatentAttention
-from internvideo3.model.config import InternVideo3Config
-from internvideo3.model.conversion.adapters import Adapter, fit_adapter
-from internvideo3.model.conversion.divergence import Reference
-from internvideo3.model.conversion.lowrank import LowRank, factorise, weigh_metric
-from internvideo3.model.conversion.options import PRESETS, ConversionOptions, key_width
-from internvideo3.model.conversion.refit import refit_outputs
-from internvideo3.model.conversion.rotary import (
-    RotarySlots,
-    choose_slots,
-    positional_gain,
-    residual_map,
-)
-from internvideo3.model.conversion.statistics import (
-    Batch,
-    LayerStatistics,
-    collect,
-    text_config,
-)
-from internvideo3.model.modeling import InternVideo3ForConditionalGeneration
+from internvideo3.model.attention import LatentAttention, RowAttention
+from internvideo3.model.conversion.budget import tempered_ranks, vision_ranks
+from internvideo3.model.conversion.converted import Shape, converted_model, layer_config
+from internvideo3.model.conversion.divergence import CHOICE_BATCHES, Reference
+from internvideo3.model.conversion.norms import Concentration, LinearNorm, linear_norm
+from internvideo3.model.conversion.options import ConversionOptions, key_width, preset
+from internvideo3.model.conversion.plan import LayerPlan, build_layer, plan_layer
+from internvideo3.model.conversion.recording import Progress, Recording, record, silent
+from internvideo3.model.conversion.refit import refit_output
+from internvideo3.model.conversion.rotary import PairGeometry, pair_geometry
+from internvideo3.model.conversion.source import Batch, Projections, Source
+from internvideo3.model.conversion.statistics import LayerStatistics, collect
+from internvideo3.model.modeling import ATTENTIONS
+from internvideo3.model.released import ReleasedAttention, release
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,9 @@ class LayerReport:
 
     layer: int
     rank: int
+    vision_rank: int
     rope_slots: int
+    slot_frequencies: list[int]
     rotary_energy: float
     """Share of the rotary importance that the slots carry."""
     latent_energy: float
@@ -56,13 +64,16 @@ class LayerReport:
     """Share of the latent's calibrated error that modality adapters save; 0 without adapters."""
     output_error: float | None
     """Share of the attention output's error left after the refit; None without a refit."""
+    geometry: PairGeometry
+    concentration: Concentration | None
+    """None for sources without QK-norm."""
 
 
 @dataclass(frozen=True)
 class Conversion:
     """A converted model and how it came about."""
 
-    model: InternVideo3ForConditionalGeneration
+    model: Any
     layers: list[LayerReport]
     cache_share: float
     """Cached numbers per token over the source's."""
@@ -70,202 +81,444 @@ class Conversion:
     """Mean KL(source || converted) per supervised calibration token, in nats."""
 
 
-@dataclass(frozen=True)
-class _LayerPlan:
-    stats: LayerStatistics
-    gain_HF: Tensor
-    slots: RotarySlots
-    low: LowRank
-    adapters: list[Adapter]
-
-
 def convert(
-    model: Qwen3VLForConditionalGeneration,
-    calibration: Sequence[Batch],
-    options: ConversionOptions | str = "half",
-) -> InternVideo3ForConditionalGeneration:
-    """Converts a GQA Qwen3-VL to M²LA; see `convert_with_report`."""
+    model: Any, calibration: Sequence[Batch], options: ConversionOptions | str = "half"
+) -> Any:
+    """Converts a GQA model to M²LA; see `convert_with_report`."""
     return convert_with_report(model, calibration, options).model
 
 
 def convert_with_report(
-    model: Qwen3VLForConditionalGeneration,
+    model: Any,
     calibration: Sequence[Batch],
     options: ConversionOptions | str = "half",
+    *,
+    progress: Progress = silent,
+    folder: Path | None = None,
 ) -> Conversion:
-    """Converts a GQA Qwen3-VL to M²LA on calibration batches.
+    """Converts a GQA model to M²LA on calibration batches.
 
     Args:
-        model: the source; it is not changed.
+        model: the source, see `source`; it is not changed.
         calibration: dicts of model inputs (as the processor returns them). Sequences must begin at
             their true start, since the first token is an attention sink.
-        options: options, or the name of a preset ("half", "full").
+        options: options, or the name of a preset.
+        progress: called as steps advance.
+        folder: work folder, kept; None: a temporary one.
 
     Raises:
-        ValueError: the model is not a GQA Qwen3-VL, a preset is unknown, or there is no batch.
+        ValueError: the model cannot be converted, a preset is unknown, there is no batch, or the
+            folder belongs to another source or calibration set.
     """
-    options = _options(model, options)
-    training = model.training
-    model.eval()
-    try:
-        stats = collect(model, calibration, seed=options.seed, token_floor=options.token_floor)
-        job = _Job(model, calibration, options, stats, Reference.of(model, calibration))
-        slots = job.best_slots()
-        built = job.with_best_adapters(slots)
-    finally:
-        model.train(training)
-    return built.conversion(options, 2 * key_width(text_config(model)), training)
+    source = Source.of(model)
+    if isinstance(options, str):
+        options = preset(options, source.text)
+    with tempfile.TemporaryDirectory(prefix="internvideo3-convert-") as temporary:
+        job = Job.start(source, calibration, options, folder or Path(temporary), progress)
+        built = job.run()
+        converted = converted_model(source, built.layers, built.shape).train(model.training)
+        return Conversion(converted, built.reports, built.cache_share, job.divergence(built))
 
 
 @dataclass(frozen=True)
-class _Built:
-    """One candidate."""
+class Built:
+    """All converted layers."""
 
-    model: InternVideo3ForConditionalGeneration
-    plans: list[_LayerPlan]
-    output_errors: Sequence[float | None]
-    divergence: float
-
-    def conversion(
-        self, options: ConversionOptions, source_width: int, training: bool
-    ) -> Conversion:
-        """The candidate as the result."""
-        pairs = zip(self.plans, self.output_errors, strict=True)
-        reports = [_report(index, plan, left) for index, (plan, left) in enumerate(pairs)]
-        share = options.row_width / source_width
-        return Conversion(self.model.train(training), reports, share, self.divergence)
+    layers: list[RowAttention]
+    reports: list[LayerReport]
+    shape: Shape
+    cache_share: float
+    """Cached numbers per token over the source's."""
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What all candidates share."""
+class _Choice:
+    """What is decided for all layers together."""
 
-    source: Qwen3VLForConditionalGeneration
+    slots: int
+    adapters: bool
+    ranks: list[int]
+    vision_ranks: list[int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One conversion in a work folder."""
+
+    source: Source
     calibration: Sequence[Batch]
     options: ConversionOptions
-    stats: list[LayerStatistics]
-    reference: Reference
+    folder: Path
+    progress: Progress
+    recording: Recording
 
-    def best_slots(self) -> int:
+    @classmethod
+    def start(
+        cls,
+        source: Source,
+        calibration: Sequence[Batch],
+        options: ConversionOptions,
+        folder: Path,
+        progress: Progress = silent,
+    ) -> Job:
+        """Runs or continues the calibration pass.
+
+        Raises:
+            ValueError: there is no calibration batch, the options do not fit the source, or the
+                folder belongs to another source or calibration set.
+        """
+        check_fit(options, source.text, source.has_norm)
+        _claim(folder, source, calibration)
+        calls = folder / f"calls-{options.seed}"
+        recording = record(source, calibration, calls, seed=options.seed, progress=progress)
+        return cls(source, calibration, options, folder, progress, recording)
+
+    @property
+    def layer_count(self) -> int:
+        """L."""
+        return len(self.source.layers)
+
+    def run(self) -> Built:
+        """Everything after the calibration pass."""
+        with _evaluating(self.source.model):
+            return self._run()
+
+    def _run(self) -> Built:
+        self._collect()
+        choice = self._choose()
+        layers: list[RowAttention] = []
+        reports: list[LayerReport] = []
+        for index in range(self.layer_count):
+            layer, report = self._finish(index, choice)
+            layers.append(layer)
+            reports.append(report)
+            self.progress("layers", index + 1, self.layer_count)
+        shape = self._shape(choice, [r.slot_frequencies for r in reports])
+        share = self.options.row_width / (2 * key_width(self.source.text))
+        return Built(layers, reports, shape, share)
+
+    def divergence(self, built: Built) -> float:
+        """Mean KL(source || converted) per supervised calibration token, in nats."""
+        with _evaluating(self.source.model):
+            return self.reference(CHOICE_BATCHES).divergence(built.layers)
+
+    def _collect(self) -> None:
+        for index in range(self.layer_count):
+            file = self._statistics_file(index)
+            if not file.is_file():
+                projections, scale = self._projections(index)
+                calls = self.recording.calls(index)
+                floor = self.options.token_floor
+                collect(projections, calls, scale=scale, token_floor=floor).save(file)
+            self.progress("statistics", index + 1, self.layer_count)
+
+    def _projections(self, index: int) -> tuple[Any, float]:
+        attention = self.source.layers[index].self_attn
+        norm = self._norm(index)
+        own = Projections.of(attention) if norm is None else norm.projections(attention)
+        return own, float(attention.scaling)
+
+    def _norm(self, index: int) -> LinearNorm | None:
+        """The linear substitute of a layer's norms, if it is wanted."""
+        if self.options.norm == "exact" or not self.source.has_norm:
+            return None
+        attention = self.source.layers[index].self_attn
+        return linear_norm(attention, self.recording.calls(index), self.options.norm_fit)
+
+    def _statistics(self, index: int) -> LayerStatistics:
+        return LayerStatistics.load(self._statistics_file(index), self.source.device)
+
+    def _statistics_file(self, index: int) -> Path:
+        used = self.options
+        parts = [used.seed, used.token_floor, used.norm, used.norm_fit]
+        return self._subfolder("statistics", parts) / f"{index:03d}.safetensors"
+
+    def _result_file(self, name: str) -> Path:
+        return self._subfolder("result", asdict(self.options)) / name
+
+    def _subfolder(self, name: str, depends_on: Any) -> Path:
+        folder = self.folder / f"{name}-{_digest(json.dumps(depends_on).encode())[:12]}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def reference(self, batches: int | None = None) -> Reference:
+        """The source on the first (or all) calibration batches, as the calibration pass left it."""
+        chosen = self.calibration[:batches]
+        hidden = [self.recording.hidden(index) for index in range(len(chosen))]
+        return Reference(self.source, chosen, hidden)
+
+    def _choose(self) -> _Choice:
+        """Slots, adapters and ranks; kept in a file, since candidates take long to compare."""
+        file = self._result_file("choice.json")
+        if file.is_file():
+            return _Choice(**json.loads(file.read_text(encoding="utf-8")))
+        slots = self._best_slots()
+        uniform = self._uniform(slots)
+        ranks = [uniform] * self.layer_count
+        if self.options.tempered:
+            plans = (self._plan(index, slots) for index in range(self.layer_count))
+            ranks = tempered_ranks([plan.low.energies_Q.cpu() for plan in plans], uniform)
+        nested = self._vision_ranks(slots, ranks)
+        adapters = self.options.adapters
+        if float(self._statistics(0).weight_M[1]) == 0.0:
+            adapters = bool(adapters)  # with one modality there is nothing to adapt
+        if adapters is None:
+            found = {
+                tried: self._candidate(_Choice(slots, tried, ranks, nested))
+                for tried in (False, True)
+            }
+            adapters = found[True] < found[False]
+        choice = _Choice(slots, adapters, ranks, nested)
+        file.write_text(json.dumps(asdict(choice)), encoding="utf-8")
+        return choice
+
+    def _uniform(self, slots: int) -> int:
+        return self.options.latent_rank(slots, self.layer_count, self.source.text.head_dim)
+
+    def _best_slots(self) -> int:
         """Number of rotary slots with the least divergence, before any refit."""
         choices = self.options.slot_choices()
         if len(choices) == 1:
             return choices[0]
-        return min(choices, key=lambda slots: self.build(slots, False, False).divergence)
+        found: dict[int, float] = {}
+        for slots in choices:
+            ranks = [self._uniform(slots)] * self.layer_count
+            found[slots] = self._candidate(_Choice(slots, False, ranks, ranks))
+            self.progress("slot numbers tried", len(found), len(choices))
+        return min(found, key=lambda slots: found[slots])
 
-    def with_best_adapters(self, slots: int) -> _Built:
-        """The converted model, with adapters if they are wanted or lower the divergence."""
-        tried = (False, True) if self.options.adapters is None else (self.options.adapters,)
-        built = [self.build(slots, adapters, self.options.refit_output) for adapters in tried]
-        return min(built, key=lambda candidate: candidate.divergence)
+    def _vision_ranks(self, slots: int, ranks: list[int]) -> list[int]:
+        if self.options.vision_rank_share == 1.0:
+            return ranks
+        energies = []
+        for index in range(self.layer_count):
+            stats = self._statistics(index)
+            if float(stats.weight_M[1]) == 0.0:
+                raise ValueError(
+                    "vision_rank_share is below 1, but the calibration batches show no vision "
+                    "tokens; add videos, or leave the share at 1."
+                )
+            plan = self._plan(index, slots).cut(ranks[index], stats, self.options)
+            seen = stats.covariance(plan.mean_E, modality=1)
+            energies.append((plan.low.encoder_RE @ seen * plan.low.encoder_RE).sum(1).cpu())
+        mean = self.options.vision_rank_share * sum(ranks) / len(ranks)
+        return vision_ranks(energies, ranks, mean)
 
-    def build(self, slots: int, adapters: bool, refit: bool) -> _Built:
-        """One candidate."""
-        plans = [_plan(layer, self.options, slots, adapters) for layer in self.stats]
-        converted = _empty_model(self.source, plans, adapters)
-        layers = [layer.self_attn for layer in converted.model.language_model.layers]
-        with torch.no_grad():
-            for layer, plan, source in zip(layers, plans, _attentions(self.source), strict=True):
-                _fill(layer, plan, source)
-        left: Sequence[float | None] = [None] * len(layers)
-        if refit:
-            left = refit_outputs(self.source, layers, self.calibration, self.options.refit_ridge)
-        converted.train(False)
-        return _Built(converted, plans, left, self.reference.divergence(converted))
+    def _candidate(self, choice: _Choice) -> float:
+        """Divergence of a choice, before any refit."""
+        layers = [self._build(i, choice)[0] for i in range(self.layer_count)]
+        return self.reference(CHOICE_BATCHES).divergence(layers)
 
+    def _plan(self, index: int, slots: int) -> LayerPlan:
+        return plan_layer(self._statistics(index), self.options, slots, self._norm(index))
 
-def _options(
-    model: Qwen3VLForConditionalGeneration, options: ConversionOptions | str
-) -> ConversionOptions:
-    if not all(isinstance(a, Qwen3VLTextAttention) for a in _attentions(model)):
-        raise ValueError(
-            f"{type(model).__name__} has no grouped-query attention to convert; "
-            "give a Qwen3VLForConditionalGeneration."
+    def _build(self, index: int, choice: _Choice) -> tuple[RowAttention, LayerPlan]:
+        """A layer before its refit."""
+        options = self.options.with_(adapters=choice.adapters)
+        stats = self._statistics(index)
+        plan = self._plan(index, choice.slots).cut(choice.ranks[index], stats, options)
+        config = self._layer_config(index, choice, plan.slots.frequencies)
+        attention = self.source.layers[index].self_attn
+        return build_layer(plan, config, 0, attention), plan
+
+    def _layer_config(self, index: int, choice: _Choice, frequencies: list[int]) -> Any:
+        shape = Shape(
+            row_form="prerope" if self.options.row_form == "prerope" else "latent",
+            linear=self.options.norm == "linear" or not self.source.has_norm,
+            biased=self.options.norm == "linear" and self.source.has_norm,
+            adapters=choice.adapters,
+            ranks=[choice.ranks[index]],
+            vision_ranks=[choice.vision_ranks[index]],
+            frequencies=[frequencies],
         )
-    if isinstance(options, str):
-        if options not in PRESETS:
-            raise ValueError(f"no preset {options!r}; choose one of {', '.join(PRESETS)}.")
-        options = PRESETS[options](text_config(model))
-    return options
+        return layer_config(self.source, shape)
+
+    def _shape(self, choice: _Choice, frequencies: list[list[int]]) -> Shape:
+        released = self.options.row_form == "released"
+        return Shape(
+            row_form=self.options.row_form,
+            linear=self.options.norm == "linear" or not self.source.has_norm,
+            biased=self.options.norm == "linear" and self.source.has_norm,
+            adapters=choice.adapters,
+            ranks=[rank + released for rank in choice.ranks],
+            vision_ranks=[rank + released for rank in choice.vision_ranks],
+            frequencies=frequencies,
+        )
+
+    def _finish(self, index: int, choice: _Choice) -> tuple[RowAttention, LayerReport]:
+        """A layer and its report, made now or by an earlier run."""
+        weights = self._result_file(f"{index:03d}.safetensors")
+        report_file = self._result_file(f"{index:03d}.json")
+        if report_file.is_file():
+            report = read_report(json.loads(report_file.read_text(encoding="utf-8")))
+            return self._load(index, choice, report, load_file(weights)), report
+        layer, plan = self._build(index, choice)
+        attention = self.source.layers[index].self_attn
+        left = None
+        if self.options.refit_output:
+            calls = self.recording.calls(index)
+            left = refit_output(attention, layer, calls, self.options.refit_ridge)
+        if self.options.row_form == "released":
+            layer = self._released(layer, choice.ranks[index])
+        report = self._report(index, plan, choice, left)
+        tensors = {k: v.contiguous() for k, v in layer.state_dict().items()}
+        partial = weights.with_suffix(".partial")
+        save_file(tensors, partial)
+        partial.rename(weights)
+        report_file.write_text(json.dumps(asdict(report)), encoding="utf-8")
+        return layer, report
+
+    def _released(self, layer: RowAttention, rank: int) -> RowAttention:
+        """The layer in the released layout."""
+        assert isinstance(layer, LatentAttention)
+        shape = Shape(
+            row_form="released",
+            linear=True,
+            biased=False,
+            adapters=False,
+            ranks=[rank + 1],
+            vision_ranks=[rank + 1],
+            frequencies=[layer.slot_frequencies],
+        )
+        weight = layer.o_proj.weight
+        with torch.device(weight.device):
+            made = ReleasedAttention(layer_config(self.source, shape), 0).to(weight.dtype)
+        made.load_state_dict(release(layer))
+        return made.requires_grad_(False).eval()
+
+    def _load(
+        self, index: int, choice: _Choice, report: LayerReport, tensors: dict[str, Tensor]
+    ) -> RowAttention:
+        """A layer that an earlier run finished."""
+        whole = self._shape(choice, [report.slot_frequencies] * self.layer_count)
+        shape = whole.of_layer(index)
+        weight = self.source.layers[index].self_attn.o_proj.weight
+        kind = ATTENTIONS[shape.row_form]
+        with torch.device(weight.device):
+            made = kind(layer_config(self.source, shape), 0).to(weight.dtype)
+        made.load_state_dict(tensors)
+        return made.requires_grad_(False).eval()
+
+    def _report(
+        self, index: int, plan: LayerPlan, choice: _Choice, left: float | None
+    ) -> LayerReport:
+        before = sum(a.error_before for a in plan.adapters)
+        after = sum(a.error_after for a in plan.adapters)
+        concentration = None
+        if self.source.has_norm:
+            norm = plan.norm
+            if norm is None:
+                attention = self.source.layers[index].self_attn
+                norm = linear_norm(attention, self.recording.calls(index), self.options.norm_fit)
+            concentration = norm.concentration
+        released = self.options.row_form == "released"
+        return LayerReport(
+            layer=index,
+            rank=choice.ranks[index] + released,
+            vision_rank=choice.vision_ranks[index] + released,
+            rope_slots=len(plan.slots.frequencies),
+            slot_frequencies=plan.slots.frequencies,
+            rotary_energy=plan.slots.energy_kept,
+            latent_energy=plan.low.energy_kept,
+            adapter_gain=1 - after / before if before > 0 else 0.0,
+            output_error=left,
+            geometry=pair_geometry(self._statistics(index)),
+            concentration=concentration,
+        )
 
 
-def _attentions(model: Qwen3VLForConditionalGeneration) -> list[Qwen3VLTextAttention]:
-    return [layer.self_attn for layer in model.model.language_model.layers]
-
-
-def _plan(
-    stats: LayerStatistics, options: ConversionOptions, slot_count: int, use_adapters: bool
-) -> _LayerPlan:
-    gain_HF = positional_gain(stats)
-    slots = choose_slots(stats, gain_HF, slot_count)
-    F = gain_HF.shape[1]
-    residual_EE = residual_map(slots, slots.write_SK.shape[1], 2 * F)
-    metric_EE = weigh_metric(stats.fisher_MEE.sum(0), gain_HF, options.metric_ridge)
-    covariance_EE = stats.covariance(stats.mean())
-    low = factorise(covariance_EE, metric_EE, residual_EE, options.latent_rank(slot_count))
-    adapters: list[Adapter] = []
-    if use_adapters:
-        adapters = [fit_adapter(stats, low, gain_HF, options.metric_ridge, t) for t in (0, 1)]
-    return _LayerPlan(stats, gain_HF, slots, low, adapters)
-
-
-def _empty_model(
-    source: Qwen3VLForConditionalGeneration, plans: list[_LayerPlan], use_adapters: bool
-) -> InternVideo3ForConditionalGeneration:
-    """The M²LA architecture with everything outside the new attention parts copied."""
-    config = source.config.to_dict()
-    for name in ("model_type", "architectures", "transformers_version"):
-        config.pop(name, None)
-        config["text_config"].pop(name, None)
-    config["text_config"] |= {
-        "latent_rank": len(plans[0].low.encoder_RE),
-        "rope_slots": len(plans[0].slots.frequencies),
-        "rope_slot_frequencies": [plan.slots.frequencies for plan in plans],
-        "modality_adapters": use_adapters,
-    }
-    converted: InternVideo3ForConditionalGeneration
-    converted = InternVideo3ForConditionalGeneration._from_config(  # type: ignore[no-untyped-call]
-        InternVideo3Config(**config), dtype=source.dtype
-    ).to(source.device)
-    converted.load_state_dict(source.state_dict(), strict=False)
-    converted.generation_config = source.generation_config
-    return converted
-
-
-def _fill(layer: LatentAttention, plan: _LayerPlan, source: Qwen3VLTextAttention) -> None:
-    """Writes one layer's plan into its parameters."""
-    K, D, G = layer.num_kv_heads, layer.head_dim, layer.num_heads // layer.num_kv_heads
-    mean_E = plan.stats.mean()
-    encoder_RE, decoder_ER = plan.low.encoder_RE, plan.low.decoder_ER
-    layer.latent_proj.weight.copy_(encoder_RE)
-    layer.latent_proj.bias.copy_(-encoder_RE @ mean_E)
-    layer.k_up.copy_(decoder_ER[: K * D].view(K, D, -1))
-    layer.v_up.copy_(decoder_ER[K * D :].view(K, D, -1))
-    layer.rope_write.copy_(torch.view_as_real(plan.slots.write_SK).permute(2, 0, 1))
-    read_SH = plan.slots.rebuild_SK.conj().repeat_interleave(G, dim=1)
-    layer.rope_read.copy_(torch.view_as_real(read_SH.resolve_conj()).permute(2, 0, 1))
-    gain_HF = plan.gain_HF.conj().resolve_conj()
-    layer.nope_gain.copy_(torch.view_as_real(gain_HF).permute(2, 0, 1))
-    value_mean = mean_E[K * D :].view(K, 1, D).expand(-1, G, -1).reshape(-1)
-    bias = source.o_proj.weight.double() @ value_mean
-    if source.o_proj.bias is not None:
-        bias = bias + source.o_proj.bias.double()
-    layer.o_proj.bias.copy_(bias)
-    if layer.config.modality_adapters:
-        for modality, adapter in enumerate(plan.adapters):
-            layer.adapter_weight[modality].copy_(adapter.weight_RR)
-            layer.adapter_bias[modality].copy_(adapter.bias_R)
-
-
-def _report(index: int, plan: _LayerPlan, left: float | None) -> LayerReport:
-    before = sum(a.error_before for a in plan.adapters)
-    after = sum(a.error_after for a in plan.adapters)
+def read_report(found: dict[str, Any]) -> LayerReport:
+    """A layer's report from JSON."""
+    own = found["concentration"]
     return LayerReport(
-        layer=index,
-        rank=len(plan.low.encoder_RE),
-        rope_slots=len(plan.slots.frequencies),
-        rotary_energy=plan.slots.energy_kept,
-        latent_energy=plan.low.energy_kept,
-        adapter_gain=1 - after / before if before > 0 else 0.0,
-        output_error=left,
+        **{
+            **found,
+            "geometry": PairGeometry(**found["geometry"]),
+            "concentration": None if own is None else Concentration(**own),
+        }
     )
+
+
+def _claim(folder: Path, source: Source, calibration: Sequence[Batch]) -> None:
+    """Makes the folder this source's and calibration set's.
+
+    Raises:
+        ValueError: it is another's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(source.model.config.to_dict(), sort_keys=True, default=str).encode()
+    weights = [layer.self_attn.q_proj.weight for layer in source.layers]
+    inputs = [batch[name] for batch in calibration for name in sorted(batch)]
+    mine = {
+        "config": _digest(config),
+        "weights": _digest(*map(_as_bytes, weights)),
+        "calibration": _digest(*(_as_bytes(x) for x in inputs if isinstance(x, Tensor))),
+    }
+    file = folder / "inputs.json"
+    if not file.is_file():
+        file.write_text(json.dumps(mine), encoding="utf-8")
+    found = json.loads(file.read_text(encoding="utf-8"))
+    other = [name for name, digest in mine.items() if found.get(name) != digest]
+    if other:
+        raise ValueError(
+            f"the work folder {folder} was made with another {' and '.join(other)}; delete it, "
+            "or give the source and the calibration set it belongs to."
+        )
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _as_bytes(x: Tensor) -> bytes:
+    return x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def check_fit(options: ConversionOptions, text: Any, has_norm: bool) -> None:
+    """Refuses options that a source has no room for, before any work.
+
+    Raises:
+        ValueError: the row is wider than the source's own cache, or leaves no rank.
+    """
+    width = 2 * key_width(text)
+    if options.row_width > width:
+        raise ValueError(
+            f"a row of {options.row_width} numbers is wider than the {width} that the source "
+            "itself caches per token and layer; give a narrower row or a smaller share."
+        )
+    pairs = width // 4
+    for slots in options.slot_choices():
+        rank = options.latent_rank(slots, text.num_hidden_layers, text.head_dim)
+        if rank < 1 or slots > pairs:
+            raise ValueError(
+                f"a row of {options.row_width} numbers leaves rank {rank} beside {slots} rotary "
+                f"slots (the source has {pairs}); the budget is below the feasible minimum."
+            )
+    if options.row_form == "released":
+        _check_released(options, text, has_norm)
+
+
+def _check_released(options: ConversionOptions, text: Any, has_norm: bool) -> None:
+    wrong = {
+        "norm must be `linear`": has_norm and options.norm != "linear",
+        f"rope_slots must be {text.head_dim // 2}": options.rope_slots != text.head_dim // 2,
+        "adapters must be off": options.adapters is not False,
+        "ranks must not differ": options.tempered or options.vision_rank_share != 1.0,
+    }
+    found = [rule for rule, broken in wrong.items() if broken]
+    if found:
+        raise ValueError(f"the released layout: {'; '.join(found)}. Use the preset `official`.")
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """The model in evaluation mode."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,49 +1,126 @@
-"""How far a converted model is from its source: KL(source || converted) per supervised token."""
+"""How far converted attention layers are from their source.
+
+The converted layers are put into the source model in place of its own: everything else is shared,
+so there is one copy of the weights.
+
+Axes: N supervised tokens, X model width.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Qwen3VLForConditionalGeneration
+from torch import Tensor, nn
 
-from internvideo3.model.conversion.statistics import Batch, on_device, supervised
+from internvideo3.model.attention import RowAttention
+from internvideo3.model.conversion.recording import HEAD_TOKENS
+from internvideo3.model.conversion.source import Batch, Source
 
 CHOICE_BATCHES = 16
 """Calibration batches on which alternatives are compared."""
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """A converted model beside its source on the same tokens."""
+
+    tokens: int
+    kl: float
+    """Mean KL(source || converted) per supervised token, in nats."""
+    source_perplexity: float
+    perplexity: float
+    top1: float
+    """Share of tokens whose most likely successor is the source's."""
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """Converted over source."""
+        return self.perplexity / self.source_perplexity
+
+
+@dataclass(frozen=True)
 class Reference:
     """The source's answers to some batches."""
 
+    source: Source
     batches: Sequence[Batch]
-    log_probs: list[Tensor]
-    """Of each batch, [supervised tokens, vocabulary], in host memory."""
+    hidden: list[Tensor]
+    """Of each batch, final hidden states at supervised tokens [N, X]."""
 
     @classmethod
     @torch.no_grad()
-    def of(cls, source: Qwen3VLForConditionalGeneration, batches: Sequence[Batch]) -> Reference:
-        """Runs the source on the first `CHOICE_BATCHES` batches."""
-        chosen = batches[:CHOICE_BATCHES]
-        return cls(chosen, [_log_probs(source, batch) for batch in chosen])
+    def of(cls, source: Source, batches: Sequence[Batch]) -> Reference:
+        """Runs the source."""
+        return cls(source, batches, [_supervised_hidden(source, batch) for batch in batches])
 
     @torch.no_grad()
-    def divergence(self, converted: Qwen3VLForConditionalGeneration) -> float:
+    def agreement(self, layers: Sequence[RowAttention]) -> Agreement:
+        """Runs the source with converted attention layers."""
+        found = torch.zeros(4, dtype=torch.float64)
+        tokens = 0
+        for batch, want_NX in zip(self.batches, self.hidden, strict=True):
+            with attending(self.source, layers, batch):
+                got_NX = _supervised_hidden(self.source, batch)
+            labels = batch["input_ids"][:, 1:][self.source.supervised(batch)[:, :-1]]
+            found += _compare(self.source.head, want_NX, got_NX, labels.to(got_NX.device))
+            tokens += len(got_NX)
+        kl, before, after, same = (found / tokens).tolist()
+        return Agreement(tokens, kl, math.exp(before), math.exp(after), same)
+
+    def divergence(self, layers: Sequence[RowAttention]) -> float:
         """Mean KL(source || converted), in nats."""
-        total, tokens = 0.0, 0
-        for batch, want in zip(self.batches, self.log_probs, strict=True):
-            got = _log_probs(converted, batch)
-            total += float((want.exp() * (want - got)).sum())
-            tokens += len(want)
-        return total / tokens
+        return self.agreement(layers).kl
 
 
-def _log_probs(model: Qwen3VLForConditionalGeneration, batch: Batch) -> Tensor:
-    inputs = {k: v for k, v in on_device(batch, model.device).items() if k != "labels"}
-    logits: Tensor = model(**inputs, use_cache=False).logits
-    chosen = logits[supervised(model, batch, logits.device)]
-    wide = torch.promote_types(chosen.dtype, torch.float32)
-    return chosen.to(wide).log_softmax(-1).cpu()
+@contextmanager
+def attending(source: Source, layers: Sequence[RowAttention], batch: Batch) -> Iterator[None]:
+    """The source with converted attention layers, for one batch."""
+    vision_BT = source.vision_tokens(batch).to(source.device)
+    own = [layer.self_attn for layer in source.layers]
+    try:
+        for layer, attention in zip(source.layers, layers, strict=True):
+            layer.self_attn = _OfModality(attention, vision_BT)
+        yield
+    finally:
+        for layer, attention in zip(source.layers, own, strict=True):
+            layer.self_attn = attention
+
+
+class _OfModality(nn.Module):
+    """Tells a converted layer which tokens are vision; a source model does not."""
+
+    def __init__(self, attention: RowAttention, vision_BT: Tensor) -> None:
+        super().__init__()
+        self.attention = attention
+        self.vision_BT = vision_BT
+
+    def forward(self, **kwargs: Any) -> Any:
+        return self.attention(**kwargs, modality_mask=self.vision_BT)
+
+
+def _supervised_hidden(source: Source, batch: Batch) -> Tensor:
+    hidden_BTX = source.hidden(batch)
+    return hidden_BTX[source.supervised(batch).to(hidden_BTX.device)]
+
+
+def _compare(head: nn.Linear, want_NX: Tensor, got_NX: Tensor, labels_N: Tensor) -> Tensor:
+    """Sums of KL, of both models' losses, and of agreeing first choices."""
+    total = torch.zeros(4, dtype=torch.float64)
+    parts = zip(*(x.split(HEAD_TOKENS) for x in (want_NX, got_NX, labels_N)), strict=True)
+    for want, got, labels in parts:
+        p, q = (log_probs(head, x) for x in (want, got))
+        loss = [-x.gather(1, labels[:, None]).sum() for x in (p, q)]
+        same = (p.argmax(-1) == q.argmax(-1)).sum()
+        total += torch.stack([(p.exp() * (p - q)).sum(), *loss, same]).double().cpu()
+    return total
+
+
+def log_probs(head: nn.Linear, hidden_NX: Tensor) -> Tensor:
+    """Log-probabilities of all words, float32 or wider."""
+    logits = head(hidden_NX)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -14,7 +14,7 @@ Axes: H query heads, K key/value heads, F frequencies, D head width, E = 2 K D, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,10 +28,23 @@ class LowRank:
     decoder_ER: Tensor
     energy_kept: float
     """Share of Σ sv² within the rank."""
+    energies_Q: Tensor
+    """All sv², largest first."""
     residual_RE: Tensor
     """The residual map R that the encoder contains, [E, E]."""
     metric_EE: Tensor
     """G."""
+
+    def truncated(self, rank: int) -> LowRank:
+        """The best pair of a smaller rank; a rank above what there is gets empty coordinates."""
+        extra = max(0, rank - len(self.encoder_RE))
+        pad = torch.nn.functional.pad
+        return replace(
+            self,
+            encoder_RE=pad(self.encoder_RE[:rank], (0, 0, 0, extra)),
+            decoder_ER=pad(self.decoder_ER[:, :rank], (0, extra)),
+            energy_kept=float(self.energies_Q[:rank].sum() / self.energies_Q.sum()),
+        )
 
 
 def weigh_metric(metric_EE: Tensor, gain_HF: Tensor, ridge: float) -> Tensor:
@@ -45,8 +58,20 @@ def weigh_metric(metric_EE: Tensor, gain_HF: Tensor, ridge: float) -> Tensor:
     keys = rms_KF[:, None].expand(-1, 2, -1).reshape(-1)
     scale_E = torch.cat([keys, torch.ones_like(keys)])
     scaled = scale_E[:, None] * metric_EE * scale_E
-    mean = scaled.diagonal().mean().clamp_min(1e-300)
-    return scaled / mean + ridge * torch.eye(len(scaled), dtype=scaled.dtype, device=scaled.device)
+    mean = scaled.diagonal().mean()
+    if float(mean) == 0.0:
+        return torch.eye(len(scaled), dtype=scaled.dtype, device=scaled.device)
+    # Not divided by the mean: energies stay in units of the loss and compare across layers.
+    return scaled + ridge * mean * torch.eye(len(scaled), dtype=scaled.dtype, device=scaled.device)
+
+
+def balanced_metric(covariance_EE: Tensor, residual_EE: Tensor) -> Tensor:
+    """TransMLA's balance: diagonal, keys divided by the ratio of mean channel norms K / V."""
+    left = residual_EE @ covariance_EE @ residual_EE.T
+    norm_E = left.diagonal().clamp_min(0).sqrt()
+    keys, values = norm_E.chunk(2)
+    ratio = keys.mean().clamp_min(1e-12) / values.mean().clamp_min(1e-12)
+    return torch.diag(torch.cat([torch.ones_like(keys) / ratio**2, torch.ones_like(values)]))
 
 
 def factorise(covariance_EE: Tensor, metric_EE: Tensor, residual_EE: Tensor, rank: int) -> LowRank:
@@ -56,14 +81,15 @@ def factorise(covariance_EE: Tensor, metric_EE: Tensor, residual_EE: Tensor, ran
     inverse_root_EE = (vectors / values.sqrt()) @ vectors.T
     weighted_EE = root_EE @ residual_EE
     u_EQ, energies = _principal_directions(weighted_EE, covariance_EE)
-    u_ER = torch.nn.functional.pad(u_EQ[:, :rank], (0, max(0, rank - u_EQ.shape[1])))
-    return LowRank(
-        encoder_RE=u_ER.T @ weighted_EE,
-        decoder_ER=inverse_root_EE @ u_ER,
-        energy_kept=float(energies[:rank].sum() / energies.sum()),
+    whole = LowRank(
+        encoder_RE=u_EQ.T @ weighted_EE,
+        decoder_ER=inverse_root_EE @ u_EQ,
+        energy_kept=1.0,
+        energies_Q=energies.clamp_min(0),
         residual_RE=residual_EE,
         metric_EE=metric_EE,
     )
+    return whole.truncated(rank)
 
 
 def _principal_directions(weighted_EE: Tensor, covariance_EE: Tensor) -> tuple[Tensor, Tensor]:

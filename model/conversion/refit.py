@@ -8,47 +8,40 @@ solution is added to W_o and b_o.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen3VLForConditionalGeneration
 
-from internvideo3.model.attention import LatentAttention
-from internvideo3.model.conversion.statistics import (
-    Batch,
-    LayerCall,
-    record,
-    valid_tokens,
-    vision_tokens,
-)
+from internvideo3.model.attention import RowAttention
+from internvideo3.model.conversion.recording import LayerCall
 
 
-def refit_outputs(
-    source: Qwen3VLForConditionalGeneration,
-    layers: list[LatentAttention],
-    batches: Iterable[Batch],
-    ridge: float,
-) -> list[float]:
-    """Changes the output projections in place.
+@torch.no_grad()
+def refit_output(
+    attention: Any, layer: RowAttention, calls: Iterable[LayerCall], ridge: float
+) -> float:
+    """Changes the converted layer's output projection in place.
+
+    Args:
+        attention: the source's layer.
+        layer: the converted layer.
+        calls: the layer's recorded calls.
+        ridge: added to the normal equations, in units of their mean diagonal.
 
     Returns:
-        Per layer, the share of the attention output's error (energy) that is left.
+        The share of the attention output's error (energy) that is left.
     """
-    fits = [_NormalEquations(layer) for layer in layers]
-    with torch.no_grad():
-        for batch in batches:
-            calls, _ = record(source, batch)
-            valid_BT = valid_tokens(batch, calls[0].x_BTX)
-            vision_BT = vision_tokens(source, batch, valid_BT)
-            for call in calls:
-                fits[call.layer].add(call, valid_BT, vision_BT)
-        return [fit.solve(ridge) for fit in fits]
+    fit = _NormalEquations(layer)
+    for call in calls:
+        fit.add(attention, call)
+    return fit.solve(ridge)
 
 
 class _NormalEquations:
     """Sums of one layer's regression, float64."""
 
-    def __init__(self, layer: LatentAttention) -> None:
+    def __init__(self, layer: RowAttention) -> None:
         self.layer = layer
         width, device = layer.o_proj.in_features + 1, layer.o_proj.weight.device
         self.gram = torch.zeros(width, width, dtype=torch.float64, device=device)
@@ -57,22 +50,19 @@ class _NormalEquations:
         )
         self.energy = 0.0
 
-    def add(self, call: LayerCall, valid_BT: Tensor, vision_BT: Tensor) -> None:
-        assert call.heads_BTE is not None
-        wanted = call.attention.o_proj(call.heads_BTE)
+    def add(self, attention: Any, call: LayerCall) -> None:
+        turn = (call.cos_BTD, call.sin_BTD)
+        wanted, _ = attention(
+            hidden_states=call.x_BTX, position_embeddings=turn, attention_mask=call.mask
+        )
         caught: list[Tensor] = []
         hook = self.layer.o_proj.register_forward_pre_hook(lambda _m, args: caught.append(args[0]))
         try:
-            got, _ = self.layer(
-                call.x_BTX,
-                (call.cos_BTD, call.sin_BTD),
-                call.mask,
-                modality_mask=vision_BT,
-            )
+            got, _ = self.layer(call.x_BTX, turn, call.mask, modality_mask=call.vision_BT)
         finally:
             hook.remove()
-        error = (wanted - got)[valid_BT].double()
-        heads = caught[0][valid_BT].double()
+        error = (wanted - got)[call.valid_BT].double()
+        heads = caught[0][call.valid_BT].double()
         inputs = torch.cat([heads, torch.ones_like(heads[:, :1])], dim=1)
         self.gram += inputs.T @ inputs
         self.cross += inputs.T @ error

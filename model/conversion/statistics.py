@@ -1,7 +1,7 @@
-"""What calibration batches say about each attention layer of the source model.
+"""What calibration batches say about one attention layer of the source model.
 
-One forward and one backward pass per batch. The gradient of the loss reaches a layer as dO, the
-gradient of its head outputs; everything else follows in closed form (P = softmax(scores)):
+The recorded gradient dO of a layer's head outputs gives everything else in closed form
+(P = softmax(scores)):
 
     dS = P ∘ (dO Vᵀ − rowsum(P ∘ dO Vᵀ)),   y = [ unrotate(scale dSᵀ Q) ; Pᵀ dO ]
 
@@ -14,54 +14,17 @@ E = 2 K D (a token's keys and values z = [k; v]), M modality (0 text, 1 vision).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from transformers import Qwen3VLForConditionalGeneration
-from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
-from transformers.models.qwen3_vl.modeling_qwen3_vl import (
-    Qwen3VLTextAttention,
-    apply_rotary_pos_emb,
-)
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
-Batch = dict[str, Any]
-"""Keyword arguments of the model's forward; `labels` marks the supervised tokens."""
-
-
-@dataclass
-class LayerCall:
-    """One call of one attention layer of the source."""
-
-    layer: int
-    attention: Qwen3VLTextAttention
-    x_BTX: Tensor
-    cos_BTD: Tensor
-    sin_BTD: Tensor
-    mask: Tensor | None
-    """As transformers hands it to the layer: None (causal), boolean or additive."""
-    heads_BTE: Tensor | None = None
-    """Input of the output projection; part of the graph."""
-
-    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised unrotated queries [B,H,T,D] and keys, and values, both [B,K,T,D]."""
-        shape = (*self.x_BTX.shape[:2], -1, self.attention.head_dim)
-        q = self.attention.q_norm(self.attention.q_proj(self.x_BTX).view(shape))
-        k = self.attention.k_norm(self.attention.k_proj(self.x_BTX).view(shape))
-        v = self.attention.v_proj(self.x_BTX).view(shape)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-    def scores_bias(self) -> Tensor:
-        """Additive mask [B or 1, 1, T, T], float32."""
-        T, device = self.x_BTX.shape[1], self.x_BTX.device
-        mask = self.mask
-        if mask is None:
-            mask = torch.ones(T, T, dtype=torch.bool, device=device).tril()[None, None]
-        if mask.dtype != torch.bool:
-            return mask.float()
-        return torch.zeros(mask.shape, device=device).masked_fill(~mask, -1e30)
+from internvideo3.model.conversion.recording import LayerCall
+from internvideo3.model.conversion.source import Projections
 
 
 @dataclass
@@ -70,6 +33,10 @@ class LayerStatistics:
 
     moment_MEE: Tensor
     """Σ ω z zᵀ, ω the token weight."""
+    plain_EE: Tensor
+    """Σ z zᵀ, every token alike."""
+    plain_E: Tensor
+    """Σ z."""
     first_ME: Tensor
     """Σ ω z."""
     weight_M: Tensor
@@ -78,8 +45,10 @@ class LayerStatistics:
     """Σ y yᵀ."""
     mean_sum_E: Tensor
     """Σ z over tokens that are not the first of their sequence."""
-    mean_count: float
-    """Number of those tokens."""
+    mean_count: Tensor
+    """Number of those tokens, a scalar."""
+    tokens_M: Tensor
+    """Number of tokens."""
     gain_HF: Tensor
     """Σ dS² e^{-iθΔ} over pairs at distance Δ (complex)."""
     score_H: Tensor
@@ -99,177 +68,116 @@ class LayerStatistics:
 
         return cls(
             moment_MEE=zeros(2, E, E),
+            plain_EE=zeros(E, E),
+            plain_E=zeros(E),
             first_ME=zeros(2, E),
             weight_M=zeros(2),
             fisher_MEE=zeros(2, E, E),
             mean_sum_E=zeros(E),
-            mean_count=0.0,
+            mean_count=zeros(),
+            tokens_M=zeros(2),
             gain_HF=zeros(heads, F, dtype=torch.complex128),
             score_H=zeros(heads),
             query_HF=zeros(heads, F),
         )
 
+    @classmethod
+    def load(cls, file: Path, device: torch.device) -> LayerStatistics:
+        """Reads what `save` wrote."""
+        found = load_file(file, device=str(device))
+        found["gain_HF"] = torch.view_as_complex(found["gain_HF"])
+        return cls(**found)
+
+    def save(self, file: Path) -> None:
+        """Writes a file that exists only when it is whole."""
+        partial = file.with_suffix(".partial")
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors["gain_HF"] = torch.view_as_real(self.gain_HF)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+        partial.rename(file)
+
+    @property
+    def kv_heads(self) -> int:
+        """K."""
+        return len(self.plain_E) // (4 * self.gain_HF.shape[1])
+
     def mean(self) -> Tensor:
         """Mean of z over tokens that are not sinks, [E]."""
-        return self.mean_sum_E / max(self.mean_count, 1.0)
+        return self.mean_sum_E / self.mean_count.clamp_min(1.0)
 
-    def second_moment(self) -> Tensor:
-        """Weighted second moment of z, not centred, [E, E]."""
-        return self.moment_MEE.sum(0) / self.weight_M.sum()
+    def second_moment(self, weighted: bool = True) -> Tensor:
+        """Second moment of z, not centred, [E, E]; tokens weighted by ω or alike."""
+        if weighted:
+            return self.moment_MEE.sum(0) / self.weight_M.sum()
+        return self.plain_EE / self.tokens_M.sum()
 
-    def covariance(self, about_E: Tensor, modality: int | None = None) -> Tensor:
-        """Weighted second moment of z − about, [E, E], of one modality or of all tokens."""
+    def covariance(
+        self, about_E: Tensor, modality: int | None = None, weighted: bool = True
+    ) -> Tensor:
+        """Second moment of z − about, [E, E], of one modality or of all tokens."""
         which = slice(None) if modality is None else slice(modality, modality + 1)
         total = self.weight_M[which].sum()
-        first_E = self.first_ME[which].sum(0) / total
-        cross = torch.outer(first_E, about_E)
-        moment = self.moment_MEE[which].sum(0) / total
-        return moment - cross - cross.T + torch.outer(about_E, about_E)
+        first_E, moment = self.first_ME[which].sum(0), self.moment_MEE[which].sum(0)
+        if not weighted:
+            first_E, moment, total = self.plain_E, self.plain_EE, self.tokens_M.sum()
+        cross = torch.outer(first_E / total, about_E)
+        return moment / total - cross - cross.T + torch.outer(about_E, about_E)
 
 
-@dataclass
-class Recorder:
-    """Hooks that catch every attention call of one forward pass."""
-
-    calls: list[LayerCall] = field(default_factory=list)
-    _handles: list[Any] = field(default_factory=list)
-
-    def attach(self, model: Qwen3VLForConditionalGeneration) -> None:
-        """Starts recording."""
-        for index, layer in enumerate(model.model.language_model.layers):
-            attention = layer.self_attn
-            enter = self._enter(index)
-            self._handles += [
-                attention.register_forward_pre_hook(enter, with_kwargs=True),
-                attention.o_proj.register_forward_pre_hook(self._leave),
-            ]
-
-    def detach(self) -> None:
-        """Stops recording."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _enter(self, index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            cos, sin = kwargs["position_embeddings"]
-            assert isinstance(module, Qwen3VLTextAttention)
-            x = kwargs["hidden_states"].detach()
-            self.calls.append(LayerCall(index, module, x, cos, sin, kwargs["attention_mask"]))
-
-        return hook
-
-    def _leave(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.calls[-1].heads_BTE = args[0]
-
-
-def record(model: Qwen3VLForConditionalGeneration, batch: Batch) -> tuple[list[LayerCall], Tensor]:
-    """Runs the model on a batch; returns its attention calls and its logits [B, T, vocabulary]."""
-    recorder = Recorder()
-    recorder.attach(model)
-    inputs = {k: v for k, v in on_device(batch, model.device).items() if k != "labels"}
-    try:
-        logits = model(**inputs, use_cache=False).logits
-    finally:
-        recorder.detach()
-    return recorder.calls, logits
-
-
+@torch.no_grad()
 def collect(
-    model: Qwen3VLForConditionalGeneration,
-    batches: Iterable[Batch],
-    *,
-    seed: int,
-    token_floor: float,
-) -> list[LayerStatistics]:
-    """Statistics of every attention layer over the calibration batches.
+    projections: Projections, calls: Iterable[LayerCall], *, scale: float, token_floor: float
+) -> LayerStatistics:
+    """Sums one layer's recorded calls up.
 
-    Raises:
-        ValueError: there is no batch.
+    Args:
+        projections: how keys, values and queries are made; the source's own, or what replaces them.
+        calls: the layer's recorded calls.
+        scale: of attention scores.
+        token_floor: weight added to every token's share of the loss, in units of the mean weight.
     """
-    text = text_config(model)
-    kv_heads = text.num_key_value_heads or text.num_attention_heads
-    shape = (text.num_attention_heads, kv_heads, text.head_dim)
-    stats = [LayerStatistics.zeros(*shape, model.device) for _ in range(text.num_hidden_layers)]
-    generator = torch.Generator().manual_seed(seed)
-    seen = 0
-    for batch in batches:
-        seen += 1
-        calls, grads = _gradients(model, batch, generator)
-        valid_BT = valid_tokens(batch, calls[0].x_BTX)
-        vision_BT = vision_tokens(model, batch, valid_BT)
-        for call, grad_BTE in zip(calls, grads, strict=True):
-            with torch.no_grad():
-                _add(stats[call.layer], call, grad_BTE, valid_BT, vision_BT, token_floor)
-    if not seen:
-        raise ValueError("no calibration batch was given; pass at least one dict of model inputs.")
+    stats: LayerStatistics | None = None
+    for call in calls:
+        q, k, v = (x.float() for x in projections(call.x_BTX))
+        if stats is None:
+            stats = LayerStatistics.zeros(q.shape[1], k.shape[1], q.shape[3], q.device)
+        _add(stats, call, (q, k, v), scale, token_floor)
+    assert stats is not None, "a recording has at least one batch"
     return stats
-
-
-def _gradients(
-    model: Qwen3VLForConditionalGeneration, batch: Batch, generator: torch.Generator
-) -> tuple[list[LayerCall], tuple[Tensor, ...]]:
-    """Attention calls of one batch and the loss gradient of each one's head outputs."""
-    embeddings = model.get_input_embeddings()
-    handle = embeddings.register_forward_hook(lambda _m, _i, out: out.requires_grad_(True))
-    try:
-        with torch.enable_grad():
-            calls, logits = record(model, batch)
-            loss = _sampled_loss(logits, supervised(model, batch, logits.device), generator)
-            heads = [call.heads_BTE for call in calls if call.heads_BTE is not None]
-            return calls, torch.autograd.grad(loss, heads)
-    finally:
-        handle.remove()
-
-
-def supervised(
-    model: Qwen3VLForConditionalGeneration, batch: Batch, device: torch.device
-) -> Tensor:
-    """Positions [B, T] whose next token counts: labelled ones, or all text without labels."""
-    ids = batch["input_ids"]
-    counts = torch.zeros(ids.shape, dtype=torch.bool)
-    if batch.get("labels") is not None:
-        counts[:, :-1] = batch["labels"][:, 1:].cpu() != -100
-    else:
-        valid = valid_tokens(batch, ids).cpu()
-        counts[:, :-1] = (valid & ~vision_tokens(model, batch, valid).cpu())[:, 1:]
-    return counts.to(device)
-
-
-def _sampled_loss(logits: Tensor, counts_BT: Tensor, generator: torch.Generator) -> Tensor:
-    """Sum of cross-entropies against labels drawn from the model itself."""
-    chosen = logits[counts_BT].float()
-    labels = torch.multinomial(chosen.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-    return nn.functional.cross_entropy(chosen, labels.to(chosen.device), reduction="sum")
 
 
 def _add(
     stats: LayerStatistics,
     call: LayerCall,
-    grad_BTE: Tensor,
-    valid_BT: Tensor,
-    vision_BT: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    scale: float,
     token_floor: float,
 ) -> None:
-    q, k, v = (x.float() for x in call.qkv())
+    q_BHTD, k_BKTD, v_BKTD = qkv
     cos, sin = call.cos_BTD.float(), call.sin_BTD.float()
-    B, H, T, D = q.shape
-    K = k.shape[1]
-    grad_BHTD = grad_BTE.float().view(B, T, H, D).transpose(1, 2)
-    q_rot, k_rot = apply_rotary_pos_emb(q, k, cos, sin)
-    score_grad, key_grad, value_grad = _attention_gradients(
-        q_rot.unflatten(1, (K, -1)),
-        k_rot,
-        v,
-        grad_BHTD.unflatten(1, (K, -1)),
-        call.scores_bias(),
-        call.attention.scaling,
-    )
+    B, _, T, D = q_BHTD.shape
+    grad_BHTD = call.grad_BTE.float().view(B, T, -1, D).transpose(1, 2)
+    q_rot, k_rot = apply_rotary_pos_emb(q_BHTD, k_BKTD, cos, sin)
+    K = k_BKTD.shape[1]
+    bias = call.scores_bias()
+    key_grads, value_grads = [], []
+    # One key/value head at a time: scores of all heads at once would not fit for long inputs.
+    for h, (q, grad) in enumerate(
+        zip(q_rot.chunk(K, dim=1), grad_BHTD.chunk(K, dim=1), strict=True)
+    ):
+        own = slice(h, h + 1)
+        score_grad, key_grad, value_grad = _attention_gradients(
+            q[:, None], k_rot[:, own], v_BKTD[:, own], grad[:, None], bias, scale
+        )
+        key_grads.append(key_grad)
+        value_grads.append(value_grad)
+        _add_pairs(stats, score_grad[:, 0], q_BHTD.chunk(K, dim=1)[h], call, h)
     # Rotating back: e^{-iθm} has sine −sin.
+    key_grad = torch.cat(key_grads, dim=1)
     key_grad, _ = apply_rotary_pos_emb(key_grad, key_grad, cos, -sin)
-    z_BTE = torch.cat([k, v], dim=1).transpose(1, 2).flatten(2)
-    y_BTE = torch.cat([key_grad, value_grad], dim=1).transpose(1, 2).flatten(2)
-    _add_tokens(stats, z_BTE, y_BTE, valid_BT, vision_BT, token_floor)
-    _add_pairs(stats, score_grad.flatten(1, 2), q, cos, sin, valid_BT)
+    z_BTE = torch.cat([k_BKTD, v_BKTD], dim=1).transpose(1, 2).flatten(2)
+    y_BTE = torch.cat([key_grad, *value_grads], dim=1).transpose(1, 2).flatten(2)
+    _add_tokens(stats, z_BTE, y_BTE, call.valid_BT, call.vision_BT, token_floor)
 
 
 def _attention_gradients(
@@ -301,56 +209,35 @@ def _add_tokens(
         stats.moment_MEE[modality] += (z * weight[:, None]).T @ z
         stats.first_ME[modality] += weight @ z
         stats.weight_M[modality] += weight.sum()
+        stats.tokens_M[modality] += len(z)
         stats.fisher_MEE[modality] += y.T @ y
+    every = z_BTE[valid_BT].double()
+    stats.plain_EE += every.T @ every
+    stats.plain_E += every.sum(0)
     # The first token of a sequence is an attention sink and an outlier.
     ordinary_BT = valid_BT & (valid_BT.cumsum(1) > 1)
     stats.mean_sum_E += z_BTE[ordinary_BT].double().sum(0)
-    stats.mean_count += float(ordinary_BT.sum())
+    stats.mean_count += ordinary_BT.sum()
 
 
 def _add_pairs(
     stats: LayerStatistics,
-    score_grad_BHTT: Tensor,
-    q_BHTD: Tensor,
-    cos_BTD: Tensor,
-    sin_BTD: Tensor,
-    valid_BT: Tensor,
+    score_grad_BGTT: Tensor,
+    q_BGTD: Tensor,
+    call: LayerCall,
+    kv_head: int,
 ) -> None:
-    power = score_grad_BHTT.square() * valid_BT[:, None, :, None]
-    F = cos_BTD.shape[-1] // 2
-    turn_B1TF = torch.complex(cos_BTD[..., :F], sin_BTD[..., :F])[:, None]
+    """Adds one group of query heads."""
+    G = q_BGTD.shape[1]
+    own = slice(kv_head * G, (kv_head + 1) * G)
+    power = score_grad_BGTT.square() * call.valid_BT[:, None, :, None]
+    F = q_BGTD.shape[-1] // 2
+    cos, sin = call.cos_BTD.float()[..., :F], call.sin_BTD.float()[..., :F]
+    turn_B1TF = torch.complex(cos, sin)[:, None]
     # Σ_mm' dS² e^{-iθ(m − m')} = Σ_m conj(e^{iθm}) Σ_m' dS² e^{iθm'}
     inner = torch.complex(power @ turn_B1TF.real, power @ turn_B1TF.imag)
-    stats.gain_HF += (turn_B1TF.conj() * inner).sum((0, 2)).to(torch.complex128)
-    row_BHT = power.sum(-1)
-    stats.score_H += row_BHT.sum((0, 2)).double()
-    q_power = q_BHTD[..., :F].square() + q_BHTD[..., F:].square()
-    stats.query_HF += (row_BHT[..., None] * q_power).sum((0, 2)).double()
-
-
-def text_config(model: Qwen3VLForConditionalGeneration) -> Qwen3VLTextConfig:
-    """The model's text configuration."""
-    config = model.config.text_config
-    assert isinstance(config, Qwen3VLTextConfig)
-    return config
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on a device."""
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def valid_tokens(batch: Batch, like: Tensor) -> Tensor:
-    """Tokens that are not padding, boolean [B, T], on the device of `like` ([B, T, ...])."""
-    mask = batch.get("attention_mask")
-    if mask is None or mask.ndim != 2:
-        return torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
-    valid: Tensor = mask.to(like.device, torch.bool)
-    return valid
-
-
-def vision_tokens(model: Qwen3VLForConditionalGeneration, batch: Batch, like: Tensor) -> Tensor:
-    """Image and video tokens, boolean [B, T], on the device of `like`."""
-    ids = batch["input_ids"].to(like.device)
-    vision: Tensor = (ids == model.config.image_token_id) | (ids == model.config.video_token_id)
-    return vision
+    stats.gain_HF[own] += (turn_B1TF.conj() * inner).sum((0, 2)).to(torch.complex128)
+    row_BGT = power.sum(-1)
+    stats.score_H[own] += row_BGT.sum((0, 2)).double()
+    q_power = q_BGTD[..., :F].square() + q_BGTD[..., F:].square()
+    stats.query_HF[own] += (row_BGT[..., None] * q_power).sum((0, 2)).double()

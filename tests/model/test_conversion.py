@@ -6,6 +6,7 @@ Run: .venv/bin/python -m pytest tests/model/test_conversion.py -q
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,18 +26,36 @@ from internvideo3.model.conversion.options import (
     key_width,
 )
 from internvideo3.model.conversion.options import share as cache_share
+from internvideo3.model.conversion.recording import LayerCall, record
 from internvideo3.model.conversion.rotary import choose_slots, positional_gain, residual_map
+from internvideo3.model.conversion.source import Projections, Source
 from internvideo3.model.conversion.statistics import (
     LayerStatistics,
     _attention_gradients,
     collect,
-    record,
 )
 
 
+def measured(
+    model: Any, batches: Any, folder: Path, floor: float = 0.05
+) -> tuple[list[LayerStatistics], list[list[LayerCall]]]:
+    """Statistics and recorded calls of every layer."""
+    seen = Source.of(model)
+    recording = record(seen, batches, folder, seed=0)
+    attentions = [layer.self_attn for layer in seen.layers]
+    calls = [list(recording.calls(index)) for index in range(len(attentions))]
+    sums = [
+        collect(Projections.of(a), c, scale=a.scaling, token_floor=floor)
+        for a, c in zip(attentions, calls, strict=True)
+    ]
+    return sums, calls
+
+
 @pytest.fixture(scope="module")
-def stats(source: Any, calibration: Any) -> list[LayerStatistics]:
-    return collect(source, calibration, seed=0, token_floor=0.05)
+def stats(
+    source: Any, calibration: Any, tmp_path_factory: pytest.TempPathFactory
+) -> list[LayerStatistics]:
+    return measured(source, calibration, tmp_path_factory.mktemp("calls"))[0]
 
 
 def error(source: Any, converted: Any, case: dict[str, Any]) -> float:
@@ -62,11 +81,11 @@ def test_closed_form_gradients_are_autograds() -> None:
 
 
 def test_statistics_are_those_of_the_layers_calls(
-    source: Any, calibration: Any, stats: list[LayerStatistics]
+    source: Any, calibration: Any, stats: list[LayerStatistics], tmp_path: Path
 ) -> None:
-    calls, _ = record(source, calibration[2])
-    alone = collect(source, calibration[2:], seed=0, token_floor=0.05)
-    _, k, v = calls[1].qkv()
+    alone, calls = measured(source, calibration[2:], tmp_path)
+    projections = Projections.of(Source.of(source).layers[1].self_attn)
+    _, k, v = projections(calls[1][0].x_BTX)
     z = torch.cat([k, v], dim=1).transpose(1, 2).flatten(2)[0].double()
     assert float((alone[1].mean() - z[1:].mean(0)).abs().max()) <= 1e-6
     # Text only: nothing for vision; the videos of the whole set do count.
@@ -217,18 +236,18 @@ def test_a_row_is_the_latent_and_the_rotary_key(half: Any, calibration: Any) -> 
 
 
 def test_the_least_divergent_choice_is_taken(source: Any, calibration: Any) -> None:
-    words = calibration[2:]
-    half = PRESETS["half"](source.config.text_config)
+    words = calibration[1:]
+    half = cache_share(source.config.text_config, 0.5)
     assert len(half.slot_choices()) == len(ROPE_SHARES)
     plain = {"adapters": False, "refit_output": False}
     tried = {
-        slots: convert_with_report(source, words, half.with_(rope_slots=slots, **plain))
+        slots: convert_with_report(source, words, half.with_(rope_slots=slots, **plain)).divergence
         for slots in half.slot_choices()
     }
-    best = min(tried, key=lambda slots: tried[slots].divergence)
-    found = convert_with_report(source, words, half)
+    best = min(tried, key=lambda slots: tried[slots])
+    found = convert_with_report(source, words, half.with_(refit_output=False))
     assert found.layers[0].rope_slots == best
-    fixed = half.with_(rope_slots=best)
+    fixed = half.with_(rope_slots=best, refit_output=False)
     either = [
         convert_with_report(source, words, fixed.with_(adapters=adapters)).divergence
         for adapters in (False, True)
@@ -242,8 +261,15 @@ def test_divergence_is_the_mean_kl(source: Any, half: Any, calibration: Any) -> 
     want, got = (m(**case).logits[0, :-1].log_softmax(-1) for m in (source, half))
     text = case["input_ids"][0, 1:] != source.config.video_token_id
     kl = (want.exp() * (want - got)).sum(-1)[text].mean()
-    assert Reference.of(source, [case]).divergence(half) == pytest.approx(float(kl))
-    assert Reference.of(source, [case]).divergence(source) == pytest.approx(0.0, abs=1e-12)
+    reference = Reference.of(Source.of(source), [case])
+    converted = [layer.self_attn for layer in half.model.language_model.layers]
+    found = reference.agreement(converted)
+    assert found.kl == pytest.approx(float(kl))
+    next_ids = case["input_ids"][0, 1:][text, None]
+    loss = -got[text].gather(1, next_ids).mean()
+    assert found.perplexity == pytest.approx(float(loss.exp()))
+    same = (want.argmax(-1) == got.argmax(-1))[text].double().mean()
+    assert found.top1 == pytest.approx(float(same)) and found.tokens == int(text.sum())
 
 
 def test_the_source_is_not_changed(source: Any, calibration: Any) -> None:
@@ -261,7 +287,9 @@ def test_a_conversion_can_be_repeated(source: Any, calibration: Any) -> None:
         assert torch.equal(value, two.state_dict()[name]), name
 
 
-def test_labels_and_masks_of_packed_batches_are_used(source: Any, calibration: Any) -> None:
+def test_labels_and_masks_of_packed_batches_are_used(
+    source: Any, calibration: Any, tmp_path: Path
+) -> None:
     case = {k: v for k, v in calibration[0].items() if k != "attention_mask"}
     length = case["input_ids"].shape[1]
     mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
@@ -274,19 +302,30 @@ def test_labels_and_masks_of_packed_batches_are_used(source: Any, calibration: A
     case["position_ids"] = positions
     labels = torch.full_like(case["input_ids"], -100)
     labels[:, -3:] = case["input_ids"][:, -3:]
-    plain = collect(source, [case], seed=0, token_floor=0.05)
-    packed = collect(source, [case | {"attention_mask": mask}], seed=0, token_floor=0.05)
-    answers = collect(source, [case | {"labels": labels}], seed=0, token_floor=0.05)
+    plain, _ = measured(source, [case], tmp_path / "plain")
+    packed, _ = measured(source, [case | {"attention_mask": mask}], tmp_path / "packed")
+    answers, _ = measured(source, [case | {"labels": labels}], tmp_path / "answers")
     assert torch.allclose(plain[0].fisher_MEE, packed[0].fisher_MEE)
     assert not torch.allclose(plain[0].fisher_MEE, answers[0].fisher_MEE)
 
 
 def test_mistakes_are_explained(source: Any, identity: Any, calibration: Any) -> None:
-    with pytest.raises(ValueError, match="no preset 'hlf'; choose one of full, half"):
+    with pytest.raises(ValueError, match="no preset 'hlf'; choose one of half, best"):
         convert(source, calibration, "hlf")
-    with pytest.raises(ValueError, match="no grouped-query attention"):
+    with pytest.raises(ValueError, match="latent already"):
         convert(identity, calibration, "half")
     with pytest.raises(ValueError, match="no room for 8 rotary slots"):
         ConversionOptions(row_width=16, rope_slots=8)
     with pytest.raises(ValueError, match="no calibration batch"):
         convert(source, [], "half")
+    text = source.config.text_config
+    with pytest.raises(ValueError, match="metric is 'fish'; choose one of fisher, balanced"):
+        cache_share(text, 0.5).with_(metric="fish")
+    with pytest.raises(ValueError, match="wider than the"):
+        convert(source, calibration, cache_share(text, 1.5))
+    with pytest.raises(ValueError, match="below the feasible minimum"):
+        convert(
+            source, calibration, cache_share(text, 1).with_(rope_slots=key_width(text) // 2 + 1)
+        )
+    with pytest.raises(ValueError, match="the released layout: norm must be `linear`"):
+        convert(source, calibration, PRESETS["official"](text).with_(norm="exact"))

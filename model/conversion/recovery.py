@@ -1,0 +1,116 @@
+"""Recovery: a short distillation of the converted attention from the source.
+
+    loss = mean over tokens of KL(source || converted)
+
+Only parameters of converted attention are trained, inside the source model (one copy of the
+weights); the source's final hidden states are those that the calibration pass left. Batches are
+whole: a crop without its first token, the attention sink, would give a wrong target.
+
+Adam with a learning rate relative to each tensor's own spread (1e-3 of its standard deviation; 1e-2
+diverges) and a cosine over the time that is given.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from internvideo3.model.attention import RowAttention
+from internvideo3.model.conversion.divergence import Reference, attending, log_probs
+from internvideo3.model.conversion.recording import HEAD_TOKENS, Progress, silent
+
+RELATIVE_RATE = 1e-3
+WARMUP_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How it went."""
+
+    steps: int
+    seconds: float
+    losses: list[float]
+    """KL of each step's batch, in nats."""
+
+
+def recover(
+    reference: Reference,
+    layers: Sequence[RowAttention],
+    *,
+    seconds: float,
+    progress: Progress = silent,
+) -> tuple[list[RowAttention], Recovery]:
+    """Trains copies of the converted layers, round after round over the batches, for a while.
+
+    Args:
+        reference: the source and its hidden states.
+        layers: converted layers, in the order of the source's.
+        seconds: wall-clock limit; the step under way is finished.
+        progress: called after every step, in seconds.
+    """
+    # Copies: an untrained layer's projections are the source's own modules.
+    layers = [copy.deepcopy(layer) for layer in layers]
+    owned = [parameter for layer in layers for parameter in layer.parameters()]
+    groups = [{"params": [p], "lr": RELATIVE_RATE * _spread(p)} for p in owned]
+    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    rates = [group["lr"] for group in optimiser.param_groups]
+    started, losses = time.monotonic(), list[float]()
+    with _training(reference, owned):
+        while (used := time.monotonic() - started) < seconds:
+            warm = min(1.0, (len(losses) + 1) / WARMUP_STEPS)
+            factor = warm * 0.5 * (1 + math.cos(math.pi * used / seconds))
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = factor * rate
+            losses.append(_step(reference, layers, len(losses) % len(reference.batches)))
+            optimiser.step()
+            optimiser.zero_grad()
+            progress("recovery", int(min(seconds, time.monotonic() - started)), int(seconds))
+    return layers, Recovery(len(losses), time.monotonic() - started, losses)
+
+
+def _spread(parameter: Tensor) -> float:
+    """Standard deviation; of a bias of zeros, that of nothing."""
+    return float(parameter.detach().float().std()) if parameter.numel() > 1 else 0.0
+
+
+@contextmanager
+def _training(reference: Reference, owned: list[nn.Parameter]) -> Iterator[None]:
+    model = reference.source.model
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    for parameter in owned:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in owned:
+            parameter.requires_grad_(False)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+@torch.enable_grad()
+def _step(reference: Reference, layers: Sequence[RowAttention], index: int) -> float:
+    """Gradients of one batch's mean KL; returns it."""
+    source, batch, want_NX = reference.source, reference.batches[index], reference.hidden[index]
+    with attending(source, layers, batch):
+        hidden_BTX = source.hidden(batch)
+    got_NX = hidden_BTX[source.supervised(batch).to(hidden_BTX.device)]
+    # The head's logits are the largest tensor: a few tokens at a time, gradients by the states.
+    leaf_NX = got_NX.detach().requires_grad_(True)
+    total = 0.0
+    for want, got in zip(want_NX.split(HEAD_TOKENS), leaf_NX.split(HEAD_TOKENS), strict=True):
+        with torch.no_grad():
+            p = log_probs(source.head, want)
+        kl = (p.exp() * (p - log_probs(source.head, got))).sum() / len(leaf_NX)
+        kl.backward()
+        total += float(kl.detach())
+    got_NX.backward(leaf_NX.grad)
+    return total
