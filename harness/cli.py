@@ -451,6 +451,69 @@ def profile_command(
             print(f"Measurements: {run / 'measurements.jsonl'}")
 
 
+@app.command("train")
+def train_command(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe's name (scale, paper, official) or a YAML file.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for states, metrics and checkpoints; repeat to continue."),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what memory the stages need; train nothing.")
+    ] = False,
+    model: Annotated[
+        str,
+        typer.Option(help="With --plan: `8b` (the released shape), or a checkpoint folder."),
+    ] = "8b",
+    gpus: Annotated[int, typer.Option(min=1, help="With --plan: GPUs that share the model.")] = 8,
+    threads: ThreadsOption = 1,
+) -> None:
+    """Train the stages of a recipe, one from the checkpoint of the other; resumable.
+
+    A recipe is a short YAML file that may extend another one; a key that does not exist is refused
+    with the nearest known name. Each stage leaves metrics.jsonl, states and, when it is done, a
+    checkpoint that every command takes. Ctrl-C and SIGTERM end after the step in progress; the
+    same command goes on from there, bit by bit as if it had never stopped.
+
+    Under torchrun the processes share the model (FSDP2) and the documents of each step.
+
+    [bold]Examples[/bold]
+
+      internvideo3 train scale --out runs/scale
+
+      internvideo3 train my_recipe.yaml --out runs/mine
+
+      internvideo3 train official --plan --gpus 8
+
+      torchrun --nproc-per-node 2 -m internvideo3.harness.cli train scale --out runs/scale
+    """
+    with _errors_in_words(out or Path()):
+        from internvideo3.harness.preflight import PreflightError
+        from internvideo3.harness.ranks import is_first
+        from internvideo3.harness.train import plan_lines, run_training
+
+        if plan:
+            for line in plan_lines(recipe, model, gpus):
+                print(line)
+            return
+        if out is None:
+            raise PreflightError("Say with --out where states and checkpoints go.")
+        first = is_first()
+        with _bars(shown=first) as advance:
+            trained = run_training(recipe, out, threads, advance)
+        if trained.checkpoint is None:
+            print(
+                f"Stopped in {trained.stage}; its state is saved. Repeat the same command to "
+                "continue.",
+                file=sys.stderr,
+            )
+            _leave(INTERRUPTED)
+        if first:
+            print(f"Checkpoint: {trained.checkpoint}")
+
+
 @app.command("demo")
 def demo_command(
     full: Annotated[

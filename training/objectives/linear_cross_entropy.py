@@ -46,9 +46,14 @@ def linear_cross_entropy(
             f"{len(weight_N)}"
         )
     told_N = labels_N != IGNORE
-    total: Tensor = _ChunkedCrossEntropy.apply(
-        hidden_NW[told_N], head_VW, labels_N[told_N], weight_N[told_N], chunk
-    )
+    return told_cross_entropy(hidden_NW[told_N], head_VW, labels_N[told_N], weight_N[told_N], chunk)
+
+
+def told_cross_entropy(
+    hidden_NW: Tensor, head_VW: Tensor, labels_N: Tensor, weight_N: Tensor, chunk: int = CHUNK
+) -> Tensor:
+    """As `linear_cross_entropy`, where every token has a label."""
+    total: Tensor = _ChunkedCrossEntropy.apply(hidden_NW, head_VW, labels_N, weight_N, chunk)
     return total
 
 

@@ -1,0 +1,228 @@
+"""One loop for all stages, exact and safe to kill: `pytest tests/training/test_loop.py`."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from internvideo3.model.checkpoint import load_model
+from internvideo3.training.checkpoints import CheckpointMismatchError
+from internvideo3.training.documents import WorldDocuments
+from internvideo3.training.loop import TrainingError
+from internvideo3.training.packing import pack
+from internvideo3.training.policy import Policy
+from internvideo3.training.recipe import (
+    Optimiser,
+    Recipe,
+    RecipeError,
+    Sft,
+    StageOptions,
+    WorldData,
+)
+from internvideo3.training.train import quiet, train
+
+START = "scale:m2la"
+
+
+def sft(**changed: Any) -> Sft:
+    data = WorldData(lengths={2: 0.5, 4: 0.5}, videos=6, questions=3)
+    optimiser = Optimiser(learning_rate=1e-3, warmup=0.5)
+    options = Sft(
+        kind="sft", steps=2, documents=8, pack_tokens=2048, optimiser=optimiser, data=data
+    )
+    return replace(options, **changed)
+
+
+def recipe(stage: StageOptions | None = None, seed: int = 5) -> Recipe:
+    return Recipe(about="test", start=START, seed=seed, stages={"sft": stage or sft()})
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    lines = (out / "1-sft" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def weights(out: Path) -> bytes:
+    return (out / "1-sft" / "checkpoint" / "model.safetensors").read_bytes()
+
+
+def parameters(out: Path) -> dict[str, torch.Tensor]:
+    model, _ = load_model(out / "1-sft" / "checkpoint", "cpu", torch.float32)
+    return dict(model.named_parameters())
+
+
+def furthest(one: Path, other: Path) -> float:
+    theirs = parameters(other)
+    return max(float((p - theirs[n]).abs().max()) for n, p in parameters(one).items())
+
+
+def stopped_after(steps: int) -> Callable[[str, int, int], None]:
+    """Progress that sends this process a SIGTERM when so many steps are done."""
+
+    def progress(name: str, done: int, total: int) -> None:
+        if done == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return progress
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight documents in one pass, never interrupted."""
+    out = tmp_path_factory.mktemp("plain")
+    train(recipe(), out)
+    return out
+
+
+def test_training_writes_what_evaluation_loads(plain: Path) -> None:
+    before, _ = load_model(START, "cpu", torch.float32)
+    after = parameters(plain)
+    moved = [n for n, p in before.named_parameters() if not torch.equal(p, after[n])]
+    assert moved and not any("visual" in name for name in moved)
+    rows = metrics(plain)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["documents"] == 8 and row["answers"] == 24 for row in rows)
+
+
+def test_accumulating_eight_passes_equals_one_pass(plain: Path, tmp_path: Path) -> None:
+    train(recipe(sft(micro_documents=1)), tmp_path)
+    for ours, theirs in zip(metrics(tmp_path), metrics(plain), strict=True):
+        assert abs(ours["loss"] - theirs["loss"]) < 1e-5
+        assert abs(ours["norm"] - theirs["norm"]) < 1e-4 * theirs["norm"]
+
+
+def test_packed_documents_do_not_see_one_another() -> None:
+    """A document's hidden states in a row of three are those it has alone."""
+    model, processor = load_model(START, "cpu", torch.float32)
+    source = WorldDocuments(sft().data or pytest.fail(), processor, 1)
+    taught = [source.taught(index) for index in range(3)]
+    policy, found = Policy(model), []
+    index, video = model.model.get_rope_index, model.config.video_token_id
+    with torch.no_grad():
+        for row in (taught, taught[1:2]):
+            policy(pack(row, index, video), lambda hidden, head: found.append(hidden) or hidden)
+    first = sum(branch.said for branch in taught[0].branches)
+    own = found[1]
+    assert (found[0][first : first + len(own)] - own).abs().max() < 1e-5
+
+
+def test_recomputing_activations_changes_nothing(plain: Path, tmp_path: Path) -> None:
+    train(recipe(sft(recompute=True)), tmp_path)
+    assert [row["loss"] for row in metrics(tmp_path)] == [row["loss"] for row in metrics(plain)]
+
+
+def test_stopped_and_resumed_is_bit_identical(plain: Path, tmp_path: Path) -> None:
+    stopped = train(recipe(), tmp_path, stopped_after(1))
+    assert stopped.checkpoint is None and len(metrics(tmp_path)) == 1
+    trained = train(recipe(), tmp_path)
+    assert trained.checkpoint == tmp_path / "1-sft" / "checkpoint"
+    assert weights(tmp_path) == weights(plain)
+    assert [row["loss"] for row in metrics(tmp_path)] == [row["loss"] for row in metrics(plain)]
+    done = (tmp_path / "1-sft" / "metrics.jsonl").stat().st_mtime_ns
+    train(recipe(), tmp_path)
+    assert (tmp_path / "1-sft" / "metrics.jsonl").stat().st_mtime_ns == done
+
+
+def test_another_recipes_state_is_refused(tmp_path: Path) -> None:
+    train(recipe(), tmp_path, stopped_after(1))
+    with pytest.raises(CheckpointMismatchError, match="another recipe, seed or start"):
+        train(recipe(seed=6), tmp_path)
+    assert len(metrics(tmp_path)) == 1
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_state(tmp_path: Path) -> None:
+    wild = Optimiser(learning_rate=1e30, warmup=0.0, weight_decay=0.0)
+    with pytest.raises(TrainingError, match="loss .*Lower the learning rate"):
+        train(recipe(sft(optimiser=wild, steps=3, save_every=1)), tmp_path)
+    assert list((tmp_path / "1-sft" / "states").glob("step-*/progress.json"))
+    assert not (tmp_path / "1-sft" / "checkpoint").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        (sft(data=WorldData(lengths={2: 0.5, 4: 0.4}, videos=2)), "sum to 1"),
+        (sft(data=None), "sft.data is not set"),
+        (sft(pack_tokens=40), "raise pack_tokens"),
+        (sft(data=WorldData(lengths={2: 1.0}, videos=2, families=("order",))), "no family"),
+    ],
+)
+def test_senseless_options_are_told(tmp_path: Path, stage: Sft, said: str) -> None:
+    with pytest.raises((RecipeError, ValueError), match=said):
+        train(recipe(stage), tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(plain: Path, tmp_path: Path) -> None:
+    """FSDP2 over gloo, through torchrun and the command line."""
+    written = tmp_path / "own.yaml"
+    stage = json.loads(json.dumps({"kind": "sft", **_plain_data(sft())}))
+    written.write_text(
+        yaml.safe_dump({"about": "test", "start": START, "seed": 5, "stages": {"sft": stage}})
+    )
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", _port()]
+    done = subprocess.run(
+        [sys.executable, *command, "-m", "internvideo3.harness.cli", "train", str(written),
+         "--out", str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for ours, theirs in zip(metrics(tmp_path / "out"), metrics(plain), strict=True):
+        assert abs(ours["loss"] - theirs["loss"]) < 1e-5
+        assert abs(ours["norm"] - theirs["norm"]) < 1e-4 * theirs["norm"]
+    assert furthest(tmp_path / "out", plain) < 1e-4
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_end_in_the_same_weights(tmp_path: Path) -> None:
+    stage = sft(steps=40, documents=1, save_every=1)
+    train(recipe(stage), tmp_path / "whole")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["internvideo3.training.train"])
+    rng, out, kills = random.Random(time.time_ns()), tmp_path / "killed", 0
+    while kills < 10:
+        before = _lines(out)
+        child = context.Process(target=train, args=(recipe(stage), out, quiet))
+        child.start()
+        while child.is_alive() and _lines(out) == before:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.25))
+        assert child.is_alive(), "the run ended before it was killed ten times"
+        child.kill()
+        child.join()
+        kills += 1
+    train(recipe(stage), out)
+    assert weights(out) == weights(tmp_path / "whole")
+    assert [row["step"] for row in metrics(out)] == list(range(1, 41))
+
+
+def _lines(out: Path) -> int:
+    path = out / "1-sft" / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def _plain_data(options: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {key: value for key, value in asdict(options).items() if value is not None}
+
+
+def _port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])

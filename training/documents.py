@@ -1,0 +1,198 @@
+"""Documents of the scale world for training: a trunk (the video) and branches (what is asked).
+
+A document is tokenised by the same prompter as evaluation and rollouts, so that ids and pixels are
+theirs. The video that an index stands for depends on nothing but the recipe and the seed.
+
+Letters: P trunk tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from internvideo3.model.prompt import Medium, Prompter
+from internvideo3.model.scale.build import SYSTEM_PROMPT
+from internvideo3.tasks.video import Frames
+from internvideo3.tasks.world.difficulty import FILE_FPS
+from internvideo3.tasks.world.paint import paint
+from internvideo3.tasks.world.questions import Question, draw_question
+from internvideo3.tasks.world.scenes import VideoSpec, draw_video
+from internvideo3.training.recipe import RecipeError, WorldData
+from internvideo3.training.scale.batches import (
+    PROFILE_FAMILIES,
+    PROFILE_SHARES,
+    TRAINING_ONLY,
+    answer_text,
+    seed_stream,
+)
+from internvideo3.training.scale.pixels import NOISE, SIDE_PX, sampled_times
+
+SCORED_AS = "world_manyq"
+"""The suite by whose rules answers are rewarded; all suites of the world share one scorer."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Tokens that continue a trunk, seen by no other branch."""
+
+    ids: tuple[int, ...]
+    said: int
+    """How many of the last ids are the model's own; the first id of a branch never is."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One prompt and its continuations."""
+
+    trunk_ids: tuple[int, ...]
+    media: tuple[Medium, ...]
+    """The videos of the trunk, as the processor cut them into patches."""
+    branches: tuple[Branch, ...]
+
+    def __len__(self) -> int:
+        return len(self.trunk_ids) + sum(len(branch.ids) for branch in self.branches)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A video and one question about it, as a rollout needs them."""
+
+    text: str
+    """The rendered chat, up to where the reply begins."""
+    frames: Frames
+    doc: Mapping[str, Any]
+    """The question's fields as the scorers read them."""
+
+
+class WorldDocuments:
+    """The documents of a stage, by index."""
+
+    def __init__(self, data: WorldData, processor: Any, seed: int) -> None:
+        self.data = data
+        self.seed = seed
+        self.prompter = Prompter(processor, {"do_resize": False})
+        self.video_end = processor.tokenizer.decode(
+            [processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")]
+        )
+        _check_shares("lengths", data.lengths)
+        _check_shares("profiles", data.profiles or PROFILE_SHARES)
+
+    def taught(self, index: int) -> Document:
+        """A document with questions and right answers."""
+        spec, asked = self._draw(index)
+        frames = self._frames(spec)
+        texts = [self._render(question) for question in asked]
+        trunk = texts[0][: self._cut(texts[0])]
+        piece = self.prompter.piece(trunk, [frames])
+        branches = []
+        for question, text in zip(asked, texts, strict=True):
+            said = self.prompter.tokenize(f"{answer_text(question)}{self.prompter.closing}")
+            said = said[: said.index(self.prompter.tokenize(self.prompter.closing)[0]) + 1]
+            ids = self.prompter.tokenize(text[self._cut(text) :]) + said
+            branches.append(Branch(tuple(ids), len(said)))
+        return Document(tuple(piece.ids), tuple(piece.media), tuple(branches))
+
+    def prompt(self, index: int) -> Prompt:
+        """A prompt to answer."""
+        spec, asked = self._draw(index)
+        question = asked[0]
+        doc = {
+            "id": f"train/{spec.seed}",
+            "family": question.family,
+            "options": list(question.options) if question.options else None,
+            "answer": question.answer,
+            "answer_type": question.answer_type,
+            "length_s": spec.length_s,
+        }
+        return Prompt(self._render(question), self._frames(spec), doc)
+
+    def _draw(self, index: int) -> tuple[VideoSpec, list[Question]]:
+        """The video at a place of the endless, shuffled sequence, and questions about it."""
+        epoch, place = divmod(index, self.data.videos)
+        chosen = _order(self.data.videos, self.seed, epoch)[place]
+        (video_seed,) = seed_stream("train", 10**11 + self.data.first_seed + chosen, 1)
+        rng = random.Random(f"document/{video_seed}")
+        length = _pick(rng, self.data.lengths)
+        spec = draw_video(video_seed, length, _pick(rng, self.data.profiles or PROFILE_SHARES))
+        asked = self._questions(spec, random.Random(f"asked/{video_seed}/{epoch}"))
+        if not asked:
+            raise RecipeError(
+                f"no family of {self._families(spec)} has a question about a {length} s video of "
+                f"kind {spec.profile}; add families or lengths to the stage's data"
+            )
+        return spec, asked
+
+    def _questions(self, spec: VideoSpec, rng: random.Random) -> list[Question]:
+        families = self._families(spec)
+        found: dict[str, Question] = {}
+        for _ in range(8 * self.data.questions + 24):
+            question = draw_question(spec, rng, rng.choice(families))
+            if question is not None:
+                found.setdefault(question.prompt, question)
+            if len(found) == self.data.questions:
+                break
+        return list(found.values())
+
+    def _families(self, spec: VideoSpec) -> Sequence[str]:
+        if self.data.families is not None:
+            return self.data.families
+        return [name for name in PROFILE_FAMILIES[spec.profile] if name not in TRAINING_ONLY]
+
+    def _render(self, question: Question) -> str:
+        content = [{"type": "video"}, {"type": "text", "text": question.prompt}]
+        return self.prompter.render(
+            [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": content}]
+        )
+
+    def _cut(self, text: str) -> int:
+        return text.rfind(self.video_end) + len(self.video_end)
+
+    def _frames(self, spec: VideoSpec) -> Frames:
+        """Frames at 2 fps with the grain that a video file leaves."""
+        length = int(spec.length_s)
+        times = sampled_times(length)
+        rng = np.random.default_rng(spec.seed)
+        clean = paint(spec, times, SIDE_PX).astype(np.float32)
+        noisy = clean + rng.normal(0, 255 * NOISE, clean.shape).astype(np.float32)
+        pixels_THWC = np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
+        return Frames(
+            pixels_THWC=pixels_THWC,
+            indices=tuple(int(i) for i in np.rint(times * FILE_FPS)),
+            source_fps=float(FILE_FPS),
+            total_frames=length * FILE_FPS,
+            duration_s=float(length),
+            digest=hashlib.sha256(pixels_THWC.tobytes()).hexdigest(),
+        )
+
+
+def pixels_of(media: Sequence[Medium]) -> tuple[Tensor, Tensor]:
+    """Patches of all videos one after another, and their grids `[n,3]`."""
+    return torch.cat([m.pixels for m in media]), torch.stack([m.grid_thw for m in media])
+
+
+@lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(count))
+    random.Random(f"order/{seed}/{epoch}").shuffle(order)
+    return order
+
+
+def _pick(rng: random.Random, shares: Mapping[Any, float]) -> Any:
+    return rng.choices(list(shares), list(shares.values()))[0]
+
+
+def _check_shares(name: str, shares: Mapping[Any, float]) -> None:
+    if any(share < 0 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
+        raise RecipeError(
+            f"the shares of {name} must be positive and sum to 1, got {dict(shares)} "
+            f"with the sum {sum(shares.values()):g}"
+        )

@@ -1,0 +1,223 @@
+"""The loop of every stage: passes, one update, metrics, a state now and then.
+
+A stage hands over the passes of a step and the loss of a pass; everything that makes training
+safe is here. All of a step's randomness comes from (seed, step), so that a resumed run goes the way
+of an uninterrupted one, bit by bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internvideo3.training import checkpoints
+from internvideo3.training.packing import Pack
+from internvideo3.training.policy import Policy
+from internvideo3.training.processes import Processes
+from internvideo3.training.recipe import Optimiser, StageOptions, require
+
+Progress = Callable[[str, int, int], None]
+Totals = dict[str, tuple[float, float]]
+"""Metric → (sum, count) in this process; every process has the same names."""
+
+
+class TrainingError(ValueError):
+    """Training that cannot go on; what was saved stays."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One forward and backward pass."""
+
+    pack: Pack
+    loss: Callable[[Tensor, Tensor], Tensor]
+    """Its share of the step's loss, from hidden states `[N,W]` and output embeddings `[V,W]`."""
+    scale: float = 1.0
+    """0 for a pass that only keeps this process in step with the others."""
+
+
+class Stage(ABC):
+    """What differs between stages."""
+
+    updates = 1
+    """Optimiser updates on the passes of one step."""
+
+    @abstractmethod
+    def works(self, step: int, policy: Policy) -> tuple[list[Work], Totals]:
+        """This process's passes of a step, and what to note of them."""
+
+
+@dataclass
+class Loop:
+    """One stage in training."""
+
+    name: str
+    options: StageOptions
+    stage: Stage
+    policy: Policy
+    folder: Path
+    digest: str
+    seed: int
+    group: Processes
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        """Shards the policy and builds its optimiser."""
+        self.steps: int = require(self.options.steps, f"stages.{self.name}.steps")
+        self.group.shard(self.policy)
+        learned = [p for p in self.policy.parameters() if p.requires_grad]
+        optimiser = self.options.optimiser
+        groups = [
+            {"params": [p for p in learned if (p.ndim > 1) == wide],
+             "weight_decay": optimiser.weight_decay if wide else 0.0}
+            for wide in (True, False)
+        ]  # fmt: skip
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optimiser.betas, foreach=False)
+        self.stopping = False
+
+    def run(self) -> bool:
+        """Train from the newest state to the last step; False if a signal asked to stop."""
+        states = self.folder / "states"
+        step = checkpoints.resume(states, self.policy, self.optimizer, self.digest, self.group)
+        self._forget_metrics_after(step)
+        self.progress(self.name, step, self.steps)
+        with _graceful(self):
+            while step < self.steps:
+                self._train(step)
+                step += 1
+                self.progress(self.name, step, self.steps)
+                stop = bool(self.group.most(int(self.stopping)))
+                if stop or step % self.options.save_every == 0 or step == self.steps:
+                    self._save(states, step)
+                if stop:
+                    return step == self.steps
+        return True
+
+    def _save(self, states: Path, step: int) -> None:
+        reached = checkpoints.Progress(step=step, digest=self.digest)
+        checkpoints.save(states, self.policy, self.optimizer, reached, self.group)
+
+    def _train(self, step: int) -> None:
+        started = time.perf_counter()
+        torch.manual_seed((self.seed * 1_000_003 + step) % 2**63)
+        works, totals = self.stage.works(step, self.policy)
+        works = self._in_step(works)
+        rate = rate_at(self.options.optimiser, step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.policy.train()
+        for _ in range(self.stage.updates):
+            loss, norm = self._update(works, step)
+        tokens = sum(len(work.pack.ids_T) for work in works if work.scale)
+        totals = {**totals, "tokens": (tokens, 0.0), "loss": (loss, 0.0)}
+        self._note(step, totals, {"norm": norm, "rate": rate}, time.perf_counter() - started)
+
+    def _update(self, works: Sequence[Work], step: int) -> tuple[float, float]:
+        """One optimiser update; returns this process's loss and the norm of all gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=self.group.device)
+        for work in works:
+            with torch.autocast(
+                self.group.device.type, torch.bfloat16, enabled=self.options.bfloat16
+            ):
+                part = self.policy(work.pack.to(self.group.device), work.loss) * work.scale
+            # FSDP2 averages gradients over the processes; the step's loss is their sum.
+            (part * self.group.count).backward()
+            loss += part.detach()
+        norm = self._clip()
+        if not (math.isfinite(norm) and bool(torch.isfinite(loss))):
+            raise TrainingError(
+                f"step {step + 1} of {self.name} has loss {float(loss)} and gradient norm {norm}. "
+                "The weights were not changed; the newest state is kept. Lower the learning rate "
+                "and begin with another --out."
+            )
+        self.optimizer.step()
+        return float(loss), norm
+
+    def _clip(self) -> float:
+        learned = [p for p in self.policy.parameters() if p.grad is not None]
+        norm: Any = torch.nn.utils.clip_grad_norm_(
+            learned, self.options.optimiser.clip_norm, foreach=False
+        )
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def _in_step(self, works: list[Work]) -> list[Work]:
+        """As many passes as the busiest process has: sharded layers are gathered by all at once."""
+        if not works:
+            raise TrainingError(
+                f"a process of {self.name} has no document; take at least as many documents a "
+                f"step as processes ({self.group.count})"
+            )
+        missing = self.group.most(len(works)) - len(works)
+        return works + [replace(works[-1], scale=0.0)] * missing
+
+    def _note(self, step: int, totals: Totals, shown: dict[str, float], seconds: float) -> None:
+        names = sorted(totals)
+        sums = torch.tensor([totals[name] for name in names], dtype=torch.float64).T
+        sums = self.group.total(sums.contiguous().to(self.group.device)).tolist()
+        row: dict[str, float] = {"step": step + 1}
+        for name, total, count in zip(names, *sums, strict=True):
+            row[name] = total / count if count else total
+        row |= shown | {"seconds": seconds, "tokens_per_s": row["tokens"] / seconds}
+        if self.group.first:
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def _forget_metrics_after(self, step: int) -> None:
+        """Steps after the newest state are taken again, and noted again."""
+        path = self.folder / "metrics.jsonl"
+        if not self.group.first or not path.is_file():
+            return
+        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
+        part = path.with_suffix(".part")
+        part.write_text("".join(f"{line}\n" for line in kept))
+        part.replace(path)
+
+
+def rate_at(optimiser: Optimiser, step: int, steps: int) -> float:
+    """Learning rate of a step (from 0): linear warm-up, then a cosine to the final rate."""
+    rising = math.ceil(optimiser.warmup * steps)
+    if step < rising:
+        return optimiser.learning_rate * (step + 1) / rising
+    done = (step - rising) / max(1, steps - rising)
+    span = optimiser.learning_rate - optimiser.final_learning_rate
+    return optimiser.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def own_indices(options: StageOptions, step: int, group: Processes) -> range:
+    """Places of this process's documents of a step in the stage's sequence."""
+    first = step * options.documents
+    return range(first + group.rank, first + options.documents, group.count)
+
+
+def describe(options: StageOptions, seed: int, start: str) -> str:
+    """What `stage.json` says of a stage."""
+    told = {"start": start, "seed": seed, "options": asdict(options)}
+    return json.dumps(told, indent=1, default=str) + "\n"
+
+
+@contextmanager
+def _graceful(loop: Loop) -> Iterator[None]:
+    """SIGTERM and Ctrl-C end the run after the step in progress, with its state saved."""
+
+    def stop(number: int, frame: Any) -> None:
+        loop.stopping = True
+
+    before = {one: signal.signal(one, stop) for one in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)

@@ -1,0 +1,124 @@
+"""Documents side by side in one row, each behind its own mask.
+
+A token sees itself and what came before it in its own document: the trunk, and of the branches
+only its own. Every branch continues the trunk's positions, as a fork of a session does.
+
+Letters: T tokens of a row, N supervised tokens, R branches with supervised tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from internvideo3.training.documents import Document, pixels_of
+from internvideo3.training.objectives.linear_cross_entropy import IGNORE
+
+RopeIndex = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One row of documents."""
+
+    ids_T: Tensor
+    positions_3T: Tensor
+    document_T: Tensor
+    branch_T: Tensor
+    """0 in the trunk, 1, 2, … in the branches of a document."""
+    labels_T: Tensor
+    """The id that follows, `IGNORE` where it is not the model's own."""
+    response_T: Tensor
+    """Number of the branch in the row, -1 outside of branches."""
+    pixels: Tensor
+    grid_thw: Tensor
+
+    def visible(self) -> Tensor:
+        """`[T,T]`, True where a query (row) sees a key (column)."""
+        causal = torch.ones(len(self.ids_T), len(self.ids_T), dtype=torch.bool).tril()
+        causal = causal.to(self.ids_T.device)
+        together = self.document_T[:, None] == self.document_T[None]
+        branch = (self.branch_T[None] == 0) | (self.branch_T[:, None] == self.branch_T[None])
+        return causal & together & branch
+
+    def said_lengths(self) -> Tensor:
+        """Supervised tokens of each branch, `[R]`."""
+        told = self.labels_T != IGNORE
+        return torch.bincount(self.response_T[told], minlength=int(self.response_T.max()) + 1)
+
+    def to(self, device: torch.device) -> Pack:
+        """The same on a device."""
+        return Pack(*(value.to(device) for value in self.__dict__.values()))
+
+
+def packs(
+    documents: Sequence[Document], most_tokens: int, most_documents: int | None
+) -> Iterator[list[Document]]:
+    """Neighbouring documents, as many as fit.
+
+    Raises:
+        ValueError: A document alone is longer than a row.
+    """
+    row: list[Document] = []
+    for document in documents:
+        if len(document) > most_tokens:
+            raise ValueError(
+                f"a document has {len(document)} tokens and pack_tokens is {most_tokens}; raise "
+                "pack_tokens, or take shorter videos or fewer questions"
+            )
+        full = sum(map(len, row)) + len(document) > most_tokens or len(row) == most_documents
+        if row and full:
+            yield row
+            row = []
+        row.append(document)
+    if row:
+        yield row
+
+
+def pack(documents: Sequence[Document], rope_index: RopeIndex, video_id: int) -> Pack:
+    """Lay documents into one row.
+
+    Args:
+        documents: At least one, each with a video.
+        rope_index: The model's `get_rope_index`.
+        video_id: The id of a vision token.
+    """
+    parts: list[tuple[Tensor, ...]] = []
+    responses = 0
+    for number, document in enumerate(documents):
+        positions_3P = _trunk_positions(document, rope_index, video_id)
+        parts.append(_part(list(document.trunk_ids), positions_3P, number, 0, -1, 0))
+        first = int(positions_3P.max()) + 1
+        for branch_number, branch in enumerate(document.branches, start=1):
+            positions_3L = (first + torch.arange(len(branch.ids))).expand(3, -1)
+            where = (number, branch_number, responses)
+            parts.append(_part(list(branch.ids), positions_3L, *where, branch.said))
+            responses += 1
+    ids, positions, document_T, branch_T, labels, response = zip(*parts, strict=True)
+    pixels, grid_thw = pixels_of([m for document in documents for m in document.media])
+    return Pack(
+        torch.cat(ids), torch.cat(positions, 1), torch.cat(document_T), torch.cat(branch_T),
+        torch.cat(labels), torch.cat(response), pixels, grid_thw,
+    )  # fmt: skip
+
+
+def _trunk_positions(document: Document, rope_index: RopeIndex, video_id: int) -> Tensor:
+    ids_1P = torch.tensor([document.trunk_ids])
+    _, grid_thw = pixels_of(document.media)
+    kinds_1P = 2 * (ids_1P == video_id).int()
+    positions_31P, _ = rope_index(ids_1P, mm_token_type_ids=kinds_1P, video_grid_thw=grid_thw)
+    return positions_31P[:, 0]
+
+
+def _part(
+    ids: list[int], positions_3L: Tensor, document: int, branch: int, response: int, said: int
+) -> tuple[Tensor, ...]:
+    ids_L = torch.tensor(ids)
+    labels_L = torch.full_like(ids_L, IGNORE)
+    if said:
+        labels_L[-said - 1 : -1] = ids_L[-said:]
+    same = (torch.full_like(ids_L, value) for value in (document, branch))
+    return ids_L, positions_3L, *same, labels_L, torch.full_like(ids_L, response)

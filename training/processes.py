@@ -1,0 +1,70 @@
+"""The processes of one training run: alone, or under torchrun with FSDP2."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+
+class Processes:
+    """Rank, count and device of this process, and what it does together with the others."""
+
+    def __init__(self) -> None:
+        """Joins the group that torchrun announces in the environment, if there is one."""
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else (
+            torch.device("cpu")
+        )  # fmt: skip
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if cuda else "gloo")
+        self.count = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and talks."""
+        return self.rank == 0
+
+    def shard(self, policy: Any) -> None:
+        """Divides the weights among the processes, layer by layer; alone, nothing happens."""
+        if self.count == 1:
+            return
+        mesh = init_device_mesh(self.device.type, (self.count,))
+        inner = policy.model.model
+        for block in (*inner.visual.blocks, *inner.language_model.layers):
+            fully_shard(block, mesh=mesh)
+        fully_shard(policy, mesh=mesh)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over all processes."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def most(self, number: int) -> int:
+        """Largest of the processes' numbers."""
+        return int(self._reduced(torch.tensor([number], device=self.device), dist.ReduceOp.MAX))
+
+    def wait(self) -> None:
+        """Returns when all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+    def leave(self) -> None:
+        """Ends the group, if there is one."""
+        if self.count > 1:
+            dist.destroy_process_group()
+
+    def whole_weights(self, policy: nn.Module) -> dict[str, Any]:
+        """All weights of a policy on every process."""
+        return get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True))
+
+    def _reduced(self, values: Tensor, how: Any) -> Tensor:
+        if self.count > 1:
+            dist.all_reduce(values, op=how)
+        return values

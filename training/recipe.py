@@ -1,0 +1,251 @@
+"""Recipes: what is trained, on what and in which order, as strict YAML files.
+
+A recipe may extend another one (`extends: NAME`): mappings are merged key by key, and a stage that
+is set to null is left out. A key that no recipe has is refused with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+RECIPES = Path(__file__).parent / "recipes"
+STRICT = ConfigDict(extra="forbid", strict=True)
+Profile = Literal["main", "ego", "spatial"]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; says what was wrong and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimiser:
+    """AdamW with linear warm-up and a cosine towards a final rate."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    learning_rate: Annotated[float, Field(gt=0)]
+    final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.03
+    """Share of the steps over which the rate rises."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Of matrices; vectors (norms, biases) decay not at all."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldData:
+    """Videos of the scale world's training split, drawn from seeds."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    lengths: Annotated[dict[int, float], Field(min_length=1)]
+    """Video length in seconds → share of the videos."""
+    videos: Annotated[int, Field(ge=1)]
+    """How many different videos there are; after them a new epoch begins in another order."""
+    questions: Annotated[int, Field(ge=1)] = 1
+    """Questions asked of one video."""
+    profiles: dict[Profile, float] | None = None
+    """Share of each kind of video; None: the scale model's own."""
+    families: tuple[str, ...] | None = None
+    """Question families; None: those that the suites ask of the kind of video."""
+    first_seed: Annotated[int, Field(ge=0)] = 0
+    """Where in the training split the videos begin; stages that should not share videos differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageOptions:
+    """What every stage has to say. None: nobody published it, so whoever trains must set it."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimiser steps; a GSPO step may make several updates."""
+    documents: Annotated[int, Field(ge=1)]
+    """Documents of one step, over all processes and accumulated passes."""
+    pack_tokens: Annotated[int, Field(ge=1)]
+    """Most tokens of one pass; documents share a pass behind a mask."""
+    micro_documents: Annotated[int, Field(ge=1)] | None = None
+    """Most documents of one pass; None: as many as `pack_tokens` takes."""
+    optimiser: Optimiser
+    data: WorldData | None = None
+    train_vision: bool = False
+    """Whether the vision tower learns."""
+    recompute: bool = False
+    """Recompute each layer's activations in the backward pass."""
+    bfloat16: bool = False
+    """Matrix products in bf16; weights and optimiser stay float32."""
+    save_every: Annotated[int, Field(ge=1)] = 50
+    """Steps between two checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sft(StageOptions):
+    """Supervised fine-tuning (section 3.3.2): one stretch of the short-to-long curriculum."""
+
+    kind: Literal["sft"]
+    fps: float | None = None
+    """Frames from a second of video, for the record of presets; the world is sampled at 2."""
+    max_frames: int | None = None
+    """Most frames of a video, for the record of presets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gspo(StageOptions):
+    """Rule-based reinforcement learning (section 3.3.3)."""
+
+    kind: Literal["gspo"]
+    group: Annotated[int, Field(ge=2)]
+    """Responses sampled for each prompt."""
+    max_new_tokens: Annotated[int, Field(ge=1)]
+    updates: Annotated[int, Field(ge=1)] = 1
+    """Optimiser updates on one batch of responses; the clipped ratio acts from the second on."""
+    clip_low: Annotated[float, Field(gt=0)] = 3e-4
+    clip_high: Annotated[float, Field(gt=0)] = 4e-4
+    kl_weight: Annotated[float, Field(ge=0)] = 0.04
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opd(StageOptions):
+    """On-policy distillation (section 3.3.4)."""
+
+    kind: Literal["opd"]
+    teacher: str
+    """Checkpoint folder or name; it must have the student's token ids."""
+    group: Annotated[int, Field(ge=1)] = 1
+    """Responses sampled for each prompt."""
+    max_new_tokens: Annotated[int, Field(ge=1)]
+    chunk: Annotated[int, Field(ge=1)] = 1024
+    """Response tokens whose full-vocabulary logits exist at a time."""
+
+
+Stage = Annotated[Sft | Gspo | Opd, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A start and the stages that follow one another."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    about: str
+    """One sentence for people; where the numbers come from."""
+    start: str | None = None
+    """Checkpoint folder or name that the first stage begins from."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    stages: Annotated[dict[str, Stage], Field(min_length=1)]
+
+
+def recipe_names() -> tuple[str, ...]:
+    """The recipes that come with the package."""
+    return tuple(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """Read a recipe by name or path, with all that it extends.
+
+    Raises:
+        RecipeError: Unknown recipe or key, a missing or senseless value, or a circle of `extends`.
+    """
+    merged = _merged(_find(str(name), Path.cwd()), ())
+    stages = merged.get("stages")
+    if isinstance(stages, dict):
+        merged["stages"] = {key: value for key, value in stages.items() if value is not None}
+    try:
+        # JSON mode: YAML has lists where the dataclasses have tuples, and nothing else is lax.
+        return TypeAdapter(Recipe).validate_json(json.dumps(merged), strict=True)
+    except ValidationError as error:
+        told = "\n".join(_in_words(one, merged) for one in error.errors())
+        raise RecipeError(f"recipe {name}:\n{told}") from None
+
+
+def stage_digest(stage: StageOptions, seed: int, start: str) -> str:
+    """Digest of everything that decides a stage's weights."""
+    text = json.dumps([asdict(stage), seed, start], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def require(value: Any, where: str) -> Any:
+    """A value that the recipe must have for training.
+
+    Raises:
+        RecipeError: It is None.
+    """
+    if value is None:
+        raise RecipeError(
+            f"{where} is not set: nobody published it. Write a recipe that extends this one and "
+            "sets it (training/README.md shows how)."
+        )
+    return value
+
+
+def _find(name: str, beside: Path) -> Path:
+    for path in (beside / name, RECIPES / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    near = difflib.get_close_matches(name, recipe_names(), n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(recipe_names())}."
+    raise RecipeError(f"no recipe {name!r}. {hint} A path to a YAML file works too.")
+
+
+def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        circle = " → ".join(one.name for one in (*seen, path))
+        raise RecipeError(f"these recipes extend one another in a circle: {circle}")
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is no YAML: {error}") from error
+    if not isinstance(read, dict):
+        raise RecipeError(f"{path} must be a mapping with `about` and `stages`, got {read!r}")
+    base = read.pop("extends", None)
+    if base is None:
+        return read
+    return _overlaid(_merged(_find(str(base), path.parent), (*seen, path)), read)
+
+
+def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _overlaid(old, value) if both else value
+    return merged
+
+
+def _in_words(error: Any, given: Mapping[str, Any]) -> str:
+    """One message of pydantic, with the path into the file and the nearest known key."""
+    # The tag of a union ("sft") is in the path, but not in the file.
+    path = [str(part) for part in error["loc"]]
+    shown = [part for i, part in enumerate(path) if not (i == 2 and path[0] == "stages")]
+    where = ".".join(shown)
+    if error["type"] == "unexpected_keyword_argument":
+        known = _known_keys(path[:-1], given)
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"  {where}: no such key; {hint}"
+    if error["type"] == "missing":
+        return f"  {where}: is required"
+    note = ""
+    if isinstance(error["input"], str) and "e" in error["input"]:
+        note = " (YAML reads 2e-5 as text; write 2.0e-5)"
+    return f"  {where}: {error['msg']}, got {error['input']!r}{note}"
+
+
+def _known_keys(path: Sequence[str], given: Mapping[str, Any]) -> list[str]:
+    """Keys that the mapping at a path may have."""
+    kinds: dict[str, Any] = {"sft": Sft, "gspo": Gspo, "opd": Opd}
+    level: Any = Recipe
+    for part in path:
+        if part in kinds:
+            level = kinds[part]
+        elif is_dataclass(level) and part in {f.name for f in fields(level)}:
+            hint = get_type_hints(level)[part]
+            inner = [t for t in (hint, *get_args(hint)) if is_dataclass(t)]
+            level = inner[0] if inner else level
+    return [f.name for f in fields(level)]

@@ -1,0 +1,150 @@
+"""Rule-based reinforcement learning (section 3.3.3): groups of responses, scored by rule.
+
+One step: for each of its prompts the policy samples a group of responses; a rule scores them; the
+rewards are normalised within the group; a few updates of the clipped sequence objective follow,
+with a KL term towards the model that the stage began from.
+
+Letters: R responses of a row, T tokens of the longest one, N response tokens of a row, W text
+width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from internvideo3.tasks.scoring.entry import score
+from internvideo3.training.documents import SCORED_AS, Document, Prompt, WorldDocuments
+from internvideo3.training.loop import Stage, Totals, Work, own_indices
+from internvideo3.training.objectives.gspo import GspoOptions, group_advantages, gspo_loss
+from internvideo3.training.objectives.linear_cross_entropy import IGNORE
+from internvideo3.training.packing import pack, packs
+from internvideo3.training.policy import Policy, token_logps
+from internvideo3.training.processes import Processes
+from internvideo3.training.recipe import Gspo
+from internvideo3.training.rollouts import Response, Sampler, answered
+
+SamplerOf = Callable[[Policy], Sampler]
+"""Makes a sampler of the policy's present weights."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt's responses, laid out for training, and what they earned."""
+
+    document: Document
+    responses: tuple[Response, ...]
+    rewards: tuple[float, ...]
+
+
+class GspoStage(Stage):
+    """Group sequence policy optimisation."""
+
+    def __init__(
+        self,
+        options: Gspo,
+        documents: WorldDocuments,
+        reference: Policy,
+        sampler_of: SamplerOf,
+        seed: int,
+        group: Processes,
+    ) -> None:
+        self.options = options
+        self.documents = documents
+        self.reference = reference.requires_grad_(False)
+        self.sampler_of = sampler_of
+        self.seed = seed
+        self.group = group
+        self.updates = options.updates
+
+    def works(self, step: int, policy: Policy) -> tuple[list[Work], Totals]:
+        """Sample, score, normalise; then rows of whole groups."""
+        sampler = self.sampler_of(policy)
+        groups = [
+            self._rollout(sampler, index) for index in own_indices(self.options, step, self.group)
+        ]
+        rows = packs(
+            [one.document for one in groups],
+            self.options.pack_tokens,
+            self.options.micro_documents,
+        )
+        works, first = [], 0
+        for row in rows:
+            works.append(self._work(groups[first : first + len(row)], policy, sampler.barred))
+            first += len(row)
+        return works, _noted(groups)
+
+    def _rollout(self, sampler: Sampler, index: int) -> Group:
+        prompt = self.documents.prompt(index)
+        seed = self.seed * 1_000_003 + index
+        responses = sampler.sample(prompt, self.options.group, seed)
+        rewards = tuple(reward(prompt, one) for one in responses)
+        document = answered(prompt, responses, self.documents.prompter)
+        return Group(document, tuple(responses), rewards)
+
+    def _work(self, groups: list[Group], policy: Policy, barred: tuple[int, ...]) -> Work:
+        config = policy.model.config
+        laid = pack([g.document for g in groups], policy.model.model.get_rope_index,
+                    config.video_token_id)  # fmt: skip
+        laid = laid.to(self.group.device)
+        labels_N = laid.labels_T[laid.labels_T != IGNORE]
+        lengths_R = laid.said_lengths()
+
+        def logps(hidden_NW: Tensor, head_VW: Tensor) -> Tensor:
+            return token_logps(hidden_NW, head_VW, labels_N, barred)
+
+        with torch.no_grad():
+            reference_RT = _by_response(self.reference(laid, logps), lengths_R)
+        rollout_RT = pad_sequence(
+            [torch.tensor(one.logps) for g in groups for one in g.responses], batch_first=True
+        ).to(reference_RT)
+        reward_R = torch.tensor([r for g in groups for r in g.rewards]).to(reference_RT)
+        group_R = torch.arange(len(groups), device=reward_R.device)
+        group_R = group_R.repeat_interleave(self.options.group)
+        advantage_R = group_advantages(reward_R, group_R)
+        said_RT = torch.arange(rollout_RT.shape[1], device=reward_R.device) < lengths_R[:, None]
+        # The objective is a mean over the row's responses; the step's is one over all of them.
+        share = len(reward_R) / (self.options.documents * self.options.group)
+        objective = self._objective()
+
+        def loss(hidden_NW: Tensor, head_VW: Tensor) -> Tensor:
+            logp_RT = _by_response(logps(hidden_NW, head_VW), lengths_R)
+            made = gspo_loss(logp_RT, rollout_RT, reference_RT, said_RT, advantage_R, objective)
+            return made.loss * share
+
+        return Work(laid, loss)
+
+    def _objective(self) -> GspoOptions:
+        options = self.options
+        return GspoOptions(
+            clip_low=options.clip_low, clip_high=options.clip_high, kl_weight=options.kl_weight
+        )
+
+
+def reward(prompt: Prompt, response: Response) -> float:
+    """What a response earns: right or wrong, or the IoU of its span, by the rule `plain`."""
+    made = score(SCORED_AS, prompt.doc, response.text, rule="plain")
+    assert made.value is not None, "the world's rules drop no answer"
+    return made.value
+
+
+def _by_response(value_N: Tensor, lengths_R: Tensor) -> Tensor:
+    """Values of all response tokens as rows `[R,T]`, 0 behind a response's end."""
+    rows: Any = value_N.split(lengths_R.tolist())
+    return pad_sequence(list(rows), batch_first=True)
+
+
+def _noted(groups: list[Group]) -> Totals:
+    rewards = [r for one in groups for r in one.rewards]
+    mixed = [len(set(one.rewards)) > 1 for one in groups]
+    lengths = [len(one.ids) for g in groups for one in g.responses]
+    return {
+        "reward": (sum(rewards), len(rewards)),
+        "mixed_groups": (sum(mixed), len(mixed)),
+        "response_tokens": (sum(lengths), len(lengths)),
+    }

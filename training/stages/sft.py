@@ -1,0 +1,62 @@
+"""Supervised fine-tuning (section 3.3.2): short videos first, then long ones.
+
+The curriculum is a recipe with two stages of this kind: `sft_short`, then `sft_long`. Each answer
+weighs 1/sqrt of its tokens, as in the released SFT (OpenGVLab/InternVideo@3965eef), over all
+documents of a step, however they are divided among passes and processes.
+
+Letters: N supervised tokens, W text width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internvideo3.training.documents import WorldDocuments
+from internvideo3.training.loop import Stage, Totals, Work, own_indices
+from internvideo3.training.objectives.linear_cross_entropy import IGNORE, linear_cross_entropy
+from internvideo3.training.packing import Pack, pack, packs
+from internvideo3.training.policy import Policy
+from internvideo3.training.processes import Processes
+from internvideo3.training.recipe import Sft
+
+
+class SftStage(Stage):
+    """Cross-entropy on right answers."""
+
+    def __init__(self, options: Sft, documents: WorldDocuments, group: Processes) -> None:
+        self.options = options
+        self.documents = documents
+        self.group = group
+
+    def works(self, step: int, policy: Policy) -> tuple[list[Work], Totals]:
+        """The documents of the step in rows, each answer token with its weight."""
+        taught = [self.documents.taught(i) for i in own_indices(self.options, step, self.group)]
+        rows = packs(taught, self.options.pack_tokens, self.options.micro_documents)
+        model = policy.model
+        index, video = model.model.get_rope_index, model.config.video_token_id
+        laid = [pack(row, index, video) for row in rows]
+        weights = [_answer_weights(one) for one in laid]
+        mine = torch.tensor([sum(float(w.double().sum()) for w in weights)], dtype=torch.float64)
+        total = float(self.group.total(mine.to(self.group.device)))
+        works = [Work(p, _loss(p, w / total)) for p, w in zip(laid, weights, strict=True)]
+        answers = sum(len(one.said_lengths()) for one in laid)
+        return works, {"answers": (answers, 0.0), "documents": (len(taught), 0.0)}
+
+
+def _answer_weights(laid: Pack) -> Tensor:
+    """1/sqrt(tokens of the answer) at each supervised token, `[N]`."""
+    told = laid.labels_T != IGNORE
+    return laid.said_lengths()[laid.response_T[told]].float().rsqrt()
+
+
+def _loss(laid: Pack, weight_N: Tensor) -> Any:
+    labels_N = laid.labels_T[laid.labels_T != IGNORE]
+
+    def loss(hidden_NW: Tensor, head_VW: Tensor) -> Tensor:
+        device = hidden_NW.device
+        return linear_cross_entropy(hidden_NW, head_VW, labels_N.to(device), weight_N.to(device))
+
+    return loss
