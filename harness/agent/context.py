@@ -1,0 +1,259 @@
+"""The growing context of Multimodal Contextual Reasoning: typed entries on one token stream.
+
+`Context` is C of equations (1)-(5) of the paper (section 3.1). It only grows. Its entries lie one
+behind the other on the ids of one `Session` without gap or overlap, so that a turn prefills its
+new tokens and no other, and a trace can say of every token who wrote it.
+
+The chat form is Qwen3's: the model's and the controller's words are assistant turns, calls stand in
+`<tool_call>`, and what the world answers stands in `<tool_response>` in a user turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from internvideo3.harness.agent.quoting import Quoter, shorten
+from internvideo3.model.session import Limits, Session
+from internvideo3.tasks.video import Frames
+
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+END = "<|im_end|>"
+CALL = ("<tool_call>\n", "\n</tool_call>")
+RESPONSE = ("<tool_response>\n", "\n</tool_response>")
+
+
+class Kind(StrEnum):
+    """What an entry is."""
+
+    INSTRUCTION = "instruction"
+    """The system prompt T_sys or the query Q."""
+    OBSERVATION = "observation"
+    """Visual evidence V."""
+    REASONING = "reasoning"
+    """What the model said, R."""
+    ACTION = "action"
+    """A call, A."""
+    FEEDBACK = "feedback"
+    """What a tool or the loop answered, F."""
+    MEMORY = "memory"
+    """What was read from memory."""
+    BELIEF = "belief"
+    """A summary of hypothesis, uncertainty and candidate times."""
+
+
+ROLES: Mapping[Kind, str] = {
+    Kind.INSTRUCTION: "user",
+    Kind.OBSERVATION: "user",
+    Kind.REASONING: "assistant",
+    Kind.ACTION: "assistant",
+    Kind.FEEDBACK: "user",
+    Kind.MEMORY: "user",
+    Kind.BELIEF: "assistant",
+}
+
+Span = tuple[float, float]
+"""Start and end in seconds of the video."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """Text of our own; special tokens in it count as such."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Quoted:
+    """Text of anyone; no special token can come of it."""
+
+    text: str
+
+
+Part = Control | Quoted | Frames
+MARKERS = tuple(Control(text) for text in (*CALL, *RESPONSE))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One piece of the context."""
+
+    id: str
+    """Names the entry: "e1", "e2", … in order."""
+    kind: Kind
+    turn: int
+    """The turn i in which it was written; 0 before the first."""
+    source: str
+    """Who wrote it: system, user, model, controller, loop, or a tool's name."""
+    text: str
+    """What it says, without special tokens of ours."""
+    start: int
+    """Number of tokens before it."""
+    stop: int
+    """Number of tokens up to its end."""
+    span: Span | None = None
+    """The part of the video that it is about."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """What belongs to its kind, as JSON."""
+
+
+class Context:
+    """An append-only list of entries over one session.
+
+    Args:
+        session: an empty session; the context is its only writer.
+    """
+
+    def __init__(self, session: Session) -> None:
+        if len(session):
+            raise ValueError(
+                f"a context begins on an empty session, and this one holds {len(session)} tokens. "
+                "Give a new session."
+            )
+        self.session = session
+        self.turn = 0
+        self.generated = 0
+        """Tokens that the model wrote."""
+        self.quoter = Quoter(session.processor.tokenizer)
+        self._entries: list[Entry] = []
+        self._waiting: list[int] = []
+        self._role: str | None = None
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """All entries, in order."""
+        return tuple(self._entries)
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return len(self.session) + len(self._waiting)
+
+    @property
+    def next_id(self) -> str:
+        """The id that the next entry will have."""
+        return f"e{len(self._entries) + 1}"
+
+    def find(self, entry_id: str) -> Entry | None:
+        """The entry of that id, if there is one."""
+        return next((entry for entry in self._entries if entry.id == entry_id), None)
+
+    def add(
+        self,
+        kind: Kind,
+        source: str,
+        parts: Sequence[Part],
+        *,
+        role: str | None = None,
+        span: Span | None = None,
+        data: Mapping[str, Any] | None = None,
+    ) -> Entry:
+        """Appends an entry: C ⊕ (entry), equation (5).
+
+        Args:
+            kind: what it is; decides whose turn it stands in.
+            source: who wrote it.
+            parts: our text, quoted text and frames, in order.
+            role: the turn, where the kind's own is wrong: "system" for T_sys.
+            span: the part of the video that it is about.
+            data: further JSON for the trace.
+        """
+        start = len(self)
+        self._open(role or ROLES[kind])
+        for part in parts:
+            self._write(part)
+        said = (p.text for p in parts if isinstance(p, (Control, Quoted)) and p not in MARKERS)
+        text = "".join(shorten(one) for one in said).strip()
+        return self._record(kind, source, text, start, span=span, data=data)
+
+    def respond(
+        self,
+        kind: Kind,
+        source: str,
+        parts: Sequence[Part],
+        *,
+        span: Span | None = None,
+        data: Mapping[str, Any] | None = None,
+    ) -> Entry:
+        """Appends an entry as a tool's response: `add` with the parts in `<tool_response>`."""
+        wrapped = [Control(RESPONSE[0]), *parts, Control(RESPONSE[1])]
+        return self.add(kind, source, wrapped, span=span, data=data)
+
+    def mark(self, kind: Kind, source: str, text: str, **data: Any) -> Entry:
+        """Appends an entry without tokens of its own: a call that the model wrote itself."""
+        return self._record(kind, source, shorten(text), len(self), data=data)
+
+    def speak(self, limits: Limits) -> Entry:
+        """The model's own words, R_i ~ f(Q | V_i, A_i, F_i, C_i): equation (1)."""
+        start = len(self)
+        self._open("assistant")
+        self._flush()
+        reply = self.session.generate(limits)
+        self.generated += reply.new_tokens
+        # The end of the turn, if the model wrote it, is written already.
+        if reply.token_ids and reply.token_ids[-1] in self._end_ids():
+            self._role = ""
+        data = {"ids": list(reply.token_ids), "stop": str(reply.stop_reason)}
+        return self._record(Kind.REASONING, "model", reply.text, start, data=data)
+
+    def ahead(self) -> Session:
+        """A fork in which the model is about to speak; what happens there stays there."""
+        fork_ids = self._opening("assistant")
+        self._flush()
+        fork = self.session.fork()
+        if fork_ids:
+            fork.append_ids(fork_ids)
+        return fork
+
+    def _end_ids(self) -> list[int]:
+        return self.quoter.control(END)
+
+    def _opening(self, role: str) -> list[int]:
+        """Ids that close the open turn and open another, none if it is open already."""
+        if role == self._role:
+            return []
+        closing = {None: "", "": "\n"}.get(self._role, f"{END}\n")
+        return self.quoter.control(f"{closing}<|im_start|>{role}\n")
+
+    def _open(self, role: str) -> None:
+        self._waiting += self._opening(role)
+        self._role = role
+
+    def _write(self, part: Part) -> None:
+        if isinstance(part, Control):
+            self._waiting += self.quoter.control(part.text)
+        elif isinstance(part, Quoted):
+            self._waiting += self.quoter.quote(part.text)
+        else:
+            self._flush()
+            self.session.append_text(VIDEO, [part])
+
+    def _flush(self) -> None:
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            self.session.append_ids(waiting)
+
+    def _record(
+        self,
+        kind: Kind,
+        source: str,
+        text: str,
+        start: int,
+        *,
+        span: Span | None = None,
+        data: Mapping[str, Any] | None = None,
+    ) -> Entry:
+        entry = Entry(
+            id=self.next_id,
+            kind=kind,
+            turn=self.turn,
+            source=source,
+            text=text,
+            start=start,
+            stop=len(self),
+            span=span,
+            data=dict(data or {}),
+        )
+        self._entries.append(entry)
+        return entry
