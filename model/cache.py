@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from internvideo3.kernels.latent_decode.rows import FP8, quantize
+from internvideo3.model.config import InternVideo3TextConfig
+
 BLOCK_TOKENS = 64
 """Storage is allocated in multiples of this many tokens."""
 
@@ -32,17 +35,52 @@ COPIED_TOKENS = 8192
 hold it twice for a moment, which a cache that fills the device has no room for."""
 
 
+COMPRESSED_TOKENS = 65536
+"""Rows that are compressed at once: their float32 copies exist for a moment."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """An immutable run of cached tokens; only the first `length` tokens of the storage count."""
 
     tensors: tuple[Tensor, ...]
-    """Storage, each [b, K, capacity, W]."""
+    """Storage, each [b, K, capacity, W]. Compressed: latents in fp8, rotary keys, scales."""
     length: int
 
+    @property
+    def compressed(self) -> bool:
+        """Whether the latents are in fp8."""
+        return self.tensors[0].dtype == FP8
+
     def views(self) -> tuple[Tensor, ...]:
-        """The cached tokens, each [b, K, length, W]."""
-        return tuple(t[:, :, : self.length] for t in self.tensors)
+        """The cached tokens, each [b, K, length, W]; a compressed run is widened for the moment."""
+        cut = tuple(t[:, :, : self.length] for t in self.tensors)
+        if not self.compressed:
+            return cut
+        latent, rope, scale = cut
+        return (torch.cat([(latent.float() * scale).to(rope.dtype), rope], dim=-1),)
+
+    def like(self) -> tuple[Tensor, ...]:
+        """Tensors of the kind that new tokens after this run need, [b, K, any, W]."""
+        if not self.compressed:
+            return self.tensors
+        latent, rope, _ = self.tensors
+        return (rope.new_empty(*rope.shape[:2], 1, latent.shape[3] + rope.shape[3]),)
+
+    def compress(self, rank: int) -> Segment:
+        """The same run of latent rows with the latents in fp8, which takes a moment's copy."""
+        if self.compressed:
+            return self
+        (rows_b1NW,) = self.views()
+        runs = [_quantized(cut, rank) for cut in rows_b1NW[:, 0].split(COMPRESSED_TOKENS, dim=1)]
+        return Segment(tuple(torch.cat(t, dim=2) for t in zip(*runs, strict=True)), self.length)
+
+
+def _quantized(rows_bNW: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents in fp8 [b, 1, N, R], rotary keys [b, 1, N, 2 S] and scales [b, 1, N, 1]."""
+    made = quantize(rows_bNW, rows_bNW.new_empty(0), rank)
+    assert made.rope_bTS is not None and made.scale_bT is not None
+    return made.rows_bTW[:, None], made.rope_bTS[:, None], made.scale_bT[:, None, :, None]
 
 
 @dataclass(frozen=True)
@@ -143,13 +181,18 @@ class SegmentedLayer(CacheLayerMixin):
             like: tensors shaped like the storage, [B, K, any, W]; by default what is cached.
             may_freeze: whether a long tail may become a segment (its rows have one length).
         """
-        like = like or self.tail or self.frozen[-1].tensors
+        like = like or self.tail or self.frozen[-1].like()
         capacity = self.tail[0].shape[2] if self.tail else 0
         full = self.length + tokens > capacity
         if full and may_freeze and self.length > COPIED_TOKENS:
             self.frozen = self.segments()
             self.tail, self.length, self._shared_length = (), 0, 0
         self.reserve(like, self.length + tokens)
+
+    def compress(self, rank: int) -> None:
+        """Turns everything cached so far into runs with fp8 latents."""
+        self.frozen = tuple(segment.compress(rank) for segment in self.segments())
+        self.tail, self.length, self._shared_length = (), 0, 0
 
     def write(self, new: tuple[Tensor, ...], placement: Placement | None = None) -> None:
         """Appends tokens, each tensor [B, K, T, W], to the tail.
@@ -345,6 +388,19 @@ class LatentCache(SegmentedCache):
 
     def __init__(self, num_layers: int) -> None:
         super().__init__(SegmentedLayer() for _ in range(num_layers))
+
+    def compress(self, config: InternVideo3TextConfig) -> None:
+        """Turns everything cached so far into fp8 latents with a scale a row: about half the bytes.
+
+        New tokens are cached in full. Forks keep what they share uncompressed.
+
+        Raises:
+            ValueError: the rows are not `[c | k_rope]`.
+        """
+        if config.row_form == "prerope":
+            raise ValueError("rows before rotation have no fp8 form; they are never absorbed.")
+        for index in range(len(self.layers)):
+            self.segmented(index).compress(config.rank(index))
 
     def update(
         self,

@@ -78,6 +78,8 @@ class Engine:
             torch.Generator(self.device).manual_seed(r.seed) if r.temperature else None
             for r in replies
         ]
+        self.logits_BY = logits_BY
+        """What the last token was chosen from; a replay overwrites it."""
         self.choose(logits_BY)
 
     @property
@@ -93,18 +95,50 @@ class Engine:
     def bind(self, cache: SegmentedCache) -> None:
         """Decodes on this cache from now on; its tails need room for the steps to come."""
         layers = self.model.model.language_model.layers
-        self._layers = [bind(m, cache.segmented(i)) for i, m in enumerate(layers)]
+        first = cache.segmented(0)
+        self._layers = [bind(m, cache.segmented(i), first) for i, m in enumerate(layers)]
+        self._advance: Callable[[], Any] = self.step
 
     def run(self, steps: int) -> None:
         """Takes at most so many steps; fewer if all replies end before."""
-        replay: Callable[[], Any] = self.step
         look = 1 if self.device.type == "cpu" else LOOK_EVERY
         for taken in range(steps):
             if taken % look == 0 and self.ended:
                 return
-            if taken == EAGER_STEPS and self.device.type == "cuda" and steps >= CAPTURE_FROM:
-                replay = self._captured().replay
-            replay()
+            if taken == EAGER_STEPS and steps >= CAPTURE_FROM:
+                self.capture()
+            self.advance()
+
+    def advance(self) -> None:
+        """One step: a replay of the captured graph where there is one."""
+        self._advance()
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a step reads nothing on the host, and there is a device to capture it on."""
+        return self.device.type == "cuda" and all(layer.attend.static for layer in self._layers)
+
+    def capture(self) -> None:
+        """Makes `advance` replay a CUDA graph of one step, if it can be captured.
+
+        Capturing executes nothing. The kernels must have been compiled: take `EAGER_STEPS` before.
+        """
+        if not self.capturable:
+            return
+        graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            if generator is not None:
+                graph.register_generator_state(generator)
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.graph(graph):
+            self.step()
+        self._advance = graph.replay
+
+    def bytes_read(self) -> int:
+        """Bytes of weights that one step reads, whatever the batch; without the embedding row."""
+        text = self.model.model.language_model
+        tensors = [self.model.lm_head.weight, text.norm.weight]
+        return sum(t.nbytes for t in tensors) + sum(layer.bytes_read() for layer in self._layers)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -112,22 +146,21 @@ class Engine:
         text = self.model.model.language_model
         x_BX = text.embed_tokens(self.token_B)
         cos_B1D, sin_B1D = text.rotary_emb(x_BX[:, None], self.position_B[None, :, None])
-        where = Where(
-            self.length_B, (self.length_B + 1).to(torch.int32), cos_B1D[:, 0], sin_B1D[:, 0]
-        )
+        # Both halves of the head turn by the same angles.
+        cos_BF, sin_BF = (t[:, 0].chunk(2, dim=-1)[0].contiguous() for t in (cos_B1D, sin_B1D))
+        where = Where(self.length_B, (self.length_B + 1).to(torch.int32), cos_BF, sin_BF)
         for layer in self._layers:
             x_BX = layer(x_BX, where)
         # A sequence that has ended writes behind its end, again and again at the same place.
         self.length_B += self.goes_on_B
         self.position_B += self.goes_on_B
-        self.choose(
-            decode_linear(
-                x_BX,
-                self.model.lm_head.weight,
-                norm_weight_K=text.norm.weight,
-                eps=text.norm.variance_epsilon,
-            )
+        self.logits_BY = decode_linear(
+            x_BX,
+            self.model.lm_head.weight,
+            norm_weight_K=text.norm.weight,
+            eps=text.norm.variance_epsilon,
         )
+        self.choose(self.logits_BY)
 
     def choose(self, logits_BY: Tensor) -> None:
         """Appends each reply's next token, unless the reply has ended."""
@@ -158,14 +191,3 @@ class Engine:
                 noise_Y = torch.empty_like(odds_Y).exponential_(generator=generator)
                 drawn_B[row] = (odds_Y / noise_Y.clamp_min(1e-30)).argmax(-1)
         return drawn_B
-
-    def _captured(self) -> Any:
-        """A CUDA graph of one step; capturing executes nothing."""
-        graph = torch.cuda.CUDAGraph()
-        for generator in self.generators:
-            if generator is not None:
-                graph.register_generator_state(generator)
-        torch.cuda.synchronize(self.device)
-        with torch.cuda.graph(graph):
-            self.step()
-        return graph

@@ -6,7 +6,8 @@ and v projections become views of one tensor (the values stay, and the model sti
 the multiplied-out weights of a latent layer are the layer's own (`folding`).
 
 Axes: B sequences, b = B or 1 (all share it), X model width, H query heads, K key/value heads,
-D head width, J = 2 K, R rank, W row width, S rotary slots, T cache capacity.
+D head width, F = D / 2 rotary frequencies, J = 2 K, R rank, W row width, S rotary slots, T cache
+capacity, C = B T slots.
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
+from internvideo3.kernels.choice import is_power_of_two
 from internvideo3.kernels.decode_linear.dispatch import decode_linear
 from internvideo3.kernels.gqa_append.dispatch import gqa_append
 from internvideo3.kernels.gqa_decode.dispatch import decode_runs as gqa_decode
 from internvideo3.kernels.gqa_decode.naive import KeysValues
 from internvideo3.kernels.latent_absorb.dispatch import absorb_query, expand_output
 from internvideo3.kernels.latent_append.dispatch import latent_append
+from internvideo3.kernels.latent_decode.dispatch import KERNEL_WIDTHS
 from internvideo3.kernels.latent_decode.dispatch import decode_runs as latent_decode
 from internvideo3.kernels.latent_decode.rows import Rows
 from internvideo3.model.attention import LatentAttention, RowAttention
 from internvideo3.model.cache import Segment, SegmentedLayer
+from internvideo3.model.prerope import PreropeAttention
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,20 @@ class Where:
     """Tail index that each sequence's new token gets (int64)."""
     visible_B: Tensor
     """Tail tokens that it sees, itself included (int32)."""
-    cos_BD: Tensor
-    sin_BD: Tensor
-    """Rotary angles of the source model."""
+    cos_BF: Tensor
+    sin_BF: Tensor
+    """Rotary angles of the source model, one a frequency; contiguous."""
 
 
 class Attend(Protocol):
     """The attention of one layer: normalised input to heads' outputs, new token cached."""
+
+    @property
+    def static(self) -> bool:
+        """Whether a call reads nothing on the host, so that a CUDA graph can hold it."""
+
+    def weights(self) -> list[Tensor]:
+        """What a call reads, without the cache."""
 
     def __call__(self, x_BX: Tensor, norm: Any, where: Where) -> Tensor:
         """Returns [B, H D]."""
@@ -58,6 +69,12 @@ class Layer:
     module: Any
     """A `Qwen3VLTextDecoderLayer`."""
     attend: Attend
+
+    def bytes_read(self) -> int:
+        """Bytes of weights that a call reads."""
+        attn, mlp = self.module.self_attn, self.module.mlp
+        linears = [attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        return sum(t.nbytes for t in [*self.attend.weights(), *(one.weight for one in linears)])
 
     def __call__(self, x_BX: Tensor, where: Where) -> Tensor:
         """Caches one token of each sequence and returns its hidden state [B, X]."""
@@ -87,15 +104,24 @@ class GroupedAttend:
             for (k, v), lengths in _frozen(layer)
         ]
 
+    @property
+    def static(self) -> bool:
+        """As `Attend.static`."""
+        return is_power_of_two(self.attn.head_dim)
+
+    def weights(self) -> list[Tensor]:
+        """As `Attend.weights`."""
+        return [self.qkv.weight_NK]
+
     def __call__(self, x_BX: Tensor, norm: Any, where: Where) -> Tensor:
         """Appends key and value, then attends."""
-        attn, half = self.attn, where.cos_BD.shape[1] // 2
+        attn = self.attn
         q_BHD = gqa_append(
             self.qkv(x_BX, norm),
             attn.q_norm.weight,
             attn.k_norm.weight,
-            where.cos_BD[:, :half],
-            where.sin_BD[:, :half],
+            where.cos_BF,
+            where.sin_BF,
             where.slots_B,
             self.keys_BKTD,
             self.values_BKTD,
@@ -116,17 +142,25 @@ class RowAttend:
         self.v_up_KDR = attn.v_up.detach().contiguous()
         (rows_B1TW,) = layer.tail
         self.rows_BTW = rows_B1TW[:, 0]
-        B, capacity, _ = self.rows_BTW.shape
+        B, capacity, width = self.rows_BTW.shape
+        self.rows_CW = self.rows_BTW.view(-1, width)
         self.first_slots_B = torch.arange(B, device=rows_B1TW.device) * capacity
-        self.shared = [
-            Rows(rows_bTW=rows[:, 0], lengths_B=lengths, rank=attn.rank)
-            for (rows,), lengths in _frozen(layer)
-        ]
+        self.shared = [_rows(tensors, n, attn.rank) for tensors, n in _frozen(layer)]
+
+    @property
+    def static(self) -> bool:
+        """As `Attend.static`."""
+        return self.rows_BTW.shape[-1] in KERNEL_WIDTHS
+
+    def weights(self) -> list[Tensor]:
+        """As `Attend.weights`."""
+        outside = {id(p) for p in self.attn.o_proj.parameters()}
+        return [p for p in self.attn.parameters() if id(p) not in outside]
 
     def __call__(self, x_BX: Tensor, norm: Any, where: Where) -> Tensor:
         """Appends the row, then attends over the rows themselves."""
         slots = self.attn._slot_index(x_BX.device)
-        angles = tuple(t.index_select(-1, slots) for t in (where.cos_BD, where.sin_BD))
+        angles = tuple(t.index_select(-1, slots) for t in (where.cos_BF, where.sin_BF))
         q_BHW = self.write(x_BX, norm, angles, self.first_slots_B + where.slots_B)
         own = Rows(rows_bTW=self.rows_BTW, lengths_B=where.visible_B, rank=self.attn.rank)
         latent_BHR, _ = latent_decode(
@@ -138,7 +172,7 @@ class RowAttend:
         """Caches a row of each sequence at its slot; returns the absorbed queries [B, H, W]."""
         x_B1X, (cos_B1S, sin_B1S) = norm(x_BX)[:, None], (t[:, None] for t in angles)
         row_B1W = self.attn.write(x_B1X, cos_B1S, sin_B1S, None)
-        self.rows_BTW.flatten(0, 1).index_copy_(0, slots_B, row_B1W[:, 0])
+        self.rows_CW.index_copy_(0, slots_B, row_B1W[:, 0])
         return self.attn.absorbed_queries(x_B1X, cos_B1S, sin_B1S)[:, :, 0].contiguous()
 
 
@@ -161,6 +195,11 @@ class FusedRowAttend(RowAttend):
         self.nowhere_B = torch.zeros_like(self.first_slots_B)
         self.ones_BS = self.rows_BTW.new_ones(B, D // 2)
 
+    def weights(self) -> list[Tensor]:
+        """As `Attend.weights`."""
+        text = self.folded.text
+        return [self.qkv.weight_NK, text.weight_WE, self.folded.query_HDW, self.v_up_KDR]
+
     def write(self, x_BX: Tensor, norm: Any, angles: tuple[Tensor, ...], slots_B: Tensor) -> Tensor:
         """As `RowAttend.write`: four launches."""
         K, q_norm, k_norm = self.attn.num_kv_heads, self.q_norm, self.k_norm
@@ -178,8 +217,55 @@ class FusedRowAttend(RowAttend):
         text = self.folded.text
         row_BW = decode_linear(self.kv_BJ1D.flatten(1), text.weight_WE, bias_N=text.bias_W)
         cos_BS, sin_BS = angles
-        latent_append(row_BW, cos_BS, sin_BS, slots_B, self.rows_BTW.flatten(0, 1))
+        latent_append(row_BW, cos_BS, sin_BS, slots_B, self.rows_CW)
         return absorb_query(q_BHD, self.folded.query_HDW, cos_BS, sin_BS)
+
+
+class PreropeAttend:
+    """Latents of keys before rotation: keys and values are rebuilt at every step."""
+
+    static = False
+
+    def __init__(
+        self, attn: PreropeAttention, layer: SegmentedLayer, first: SegmentedLayer
+    ) -> None:
+        self.attn, self.layer, self.first = attn, layer, first
+        B, _, capacity, _ = layer.tail[0].shape
+        self.first_slots_B = torch.arange(B, device=layer.tail[0].device) * capacity
+
+    def weights(self) -> list[Tensor]:
+        """As `Attend.weights`."""
+        outside = {id(p) for p in self.attn.o_proj.parameters()}
+        return [p for p in self.attn.parameters() if id(p) not in outside]
+
+    def __call__(self, x_BX: Tensor, norm: Any, where: Where) -> Tensor:
+        """Appends the latent (the first layer its rotation as well), then attends."""
+        attn = self.attn
+        x_B1X, rows, turns = norm(x_BX)[:, None], self.layer.tail[0], self.first.tail[1]
+        cos_B1F, sin_B1F = where.cos_BF[:, None], where.sin_BF[:, None]
+        slots_B = self.first_slots_B + where.slots_B
+        new_B1R = attn.write(x_B1X, cos_B1F, sin_B1F, None)
+        rows.view(-1, rows.shape[-1]).index_copy_(0, slots_B, new_B1R[:, 0])
+        if self.layer is self.first:
+            turn_BD = torch.cat([cos_B1F, sin_B1F], dim=-1)[:, 0]
+            turns.view(-1, turns.shape[-1]).index_copy_(0, slots_B, turn_BD.to(turns.dtype))
+        runs = [
+            self._run(own.tensors[0], other.tensors[1], lengths)
+            for (own, lengths), other in zip(
+                ((s, _lengths(s, self.layer)) for s in self.layer.frozen),
+                self.first.frozen,
+                strict=True,
+            )
+        ]
+        q_BHTD, _ = attn.queries(x_B1X, cos_B1F, sin_B1F)
+        runs.append(self._run(rows, turns, where.visible_B))
+        out_BHD, _ = gqa_decode(q_BHTD[:, :, 0], runs, scale=attn.scale)
+        return out_BHD.flatten(1)
+
+    def _run(self, rows_b1TR: Tensor, turns_b1TD: Tensor, lengths_B: Tensor) -> KeysValues:
+        longest = int(lengths_B.max())
+        k, v = self.attn.rotated(rows_b1TR[:, :, :longest], turns_b1TD[:, :, :longest])
+        return KeysValues(keys_bKTD=k, values_bKTD=v, lengths_B=lengths_B)
 
 
 class MergedLinear:
@@ -218,21 +304,44 @@ def _merged(weights: Sequence[Tensor]) -> Tensor:
     return merged
 
 
+def _rows(tensors: tuple[Tensor, ...], lengths_B: Tensor, rank: int) -> Rows:
+    """A frozen run of latent rows, compressed or not, as the kernel takes it."""
+    if len(tensors) == 1:
+        return Rows(rows_bTW=tensors[0][:, 0], lengths_B=lengths_B, rank=rank)
+    latent, rope, scale = tensors
+    return Rows(
+        rows_bTW=latent[:, 0],
+        lengths_B=lengths_B,
+        rank=rank,
+        rope_bTS=rope[:, 0],
+        scale_bT=scale[:, 0, :, 0],
+    )
+
+
 def _frozen(layer: SegmentedLayer) -> list[tuple[tuple[Tensor, ...], Tensor]]:
     """Storage and lengths [B] of a layer's frozen segments."""
-    batch, device = layer.tail[0].shape[0], layer.tail[0].device
-
-    def lengths(segment: Segment) -> Tensor:
-        return torch.full((batch,), segment.length, dtype=torch.int32, device=device)
-
-    return [(segment.tensors, lengths(segment)) for segment in layer.frozen]
+    return [(segment.tensors, _lengths(segment, layer)) for segment in layer.frozen]
 
 
-def bind(module: Any, layer: SegmentedLayer) -> Layer:
-    """A text layer on one layer of a cache, whose tail must have been allocated."""
+def _lengths(segment: Segment, layer: SegmentedLayer) -> Tensor:
+    """The segment's length for every sequence of the tail, int32 [B]."""
+    own = layer.tail[0]
+    return torch.full((own.shape[0],), segment.length, dtype=torch.int32, device=own.device)
+
+
+def bind(module: Any, layer: SegmentedLayer, first: SegmentedLayer) -> Layer:
+    """A text layer on one layer of a cache, whose tail must have been allocated.
+
+    Args:
+        module: a `Qwen3VLTextDecoderLayer`.
+        layer: its cache.
+        first: the cache of the first layer, which may hold what all layers need.
+    """
     attn = module.self_attn
     attend: Attend
-    if isinstance(attn, LatentAttention) and isinstance(attn.q_norm, Qwen3VLTextRMSNorm):
+    if isinstance(attn, PreropeAttention):
+        attend = PreropeAttend(attn, layer, first)
+    elif isinstance(attn, LatentAttention) and isinstance(attn.q_norm, Qwen3VLTextRMSNorm):
         attend = FusedRowAttend(attn, layer)
     elif isinstance(attn, RowAttention):
         attend = RowAttend(attn, layer)

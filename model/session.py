@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from internvideo3.model import decoding
+from internvideo3.model.cache import LatentCache
 from internvideo3.model.decoding import Limits as Limits
 from internvideo3.model.decoding import StopReason as StopReason
 from internvideo3.model.decoding import wait_for
@@ -187,6 +188,19 @@ class Session:
     def prefill(self) -> None:
         """Caches deferred text now."""
         self._prefill([])
+
+    def compress(self) -> None:
+        """Keeps what is cached so far with latents in fp8, in about half the bytes; M²LA only.
+
+        What follows is cached in full. Outcomes change by fp8's rounding (kernels/latent_decode).
+
+        Raises:
+            ValueError: the model caches keys and values, or rows before rotation.
+        """
+        self.prefill()
+        if not isinstance(self.cache, LatentCache):
+            raise ValueError("only a latent cache has an fp8 form; this model is GQA.")
+        self.cache.compress(self.model.config.text_config)
 
     def fork(self) -> Session:
         """A session with the same past; neither sees what the other appends. Copies nothing.

@@ -14,9 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from internvideo3.model import decoding, segments
-from internvideo3.model.checkpoint import load_model
+from internvideo3.model.cache import Segment
+from internvideo3.model.checkpoint import load_model, resolve_checkpoint
+from internvideo3.model.config import InternVideo3Config
 from internvideo3.model.engine import Engine
 from internvideo3.model.engine_layers import MergedLinear
+from internvideo3.model.modeling import InternVideo3ForConditionalGeneration
 from internvideo3.model.session import Limits, Session
 
 NEW = 24
@@ -78,6 +81,63 @@ def test_a_prompt_in_either_form_gives_the_same_tokens(
     monkeypatch.setattr(model.config.text_config, "attention_form", form)
     video = frames(20, 1)
     assert engine_says(model, processor, video, 23) == transformers_says(model, processor, video)
+
+
+def test_a_compressed_session_reads_fp8_and_goes_on(frames: Any) -> None:
+    """Half the bytes; decoding it is decoding its rows widened, and close to the full ones."""
+    model, processor = load_model("scale:m2la", "cpu", "float32")
+    full = Session(model, processor)
+    full.append_text(VIDEO_TEXT + QUESTION, [frames(20, 1)])
+    short = full.fork()
+    short.compress()
+    widened = full.fork()
+    for index in range(len(widened.cache.layers)):
+        layer = widened.cache.segmented(index)
+        runs = [segment.compress(model.config.text_config.rank(index)) for segment in layer.frozen]
+        layer.frozen = tuple(Segment(run.views(), run.length) for run in runs)
+    limits = Limits(max_new_tokens=NEW, stop_ids=())
+    said = {name: s.generate(limits) for name, s in (("short", short), ("wide", widened))}
+    assert said["short"].token_ids == said["wide"].token_ids
+    assert all(s.compressed for s in short.cache.segmented(0).frozen[:-1])
+    more = "What comes next?<|im_end|>\n"
+    for session in (short, widened, full):
+        session.append_text(more)
+    gap = (short.logits_last - widened.logits_last).abs().max()
+    assert float(gap) <= 1e-4 * float(widened.logits_last.abs().max())
+    text = model.config.text_config
+    per_token = sum(text.rank(i) + 4 + 8 * text.slots(i) for i in range(text.num_hidden_layers))
+    held = sum(
+        t.nbytes
+        for i in range(len(short.cache.layers))
+        for s in short.cache.segmented(i).frozen
+        if s.compressed
+        for t in s.tensors
+    )
+    assert held == per_token * short.cache.segmented(0).frozen[0].length
+
+
+def test_only_latents_are_compressed() -> None:
+    session = Session(*load_model("scale:base", "cpu", "float32"))
+    session.append_ids([100, 101])
+    with pytest.raises(ValueError, match="GQA"):
+        session.compress()
+
+
+@pytest.mark.parametrize("row_form", ["prerope", "released"])
+def test_other_rows_decode_too(frames: Any, row_form: str) -> None:
+    """Random weights: the forms that have no fused path, or cannot be absorbed at all."""
+    config = InternVideo3Config.from_pretrained(resolve_checkpoint("scale:m2la"))
+    text = config.text_config
+    text.row_form, text.rope_slot_frequencies, text.modality_adapters = row_form, None, False
+    text.rope_slots = text.head_dim // 2 if row_form == "released" else 0
+    text.qk_norm = "linear" if row_form == "released" else "exact"
+    torch.manual_seed(0)
+    model = InternVideo3ForConditionalGeneration(config).eval()
+    processor = load_model("scale:m2la", "cpu", "float32")[1]
+    video = frames(8, 5)
+    want = transformers_says(model, processor, video)
+    assert engine_says(model, processor, video, 4096) == want
+    assert len(set(want)) > 1
 
 
 def test_replies_longer_than_a_round_go_on(
