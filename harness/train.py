@@ -11,7 +11,7 @@ from internvideo3.model.checkpoint import read_config, resolve_checkpoint
 from internvideo3.model.config import InternVideo3Config
 from internvideo3.training.plan import GIB, Plan, plan_step, released_config
 from internvideo3.training.processes import Processes
-from internvideo3.training.recipe import load_recipe
+from internvideo3.training.recipe import Sft, load_recipe
 from internvideo3.training.train import Trained, quiet, train
 
 WHOLE_TOKENS = 65536
@@ -56,7 +56,7 @@ def plan_lines(recipe: str, model: str, gpus: int) -> list[str]:
                 stage.pack_tokens // parts,
                 gpus,
                 recompute=stage.recompute,
-                bfloat16=stage.bfloat16,
+                bfloat16=isinstance(stage, Sft) and stage.bfloat16,
             )
             lines.append(_plan_line(name, planned, gpus))
     return lines

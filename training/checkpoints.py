@@ -66,7 +66,7 @@ def resume(
     Raises:
         CheckpointMismatchError: Another recipe, seed or start wrote it.
     """
-    found = sorted(folder.glob("step-*/progress.json"))
+    found = sorted(folder.glob("step-????????/progress.json"))
     if not found:
         return 0
     progress = Progress(**json.loads(found[-1].read_text()))

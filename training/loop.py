@@ -52,6 +52,8 @@ class Stage(ABC):
 
     updates = 1
     """Optimiser updates on the passes of one step."""
+    bfloat16 = False
+    """Whether matrix products of the passes run in bf16."""
 
     @abstractmethod
     def works(self, step: int, policy: Policy) -> tuple[list[Work], Totals]:
@@ -129,7 +131,7 @@ class Loop:
         loss = torch.zeros((), device=self.group.device)
         for work in works:
             with torch.autocast(
-                self.group.device.type, torch.bfloat16, enabled=self.options.bfloat16
+                self.group.device.type, torch.bfloat16, enabled=self.stage.bfloat16
             ):
                 part = self.policy(work.pack.to(self.group.device), work.loss) * work.scale
             # FSDP2 averages gradients over the processes; the step's loss is their sum.

@@ -11,7 +11,7 @@ Letters: T tokens of a pass, W text width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,15 +85,11 @@ def plan_step(config: Any, tokens: int, gpus: int, *, recompute: bool, bfloat16:
         recompute: Whether layers recompute their activations.
         bfloat16: Whether products run in bf16.
     """
-    with FakeTensorMode():
-        model = InternVideo3ForConditionalGeneration(config).train()
-        if recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        activations = _peak_of_a_pass(model, tokens, bfloat16)
-        weights = sum(p.numel() for p in model.parameters())
-        largest = sum(p.numel() for p in model.model.language_model.layers[0].parameters())
-        ends = model.model.language_model.embed_tokens.weight.numel()
-        ends += 0 if config.tie_word_embeddings else model.lm_head.weight.numel()
+    model, peak = fake_peak(config, tokens, recompute=recompute, bfloat16=bfloat16)
+    weights = sum(p.numel() for p in model.parameters())
+    largest = sum(p.numel() for p in model.model.language_model.layers[0].parameters())
+    ends = model.model.language_model.embed_tokens.weight.numel()
+    ends += 0 if config.tie_word_embeddings else model.lm_head.weight.numel()
     # FSDP2 holds a layer in use and the next one, and embeddings and head for the whole pass.
     gathered = 0 if gpus == 1 else 4 * (2 * largest + ends)
     return Plan(
@@ -101,7 +97,7 @@ def plan_step(config: Any, tokens: int, gpus: int, *, recompute: bool, bfloat16:
         weights=weights,
         states=STATE_BYTES * weights // gpus,
         gathered=gathered,
-        activations=activations,
+        activations=peak.activations,
     )
 
 
@@ -121,13 +117,25 @@ def run_pass(model: Any, embeds_1TW: Tensor, bfloat16: bool) -> None:
     loss.backward()
 
 
-def _peak_of_a_pass(model: Any, tokens: int, bfloat16: bool) -> int:
-    """Most bytes beyond weights and their gradients during a pass."""
-    embeds_1TW = torch.empty(1, tokens, model.config.text_config.hidden_size, requires_grad=True)
-    tracker: Any = MemTracker()
-    tracker.track_external(model)
-    with tracker:
-        run_pass(model, embeds_1TW, bfloat16)
+class Peak(NamedTuple):
+    """Bytes at the worst moment of a pass, beside the weights."""
+
+    activations: int
+    gradients: int
+
+
+def fake_peak(config: Any, tokens: int, *, recompute: bool, bfloat16: bool) -> tuple[Any, Peak]:
+    """A model without storage, and the peak of a pass of it."""
+    with FakeTensorMode():
+        model = InternVideo3ForConditionalGeneration(config).train()
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        width = config.text_config.hidden_size
+        embeds_1TW = torch.empty(1, tokens, width, requires_grad=True)
+        tracker: Any = MemTracker()
+        tracker.track_external(model)
+        with tracker:
+            run_pass(model, embeds_1TW, bfloat16)
     (peak,) = tracker.get_tracker_snapshot("peak").values()
-    apart = ("Parameter", "Gradient", "Total")
-    return int(sum(size for kind, size in peak.items() if not str(kind).endswith(apart)))
+    rest = peak["Total"] - peak["Parameter"] - peak["Gradient"]
+    return model, Peak(int(rest), int(peak["Gradient"]))

@@ -82,7 +82,7 @@ def token_logps(
 
 def barred_logits(logits_NV: Tensor, barred: Sequence[int]) -> Tensor:
     """Logits under which the barred ids have no probability."""
-    where = torch.tensor(list(barred), device=logits_NV.device)
+    where = torch.tensor(list(barred), dtype=torch.long, device=logits_NV.device)
     return logits_NV.index_fill(-1, where, BARRED_LOGIT)
 
 

@@ -79,8 +79,6 @@ class StageOptions:
     """Whether the vision tower learns."""
     recompute: bool = False
     """Recompute each layer's activations in the backward pass."""
-    bfloat16: bool = False
-    """Matrix products in bf16; weights and optimiser stay float32."""
     save_every: Annotated[int, Field(ge=1)] = 50
     """Steps between two checkpoints."""
 
@@ -90,6 +88,8 @@ class Sft(StageOptions):
     """Supervised fine-tuning (section 3.3.2): one stretch of the short-to-long curriculum."""
 
     kind: Literal["sft"]
+    bfloat16: bool = False
+    """Matrix products in bf16; weights and optimiser stay float32."""
     fps: float | None = None
     """Frames from a second of video, for the record of presets; the world is sampled at 2."""
     max_frames: int | None = None

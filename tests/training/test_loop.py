@@ -66,9 +66,12 @@ def parameters(out: Path) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters())
 
 
-def furthest(one: Path, other: Path) -> float:
+def mean_distance(one: Path, other: Path) -> float:
+    """Mean distance of weights; a single one may differ by a step of Adam's where its gradient is
+    nothing but rounding."""
     theirs = parameters(other)
-    return max(float((p - theirs[n]).abs().max()) for n, p in parameters(one).items())
+    apart = [(p - theirs[n]).abs().flatten() for n, p in parameters(one).items()]
+    return float(torch.cat(apart).mean())
 
 
 def stopped_after(steps: int) -> Callable[[str, int, int], None]:
@@ -185,30 +188,34 @@ def test_two_processes_equal_one(plain: Path, tmp_path: Path) -> None:
     for ours, theirs in zip(metrics(tmp_path / "out"), metrics(plain), strict=True):
         assert abs(ours["loss"] - theirs["loss"]) < 1e-5
         assert abs(ours["norm"] - theirs["norm"]) < 1e-4 * theirs["norm"]
-    assert furthest(tmp_path / "out", plain) < 1e-4
+    assert mean_distance(tmp_path / "out", plain) < 1e-6
 
 
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_end_in_the_same_weights(tmp_path: Path) -> None:
-    stage = sft(steps=40, documents=1, save_every=1)
-    train(recipe(stage), tmp_path / "whole")
+    stage = sft(steps=60, documents=1, save_every=1)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["internvideo3.training.train"])
-    rng, out, kills = random.Random(time.time_ns()), tmp_path / "killed", 0
-    while kills < 10:
-        before = _lines(out)
+
+    def started(out: Path) -> Any:
         child = context.Process(target=train, args=(recipe(stage), out, quiet))
         child.start()
+        return child
+
+    started(tmp_path / "whole").join()
+    rng, out = random.Random(time.time_ns()), tmp_path / "killed"
+    for _ in range(10):
+        before = _lines(out)
+        child = started(out)
         while child.is_alive() and _lines(out) == before:
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.25))
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.15))
         assert child.is_alive(), "the run ended before it was killed ten times"
         child.kill()
         child.join()
-        kills += 1
-    train(recipe(stage), out)
+    started(out).join()
     assert weights(out) == weights(tmp_path / "whole")
-    assert [row["step"] for row in metrics(out)] == list(range(1, 41))
+    assert [row["step"] for row in metrics(out)] == list(range(1, 61))
 
 
 def _lines(out: Path) -> int:

@@ -73,7 +73,8 @@ class GspoStage(Stage):
             self.options.pack_tokens,
             self.options.micro_documents,
         )
-        works, first = [], 0
+        works: list[Work] = []
+        first = 0
         for row in rows:
             works.append(self._work(groups[first : first + len(row)], policy, sampler.barred))
             first += len(row)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from internvideo3.training.documents import WorldDocuments
+from internvideo3.training.documents import Document, WorldDocuments
 from internvideo3.training.loop import Stage, Totals, Work, own_indices
 from internvideo3.training.objectives.distillation import full_kl
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE
@@ -51,7 +51,8 @@ class OpdStage(Stage):
     def works(self, step: int, policy: Policy) -> tuple[list[Work], Totals]:
         """Sample; let the teacher read; rows of prompts with their responses."""
         sampler = self.sampler_of(policy)
-        documents, lengths = [], []
+        documents: list[Document] = []
+        lengths: list[int] = []
         for index in own_indices(self.options, step, self.group):
             prompt = self.documents.prompt(index)
             seed = self.seed * 1_000_003 + index
@@ -62,7 +63,7 @@ class OpdStage(Stage):
         works = [self._work(row, policy, sampler.barred) for row in rows]
         return works, {"response_tokens": (sum(lengths), len(lengths))}
 
-    def _work(self, row: list[Any], policy: Policy, barred: tuple[int, ...]) -> Work:
+    def _work(self, row: list[Document], policy: Policy, barred: tuple[int, ...]) -> Work:
         model = policy.model
         laid = pack(row, model.model.get_rope_index, model.config.video_token_id)
         laid = laid.to(self.group.device)

@@ -30,6 +30,7 @@ class SftStage(Stage):
         self.options = options
         self.documents = documents
         self.group = group
+        self.bfloat16 = options.bfloat16
 
     def works(self, step: int, policy: Policy) -> tuple[list[Work], Totals]:
         """The documents of the step in rows, each answer token with its weight."""
