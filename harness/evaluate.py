@@ -109,12 +109,16 @@ def _answer(
         for one in benchmarks
     ]
     model: InternVideo3 | None = None
-    for recorder in recorders:
-        if recorder.missing:
-            model = model or load_plugin(options, share)
-            _run(model, recorder, options)
-        if share.part is None:
-            _finish(store, recorder)
+    try:
+        for recorder in recorders:
+            if recorder.missing:
+                model = model or load_plugin(options, share)
+                _run(model, recorder, options)
+            if share.part is None:
+                _finish(store, recorder)
+    finally:
+        if model is not None:
+            model.answerer.reader.close()
     return recorders
 
 

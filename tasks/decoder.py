@@ -78,10 +78,13 @@ class IsolatedReader:
                 raise
 
     def close(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            _end(self._process)
-            self._process = None
+        """End the process; the next read starts another."""
+        process, self._process = self._process, None
+        if process is not None and process.stdin is not None:
+            # It ends by itself when nobody can ask any more.
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+            _end(process)
 
     def _running(self) -> "subprocess.Popen[bytes]":
         if self._process is None or self._process.poll() is not None:

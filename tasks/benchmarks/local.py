@@ -141,6 +141,8 @@ def _checked(
 ) -> Raw:
     try:
         return _common(benchmark, raw, folder, preset, subtitles)
+    except DataError:
+        raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise DataError(
             f"{benchmark.title}: question {number} in {folder} does not have the published "
@@ -198,12 +200,22 @@ def _image_files(benchmark: Benchmark, raw: Doc, folder: Path) -> list[str]:
             raise TypeError(f"image {number} is a {type(image).__name__}, expected bytes or a path")
         path = folder / "images" / f"{hashlib.sha256(content).hexdigest()[:32]}.png"
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".{os.getpid()}.part")
-            part.write_bytes(content)
-            part.replace(path)
+            _write_image(path, content)
         paths.append(str(path))
     return paths
+
+
+def _write_image(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as error:
+        raise DataError(
+            f"The annotations hold images, which are written to {path.parent}, and it cannot be "
+            f"written to: {error.strerror}. Make room or the folder writable."
+        ) from error
 
 
 class MediaIndex:

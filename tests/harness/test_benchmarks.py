@@ -50,9 +50,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def options(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> EvalOptions:
+def options(data: Path, tmp_path_factory: pytest.TempPathFactory) -> EvalOptions:
     out = tmp_path_factory.mktemp("runs") / "paper"
-    return EvalOptions(model=str(checkpoint), suites=SUITES, out=out, data=data, **SMALL)
+    return EvalOptions(model="scale:base", suites=SUITES, out=out, data=data, **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +264,17 @@ def test_a_wrong_layout_is_one_message_with_the_way_out(
         evaluate.evaluate(wrong)
     assert f"internvideo3 suites {suite}" in str(raised.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_images_that_cannot_be_written_out_are_one_message(
+    options: EvalOptions, data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data / "mmsi_bench", tmp_path / "mmsi_bench")
+    shutil.rmtree(tmp_path / "mmsi_bench/images", ignore_errors=True)
+    (tmp_path / "mmsi_bench/images").write_text("in the way")
+    wrong = replace(options, data=tmp_path, suites=("mmsi_bench",), out=tmp_path / "run")
+    with pytest.raises(PreflightError, match="which are written to .*mmsi_bench/images"):
+        evaluate.evaluate(wrong)
 
 
 def test_check_lists_what_is_missing_and_what_it_will_cost(

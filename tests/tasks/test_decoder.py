@@ -56,6 +56,18 @@ def test_errors_are_those_of_reading_here(reader: IsolatedReader, tmp_path: Path
         reader.read(torn, fps=0)
 
 
+def test_a_closed_reader_has_no_process_and_starts_another(tmp_path: Path) -> None:
+    video, own = a_video(tmp_path / "a.mp4"), IsolatedReader()
+    own.close()
+    own.read(video)
+    first = own._process
+    assert first is not None
+    own.close()
+    assert first.poll() == 0
+    assert own.read(video).indices and own._process is not first
+    own.close()
+
+
 def test_a_crash_is_an_error_of_that_file_and_the_next_one_is_read(tmp_path: Path) -> None:
     video, own = a_video(tmp_path / "a.mp4"), IsolatedReader()
     own.read(video)
