@@ -47,6 +47,7 @@ def collect(summary: Summary) -> Browser:
         total += len(answers)
         for by_system in _choose(answers, SAMPLES_PER_SUITE, VIDEOS_PER_SUITE):
             rows.append(_row(by_system, summary, camera, images))
+    camera.close()
     payload = {
         "systems": [{"name": s.name, "label": s.label or ""} for s in summary.systems],
         "suites": {s.name: wording.suite_title(s.name) for s in summary.suites},
@@ -141,9 +142,12 @@ def _frames(
 ) -> list[dict[str, Any]]:
     if sample.video is None:
         return []
-    fps = float(system.run.config.get("fps") or 2.0)
-    times = moments(sample.evidence, sample.length_s)
-    wanted = Wanted(tuple(times), FRAMES_PER_SAMPLE, fps, sample.length_s)
+    run = system.run
+    # Benchmarks have settings of their own; elsewhere the run's count.
+    settings = run.meta.get("suites", {}).get(sample.suite, {}).get("settings") or run.config
+    fps = float(settings.get("fps") or 2.0)
+    length_s = sample.length_s if sample.length_s else camera.length_s(sample.video)
+    wanted = Wanted(tuple(moments(sample.evidence, length_s)), FRAMES_PER_SAMPLE, fps, length_s)
     taken = camera.take(sample.video, wanted)
     return [
         {

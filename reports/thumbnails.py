@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from internvideo3.tasks.video import Frames, VideoError, read_frames
+from internvideo3.tasks.decoder import IsolatedReader
+from internvideo3.tasks.video import Frames, VideoError
 
 MAX_SIDE_PX = 160
 JPEG_QUALITY = 78
@@ -50,6 +51,22 @@ class Thumbnailer:
         """Videos that could not be read, with the reason."""
         self._known: dict[tuple[str, float], Thumbnail] = {}
         self._last: tuple[tuple[Path, float], Frames] | None = None
+        self._lengths: dict[Path, float] = {}
+        # A file that crashed the decoder in the run must not end the report.
+        self._reader = IsolatedReader()
+
+    def close(self) -> None:
+        """End the decoding process."""
+        self._reader.close()
+
+    def length_s(self, video: Path) -> float | None:
+        """Return a video's length, for annotations that do not tell it; `None` if unreadable."""
+        if video not in self._lengths and str(video) not in self.failed:
+            try:
+                self._lengths[video] = self._reader.read(video, fps=1.0, max_frames=2).duration_s
+            except (VideoError, OSError) as error:
+                self.failed[str(video)] = str(error)
+        return self._lengths.get(video)
 
     def take(self, video: Path, wanted: Wanted) -> list[Thumbnail]:
         """Return pictures of the sampled frames nearest to the wanted moments, in order of time.
@@ -72,9 +89,9 @@ class Thumbnailer:
     def _clip(self, video: Path, wanted: Wanted, at_s: float) -> Frames:
         if wanted.length_s is None or wanted.length_s > WHOLE_VIDEO_S:
             start_s = max(0.0, at_s - 2.0)
-            return read_frames(video, fps=wanted.fps, start_s=start_s, end_s=at_s + 2.0)
+            return self._reader.read(video, fps=wanted.fps, start_s=start_s, end_s=at_s + 2.0)
         if self._last is None or self._last[0] != (video, wanted.fps):
-            self._last = (video, wanted.fps), read_frames(video, fps=wanted.fps)
+            self._last = (video, wanted.fps), self._reader.read(video, fps=wanted.fps)
         return self._last[1]
 
     def _picture(self, video: str, time_s: float, pixels_HWC: NDArray[np.uint8]) -> Thumbnail:
