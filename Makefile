@@ -50,9 +50,9 @@ gpu-kernels:  ## On a GPU: the kernels only
 	PYTHONPATH=src $(PYTHON) -m internvideo3.harness.gpu.kernels \
 		--out reports/results/gpu_kernels.json --budget-s 180
 
-gpu-figure6:  ## On a GPU: decode steps of an 8B model with random weights
-	PYTHONPATH=src $(PYTHON) -m internvideo3.harness.gpu.decode_step \
-		--out reports/results/gpu_decode_step.json --budget-s 200
+gpu-figure6:  ## On a GPU: Figure 6 in its quick form, an 8B shape with random weights
+	PYTHONPATH=src $(PYTHON) -m internvideo3.harness.gpu.figure6 \
+		--out runs/gpu-figure6 --budget-s 300
 
 clean:  ## Remove caches; keeps .venv and runs
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -415,40 +415,126 @@ def world_show_command(
 def profile_command(
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Checkpoint; repeatable. Default: scale:base and scale:m2la in turns."),
+        typer.Option(
+            help="Checkpoint, or random:8b-gqa, random:8b-m2la, random:8b-m2la-576 (the shape, "
+            "random weights); repeatable. Default: scale:base and scale:m2la."
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for one run directory a model.")] = Path(
-        "runs/profile"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for one run directory a model, figures and table.")
+    ] = Path("runs/profile"),
+    workload: Annotated[
+        str | None,
+        typer.Option(help="YAML file of a workload, or figure6; options given here go before it."),
+    ] = None,
     contexts: Annotated[
-        str, typer.Option(help="Context lengths in tokens, comma-separated.")
-    ] = "512,2048,8192",
-    repeats: Annotated[int, typer.Option(min=1, help="Timings of each kind.")] = 5,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+        str | None, typer.Option(help="Context lengths in tokens, comma-separated.")
+    ] = None,
+    new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens decoded.")] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="Sequences decoded together, comma-separated.")
+    ] = None,
+    chunk: Annotated[
+        str | None, typer.Option(help="Tokens prefilled at once, comma-separated; 0: by device.")
+    ] = None,
+    runner: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="engine, or a baseline of transformers: sdpa, flash, static; repeatable."
+        ),
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="native, or fp8: latents compressed before decoding.")
+    ] = None,
+    fill: Annotated[
+        str | None, typer.Option(help="prefill, or random: decoding only, on a synthetic cache.")
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Timings of each point.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    video: Annotated[
+        Path | None, typer.Option(help="Time the decoding and encoding of this video as well.")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what fits a device's memory, and measure nothing.")
+    ] = False,
+    memory: Annotated[
+        str, typer.Option(help="With --plan: h100, h200, or a size like 80GB.")
+    ] = "h200",
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Time one 8B layer's step at so many tokens, three ways; no model."
+        ),
+    ] = None,
     threads: ThreadsOption = 1,
 ) -> None:
-    """Measure prefill and decode rates and cache bytes on this CPU, models in turns.
+    """Measure prefill, decode, memory and share of the roofline; draw Figure 6.
 
-    A model is timed only after its session's logits agree with one forward pass.
+    A model is timed only after its engine's logits agree with one forward pass. A point that is
+    measured already is kept, one that does not fit is recorded as that, and the others go on.
 
     [bold]Example[/bold]
 
       internvideo3 profile --model scale:base --model scale:m2la --out runs/profile
+      internvideo3 profile --workload figure6 --plan --memory h100
     """
     with _errors_in_words(out):
-        from internvideo3.harness.profile_cpu import ProfileOptions, profile
+        from internvideo3.harness.profile.workload import chosen
+
+        wanted = chosen(
+            workload,
+            {
+                "models": model,
+                "runners": runner,
+                "contexts": contexts and _numbers(contexts),
+                "new_tokens": new_tokens,
+                "batches": batch and _numbers(batch),
+                "chunks": chunk and _numbers(chunk),
+                "caches": cache,
+                "fill": fill,
+                "repeats": repeats,
+                "dtypes": dtype,
+            },
+        )
+        if plan:
+            from internvideo3.harness.profile.plan import device_bytes, table
+            from internvideo3.harness.profile.plan import plan as planned
+
+            print("\n".join(table(planned(wanted, device_bytes(memory)), memory)))
+            return
+        if layer is not None:
+            _print_layer(layer, wanted.dtypes, device, wanted.repeats, threads)
+            return
+        from internvideo3.harness.profile.command import ProfileOptions, profile
+        from internvideo3.reports.efficiency import draw
 
         options = ProfileOptions(
-            models=tuple(model or ("scale:base", "scale:m2la")),
+            workload=wanted,
             out=out,
-            contexts=_numbers(contexts),
-            repeats=repeats,
+            device=device,
             threads=threads,
-            dtype=_one_of("--dtype", dtype, ("float32", "bfloat16")),
+            video=video,
             command=_command(),
         )
-        for run in profile(options, print):
+        runs = profile(options, print)
+        for run in runs:
             print(f"Measurements: {run / 'measurements.jsonl'}")
+        for file in draw(runs, out):
+            print(f"Wrote {file}")
+
+
+def _print_layer(
+    tokens: int, dtypes: tuple[str, ...], device: str, repeats: int, threads: int
+) -> None:
+    import torch
+
+    from internvideo3.harness.profile.layer import layer_rows
+
+    torch.set_num_threads(threads)
+    for dtype in dtypes:
+        for row in layer_rows(tokens, getattr(torch, dtype), torch.device(device), repeats):
+            print(f"{row['way']:<18} {dtype}, {tokens} tokens: {1e3 * row['median_s']:.2f} ms")
 
 
 @app.command("train")

@@ -120,13 +120,13 @@ def _eval_options(
 
 
 def _profile(options: DemoOptions, runs: Mapping[str, Path], tell: Tell) -> None:
-    from internvideo3.harness.profile_cpu import ProfileOptions, is_complete, profile
+    from internvideo3.harness.profile.command import ProfileOptions, is_complete, profile
+    from internvideo3.harness.profile.workload import Workload
 
     command = ProfileOptions(
-        models=tuple(runs),
+        workload=Workload(models=tuple(runs), repeats=3),
         out=options.out / "runs",
         into=runs,
-        repeats=3,
         threads=options.threads,
         command=options.command,
     )

@@ -319,6 +319,8 @@ def _prepare(root: Path) -> None:
         folder.mkdir(exist_ok=True)
         for path in sorted(folder.glob("*.jsonl")):
             _repair(path)
+    if (root / "measurements.jsonl").exists():
+        _repair(root / "measurements.jsonl")
 
 
 def _circumstances(run: Row) -> Row:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from internvideo3.harness.gpu import rows as row_forms
 from internvideo3.harness.gpu.measure import Results, say, time_calls, timing_fields
 from internvideo3.kernels.choice import multiprocessors
 from internvideo3.kernels.decode_linear import naive as linear_naive
@@ -332,9 +333,10 @@ def check_gqa_append(device: torch.device) -> float:
     return worst([relative_error(out, reference) for out, reference in pairs])
 
 
-def all_checks() -> dict[str, Callable[[torch.device], float]]:
+def all_checks(device: torch.device) -> dict[str, Callable[[torch.device], float]]:
     """Every kernel and tile by name."""
-    checks: dict[str, Callable[[torch.device], float]] = {}
+    sizes = sizes_of(device)
+    checks = row_forms.checks(LATENT, sizes.check_lengths, sizes.dtype)
     for kind, tiles in LATENT_TILES.items():
         for tile in tiles:
             checks[f"{kind}/{tile_id(tile)}"] = functools.partial(check_latent, kind, tile)
@@ -358,7 +360,7 @@ def run_check(name: str, device_name: str) -> dict[str, Any]:
     device = torch.device(device_name)
     torch.manual_seed(hash(name) % 2**31)
     try:
-        error = all_checks()[name](device)
+        error = all_checks(device)[name](device)
     except Exception as problem:  # a compiler error is a red gate too, whatever its class
         return {"status": "failed", "error": f"{type(problem).__name__}: {problem}"[:400]}
     limit = TOLERANCE[sizes_of(device).dtype]
@@ -368,7 +370,7 @@ def run_check(name: str, device_name: str) -> dict[str, Any]:
 def gate(results: Results, device: torch.device) -> None:
     """Run every check that has no result yet, several processes at a time."""
     checks: dict[str, Any] = results.data.setdefault("checks", {})
-    names = [n for n in all_checks() if checks.get(n, {}).get("status") != "ok"]
+    names = [n for n in all_checks(device) if checks.get(n, {}).get("status") != "ok"]
     workers = WORKERS if device.type == "cuda" else 1
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         waiting = {name: pool.submit(run_check, name, str(device)) for name in names}
@@ -509,6 +511,20 @@ def sweep_latent(results: Results, device: torch.device, kind: str) -> None:
         key = f"decode/{kind}/{tokens}"
         measure = functools.partial(time_latent, kind, tile, tokens, per_sm, parts, device)
         report_share(results, key, results.point(key, measure))
+
+
+def time_forms(results: Results, device: torch.device) -> None:
+    """Time paged and fp8 rows of the released width at every length."""
+    sizes, kind = sizes_of(device), "m2la-1024"
+    for form in ("fp8", "paged", "paged-fp8"):
+        if not is_green(results, f"rows-{form}/{kind}"):
+            continue
+        for tokens in sizes.decode_tokens:
+            key = f"decode/{kind}-{form}/{tokens}"
+            measure = functools.partial(
+                row_forms.time_form, form, *LATENT[kind], tokens, sizes.dtype, device
+            )
+            report_share(results, key, results.point(key, measure))
 
 
 def sweep_gqa(results: Results, device: torch.device) -> None:
@@ -693,6 +709,7 @@ def main() -> None:
     )
     sweep_latent(results, device, "m2la-1024")
     sweep_gqa(results, device)
+    time_forms(results, device)
     time_small(results, device)
     sweep_linear(results, device)
     for tokens in sizes_of(device).prefill_tokens:

@@ -95,7 +95,8 @@ OPTIONS = {
     "score": "",
     "judge": "endpoint judge key-variable",
     "report": "out title",
-    "profile": "model out contexts repeats dtype threads",
+    "profile": "model out workload contexts new-tokens batch chunk runner cache fill repeats dtype "
+    "device video plan memory layer threads",
     "demo": "full videos out root threads",
     "compare-stock": "model videos repeats out root threads",
     "inspect": "",

@@ -1,0 +1,64 @@
+"""The quick form of Figure 6 on a GPU: the 8B shape with random weights, at synthetic depths.
+
+    python -m internvideo3.harness.gpu.figure6 --out runs/gpu-figure6 --budget-s 300
+
+Decoding is timed in the middle of a reply of 16K tokens, 256 steps three times at each length, and
+the reply's time is extrapolated: such rows and their figure say "integrated". The full form is
+`internvideo3 profile --workload figure6` and takes GPU-hours. Needs torch, triton and transformers,
+to draw matplotlib; nothing is downloaded. ``--device cpu`` rehearses it on a tiny shape.
+"""
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from internvideo3.harness.gpu.measure import say
+from internvideo3.harness.profile.command import ProfileOptions, profile
+from internvideo3.harness.profile.workload import FIGURE6, Workload, changed, read_workload
+
+
+def quick(device: str) -> Workload:
+    """The workload: Figure 6's lengths, or a tiny shape to rehearse with."""
+    given: dict[str, Any] = {"runners": ["engine"], "fill": "random", "warmups": 0, "repeats": 3}
+    if device == "cpu":
+        tiny: dict[str, Any] = {
+            "models": ["random:tiny-gqa", "random:tiny-m2la"],
+            "contexts": [64, 256],
+        }
+        small: dict[str, Any] = {
+            "new_tokens": 4,
+            "integrate": 16,
+            "chunks": 64,
+            "dtypes": "float32",
+        }
+        return changed(read_workload(FIGURE6), given | tiny | small)
+    return changed(read_workload(FIGURE6), given | {"new_tokens": 256, "integrate": 16384})
+
+
+def main() -> None:
+    """Measure what is missing, then draw."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--budget-s", type=float, default=300.0)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--draw-only", action="store_true", help="draw what is there already")
+    given = parser.parse_args()
+    options = ProfileOptions(
+        workload=quick(given.device), out=given.out, device=given.device, budget_s=given.budget_s
+    )
+    if given.draw_only:
+        runs = [options.run_of(name) for name in options.workload.models]
+    else:
+        runs = profile(options, say)
+    if find_spec("matplotlib") is None:
+        say(f"no matplotlib here; the same with --draw-only draws {given.out} elsewhere")
+        return
+    from internvideo3.reports.efficiency import draw
+
+    for file in draw(runs, given.out):
+        say(f"wrote {file}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,338 @@
+"""`internvideo3 profile`: the gate, then every point of a workload, each written when it is done.
+
+The gate comes first: logits of the engine, which prefills in pieces and decodes token by token,
+against one forward pass over the same tokens. No rate is written for a model whose gate is red. On
+a CPU models take turns within each repeat, so that a change in the machine's load falls on all of
+them alike; a GPU holds one model at a time. A point that is in the file already is not measured
+again, a point that does not fit the device or fails is a row that says so, and the others go on.
+
+Contexts are random token ids: prefill and decode cost depends on how many tokens there are and not
+on which. Decoding a video and encoding its frames are stages of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+
+from internvideo3.harness import provenance
+from internvideo3.harness.gpu.measure import copy_bandwidth, device_state, matmul_rate, release
+from internvideo3.harness.profile.measure import Ceilings, Row, Run, rows_of, run_once
+from internvideo3.harness.profile.plan import folded_bytes, need_of, refusal
+from internvideo3.harness.profile.runners import gate
+from internvideo3.harness.profile.stages import decoding_row, encoding_row
+from internvideo3.harness.profile.subjects import Subject, load
+from internvideo3.harness.profile.workload import Point, Workload, WorkloadError
+from internvideo3.harness.store import SCHEMA, RunStore, append_measurements, read_rows
+
+GATE_PIECES, GATE_NEW = (32, 64), 8
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+"""Largest difference of logits, of their largest magnitude: float32 sums of different order, and
+bfloat16 rounding."""
+ENDINGS = ("cache", "none")
+FRAMES_PER_S, MAX_FRAMES = 2.0, 64
+Tell = Callable[[str], None]
+
+
+class GateError(ValueError):
+    """A model whose engine and forward pass disagree; it is not timed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions:
+    """One profile command."""
+
+    workload: Workload
+    out: Path
+    """Folder that gets one run directory for each model."""
+    device: str = "cpu"
+    """cpu, or cuda."""
+    threads: int = 1
+    """CPU threads of torch."""
+    video: Path | None = None
+    """A video whose decoding and encoding are timed as well."""
+    budget_s: float | None = None
+    """No point is begun after so many seconds; the same command goes on from there."""
+    into: Mapping[str, Path] = field(default_factory=dict)
+    """Evaluation runs of some of the models: their rows go there, and not into `out`."""
+    command: tuple[str, ...] = ()
+    """The command line, for the record."""
+
+    def run_of(self, model: str) -> Path:
+        """The run directory of a model."""
+        return self.into.get(model) or self.out / model.replace(":", "-").replace("/", "-")
+
+
+def profile(options: ProfileOptions, tell: Tell = lambda _: None) -> list[Path]:
+    """Measure what is missing of a workload.
+
+    Args:
+        options: the command.
+        tell: gets one line for each step.
+
+    Returns:
+        The run directories, in the order of the models.
+
+    Raises:
+        GateError: a model's engine disagrees with its forward pass.
+        WorkloadError: a model that there is not, or no such device.
+    """
+    workload, device = options.workload, _device(options.device)
+    torch.set_num_threads(options.threads)
+    transformers.logging.disable_progress_bar()
+    deadline = None if options.budget_s is None else time.monotonic() + options.budget_s
+    with contextlib.ExitStack() as held:
+        for name in workload.models:
+            if name not in options.into:
+                opened = RunStore.open(options.run_of(name), _describe(name, options))
+                held.enter_context(opened)
+        ceilings = _ceilings(device)
+        tell(
+            f"{_device_name(device)}: copies {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s, "
+            f"multiplies {ceilings.matmul_flop_per_s / 1e9:.0f} GFLOP/s"
+        )
+        together = device.type == "cpu"
+        groups = [workload.models] if together else [(name,) for name in workload.models]
+        for dtype in workload.dtypes:
+            for names in groups:
+                _Group(options, device, dtype, ceilings, deadline, tell).measure(names)
+    return [options.run_of(name) for name in workload.models]
+
+
+def is_complete(options: ProfileOptions) -> bool:
+    """Whether an earlier command has measured every point."""
+    return not any(_missing(options, point) for point in options.workload.points())
+
+
+def _missing(options: ProfileOptions, point: Point) -> bool:
+    """Whether a point has no row yet; a failure is tried again, what did not fit is not."""
+    file = options.run_of(point.model) / "measurements.jsonl"
+    # The last row of a point; a process may have been killed while it wrote the others.
+    return not any(
+        row.get("point") == point.key and row["kind"] in ENDINGS and row["status"] != "failed"
+        for row in read_rows(file)
+    )
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Models of one number format that take turns."""
+
+    options: ProfileOptions
+    device: torch.device
+    dtype: str
+    ceilings: Ceilings
+    deadline: float | None
+    """Of `time.monotonic`."""
+    tell: Tell
+
+    def measure(self, names: Sequence[str]) -> None:
+        """Load the models, hold them to the gate, measure what is missing of them."""
+        wanted = list(self._wanted(names))
+        needed = {point.model for turn in wanted for point in turn}
+        if not needed:
+            self.tell(f"{', '.join(names)}: measured before, kept")
+            return
+        subjects = {name: self._prepared(name) for name in names if name in needed}
+        gates = {name: found for name, (_, found) in subjects.items()}
+        models = {name: subject for name, (subject, _) in subjects.items()}
+        for turn in wanted:
+            if self.deadline is not None and time.monotonic() > self.deadline:
+                self.tell("the time is up; the same command goes on from here")
+                break
+            for point, rows in self._in_turns(turn, models):
+                self._write(point, models[point.model], gates[point.model], rows)
+        if self.options.video is not None:
+            for name, subject in models.items():
+                self._stages(self.options.video, subject, gates[name])
+        models.clear()
+        subjects.clear()
+        release()
+
+    def _wanted(self, names: Sequence[str]) -> Iterator[list[Point]]:
+        """Missing points, those that differ in the model only together."""
+        alike: dict[str, list[Point]] = {}
+        for point in self.options.workload.points():
+            mine = point.dtype == self.dtype and point.model in names
+            if mine and _missing(self.options, point):
+                alike.setdefault(point.key.removeprefix(point.model), []).append(point)
+        yield from alike.values()
+
+    def _prepared(self, name: str) -> tuple[Subject, float]:
+        subject = load(name, self.device, self.dtype)
+        found = gate(subject, GATE_PIECES, GATE_NEW)
+        if not found <= TOLERANCE[self.dtype]:
+            raise GateError(
+                f"{name}: engine and forward pass differ by {found:.2e} of the largest in logits, "
+                f"more than {TOLERANCE[self.dtype]:.0e}. No rate is reported; run the tests of "
+                "model/."
+            )
+        self.tell(f"{name}: gate green, largest logit difference {found:.1e}")
+        return subject, found
+
+    def _in_turns(
+        self, turn: Sequence[Point], models: Mapping[str, Subject]
+    ) -> Iterator[tuple[Point, list[Row]]]:
+        """Repeat each point, in turns; rows of every point."""
+        workload = self.options.workload
+        runs: dict[Point, list[Run]] = {point: [] for point in turn}
+        failed: dict[Point, Row] = {}
+        for repeat in range(workload.warmups + workload.repeats):
+            for point in turn:
+                if point in failed:
+                    continue
+                found = self._tried(models[point.model], point)
+                if isinstance(found, dict):
+                    failed[point] = found
+                elif repeat >= workload.warmups:
+                    runs[point].append(found)
+        for point in turn:
+            if point in failed:
+                yield point, [failed[point]]
+                continue
+            subject = models[point.model]
+            rows = rows_of(subject, point, runs[point], self.ceilings)
+            yield point, [row | {"status": "ok"} for row in rows]
+
+    def _tried(self, subject: Subject, point: Point) -> Run | Row:
+        """One run, or the row that says why there is none."""
+        refused = self._refusal(subject, point)
+        if refused is not None:
+            return {"kind": "none", "status": "does not fit", "reason": refused}
+        try:
+            return run_once(subject, point)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).split(". ", maxsplit=1)[0]
+            return {"kind": "none", "status": "out of memory", "reason": reason}
+        except WorkloadError as error:
+            return {"kind": "none", "status": "not possible", "reason": str(error)}
+        except RuntimeError as error:
+            return {"kind": "none", "status": "failed", "reason": f"{error}"[:400]}
+
+    def _refusal(self, subject: Subject, point: Point) -> str | None:
+        if self.device.type != "cuda":
+            return None
+        config = subject.model.config
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        weights = subject.weight_bytes + folded_bytes(config, point.dtype)
+        return refusal(point, need_of(point, config, weights), memory)
+
+    def _write(self, point: Point, subject: Subject, found: float, rows: Sequence[Row]) -> None:
+        common = self._common(subject, found) | {
+            "point": point.key,
+            "runner": point.runner,
+            "context_tokens": point.context,
+            "new_tokens": point.new_tokens,
+            "batch": point.batch,
+            "chunk": point.chunk,
+            "cache": point.cache,
+            "fill": point.fill,
+            "depth": point.depth,
+        }
+        self._append(subject, [common | row for row in rows])
+        self.tell(_summary(point, rows))
+
+    def _stages(self, video: Path, subject: Subject, found: float) -> None:
+        """Time decoding and encoding of a video."""
+        repeats = self.options.workload.repeats
+        row, frames = decoding_row(video, FRAMES_PER_S, MAX_FRAMES, repeats)
+        rows = [row]
+        self.tell(f"{subject.name}: {video.name} decoded at {row['frames_per_s']:.0f} frames/s")
+        if subject.processor is not None:
+            rows.append(encoding_row(subject, frames, repeats))
+            self.tell(f"{subject.name}: encoded at {rows[-1]['tokens_per_s']:.0f} vision tokens/s")
+        common = self._common(subject, found) | {"status": "ok"}
+        self._append(subject, [common | one for one in rows])
+
+    def _common(self, subject: Subject, found: float) -> Row:
+        return {
+            "attention": subject.attention,
+            "model": subject.name,
+            "device": _device_name(self.device),
+            "dtype": self.dtype,
+            "threads": self.options.threads,
+            "repeats": self.options.workload.repeats,
+            "gate_max_logit_difference": found,
+            "label": subject.label,
+            "copy_bytes_per_s": self.ceilings.copy_bytes_per_s,
+            "matmul_flop_per_s": self.ceilings.matmul_flop_per_s,
+            "device_state": device_state() if self.device.type == "cuda" else {},
+        }
+
+    def _append(self, subject: Subject, rows: Sequence[Row]) -> None:
+        append_measurements(self.options.run_of(subject.name), rows)
+
+
+def _device(name: str) -> torch.device:
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise WorkloadError("there is no CUDA device here; give --device cpu, or --plan.")
+    return torch.device(name)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return str(provenance.hardware()["cpu"])
+
+
+def _ceilings(device: torch.device) -> Ceilings:
+    """Copy bandwidth and matrix rate; on a CPU of a size that takes a moment."""
+    real = device.type == "cuda"
+    found = Ceilings(
+        copy_bandwidth(device, 2**32 if real else 2**27), matmul_rate(device, 8192 if real else 512)
+    )
+    release()
+    return found
+
+
+def _summary(point: Point, rows: Sequence[Row]) -> str:
+    if rows[0]["status"] != "ok":
+        return f"{point.key}: {rows[0]['status']}: {rows[0]['reason']}"
+    by_kind = {row["kind"]: row for row in rows}
+    decode, cache = by_kind["decode"], by_kind["cache"]
+    parts = [
+        f"decode {decode['tokens_per_s']:.1f} tok/s",
+        f"{decode['roofline_share']:.0%} of the roofline",
+        f"cache {cache['cache_bytes'] / 2**20:.2f} MiB",
+    ]
+    if "prefill" in by_kind:
+        parts.insert(0, f"prefill {by_kind['prefill']['tokens_per_s']:.0f} tok/s")
+    return f"{point.key}: {', '.join(parts)}"
+
+
+def _describe(name: str, options: ProfileOptions) -> Row:
+    commit, dirty = provenance.revision()
+    return {
+        "schema": SCHEMA,
+        "id": name,
+        "created": provenance.now(),
+        "command": list(options.command),
+        "mode": "profile",
+        "model": _described(name, options.workload.dtypes[0]),
+        "suites": {},
+        # What is measured grows from command to command; where it is measured does not.
+        "config": {"device": options.device, "threads": options.threads},
+        "commit": commit,
+        "dirty": dirty,
+        "packages": provenance.packages(),
+        "hardware": provenance.hardware(),
+        "comparable": {
+            "paper": False,
+            "reason": "see each row's device and label; the paper measured one H200",
+        },
+    }
+
+
+def _described(name: str, dtype: str) -> Row:
+    if name.startswith("random:"):
+        attention = "m2la" if "m2la" in name else "gqa"
+        return {"name": name, "digest": name, "attention": attention, "label": "random weights"}
+    from internvideo3.harness.evaluate import describe_model
+
+    return describe_model(name, dtype)

@@ -1,0 +1,223 @@
+"""Measuring one point: time to first token, rates, memory, energy, share of the roofline.
+
+Axes: B sequences.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from internvideo3.harness.gpu.measure import release
+from internvideo3.harness.profile.plan import fp8_bytes
+from internvideo3.harness.profile.runners import Clock, Runner, make_runner, random_ids
+from internvideo3.harness.profile.subjects import Subject
+from internvideo3.harness.profile.workload import Point
+from internvideo3.model.config import InternVideo3Config
+
+Row = dict[str, Any]
+MEMORY_NAMES = ("peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes")
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device can do, measured in the same run."""
+
+    copy_bytes_per_s: float
+    matmul_flop_per_s: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a point."""
+
+    prefill_s: float | None
+    """Until the first token is chosen; None where the cache was filled with random numbers."""
+    steps_s: tuple[float, ...]
+    """Of each decode step."""
+    cache_bytes: int
+    step_bytes: int
+    """Bytes of weights that a step reads."""
+    energy_j: float | None
+    """Of the decode; None where the device does not count it."""
+    memory: Row
+
+
+def run_once(subject: Subject, point: Point) -> Run:
+    """Run a point once.
+
+    Raises:
+        WorkloadError: the runner cannot run this model.
+        torch.OutOfMemoryError: the device is too small.
+    """
+    release()
+    device = subject.model.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    runner = make_runner(
+        subject, point.runner, batch=point.batch, chunk=point.chunk, cache=point.cache
+    )
+    prefill_s = None
+    if point.fill == "random":
+        logits_BY = runner.fill(point.depth, point.new_tokens)
+    else:
+        ids_BT = random_ids(subject, point.batch, point.context)
+        _wait(device)
+        started = time.perf_counter()
+        logits_BY = runner.prefill(ids_BT, point.new_tokens)
+        logits_BY.argmax(-1)
+        _wait(device)
+        prefill_s = time.perf_counter() - started
+    return _decoded(runner, point, logits_BY, prefill_s)
+
+
+def _decoded(runner: Runner, point: Point, logits_BY: torch.Tensor, prefill_s: float | None) -> Run:
+    clock, before = Clock(runner.device), energy_j(runner.device)
+    runner.decode(logits_BY, point.new_tokens, clock)
+    steps, after = clock.seconds(), energy_j(runner.device)
+    spent = None if before is None or after is None else after - before
+    memory = memory_of(runner.device)
+    return Run(prefill_s, tuple(steps), runner.cache_bytes(), runner.step_bytes(), spent, memory)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def energy_j(device: torch.device) -> float | None:
+    """Joules that the card has used since its driver was loaded; None without such a counter."""
+    counted = _nvml(device, "nvmlDeviceGetTotalEnergyConsumption")
+    return None if counted is None else counted / 1e3
+
+
+def memory_of(device: torch.device) -> Row:
+    """Peak bytes: of the allocator's tensors, of what it reserved, and in use on the device.
+
+    On a CPU there is one figure, the process's largest resident size.
+    """
+    if device.type != "cuda":
+        factor = 1 if sys.platform == "darwin" else 1024
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * factor
+        return dict.fromkeys(MEMORY_NAMES) | {"peak_resident_bytes": resident}
+    used = _nvml(device, "nvmlDeviceGetMemoryInfo")
+    peaks = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    return dict(zip(MEMORY_NAMES, (*peaks, getattr(used, "used", None)), strict=True))
+
+
+def _nvml(device: torch.device, question: str) -> Any:
+    """What the driver answers about the card; None without a card or the driver's library."""
+    if device.type != "cuda":
+        return None
+    with suppress(ImportError):
+        import pynvml
+
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlInit()
+            handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
+            return getattr(pynvml, question)(handle)
+    return None
+
+
+def rows_of(subject: Subject, point: Point, runs: Sequence[Run], ceilings: Ceilings) -> list[Row]:
+    """The rows of a point: prefill (if timed), decode, cache."""
+    last = runs[-1]
+    rows: list[Row] = []
+    prefill = [run.prefill_s for run in runs if run.prefill_s is not None]
+    if prefill:
+        tokens = point.batch * point.context
+        flops = prefill_flops(subject, point)
+        median = statistics.median(prefill)
+        share = flops / median / ceilings.matmul_flop_per_s
+        rows.append(
+            {"kind": "prefill", **spread(prefill, tokens), "flops": flops, "flop_share": share}
+        )
+    steps = [step for run in runs for step in run.steps_s]
+    rates = [sum(run.steps_s) for run in runs]
+    # Decoding step i reads the weights and i tokens more than the context.
+    own = point.batch * (point.new_tokens + 1) / 2 * subject.bytes_per_token
+    cached = own + point.batch * point.depth * _bytes_per_token(subject, point)
+    moved = last.step_bytes + cached
+    decode: Row = {
+        "kind": "decode",
+        **spread(rates, point.batch * point.new_tokens),
+        "step_median_s": statistics.median(steps),
+        "step_p90_s": _quantile(steps, 0.9),
+        "weight_bytes": last.step_bytes,
+        "moved_bytes_per_step": moved,
+        "roofline_share": moved / statistics.median(steps) / ceilings.copy_bytes_per_s,
+    }
+    energies = [run.energy_j for run in runs if run.energy_j is not None]
+    tokens = point.batch * point.new_tokens
+    decode["energy_j_per_token"] = statistics.median(energies) / tokens if energies else None
+    if point.integrate:
+        decode["integrated"] = {
+            "tokens": point.integrate,
+            "seconds": point.integrate * decode["step_median_s"],
+            "note": "a reply's middle step times its length, not measured as a whole",
+        }
+    rows.append(decode)
+    nothing = {"median_s": None, "iqr_s": None, "tokens_per_s": None}
+    cache = {"cache_bytes_per_token": _bytes_per_token(subject, point)} | last.memory
+    rows.append({"kind": "cache", **nothing, **cache})
+    return [row | {"cache_bytes": last.cache_bytes} for row in rows]
+
+
+def _bytes_per_token(subject: Subject, point: Point) -> int:
+    """Cache bytes of a token of the context."""
+    if point.cache == "fp8":
+        return fp8_bytes(subject.model.config, point.dtype)
+    return subject.bytes_per_token
+
+
+def spread(seconds: Sequence[float], tokens: int) -> Row:
+    """Median, interquartile range and rate of runs that took so many tokens each."""
+    low, high = _quantile(seconds, 0.25), _quantile(seconds, 0.75)
+    median = statistics.median(seconds)
+    return {
+        "median_s": median,
+        "iqr_s": high - low,
+        "tokens_per_s": tokens / median,
+        "runs_s": list(seconds),
+    }
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def prefill_flops(subject: Subject, point: Point) -> float:
+    """Multiplications and additions that a prefill needs, each counted as one operation.
+
+    Linear layers on every token, causal attention (half the square), and for M²LA the keys and
+    values rebuilt for every chunk.
+    """
+    text, tokens = subject.model.config.text_config, point.context
+    heads, kv, width = text.num_attention_heads, text.num_key_value_heads, text.head_dim
+    layers = subject.model.model.language_model.layers
+    linear = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1)
+    chunk = point.chunk or tokens
+    rebuilt_tokens = sum(min(tokens, start + chunk) for start in range(0, tokens, chunk))
+    attention = rebuild = 0.0
+    for index in range(text.num_hidden_layers):
+        key = width
+        if isinstance(subject.model.config, InternVideo3Config):
+            key += 2 * text.slots(index)
+            up = 2 * kv * width * text.rank(index)
+            linear -= up
+            rebuild += 2.0 * up * rebuilt_tokens
+        attention += heads * (key + width) * tokens**2
+    head = 2.0 * subject.model.lm_head.weight.numel()
+    return point.batch * (2.0 * linear * tokens + attention + rebuild + head)

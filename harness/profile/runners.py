@@ -1,0 +1,310 @@
+"""How a point is run: by our engine, or by transformers' own caches as the baselines.
+
+Axes: B sequences, T tokens, K stored heads, N cached tokens, W row width, Y vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+from internvideo3.harness.profile.subjects import Subject
+from internvideo3.harness.profile.workload import WorkloadError
+from internvideo3.model.cache import LatentCache, allocated_bytes
+from internvideo3.model.engine import EAGER_STEPS, Engine, Reply
+from internvideo3.model.forward import Tokens, logits, new_cache, run
+from internvideo3.model.session import CHUNK
+
+
+class Clock:
+    """Moments on the device: CUDA events, or the processor's clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.moments: list[Any] = []
+
+    def stamp(self) -> None:
+        """Notes this moment in the device's order of work; the host does not wait."""
+        if not self.on_gpu:
+            self.moments.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.moments.append(event)
+
+    def seconds(self) -> list[float]:
+        """Seconds between one moment and the next; waits for the device."""
+        pairs = list(zip(self.moments, self.moments[1:], strict=False))
+        if not self.on_gpu:
+            return [b - a for a, b in pairs]
+        self.moments[-1].synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in pairs]
+
+
+class Runner(ABC):
+    """One context of a batch of sequences: prefilled once, then decoded."""
+
+    def __init__(self, subject: Subject, batch: int, chunk: int) -> None:
+        self.subject, self.model, self.batch = subject, subject.model, batch
+        self.device: torch.device = subject.model.device
+        self.chunk = chunk or CHUNK.get(self.device.type, CHUNK["cpu"])
+
+    @abstractmethod
+    def prefill(self, ids_BT: Tensor, new_tokens: int) -> Tensor:
+        """Caches the tokens, with room for a reply; returns the next-token logits [B, Y]."""
+
+    @abstractmethod
+    def fill(self, tokens: int, new_tokens: int) -> Tensor:
+        """Caches random numbers instead; returns random logits [B, Y]."""
+
+    @abstractmethod
+    def decode(self, logits_BY: Tensor, steps: int, clock: Clock) -> list[list[int]]:
+        """Takes the steps, stamping the clock at the first one's start and each one's end.
+
+        Returns:
+            The tokens of each sequence: the one chosen from the logits given, and one a step.
+        """
+
+    @abstractmethod
+    def cache_bytes(self) -> int:
+        """Bytes of cache storage, spare room included."""
+
+    @abstractmethod
+    def step_bytes(self) -> int:
+        """Bytes of weights that a decode step has to read."""
+
+
+class EngineRunner(Runner):
+    """Our engine."""
+
+    def __init__(self, subject: Subject, batch: int, chunk: int, *, fp8: bool = False) -> None:
+        super().__init__(subject, batch, chunk)
+        self.fp8 = fp8
+        self.cache = new_cache(self.model)
+        self.length = 0
+        self.logits: list[Tensor] = []
+        """Of each step, if asked for."""
+        self.keeps_logits = False
+        self._engine: Engine | None = None
+
+    @torch.no_grad()
+    def prefill(self, ids_BT: Tensor, new_tokens: int) -> Tensor:
+        """As `Runner.prefill`: chunk by chunk into one allocation."""
+        T = ids_BT.shape[1]
+        self.cache.expect(T + new_tokens + 1)
+        positions_T = torch.arange(self.length, self.length + T, device=self.device)
+        tokens = Tokens(ids_BT, positions_T.expand(3, self.batch, -1))
+        for cut in tokens.chunks(self.chunk):
+            hidden_BTX = run(self.model, self.cache, cut)
+        self.length += T
+        if isinstance(self.cache, LatentCache) and self.fp8:
+            self.cache.compress(self.model.config.text_config)
+        return logits(self.model, hidden_BTX[:, -1])
+
+    @torch.no_grad()
+    def fill(self, tokens: int, new_tokens: int) -> Tensor:
+        """As `Runner.fill`."""
+        for index in range(len(self.cache.layers)):
+            layer = self.cache.segmented(index)
+            like = self._one_token(index)
+            layer.reserve(like, tokens + new_tokens + 1)
+            for tensor in layer.tail:
+                tensor[:, :, :tokens].normal_()
+            layer.length = tokens
+            if self.fp8:
+                layer.compress(self.model.config.text_config.rank(index))
+        self.length = tokens
+        width = self.model.config.text_config.vocab_size
+        return torch.randn(self.batch, width, device=self.device)
+
+    def _one_token(self, index: int) -> tuple[Tensor, ...]:
+        """Storage of one token in a layer."""
+        text = self.model.config.text_config
+        kind = {"dtype": self.model.dtype, "device": self.device}
+        if self.subject.attention == "m2la":
+            return (torch.empty(self.batch, 1, 1, text.row_width(index), **kind),)
+        shape = (self.batch, text.num_key_value_heads, 1, text.head_dim)
+        return torch.empty(shape, **kind), torch.empty(shape, **kind)
+
+    @torch.no_grad()
+    def decode(self, logits_BY: Tensor, steps: int, clock: Clock) -> list[list[int]]:
+        """As `Runner.decode`; what has to be compiled and captured is so before the first stamp."""
+        engine = self._started(logits_BY, steps)
+        self._warm_up(engine)
+        self.logits = []
+        clock.stamp()
+        for _ in range(steps):
+            engine.advance()
+            clock.stamp()
+            if self.keeps_logits:
+                self.logits.append(engine.logits_BY.float().clone())
+        self._engine = engine
+        return engine.said()
+
+    def _started(self, logits_BY: Tensor, steps: int) -> Engine:
+        cached = self.cache.segmented(0).length
+        replies = [Reply(self.length, cached, steps + 1, (), 0.0, 0)] * self.batch
+        engine = Engine(self.model, replies, logits_BY)
+        for index in range(len(self.cache.layers)):
+            self.cache.segmented(index).make_room(steps + 1, may_freeze=False)
+        engine.bind(self.cache)
+        return engine
+
+    def _warm_up(self, engine: Engine) -> None:
+        """Compiles and captures, then puts the engine's state back."""
+        if self.device.type != "cuda":
+            return
+        state = {name: t for name, t in vars(engine).items() if isinstance(t, Tensor)}
+        before = {name: t.clone() for name, t in state.items()}
+        for _ in range(EAGER_STEPS):
+            engine.advance()
+        engine.capture()
+        engine.advance()
+        for name, tensor in before.items():
+            getattr(engine, name).copy_(tensor)
+
+    def cache_bytes(self) -> int:
+        """As `Runner.cache_bytes`."""
+        return allocated_bytes([self.cache])
+
+    def step_bytes(self) -> int:
+        """As `Runner.step_bytes`; known once a reply has been decoded."""
+        assert self._engine is not None, "decode first"
+        return self._engine.bytes_read()
+
+
+class TransformersRunner(Runner):
+    """Transformers' own attention and caches: what people run today."""
+
+    def __init__(self, subject: Subject, batch: int, chunk: int, kind: str) -> None:
+        super().__init__(subject, batch, chunk)
+        self.kind = kind
+        self.cache: Any = None
+        self.length = 0
+        self._forward: Callable[..., Any] = self.model.forward
+
+    @torch.no_grad()
+    def prefill(self, ids_BT: Tensor, new_tokens: int) -> Tensor:
+        """As `Runner.prefill`."""
+        T = ids_BT.shape[1]
+        self.cache = self._new_cache(T + new_tokens + 1)
+        for start in range(0, T, self.chunk):
+            logits_BY = self._step(ids_BT[:, start : start + self.chunk], self.model.forward)
+        return logits_BY
+
+    def fill(self, tokens: int, new_tokens: int) -> Tensor:
+        """As `Runner.fill`."""
+        text = self.model.config.text_config
+        shape = (self.batch, text.num_key_value_heads, tokens, text.head_dim)
+        self.cache = self._new_cache(tokens + new_tokens + 1)
+        for index in range(text.num_hidden_layers):
+            made = (torch.randn(shape, device=self.device, dtype=self.model.dtype) for _ in "kv")
+            keys, values = made
+            self.cache.update(keys, values, index)
+        self.length = tokens
+        return torch.randn(self.batch, text.vocab_size, device=self.device)
+
+    def _new_cache(self, tokens: int) -> Any:
+        self.length = 0
+        text = self.model.config.text_config
+        if self.kind != "static":
+            return DynamicCache(config=text)
+        if self.device.type == "cuda":
+            self._forward = torch.compile(self.model.forward, mode="reduce-overhead")
+        return StaticCache(config=text, max_cache_len=tokens)
+
+    def _step(self, ids_BT: Tensor, forward: Callable[..., Any]) -> Tensor:
+        """Next-token logits [B, Y] after these tokens."""
+        T = ids_BT.shape[1]
+        positions_T = torch.arange(self.length, self.length + T, device=self.device)
+        out = forward(
+            input_ids=ids_BT,
+            position_ids=positions_T.expand(3, self.batch, -1),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.length += T
+        found: Tensor = out.logits[:, -1]
+        return found
+
+    @torch.no_grad()
+    def decode(self, logits_BY: Tensor, steps: int, clock: Clock) -> list[list[int]]:
+        """As `Runner.decode`."""
+        said = [logits_BY.argmax(-1, keepdim=True)]
+        clock.stamp()
+        for _ in range(steps):
+            said.append(self._step(said[-1], self._forward).argmax(-1, keepdim=True))
+            clock.stamp()
+        return [list(row) for row in torch.cat(said, dim=1).tolist()]
+
+    def cache_bytes(self) -> int:
+        """As `Runner.cache_bytes`."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+
+    def step_bytes(self) -> int:
+        """As `Runner.step_bytes`: the text model without the embedding rows, and the head."""
+        text = self.model.model.language_model
+        skipped = {id(text.embed_tokens.weight)} - {id(self.model.lm_head.weight)}
+        parameters = [*text.parameters(), self.model.lm_head.weight]
+        unique = {id(p): p.nbytes for p in parameters if id(p) not in skipped}
+        return sum(unique.values())
+
+
+def make_runner(
+    subject: Subject, kind: str, *, batch: int, chunk: int, cache: str = "native"
+) -> Runner:
+    """The runner of a point.
+
+    Raises:
+        WorkloadError: the baseline cannot run this model, or its package is missing.
+    """
+    fp8 = cache == "fp8"
+    if fp8 and (subject.attention != "m2la" or kind != "engine"):
+        raise WorkloadError("only the engine has an fp8 cache, and only for M²LA.")
+    if kind == "engine":
+        return EngineRunner(subject, batch, chunk, fp8=fp8)
+    if subject.attention != "gqa":
+        raise WorkloadError(f"{kind}: transformers has no M²LA; baselines are for GQA models.")
+    implementation = "flash_attention_2" if kind == "flash" else "sdpa"
+    try:
+        subject.model.set_attn_implementation(implementation)
+    except (ImportError, ValueError) as error:
+        raise WorkloadError(
+            f"{kind}: {str(error).splitlines()[0]} Install flash-attn, or leave this baseline out."
+        ) from error
+    return TransformersRunner(subject, batch, chunk, kind)
+
+
+def random_ids(subject: Subject, batch: int, tokens: int) -> Tensor:
+    """Reproducible text token ids [B, T], none of them special."""
+    drawn = torch.Generator().manual_seed(tokens)
+    text = subject.model.config.text_config
+    ids_BT = torch.randint(64, text.vocab_size - 64, (batch, tokens), generator=drawn)
+    return ids_BT.to(subject.model.device)
+
+
+def gate(subject: Subject, pieces: Sequence[int], new_tokens: int) -> float:
+    """How far the engine is from one forward pass of the model over the same tokens.
+
+    Returns:
+        Largest difference of logits, relative to their largest magnitude: prefilled in pieces,
+        then decoded token by token.
+    """
+    runner = EngineRunner(subject, 1, max(pieces))
+    runner.keeps_logits = True
+    ids_1T = random_ids(subject, 1, sum(pieces))
+    for cut in ids_1T.split(list(pieces), dim=1):
+        first_1Y = runner.prefill(cut, 0)
+    (said,) = runner.decode(first_1Y, new_tokens, Clock(runner.device))
+    got_TY = torch.cat([first_1Y.float(), *runner.logits])
+    whole_1T = torch.cat([ids_1T, ids_1T.new_tensor([said[:-1]])], dim=1)
+    with torch.no_grad():
+        want_TY = subject.model(input_ids=whole_1T).logits[0, sum(pieces) - 1 :].float()
+    return float((got_TY - want_TY).abs().max() / want_TY.abs().max())

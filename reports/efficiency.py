@@ -1,0 +1,316 @@
+"""Figure 6: decoding speed, end-to-end latency and cache bytes over the context's length.
+
+Drawn from `measurements.jsonl` of the profiler alone, as SVG and PNG with a table of the same
+numbers. The paper's published points are overlaid as what they are: hollow, labelled, of another
+machine unless the device is an H200. A reply's time that was extrapolated is called integrated;
+nothing modelled is drawn.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+PAPER = Path(__file__).parent / "efficiency_paper.json"
+COLOURS = ("#2f6db5", "#cf5a1f", "#15836f", "#a2478f", "#8f6a00", "#4d5a96")
+MARKERS = ("o", "D", "s", "^", "v", "P")
+PAPER_STYLE = {"gqa": ("#656a72", "o"), "m2la": ("#1c1e21", "D")}
+ATTENTION = {"gqa": "GQA", "m2la": "M²LA"}
+PNG_DPI = 160
+
+
+class EfficiencyError(ValueError):
+    """Measurements that no figure can be made of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One way of running one model, by context length."""
+
+    name: str
+    attention: str
+    decode: dict[int, Mapping[str, Any]]
+    """Rows of decoding."""
+    prefill: dict[int, Mapping[str, Any]]
+    cache: dict[int, Mapping[str, Any]]
+    absent: dict[int, str]
+    """Why a length has no figures: "out of memory", "does not fit" ..."""
+
+    def reply_s(self, context: int) -> float | None:
+        """Seconds of a whole reply."""
+        row = self.decode.get(context)
+        if row is None:
+            return None
+        integrated = row.get("integrated")
+        return float(integrated["seconds"] if integrated else row["median_s"])
+
+
+@dataclass(frozen=True, slots=True)
+class Efficiency:
+    """All that one profile measured."""
+
+    series: tuple[Series, ...]
+    devices: tuple[str, ...]
+    labels: tuple[str, ...]
+    """What the numbers are not: "scale", "random weights", "integrated"."""
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """All lengths, shortest first."""
+        found = {n for s in self.series for part in (s.decode, s.absent) for n in part}
+        return tuple(sorted(found))
+
+
+def read(runs: Iterable[Path]) -> Efficiency:
+    """Gather the measurements of run directories; the last row of a point counts.
+
+    Raises:
+        EfficiencyError: there are none.
+    """
+    rows = [row for run in runs for row in _rows(run / "measurements.jsonl")]
+    found: dict[str, Series] = {}
+    for row in rows:
+        if "point" in row:
+            name = _name(row)
+            made = found.setdefault(name, Series(name, row["attention"], {}, {}, {}, {}))
+            _sort_in(made, row)
+    if not any(s.decode or s.absent for s in found.values()):
+        raise EfficiencyError(
+            "no measurements of the profiler in these directories; run `internvideo3 profile`."
+        )
+    labels = {row["label"] for row in rows if row.get("label")}
+    labels |= {"integrated" for row in rows if row.get("integrated")}
+    devices = dict.fromkeys(str(row["device"]) for row in rows)
+    return Efficiency(tuple(found.values()), tuple(devices), tuple(sorted(labels)))
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    """Model and, where it is not the plain case, how it was run."""
+    extra = [row["runner"]] if row["runner"] != "engine" else []
+    extra += [f"batch {row['batch']}"] if row["batch"] != 1 else []
+    extra += [f"{row['cache']} cache"] if row["cache"] != "native" else []
+    extra += [row["dtype"]] if row["dtype"] == "float32" else []
+    return f"{row['model']}" + (f" ({', '.join(extra)})" if extra else "")
+
+
+def _sort_in(series: Series, row: Mapping[str, Any]) -> None:
+    tables = {"decode": series.decode, "prefill": series.prefill, "cache": series.cache}
+    context = int(row["context_tokens"])
+    if row["status"] == "ok":
+        tables[row["kind"]][context] = row
+        series.absent.pop(context, None)
+    elif context not in series.decode:
+        series.absent[context] = row["status"]
+
+
+def draw(runs: Iterable[Path], out: Path) -> list[Path]:
+    """Draw Figure 6a, 6b and the cache, and write the table.
+
+    Returns:
+        The files written.
+
+    Raises:
+        EfficiencyError: there is nothing to draw.
+    """
+    data = read(runs)
+    out.mkdir(parents=True, exist_ok=True)
+    table = out / "efficiency.md"
+    table.write_text("\n".join(markdown(data)) + "\n", encoding="utf-8")
+    written = [table]
+    for name, figure in (
+        ("figure6a-decode", decode_figure(data)),
+        ("figure6b-latency", latency_figure(data)),
+        ("cache-bytes", cache_figure(data)),
+    ):
+        for ending in ("svg", "png"):
+            file = out / f"{name}.{ending}"
+            figure.savefig(file, dpi=PNG_DPI, bbox_inches="tight", metadata=_undated(ending))
+            written.append(file)
+    return written
+
+
+def _undated(ending: str) -> dict[str, Any]:
+    """Equal data give equal files."""
+    return {"Date": None} if ending == "svg" else {"Software": None}
+
+
+def decode_figure(data: Efficiency) -> Figure:
+    """Figure 6a: tokens a second of one step's rate, all sequences together."""
+    figure, axes = _canvas(data, "Decode, tokens per second")
+    for series, style in _styled(data):
+        points = [(n, row["tokens_per_s"]) for n, row in sorted(series.decode.items())]
+        _line(axes, points, series.name, style)
+        _mark_absent(axes, series, style)
+    if _is_full_size(data):
+        _overlay(axes)
+    axes.set_yscale("log")
+    plain = FuncFormatter(lambda rate, _: f"{rate:g}")
+    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_minor_formatter(plain)
+    axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def latency_figure(data: Efficiency) -> Figure:
+    """Figure 6b: seconds of prefill and reply, stacked."""
+    figure, axes = _canvas(data, "Prefill (pale) and reply, seconds")
+    styled = list(_styled(data))
+    width = 0.8 / max(1, len(styled))
+    for index, (series, (colour, _)) in enumerate(styled):
+        for place, context in enumerate(data.contexts):
+            reply, prefill = series.reply_s(context), series.prefill.get(context)
+            if reply is None:
+                continue
+            x = place + (index - (len(styled) - 1) / 2) * width
+            before = float(prefill["median_s"]) if prefill else 0.0
+            axes.bar(x, before, width, color=colour, alpha=0.4)
+            axes.bar(x, reply, width, bottom=before, color=colour)
+        axes.bar(0, 0, color=colour, label=series.name)
+    axes.set_xscale("linear")
+    axes.set_xticks(range(len(data.contexts)), [_tokens(n) for n in data.contexts])
+    axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def cache_figure(data: Efficiency) -> Figure:
+    """Cache bytes that were allocated."""
+    figure, axes = _canvas(data, "Cache, bytes allocated")
+    for series, style in _styled(data):
+        points = [(n, row["cache_bytes"]) for n, row in sorted(series.cache.items())]
+        _line(axes, points, series.name, style)
+    axes.set_yscale("log")
+    axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _canvas(data: Efficiency, title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.2, 3.4))
+    axes = figure.subplots()
+    labels = f" ({', '.join(data.labels)})" if data.labels else ""
+    axes.set_title(f"{title}\n{', '.join(data.devices)}{labels}", fontsize=8, loc="left")
+    axes.set_xlabel("context, tokens", fontsize=8)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(data.contexts)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: _tokens(n)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.tick_params(which="both", labelsize=7)
+    axes.grid(visible=True, axis="y", color="#e3e4e6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure, axes
+
+
+def _styled(data: Efficiency) -> Iterable[tuple[Series, tuple[str, str]]]:
+    for index, series in enumerate(data.series):
+        yield series, (COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
+
+
+def _line(
+    axes: Axes, points: Sequence[tuple[int, float]], name: str, style: tuple[str, str]
+) -> None:
+    colour, marker = style
+    x, y = [n for n, _ in points], [value for _, value in points]
+    axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.2, label=name)
+
+
+def _mark_absent(axes: Axes, series: Series, style: tuple[str, str]) -> None:
+    """A cross at the foot of the figure for each length that could not be run."""
+    for context in series.absent:
+        axes.plot(
+            context, 0.03, "x", color=style[0], transform=axes.get_xaxis_transform(), markersize=5
+        )
+
+
+def _is_full_size(data: Efficiency) -> bool:
+    """Whether the paper's points are of the same model's size, so that they can stand beside."""
+    return "scale" not in data.labels and max(data.contexts, default=0) >= min(
+        int(n) for points in _paper()["decode_tokens_per_s"].values() for n in points
+    )
+
+
+def _overlay(axes: Axes) -> None:
+    """The paper's points, hollow."""
+    for attention, points in _paper()["decode_tokens_per_s"].items():
+        colour, marker = PAPER_STYLE[attention]
+        axes.plot(
+            [int(n) for n in points],
+            list(points.values()),
+            marker,
+            markerfacecolor="none",
+            color=colour,
+            label=f"paper, {ATTENTION[attention]} (H200)",
+        )
+
+
+def _paper() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(PAPER.read_text(encoding="utf-8"))
+    return found
+
+
+def _tokens(count: float) -> str:
+    return f"{count / 1024:.0f}K" if count >= 1024 else f"{count:.0f}"
+
+
+COLUMNS = (
+    "model",
+    "context",
+    "time to first token, s",
+    "prefill, tok/s",
+    "decode, tok/s",
+    "reply, s",
+    "of the roofline",
+    "cache, MiB",
+    "peak memory, GiB",
+    "J/token",
+)
+
+
+def markdown(data: Efficiency) -> list[str]:
+    """The table in Markdown lines; what was not measured is a dash."""
+    conditions = ", ".join([*data.devices, *data.labels])
+    lines = [f"Measured on: {conditions}.", "", f"| {' | '.join(COLUMNS)} |"]
+    lines.append(f"|{'---|' * len(COLUMNS)}")
+    for series in data.series:
+        for context in data.contexts:
+            if context in series.absent:
+                cells = [series.name, _tokens(context), series.absent[context]]
+                cells += ["–"] * (len(COLUMNS) - len(cells))
+            else:
+                cells = _cells(series, context)
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _cells(series: Series, context: int) -> list[str]:
+    prefill, decode = series.prefill.get(context, {}), series.decode.get(context, {})
+    cache = series.cache.get(context, {})
+    peak = cache.get("peak_allocated_bytes") or cache.get("peak_resident_bytes")
+    return [
+        series.name,
+        _tokens(context),
+        _number(prefill.get("median_s"), ".3f"),
+        _number(prefill.get("tokens_per_s"), ".0f"),
+        _number(decode.get("tokens_per_s"), ".1f"),
+        _number(series.reply_s(context), ".3f"),
+        _number(decode.get("roofline_share"), ".0%"),
+        _number(cache["cache_bytes"] / 2**20 if cache else None, ".2f"),
+        _number(peak / 2**30 if peak else None, ".2f"),
+        _number(decode.get("energy_j_per_token"), ".3f"),
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
