@@ -1,0 +1,194 @@
+"""The execution π of equation (3): what comes of an action, always as feedback."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from internvideo3.harness.agent import actions
+from internvideo3.harness.agent.actions import Action, Malformed
+from internvideo3.harness.agent.context import Context, Kind, Span
+from internvideo3.harness.agent.memory import Item, Memory, overlap_s
+from internvideo3.harness.agent.tools.catalogue import SUBTITLES
+from internvideo3.harness.agent.tools.desk import Desk
+from internvideo3.harness.agent.verification import Check, check, told
+
+SUBTITLE_SUFFIXES = (".srt", ".vtt", ".ass", ".ssa")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feedback:
+    """F_{i+1}: what an action came to."""
+
+    ok: bool
+    text: str
+    """What the policy reads; may hold anything that a tool gave, so it is quoted."""
+    kind: Kind = Kind.FEEDBACK
+    span: Span | None = None
+    """The part of the video that it is about."""
+    look: float | None = None
+    """Frames a second with which `span` is to be seen next, by δ."""
+    items: tuple[Item, ...] = ()
+    """What memory keeps of it."""
+    checks: tuple[Check, ...] = ()
+    """Outcomes of a verification."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """One video, the tools, and what is remembered."""
+
+    video: Path
+    duration_s: float
+    desk: Desk
+    memory: Memory
+    context: Context
+
+    def available(self, name: str) -> bool:
+        """Whether a tool can be called here."""
+        if name == "asr" and self.subtitles() is not None:
+            return True
+        return not self.desk.missing(name)
+
+    def subtitles(self) -> Path | None:
+        """The subtitle file beside the video, if there is one."""
+        files = [self.video.with_suffix(suffix) for suffix in SUBTITLE_SUFFIXES]
+        return next((file for file in files if file.is_file()), None)
+
+    def execute(self, action: Action | Malformed) -> Feedback:
+        """F_{i+1} ~ π(A_{i+1} | R_i, Q). Never raises for what an action or a tool did."""
+        if isinstance(action, Malformed):
+            return Feedback(ok=False, text=action.problem)
+        handlers: dict[type[Action], Callable[[Any], Feedback]] = {
+            actions.Zoom: self._zoom,
+            actions.Segment: self._segment,
+            actions.Listen: self._listen,
+            actions.ReadText: self._read_text,
+            actions.Recall: self._recall,
+            actions.Note: self._note,
+            actions.Verify: self._verify,
+        }
+        return handlers[type(action)](action)
+
+    def _part(self, action: Any) -> Span | Feedback:
+        """The part that an action is about, within the video, or why there is none."""
+        end_s = self.duration_s if action.end_s is None else min(action.end_s, self.duration_s)
+        if action.start_s < end_s:
+            return action.start_s, end_s
+        return Feedback(
+            ok=False,
+            text=f"nothing lies between {action.start_s:g} and {end_s:g} s: the video lasts "
+            f"{self.duration_s:.2f} s. Give start_s and end_s within it.",
+        )
+
+    def _zoom(self, action: actions.Zoom) -> Feedback:
+        part = self._part(action)
+        if isinstance(part, Feedback):
+            return part
+        text = f"{part[0]:g}-{part[1]:g} s at {action.fps:g} frames a second:"
+        return Feedback(ok=True, text=text, kind=Kind.OBSERVATION, span=part, look=action.fps)
+
+    def _call(self, tool: str, part: Span, **arguments: Any) -> dict[str, Any] | Feedback:
+        result = self.desk.call(tool, {"path": str(self.video), **arguments})
+        if result.ok:
+            return dict(result.data)
+        return Feedback(ok=False, text=result.message, span=part, data={"error": result.error})
+
+    def _segment(self, action: actions.Segment) -> Feedback:
+        part = self._part(action)
+        if isinstance(part, Feedback):
+            return part
+        found = self._call("video_segmentation", part, start_s=part[0], end_s=part[1])
+        if isinstance(found, Feedback):
+            return found
+        scenes = [(float(a), float(b)) for a, b in found["scenes"]]
+        items = [Item(text=f"scene {n}", span=s, level="scene") for n, s in enumerate(scenes, 1)]
+        lines = "\n".join(
+            f"{item.text}: {a:g}-{b:g} s" for item, (a, b) in zip(items, scenes, strict=True)
+        )
+        return Feedback(ok=True, text=lines, span=part, items=tuple(items), data={"scenes": scenes})
+
+    def _listen(self, action: actions.Listen) -> Feedback:
+        part = self._part(action)
+        if isinstance(part, Feedback):
+            return part
+        file = self.subtitles()
+        if file is not None:
+            result = self.desk.call(SUBTITLES, {"path": str(file)})
+            found: dict[str, Any] | Feedback = (
+                dict(result.data)
+                if result.ok
+                else Feedback(
+                    ok=False, text=result.message, span=part, data={"error": result.error}
+                )
+            )
+        else:
+            found = self._call("asr", part, weights=os.environ.get("IV3_WHISPER"))
+        if isinstance(found, Feedback):
+            return found
+        items = [
+            Item(text=one["text"], span=(one["start_s"], one["end_s"]), level="speech")
+            for one in found["segments"]
+        ]
+        return _lines(items, part, found.get("note", "nothing is said there"))
+
+    def _read_text(self, action: actions.ReadText) -> Feedback:
+        part = self._part(action)
+        if isinstance(part, Feedback):
+            return part
+        found = self._call("ocr", part, start_s=part[0], end_s=part[1], frames=action.frames)
+        if isinstance(found, Feedback):
+            return found
+        items = [
+            Item(text=one["text"], span=(one["at_s"], one["at_s"]), level="text")
+            for one in found["lines"]
+        ]
+        return _lines(items, part, "no text was read there")
+
+    def _recall(self, action: actions.Recall) -> Feedback:
+        part = self._part(action)
+        if isinstance(part, Feedback):
+            return part
+        found = self.memory.read(action.query, part, action.limit)
+        text = "\n".join(f"{_timed(item)} [{item.level}, {item.evidence}]" for item, _ in found)
+        hits = [{"span": item.span, "likeness": near, "level": item.level} for item, near in found]
+        span = None
+        if found:
+            spans = [item.span for item, _ in found]
+            span = (min(a for a, _ in spans), max(b for _, b in spans))
+        return Feedback(
+            # Reading back what the policy itself wrote shows nothing of the video.
+            ok=any(item.level != "note" for item, _ in found),
+            kind=Kind.MEMORY,
+            text=text or "memory holds nothing there",
+            span=span,
+            data={"hits": hits},
+        )
+
+    def _note(self, action: actions.Note) -> Feedback:
+        part = self._part(action)
+        if isinstance(part, Feedback):
+            return part
+        item = Item(text=action.text, span=part, level="note")
+        # A note is the policy's own word: it is remembered, and it is no evidence.
+        return Feedback(ok=False, text="written to memory", span=part, items=(item,))
+
+    def _verify(self, action: actions.Verify) -> Feedback:
+        checks = check(action.claims, self.context)
+        return Feedback(ok=False, text=told(checks), checks=tuple(checks))
+
+
+def _lines(items: list[Item], part: Span, otherwise: str) -> Feedback:
+    inside = [item for item in items if overlap_s(item.span, part) >= 0]
+    text = "\n".join(_timed(item) for item in inside)
+    return Feedback(ok=True, text=text or otherwise, span=part, items=tuple(inside))
+
+
+def _timed(item: Item) -> str:
+    start_s, end_s = item.span
+    when = f"{start_s:g}-{end_s:g} s" if end_s > start_s else f"{start_s:g} s"
+    return f"{when}: {item.text}"

@@ -1,0 +1,71 @@
+"""Recursive verification: a claim must point to evidence that exists and is of its time (3.4).
+
+Code checks what code can: that the cited entries are there, can show something, and overlap the
+claim in time. Whether they support it, the model says, by the probability that it gives the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from internvideo3.harness.agent.actions import Claim
+from internvideo3.harness.agent.context import Context, Entry, Kind
+from internvideo3.harness.agent.memory import overlap_s
+
+SHOWING = (Kind.OBSERVATION, Kind.FEEDBACK, Kind.MEMORY)
+"""Entries that can be evidence: what the world said, never what the model said."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """The outcome of one claim."""
+
+    claim: str
+    ok: bool
+    evidence: tuple[str, ...]
+    """The cited entries that hold."""
+    problems: tuple[str, ...]
+    """What is wrong with the others, or with the claim."""
+
+
+def check(claims: Sequence[Claim], context: Context) -> list[Check]:
+    """Checks that each claim's evidence exists and overlaps it in time."""
+    return [_check(claim, context) for claim in claims]
+
+
+def _check(claim: Claim, context: Context) -> Check:
+    judged = {cited: _problem(claim, cited, context.find(cited)) for cited in claim.evidence}
+    holding = tuple(cited for cited, problem in judged.items() if not problem)
+    problems = tuple(problem for problem in judged.values() if problem)
+    if not claim.evidence:
+        problems = ("it cites no evidence; name entries such as e2",)
+    return Check(
+        claim=claim.text, ok=bool(holding) and not problems, evidence=holding, problems=problems
+    )
+
+
+def _problem(claim: Claim, cited: str, entry: Entry | None) -> str:
+    if entry is None:
+        return f"there is no entry {cited}"
+    if entry.kind not in SHOWING or entry.data.get("ok") is False:
+        return f"{cited} is no evidence: it is {entry.kind} and shows nothing of the video"
+    if claim.start_s is None and claim.end_s is None:
+        return ""
+    if entry.span is None:
+        return f"{cited} has no time, and the claim has"
+    start_s, end_s = claim.start_s or 0.0, claim.end_s
+    span = (start_s, end_s if end_s is not None else entry.span[1])
+    if overlap_s(span, entry.span) <= 0:
+        return f"{cited} shows {entry.span[0]:g}-{entry.span[1]:g} s, the claim is of another time"
+    return ""
+
+
+def told(checks: Sequence[Check]) -> str:
+    """The outcome in words, for the policy to read."""
+    lines = [
+        f"{'supported' if one.ok else 'not supported'}: {one.claim}"
+        + "".join(f"; {problem}" for problem in one.problems)
+        for one in checks
+    ]
+    return "\n".join(lines)
