@@ -137,7 +137,7 @@ class Engine:
     def bytes_read(self) -> int:
         """Bytes of weights that one step reads, whatever the batch; without the embedding row."""
         text = self.model.model.language_model
-        tensors = [self.model.lm_head.weight, text.norm.weight]
+        tensors: list[Tensor] = [self.model.lm_head.weight, text.norm.weight]
         return sum(t.nbytes for t in tensors) + sum(layer.bytes_read() for layer in self._layers)
 
     @torch.no_grad()

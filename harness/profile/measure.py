@@ -220,4 +220,5 @@ def prefill_flops(subject: Subject, point: Point) -> float:
             rebuild += 2.0 * up * rebuilt_tokens
         attention += heads * (key + width) * tokens**2
     head = 2.0 * subject.model.lm_head.weight.numel()
-    return point.batch * (2.0 * linear * tokens + attention + rebuild + head)
+    operations: float = 2.0 * linear * tokens + attention + rebuild + head
+    return point.batch * operations

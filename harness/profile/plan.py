@@ -66,18 +66,18 @@ def weights_of(config: Any, dtype: str) -> int:
     """Bytes of a model's weights, and of those that the engine keeps beside them."""
     with torch.device("meta"):
         model = class_of(config)(config)
-    parameters = {id(p): p.numel() for p in model.parameters()}
+    parameters: dict[int, int] = {id(p): p.numel() for p in model.parameters()}
     return sum(parameters.values()) * ITEM_BYTES[dtype] + folded_bytes(config, dtype)
 
 
 def folded_bytes(config: Any, dtype: str) -> int:
     """Bytes of the multiplied-out weights of all layers (`model.folding`)."""
-    text = config.text_config
+    text: Any = config.text_config
     if not isinstance(config, InternVideo3Config) or text.row_form != "latent":
         return 0
     heads, kv, width = text.num_attention_heads, text.num_key_value_heads, text.head_dim
     maps = 2 if text.modality_adapters else 1
-    numbers = sum(
+    numbers: int = sum(
         text.row_width(i) * (maps * 2 * kv * width + heads * width)
         for i in range(text.num_hidden_layers)
     )
@@ -107,7 +107,7 @@ def fp8_bytes(config: Any, dtype: str) -> int:
     """
     if not isinstance(config, InternVideo3Config):
         raise WorkloadError("only a latent cache has an fp8 form; this model is GQA.")
-    text = config.text_config
+    text: Any = config.text_config
     layers = range(text.num_hidden_layers)
     return sum(text.rank(i) + 4 + 2 * text.slots(i) * ITEM_BYTES[dtype] for i in layers)
 
@@ -126,7 +126,7 @@ def _scratch(point: Point, config: Any) -> int:
     # Hidden states: the layer's input, its norm, the sum.
     per_query = 3 * text.hidden_size + max(mlp, attention)
     rebuilt = 2 * kv * (key + width) if latent else 0
-    numbers = chunk * per_query + block * rebuilt + point.batch * text.vocab_size
+    numbers: int = chunk * per_query + block * rebuilt + point.batch * text.vocab_size
     return numbers * ITEM_BYTES[point.dtype]
 
 
