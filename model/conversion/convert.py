@@ -269,7 +269,7 @@ class Job:
             }
             adapters = found[True] < found[False]
         choice = _Choice(slots, adapters, ranks, nested)
-        file.write_text(json.dumps(asdict(choice)), encoding="utf-8")
+        _write_whole(file, asdict(choice))
         return choice
 
     def _uniform(self, slots: int) -> int:
@@ -365,7 +365,7 @@ class Job:
         partial = weights.with_suffix(".partial")
         save_file(tensors, partial)
         partial.rename(weights)
-        report_file.write_text(json.dumps(asdict(report)), encoding="utf-8")
+        _write_whole(report_file, asdict(report))
         return layer, report
 
     def _released(self, layer: RowAttention, rank: int) -> RowAttention:
@@ -456,7 +456,7 @@ def _claim(folder: Path, source: Source, calibration: Sequence[Batch]) -> None:
     }
     file = folder / "inputs.json"
     if not file.is_file():
-        file.write_text(json.dumps(mine), encoding="utf-8")
+        _write_whole(file, mine)
     found = json.loads(file.read_text(encoding="utf-8"))
     other = [name for name, digest in mine.items() if found.get(name) != digest]
     if other:
@@ -464,6 +464,13 @@ def _claim(folder: Path, source: Source, calibration: Sequence[Batch]) -> None:
             f"the work folder {folder} was made with another {' and '.join(other)}; delete it, "
             "or give the source and the calibration set it belongs to."
         )
+
+
+def _write_whole(file: Path, found: dict[str, Any]) -> None:
+    """Writes JSON that a killed process leaves whole or not at all."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(found), encoding="utf-8")
+    partial.replace(file)
 
 
 def _digest(*parts: bytes) -> str:
