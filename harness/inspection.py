@@ -10,6 +10,18 @@ from internvideo3.model.checkpoint import (
     weights_digest,
 )
 
+GPU_GB = {"24 GB": 24, "48 GB": 48, "80 GB": 80, "141 GB": 141}
+"""GPU memory in 10^9 bytes: consumer cards, L40S, A100/H100, H200."""
+
+RESERVE_BYTES = 4 * 10**9
+"""Left for activations and the CUDA context."""
+
+FORMS = {
+    "latent": "",
+    "prerope": ", rotated after reconstruction (cannot be absorbed)",
+    "released": ", the authors' released layout",
+}
+
 
 def describe(name: str) -> list[str]:
     """Lines on a checkpoint: layout, sizes, cache row, and which attention kernels fit it.
@@ -27,7 +39,18 @@ def describe(name: str) -> list[str]:
         *(_latent(info) if info.attention == "m2la" else _grouped(info)),
         f"cache       {bytes_bf16:,} bytes a token in bfloat16, all layers: "
         f"{share:.0%} of GQA of this shape",
+        f"context     most tokens beside the weights, in bfloat16: {_contexts(info, bytes_bf16)}",
     ]
+
+
+def _contexts(info: CheckpointInfo, bytes_per_token: int) -> str:
+    """Longest context by GPU memory: what weights and a reserve leave, over bytes a token."""
+    weights = 2 * info.parameters
+    fits = {
+        name: (size * 10**9 - weights - RESERVE_BYTES) // bytes_per_token
+        for name, size in GPU_GB.items()
+    }
+    return ", ".join(f"{max(0, tokens):,} on {name}" for name, tokens in fits.items())
 
 
 def _grouped(info: CheckpointInfo) -> list[str]:
@@ -40,7 +63,7 @@ def _latent(info: CheckpointInfo) -> list[str]:
     fit = "Triton kernels fit" if info.has_kernels else f"runs in torch; the kernels take {known}"
     return [
         f"attention   M²LA: latent rank {_short(info.latent_ranks)}, "
-        f"rotary key {_short(info.rope_widths)}",
+        f"rotary key {_short(info.rope_widths)}{FORMS[info.row_form]}",
         f"kernels     row width {_short(widths)}: {fit}",
     ]
 
