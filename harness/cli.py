@@ -669,6 +669,73 @@ def compare_stock_command(
             print(line)
 
 
+@app.command("convert")
+def convert_command(
+    source: Annotated[str, typer.Argument(help="GQA checkpoint: Qwen3-VL, Qwen3 or Llama-style.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the converted checkpoint; a new one.")],
+    preset: Annotated[
+        str, typer.Option(help="half, best, official, prerope, small, mla576 or full.")
+    ] = "half",
+    cache: Annotated[
+        float | None,
+        typer.Option(help="Share of the source's cached numbers, e.g. 0.75; else the preset's."),
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(help="A .txt file or a video to calibrate on. Repeatable. Default: shipped."),
+    ] = None,
+    held_out: Annotated[
+        Path | None, typer.Option(help="A .txt file to judge on. Default: shipped.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=16, help="Longest text in tokens.")] = 1024,
+    distil_minutes: Annotated[
+        float, typer.Option(min=0, help="Minutes of recovery by distillation from the source.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the labels drawn from the source.")] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="auto (the source's own), float32 or bfloat16.")
+    ] = "auto",
+    threads: ThreadsOption = 1,
+) -> None:
+    """Convert a GQA checkpoint to M²LA, and say how close the result is.
+
+    Work is kept in OUT.work layer by layer; an interrupted conversion continues when the same
+    command is repeated. OUT appears when it is whole, with conversion.json and conversion.html.
+
+    Presets: `half` (half the cache, exact QK-norm), `best` (also ranks by layer), `official` (the
+    authors' released layout, linear norm), `prerope` (closest to the source, but slower to
+    decode), `small` (a quarter), `mla576` (the row of public MLA kernels), `full` (no loss).
+
+    [bold]Examples[/bold]
+
+      internvideo3 convert scale:base converted
+
+      internvideo3 convert Qwen3-VL-8B-Instruct converted --preset best --calibration talk.mp4
+    """
+    with _errors_in_words(out.with_name(out.name + ".work")):
+        from internvideo3.harness.calibration import HELD_OUT_TEXT
+        from internvideo3.harness.convert import ConvertCommand, convert_checkpoint, lines
+
+        given = ConvertCommand(
+            source=source,
+            out=out,
+            preset=preset,
+            cache_share=cache,
+            calibration=tuple(calibration or ()),
+            held_out=held_out or HELD_OUT_TEXT,
+            tokens=tokens,
+            distil_minutes=distil_minutes,
+            seed=seed,
+            dtype=dtype,
+            threads=threads,
+            command=_command(),
+        )
+        with _bars() as advance:
+            report = convert_checkpoint(given, advance)
+        for line in lines(report, out):
+            print(line)
+
+
 @app.command("inspect")
 def inspect_command(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, or e.g. scale:m2la.")],

@@ -99,6 +99,7 @@ OPTIONS = {
     "device video plan memory layer threads",
     "demo": "full videos out root threads",
     "compare-stock": "model videos repeats out root threads",
+    "convert": "preset cache calibration held-out tokens distil-minutes seed dtype threads",
     "inspect": "",
     "world build": "root split videos sound workers",
     "world show": "index sample-id root split out",

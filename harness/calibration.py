@@ -1,0 +1,145 @@
+"""What `internvideo3 convert` calibrates on: text, and videos where the source sees.
+
+The shipped set is English prose (`texts/`) and drawn videos of the scale world with a question and
+its answer. Own files are `.txt` (a form feed separates documents) and videos.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.video_utils import VideoMetadata
+
+from internvideo3.tasks.video import read_frames
+from internvideo3.tasks.world.difficulty import FILE_FPS
+from internvideo3.tasks.world.paint import paint
+from internvideo3.tasks.world.questions import draw_question
+from internvideo3.tasks.world.scenes import draw_video
+
+Batch = dict[str, Any]
+
+TEXTS = Path(__file__).parent / "texts"
+DEFAULT_TEXT = TEXTS / "english.txt"
+HELD_OUT_TEXT = TEXTS / "held_out.txt"
+
+VIDEO_ENDINGS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+DRAWN_VIDEOS = 16
+DRAWN_FROM = 95 * 10**7
+"""First seed of drawn videos; no suite and no training batch of the scale world uses it."""
+DRAWN_SECONDS = (4, 8, 16)
+DRAWN_SIDE_PX = 64
+QUESTION_FAMILIES = ("motion", "colour", "order", "depth", "shape", "count")
+VIDEO_FPS, VIDEO_FRAMES = 1.0, 64
+VIDEO_REQUEST = "Describe in detail what happens in this video, in the order in which it happens."
+
+
+class CalibrationError(ValueError):
+    """A calibration set that cannot be used; says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """Turns files into model inputs."""
+
+    tokenizer: Any
+    processor: Any | None
+    """Of a source that sees; None for a text model."""
+    tokens: int
+    """Longest text in tokens. Each begins at the start of a document, as the model expects."""
+
+    def read(self, files: Sequence[Path]) -> list[Batch]:
+        """Model inputs of text files and videos.
+
+        Raises:
+            CalibrationError: a file is missing, empty or of another kind, or a video that a text
+                model cannot see.
+        """
+        batches: list[Batch] = []
+        for file in files:
+            if not file.is_file():
+                raise CalibrationError(f"no calibration file {file}; give .txt files or videos.")
+            if file.suffix == ".txt":
+                batches += self.texts(file)
+            elif file.suffix.lower() in VIDEO_ENDINGS:
+                batches.append(self._video_file(file))
+            else:
+                raise CalibrationError(
+                    f"{file} is neither text (.txt) nor a video ({', '.join(VIDEO_ENDINGS)})."
+                )
+        return batches
+
+    def default(self) -> list[Batch]:
+        """The shipped set."""
+        drawn = [] if self.processor is None else list(self._drawn())
+        return [*drawn, *self.texts(DEFAULT_TEXT)]
+
+    def texts(self, file: Path) -> list[Batch]:
+        """The documents of a text file, each cut to `tokens`.
+
+        Raises:
+            CalibrationError: the file is not UTF-8, or has no document of at least 16 tokens.
+        """
+        try:
+            documents = file.read_text(encoding="utf-8").split("\f")
+        except UnicodeDecodeError as error:
+            raise CalibrationError(f"{file} is not UTF-8 text ({error}).") from error
+        found = [self._text(document.strip()) for document in documents]
+        long_enough = [batch for batch in found if batch["input_ids"].shape[1] >= 16]
+        if not long_enough:
+            raise CalibrationError(f"{file} has no document of at least 16 tokens.")
+        return long_enough
+
+    def _text(self, document: str) -> Batch:
+        ids = self.tokenizer(document, return_tensors="pt")["input_ids"][:, : self.tokens]
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self.processor is not None:
+            batch["mm_token_type_ids"] = torch.zeros_like(ids)
+        return batch
+
+    def _video_file(self, file: Path) -> Batch:
+        if self.processor is None:
+            raise CalibrationError(f"{file} is a video, but the source reads text only.")
+        frames = read_frames(file, fps=VIDEO_FPS, max_frames=VIDEO_FRAMES)
+        metadata = VideoMetadata(
+            total_num_frames=frames.total_frames,
+            fps=frames.source_fps,
+            frames_indices=list(frames.indices),
+        )
+        return self._video(frames.pixels_THWC, metadata, VIDEO_REQUEST)
+
+    def _drawn(self) -> Iterator[Batch]:
+        """Questions about videos of the scale world."""
+        for index in range(DRAWN_VIDEOS):
+            rng = random.Random(f"convert/{index}")
+            seconds = DRAWN_SECONDS[index % len(DRAWN_SECONDS)]
+            spec = draw_video(DRAWN_FROM + index, seconds, "main")
+            times = np.arange(2 * seconds) / 2
+            metadata = VideoMetadata(
+                total_num_frames=seconds * FILE_FPS,
+                fps=FILE_FPS,
+                frames_indices=(times * FILE_FPS).astype(int).tolist(),
+            )
+            asked = (draw_question(spec, rng, family) for family in QUESTION_FAMILIES)
+            prompt = next((question.prompt for question in asked if question), VIDEO_REQUEST)
+            yield self._video(paint(spec, times, DRAWN_SIDE_PX), metadata, prompt)
+
+    def _video(self, pixels_THWC: Any, metadata: VideoMetadata, request: str) -> Batch:
+        assert self.processor is not None
+        content = [{"type": "video"}, {"type": "text", "text": request}]
+        prompt = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        inputs = self.processor(
+            text=[prompt],
+            videos=[torch.from_numpy(pixels_THWC).permute(0, 3, 1, 2)],
+            video_metadata=[metadata],
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
+        return dict(inputs)

@@ -1,0 +1,268 @@
+"""`internvideo3 convert`: a GQA checkpoint in, an M²LA checkpoint and a report out.
+
+Everything is checked before any work. The work folder beside the output holds what is finished, so
+the same command continues after an interruption; the output folder appears when it is whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internvideo3.harness import provenance
+from internvideo3.harness.calibration import HELD_OUT_TEXT, Reader
+from internvideo3.harness.store import write_json
+from internvideo3.model.checkpoint import (
+    ARCHITECTURES,
+    CheckpointError,
+    check_complete,
+    read_config,
+    read_json,
+    resolve_checkpoint,
+    torch_type,
+    weight_files,
+)
+from internvideo3.model.conversion.convert import Built, Job, check_fit
+from internvideo3.model.conversion.converted import save_converted
+from internvideo3.model.conversion.divergence import Agreement, Reference
+from internvideo3.model.conversion.norms import UNSAFE_CV
+from internvideo3.model.conversion.options import ConversionOptions, preset, share
+from internvideo3.model.conversion.recording import Progress, silent
+from internvideo3.model.conversion.recovery import recover
+from internvideo3.model.conversion.source import Source, check_config
+from internvideo3.reports.conversion import conversion_page
+
+PROCESSOR_FILES = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "*processor_config.json",
+)  # fmt: skip
+"""What an output takes from its source unchanged."""
+
+
+class ConvertError(ValueError):
+    """A conversion that cannot be done; says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertCommand:
+    """One convert command."""
+
+    source: str
+    """Checkpoint folder or name of a GQA model."""
+    out: Path
+    """Folder for the converted checkpoint; must not exist."""
+    preset: str = "half"
+    """Name of a preset."""
+    cache_share: float | None = None
+    """Share of the source's cached numbers, in place of the preset's."""
+    calibration: tuple[Path, ...] = ()
+    """Text files and videos; empty: the shipped set."""
+    held_out: Path = HELD_OUT_TEXT
+    """Text that the converted model is judged on."""
+    tokens: int = 1024
+    """Longest text in tokens."""
+    distil_minutes: float = 0.0
+    """Recovery after the conversion; 0: none."""
+    seed: int = 0
+    """Of the labels drawn from the source."""
+    dtype: str = "auto"
+    """Weights' type; "auto": the source's own."""
+    threads: int = 1
+    """CPU threads of torch."""
+    command: tuple[str, ...] = ()
+    """The command line, for the record."""
+
+    @property
+    def work(self) -> Path:
+        """Where unfinished work is."""
+        return self.out.with_name(self.out.name + ".work")
+
+
+def convert_checkpoint(given: ConvertCommand, progress: Progress = silent) -> dict[str, Any]:
+    """Converts a checkpoint and writes `conversion.json` and `conversion.html` beside it.
+
+    Returns:
+        What `conversion.json` holds.
+
+    Raises:
+        ValueError: the source, the options or the calibration set cannot be used; nothing is
+            written then.
+    """
+    torch.set_num_threads(given.threads)
+    path, config = check_source(given)
+    text = _text_of(config)
+    options = _options(given, text)
+    check_fit(options, text, has_norm=config["model_type"] != "llama")
+    source = load_source(path, config, given.dtype)
+    reader = _reader(path, config, given.tokens)
+    calibration = reader.read(given.calibration) if given.calibration else reader.default()
+    held_out = reader.texts(given.held_out)
+    job = Job.start(source, calibration, options, given.work, progress)
+    built = job.run()
+    built, recovery = _recover(job, built, given, progress)
+    progress("held-out text", 0, 1)
+    source.model.eval()
+    agreement = Reference.of(source, held_out).agreement(built.layers)
+    progress("held-out text", 1, 1)
+    report = _report(given, options, built, agreement)
+    report |= {"recovery": recovery, "calibration_divergence": job.divergence(built)}
+    _write(given, source, path, built, report)
+    return report
+
+
+def check_source(given: ConvertCommand) -> tuple[Path, dict[str, Any]]:
+    """Folder and configuration of a source that can be converted to a free place.
+
+    Raises:
+        ValueError: the output exists, or the source is missing, incomplete, or of a kind that
+            cannot be converted.
+    """
+    if given.out.exists():
+        raise ConvertError(f"{given.out} exists already; give another folder, or delete it.")
+    path = resolve_checkpoint(given.source)
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no config.json, so it is no checkpoint.")
+    config = read_json(file)
+    if config.get("model_type") in ARCHITECTURES:
+        config = read_config(path)  # the weights may show that it is latent already
+    check_config(config)
+    weight_files(path)
+    return path, config
+
+
+def _text_of(config: Mapping[str, Any]) -> Any:
+    """The source's text configuration."""
+    from transformers import CONFIG_MAPPING
+
+    kind = str(config["model_type"])
+    return CONFIG_MAPPING[kind].from_dict(dict(config)).get_text_config()
+
+
+def _options(given: ConvertCommand, text: Any) -> ConversionOptions:
+    options = replace(preset(given.preset, text), seed=given.seed)
+    if given.cache_share is None:
+        return options
+    if not 0 < given.cache_share <= 1:
+        raise ConvertError(f"a cache share of {given.cache_share} is not above 0, up to 1.")
+    return replace(options, row_width=share(text, given.cache_share).row_width)
+
+
+def load_source(path: Path, config: Mapping[str, Any], dtype: str) -> Source:
+    """The model that is converted.
+
+    Raises:
+        CheckpointError: its weights do not fit its configuration.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kind: Any = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
+    try:
+        model, found = kind.from_pretrained(
+            path,
+            dtype=dtype if dtype == "auto" else torch_type(dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    check_complete(path, found)
+    return Source.of(model.eval())
+
+
+def _reader(path: Path, config: Mapping[str, Any], tokens: int) -> Reader:
+    from transformers import AutoTokenizer, Qwen3VLProcessor
+
+    if "vision_config" in config:
+        processor = Qwen3VLProcessor.from_pretrained(path, local_files_only=True)
+        return Reader(tokenizer=processor.tokenizer, processor=processor, tokens=tokens)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return Reader(tokenizer=tokenizer, processor=None, tokens=tokens)
+
+
+def _recover(
+    job: Job, built: Built, given: ConvertCommand, progress: Progress
+) -> tuple[Built, dict[str, Any] | None]:
+    """Distils for the minutes that were asked for."""
+    if given.distil_minutes == 0:
+        return built, None
+    seconds = 60 * given.distil_minutes
+    layers, found = recover(job.reference(), built.layers, seconds=seconds, progress=progress)
+    return replace(built, layers=layers), asdict(found)
+
+
+def _report(
+    given: ConvertCommand, options: ConversionOptions, built: Built, agreement: Agreement
+) -> dict[str, Any]:
+    commit, dirty = provenance.revision()
+    return {
+        "command": list(given.command),
+        "made_at": provenance.now(),
+        "commit": commit,
+        "dirty": dirty,
+        "packages": provenance.packages(),
+        "source": given.source,
+        "preset": given.preset,
+        "options": asdict(options),
+        "cache_share": built.cache_share,
+        "held_out": {**asdict(agreement), "perplexity_ratio": agreement.perplexity_ratio},
+        "warnings": warnings_of(built, options),
+        "layers": [asdict(layer) for layer in built.reports],
+    }
+
+
+def warnings_of(built: Built, options: ConversionOptions) -> list[str]:
+    """What a reader of the report must not miss."""
+    if options.norm != "linear":
+        return []
+    unsafe = [
+        (max(found.key_cv + found.query_cv), layer.layer)
+        for layer in built.reports
+        if (found := layer.concentration) and max(found.key_cv + found.query_cv) > UNSAFE_CV
+    ]
+    if not unsafe:
+        return []
+    worst, layer = max(unsafe)
+    return [
+        f"The norm was replaced by a linear map, but {len(unsafe)} layers have heads whose rms "
+        f"varies by more than {UNSAFE_CV:.0%} (most: {worst:.0%} in layer {layer}). Errors of all "
+        "layers add up; compare the perplexity with that of an exact norm (preset `half`)."
+    ]
+
+
+def _write(
+    given: ConvertCommand, source: Source, path: Path, built: Built, report: Mapping[str, Any]
+) -> None:
+    """Writes the output beside its place and moves it there when it is whole."""
+    partial = given.work / "output"
+    shutil.rmtree(partial, ignore_errors=True)
+    save_converted(source, built.layers, built.shape, partial)
+    for pattern in PROCESSOR_FILES:
+        for file in path.glob(pattern):
+            shutil.copy2(file, partial / file.name)
+    write_json(partial / "conversion.json", report)
+    (partial / "conversion.html").write_text(conversion_page(report), encoding="utf-8")
+    partial.rename(given.out)
+    shutil.rmtree(given.work)
+
+
+def lines(report: Mapping[str, Any], out: Path) -> Sequence[str]:
+    """What the command says at its end."""
+    held_out = report["held_out"]
+    return [
+        f"wrote       {out}",
+        f"cache       {report['cache_share']:.0%} of the source's",
+        f"held out    perplexity {held_out['source_perplexity']:.2f} -> "
+        f"{held_out['perplexity']:.2f} (ratio {held_out['perplexity_ratio']:.3f}), "
+        f"KL {held_out['kl']:.4f}, same first choice {held_out['top1']:.1%}, "
+        f"{held_out['tokens']} tokens",
+        f"report      {out / 'conversion.html'}",
+        *(f"warning     {text}" for text in report["warnings"]),
+    ]

@@ -1,0 +1,224 @@
+"""`internvideo3 convert`: the shipped scale model in, a checkpoint and a report out; or words.
+
+Run: .venv/bin/python -m pytest tests/harness/test_convert.py -q
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from internvideo3.harness.calibration import DEFAULT_TEXT, HELD_OUT_TEXT, CalibrationError, Reader
+from internvideo3.harness.convert import ConvertCommand, convert_checkpoint, lines
+from internvideo3.harness.inspection import describe
+from internvideo3.model.checkpoint import load_model, resolve_checkpoint, weights_digest
+from internvideo3.model.scale.build import load_processor
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A short calibration text."""
+    file = tmp_path / "own.txt"
+    file.write_text("\f".join(DEFAULT_TEXT.read_text(encoding="utf-8").split("\f")[:2]))
+    return file
+
+
+@pytest.fixture
+def given(tmp_path: Path, text: Path) -> ConvertCommand:
+    return ConvertCommand(
+        source="scale:base",
+        out=tmp_path / "converted",
+        calibration=(text,),
+        tokens=256,
+        dtype="float32",
+        command=("internvideo3", "convert"),
+    )
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The scale model converted as the command line does by default."""
+    out = tmp_path_factory.mktemp("whole") / "converted"
+    report = convert_checkpoint(ConvertCommand(source="scale:base", out=out, dtype="float32"))
+    return out, report
+
+
+def test_the_output_is_a_checkpoint_with_a_report(
+    converted: tuple[Path, dict[str, Any]],
+) -> None:
+    out, report = converted
+    assert json.loads((out / "conversion.json").read_text()) == json.loads(json.dumps(report))
+    page = (out / "conversion.html").read_text()
+    assert "Layers" in page and "rotary slots" in page and "http" not in page
+    assert report["cache_share"] == 0.5 and len(report["layers"]) == 4
+    held_out = report["held_out"]
+    assert held_out["perplexity_ratio"] > 0.5 and 0 < held_out["kl"] < 5
+    assert held_out["tokens"] > 1000 and 0 < held_out["top1"] <= 1
+    assert all(0 < cv < 2 for layer in report["layers"] for cv in layer["concentration"]["key_cv"])
+    assert not out.with_name("converted.work").exists()
+    assert any("ratio" in line for line in lines(report, out))
+    model, processor = load_model(out, "cpu")
+    ids = processor.tokenizer("What moves?", return_tensors="pt")["input_ids"]
+    assert torch.isfinite(model(input_ids=ids).logits).all()
+    said = "\n".join(describe(str(out)))
+    assert "50% of GQA" in said and "on 80 GB" in said
+
+
+def test_a_stopped_conversion_continues(given: ConvertCommand) -> None:
+    """Stopped after a layer, the same command ends with the weights of an unbroken run."""
+    unbroken = replace(given, out=given.out.with_name("unbroken"))
+    convert_checkpoint(unbroken)
+
+    def stop(step: str, done: int, total: int) -> None:
+        if (step, done) == ("layers", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(given, stop)
+    assert not given.out.exists() and len(list(given.work.glob("result-*/*.json"))) == 3
+    before = {file: file.stat().st_mtime_ns for file in given.work.rglob("*.safetensors")}
+    touched = []
+
+    def watch(step: str, done: int, total: int) -> None:
+        touched.extend(file for file, when in before.items() if file.stat().st_mtime_ns != when)
+
+    convert_checkpoint(given, watch)
+    assert touched == [] and before
+    assert weights_digest(given.out) == weights_digest(unbroken.out)
+
+
+def test_a_work_folder_of_another_calibration_set_is_refused(
+    given: ConvertCommand, text: Path
+) -> None:
+    def stop(step: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(given, stop)
+    text.write_text("Other words that fill more than sixteen tokens, all of them new. " * 4)
+    with pytest.raises(ValueError, match="made with another calibration; delete it"):
+        convert_checkpoint(given)
+
+
+def test_recovery_brings_the_model_closer(given: ConvertCommand, text: Path) -> None:
+    before = convert_checkpoint(replace(given, cache_share=0.35, held_out=text))
+    again = replace(given, cache_share=0.35, held_out=text, out=given.out.with_name("recovered"))
+    after = convert_checkpoint(replace(again, distil_minutes=0.1))
+    assert after["recovery"]["steps"] >= 2
+    assert after["held_out"]["kl"] < before["held_out"]["kl"]
+
+
+def test_a_text_model_is_converted(given: ConvertCommand, tmp_path: Path) -> None:
+    """Llama-style: no vision, no QK-norm."""
+    tokenizer = load_processor().tokenizer
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    own = replace(given, source=str(tmp_path / "llama"), preset="full")
+    report = convert_checkpoint(own)
+    assert report["held_out"]["kl"] <= 1e-6 and report["held_out"]["top1"] >= 0.999
+    assert report["layers"][0]["concentration"] is None
+    model, _ = load_model(own.out, "cpu")
+    ids = torch.arange(20)[None]
+    want = LlamaForCausalLM.from_pretrained(tmp_path / "llama")(ids).logits
+    error = (model(ids).logits - want).abs().max() / want.abs().max()
+    assert error.item() <= 1e-5
+    halved = replace(own, preset="half", out=tmp_path / "halved")
+    assert convert_checkpoint(halved)["cache_share"] == 0.5
+
+
+def edited(folder: Path, **changes: Any) -> Path:
+    """A copy of the scale model with another config.json."""
+    shutil.copytree(resolve_checkpoint("scale:base"), folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"] |= changes
+    file.write_text(json.dumps(config))
+    return folder
+
+
+def bad_sources(tmp_path: Path) -> dict[str, Path | str]:
+    sliding = edited(tmp_path / "sliding", layer_types=["sliding_attention"] * 4)
+    pickled = edited(tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    lacking = edited(tmp_path / "lacking")
+    (lacking / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}})
+    )
+    other = edited(tmp_path / "other")
+    (other / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    return {
+        "sliding": sliding, "pickled": pickled, "lacking": lacking, "other": other,
+        "latent": "scale:m2la", "absent": tmp_path / "absent",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("which", "words"),
+    [
+        ("sliding", "sliding-window layers"),
+        ("pickled", "pickled weights only"),
+        ("lacking", "lacks 1 of its weight files .model-00002"),
+        ("other", "'gpt2' models cannot be converted"),
+        ("latent", "latent already"),
+        ("absent", "no checkpoint"),
+    ],
+)
+def test_a_bad_source_is_explained_before_any_work(
+    given: ConvertCommand, tmp_path: Path, which: str, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        convert_checkpoint(replace(given, source=str(bad_sources(tmp_path)[which])))
+    assert not given.out.exists() and not given.work.exists()
+
+
+def test_bad_options_are_explained_before_any_work(given: ConvertCommand, tmp_path: Path) -> None:
+    cases = {
+        "below the feasible minimum|no room": replace(given, cache_share=0.1),
+        "not above 0, up to 1": replace(given, cache_share=1.5),
+        "no preset 'hlf'": replace(given, preset="hlf"),
+        "exists already": replace(given, out=tmp_path),
+        "no calibration file": replace(given, calibration=(tmp_path / "none.txt",)),
+        "no weight type 'int3'": replace(given, dtype="int3"),
+    }
+    for words, case in cases.items():
+        with pytest.raises(ValueError, match=words):
+            convert_checkpoint(case)
+        assert not given.work.exists()
+
+
+def test_calibration_files_are_read_or_refused(tmp_path: Path) -> None:
+    reader = Reader(tokenizer=load_processor().tokenizer, processor=None, tokens=64)
+    batches = reader.texts(HELD_OUT_TEXT)
+    assert len(batches) == 6 and all(b["input_ids"].shape == (1, 64) for b in batches)
+    (tmp_path / "clip.mp4").write_bytes(b"")
+    (tmp_path / "short.txt").write_text("Too short.")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 40)
+    (tmp_path / "table.csv").write_text("a,b")
+    for name, words in {
+        "clip.mp4": "reads text only",
+        "short.txt": "no document of at least 16 tokens",
+        "latin.txt": "not UTF-8",
+        "table.csv": "neither text",
+    }.items():
+        with pytest.raises(CalibrationError, match=words):
+            reader.read([tmp_path / name])
+
+
+def test_calibration_and_held_out_text_share_no_section() -> None:
+    calibration, held_out = (
+        {part.strip() for part in file.read_text(encoding="utf-8").split("\f")}
+        for file in (DEFAULT_TEXT, HELD_OUT_TEXT)
+    )
+    assert not calibration & held_out
