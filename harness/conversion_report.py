@@ -14,6 +14,8 @@ import argparse
 import hashlib
 import json
 import logging
+import shlex
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Mapping
@@ -181,6 +183,9 @@ def _figures(options: ConversionOptions, built: Any, agreement: Agreement) -> di
 def measure(checkpoint: Path, work: Path, out: Path, seed: int, wanted: list[str]) -> None:
     """Computes the wanted rows of one seed that are not in the file."""
     report = read_json(out) if out.is_file() else _header()
+    command = shlex.join(["python", "-m", "internvideo3.harness.conversion_report", *sys.argv[1:]])
+    if command not in report["commands"]:
+        report["commands"].append(command)
     rows: dict[str, Any] = report["seeds"].setdefault(str(seed), {})
     laboratory: Laboratory | None = None
     for name in wanted:
@@ -200,7 +205,7 @@ def _header() -> dict[str, Any]:
     texts = {"calibration": DEFAULT_TEXT, "held out": HELD_OUT_TEXT}
     return {
         "what": "perplexity against the source on held-out English, before any training",
-        "command": "make conversion-report",
+        "commands": [],
         "commit": commit,
         "dirty": dirty,
         "made_at": provenance.now(),
