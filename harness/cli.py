@@ -245,6 +245,92 @@ def evaluate_command(
             _tell_run(summary, max_errors or 0)
 
 
+@app.command("ask")
+def ask_command(
+    video: Annotated[Path, typer.Argument(help="A video file; subtitles beside it are used.")],
+    question: Annotated[
+        str, typer.Argument(help='The question; options on lines of their own as "A. ...".')
+    ],
+    mode: Annotated[
+        str, typer.Option(help="direct: one look and one reply. agentic: looks again, calls tools.")
+    ] = "agentic",
+    model: ModelOption = "scale:m2la",
+    policy: Annotated[
+        str, typer.Option(help="Who acts: `controller` (rules), or `model` (its own tool calls).")
+    ] = "controller",
+    out: Annotated[Path, typer.Option(help="Folder for trace.json, trace.html, timings.json.")] = (
+        Path("ask")
+    ),
+    turns: Annotated[int, typer.Option(min=1, help="Most turns.")] = 8,
+    tool_calls: Annotated[int, typer.Option(min=0, help="Most tool calls.")] = 12,
+    tokens: Annotated[
+        int, typer.Option(min=512, help="Most tokens after the first look and the question.")
+    ] = 8192,
+    fps: Annotated[float, typer.Option(help="Frames a second of the first look.")] = 2.0,
+    max_frames: Annotated[int, typer.Option(min=4, help="Most frames of the first look.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one reply.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 for the likeliest reply.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampled replies.")] = 0,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1. Default: cuda if there is one.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, or auto (float32 on cpu).")
+    ] = "auto",
+    threads: ThreadsOption = 1,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder of tool results. Default: $IV3_AGENT_CACHE or the user's cache."),
+    ] = None,
+) -> None:
+    """Ask one question about one video, and write the rollout as a page.
+
+    The agent looks again where it saw least, hears, reads text and finds scenes with the tools of
+    `pip install 'internvideo3[agent]'`, checks that its answer rests on what was seen, and stops
+    at its budget. Equal commands write equal traces.
+
+    [bold]Examples[/bold]
+
+      internvideo3 ask film.mp4 "What is written on the door?"
+
+      internvideo3 ask film.mp4 "Who speaks first?" --mode direct
+
+      internvideo3 ask film.mp4 "Where does it end?" --model ./checkpoint --policy model --turns 12
+    """
+    with _errors_in_words(out):
+        from rich.console import Console
+
+        from internvideo3.harness.ask import AskOptions, ask
+        from internvideo3.harness.ask_live import live_view
+
+        options = AskOptions(
+            video=video,
+            question=question,
+            out=out,
+            model=model,
+            mode=_one_of("--mode", mode, ("direct", "agentic")),
+            policy=_one_of("--policy", policy, ("controller", "model")),
+            turns=turns,
+            tool_calls=tool_calls,
+            tokens=tokens,
+            fps=fps,
+            max_frames=max_frames,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            device=device,
+            dtype=_one_of("--dtype", dtype, ("auto", "float32", "bfloat16")),
+            threads=threads,
+            cache=cache,
+        )
+        with live_view(Console(stderr=True)) as watch:
+            asked = ask(options, watch)
+        for note in asked.notes:
+            print(f"Note: {note}", file=sys.stderr)
+        print(asked.answer)
+        print(f"Page: {asked.page.resolve()}")
+
+
 @app.command("suites")
 def suites_command(
     benchmark: Annotated[

@@ -1,0 +1,221 @@
+"""`ask`: a question about one video, answered directly or by the agent, with a trace of it all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from internvideo3.harness.settings import pixel_range
+
+if TYPE_CHECKING:
+    from internvideo3.harness.agent.perception import Eye, Sight
+    from internvideo3.harness.agent.rollout import Outcome, Policy, State
+    from internvideo3.harness.agent.tools.desk import Desk
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskOptions:
+    """What to ask, of which model, and what it may cost."""
+
+    video: Path
+    """The video file; subtitles beside it, of the same name, are used."""
+    question: str
+    """The question; options on lines of their own as "A. …"."""
+    out: Path
+    """Folder for trace.json, trace.html and timings.json."""
+    model: str = "scale:m2la"
+    """Checkpoint folder, or e.g. scale:m2la."""
+    mode: str = "agentic"
+    """direct, or agentic."""
+    policy: str = "controller"
+    """Who acts in agentic mode: controller (rules), or model (its own calls)."""
+    turns: int = 8
+    """Most turns."""
+    tool_calls: int = 12
+    """Most tool calls."""
+    tokens: int = 8_192
+    """Most tokens after the first look and the question."""
+    fps: float = 2.0
+    """Frames a second of the first look."""
+    max_frames: int = 64
+    """Most frames of the first look."""
+    max_new_tokens: int = 256
+    """Most tokens of one reply."""
+    temperature: float = 0.0
+    """0 for greedy replies."""
+    seed: int = 0
+    """Seed of sampled replies."""
+    device: str | None = None
+    """cpu, cuda; None for cuda if there is one."""
+    dtype: str = "auto"
+    """float32, bfloat16, or auto."""
+    threads: int = 1
+    """CPU threads."""
+    cache: Path | None = field(default=None)
+    """Folder that keeps results of tools; None for the user's cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What came of it."""
+
+    answer: str
+    trace: dict[str, Any]
+    page: Path
+    notes: tuple[str, ...]
+    """What could not be used, e.g. tools that are not installed."""
+
+
+Watch = Callable[["State"], None]
+
+
+def ask(options: AskOptions, watch: Watch = lambda _: None) -> Asked:
+    """Answers a question about a video and writes its trace.
+
+    Args:
+        options: what to ask.
+        watch: told of every step, for a live view.
+
+    Raises:
+        ValueError: the question is empty, or the video or the model cannot be read.
+    """
+    _check(options)
+    from internvideo3.harness.agent.perception import Eye
+    from internvideo3.harness.agent.tools.catalogue import TOOLS, cache_folder
+    from internvideo3.harness.agent.tools.desk import Desk
+    from internvideo3.harness.agent.trace import trace_of, write_json
+    from internvideo3.reports.trace import write_page
+    from internvideo3.tasks.decoder import IsolatedReader
+
+    reader = IsolatedReader()
+    with closing(reader), Desk(TOOLS, options.cache or cache_folder()) as desk:
+        eye = Eye(options.video, _sight(options), reader)
+        state, outcome = _run(options, eye, desk, watch)
+        trace = trace_of(state, outcome, _about(options))
+    write_json(options.out / "trace.json", trace)
+    write_json(options.out / "timings.json", desk.timings)
+    page = write_page(trace, options.out / "trace.html", video=options.video)
+    return Asked(answer=outcome.answer, trace=trace, page=page, notes=_notes(trace))
+
+
+def _check(options: AskOptions) -> None:
+    if not options.question.strip():
+        raise ValueError("the question is empty. Give it in quotes after the video.")
+    if not options.video.is_file():
+        raise ValueError(f"there is no video at {options.video}. Check the path.")
+
+
+def _run(options: AskOptions, eye: Eye, desk: Desk, watch: Watch) -> tuple[State, Outcome]:
+    """The rollout; a direct answer is one of a single turn without tools."""
+    import torch
+
+    from internvideo3.harness.agent.rollout import rollout
+    from internvideo3.model.checkpoint import load_model
+    from internvideo3.model.session import Session
+
+    torch.set_num_threads(options.threads)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # The video first: what is wrong with it is told before weights are read.
+    first = eye.first()
+    model, processor = load_model(options.model, device, _dtype(options.dtype, device))
+    session = Session(model, processor, media_options={"do_resize": False})
+    state = _state(options, session, eye, desk, first.duration_s)
+    return state, rollout(state, _policy(options), first, watch)
+
+
+def _dtype(asked: str, device: str) -> str:
+    return asked if asked != "auto" else ("float32" if device == "cpu" else "bfloat16")
+
+
+def _sight(options: AskOptions) -> Sight:
+    from internvideo3.harness.agent.perception import Sight
+    from internvideo3.model.checkpoint import read_config, resolve_checkpoint
+
+    checkpoint = resolve_checkpoint(options.model)
+    low, high = pixel_range(checkpoint)
+    vision = read_config(checkpoint)["vision_config"]
+    return Sight(
+        factor=vision["patch_size"] * vision["spatial_merge_size"],
+        min_pixels=low,
+        max_pixels=high,
+        fps=options.fps,
+        max_frames=options.max_frames,
+        zoom_frames=max(2, options.max_frames // 2),
+    )
+
+
+def _policy(options: AskOptions) -> Policy:
+    from internvideo3.harness.agent.policies import Controller, Direct, ModelPolicy
+    from internvideo3.model.session import Limits
+
+    limits = Limits(
+        max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed
+    )
+    if options.mode == "direct":
+        return Direct(limits)
+    return ModelPolicy(limits) if options.policy == "model" else Controller(limits)
+
+
+def _state(options: AskOptions, session: Any, eye: Eye, desk: Desk, duration_s: float) -> State:
+    from internvideo3.harness.agent.budget import Budget, Spending
+    from internvideo3.harness.agent.context import Context
+    from internvideo3.harness.agent.environment import Environment
+    from internvideo3.harness.agent.judging import options_of
+    from internvideo3.harness.agent.memory import Memory
+    from internvideo3.harness.agent.rollout import State
+    from internvideo3.harness.agent.routing import route
+
+    context, memory = Context(session), Memory(desk)
+    direct = options.mode == "direct"
+    budget = Budget(
+        turns=1 if direct else options.turns,
+        tool_calls=0 if direct else options.tool_calls,
+        tokens=options.tokens,
+    )
+    return State(
+        question=options.question,
+        options=options_of(options.question),
+        context=context,
+        environment=Environment(
+            video=options.video,
+            duration_s=duration_s,
+            desk=desk,
+            memory=memory,
+            context=context,
+        ),
+        eye=eye,
+        spending=Spending(budget=budget),
+        prior={} if direct else route(options.question, memory),
+    )
+
+
+def _about(options: AskOptions) -> dict[str, Any]:
+    with options.video.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    settings = asdict(options)
+    for name in ("video", "question", "out", "cache", "model", "mode"):
+        del settings[name]
+    return {
+        "mode": options.mode,
+        "model": options.model,
+        "video": {
+            "name": os.fsencode(options.video.name).decode("utf-8", "replace"),
+            "sha256": digest,
+        },
+        "settings": settings,
+    }
+
+
+def _notes(trace: dict[str, Any]) -> tuple[str, ...]:
+    if trace["mode"] == "direct":
+        return ()
+    return tuple(
+        f"{name} is off: {', '.join(missing)} not installed (pip install 'internvideo3[agent]')"
+        for name, missing in trace["tools"].items()
+        if missing
+    )
