@@ -125,7 +125,7 @@ def dequantised(wheels: Path, folder: Path) -> Path:
     )
     weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
     model.config.__dict__.pop("quantization_config", None)
-    plain = type(model)(model.config)
+    plain: Any = type(model)(model.config)
     plain.load_state_dict(weights, strict=False)
     AutoTokenizer.from_pretrained(where, **given).save_pretrained(folder)
     plain.to(torch.bfloat16).save_pretrained(folder)

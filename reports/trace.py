@@ -101,8 +101,8 @@ def _of_turn(rows: list[dict[str, Any]], turn: int) -> dict[str, Any] | None:
 
 def duration_s(trace: Mapping[str, Any]) -> float:
     """Seconds that the timeline spans: to the end of the last thing with a time."""
-    ends = [entry["span"][1] for entry in trace["entries"] if entry["span"]]
-    return max([*ends, *(item["span"][1] for item in trace["memory"]), 0.001])
+    ends = [float(entry["span"][1]) for entry in trace["entries"] if entry["span"]]
+    return max([*ends, *(float(item["span"][1]) for item in trace["memory"]), 0.001])
 
 
 def timeline(trace: Mapping[str, Any], length_s: float) -> list[Bar]:

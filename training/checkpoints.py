@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from torch.optim import Optimizer
 
 from internvideo3.training.processes import Processes
@@ -46,7 +47,7 @@ def save(
         part.mkdir(parents=True)
     group.wait()
     model, state = get_state_dict(policy, optimizer)
-    dcp.save({"model": model, "optimizer": state}, checkpoint_id=part, no_dist=group.count == 1)
+    save_state({"model": model, "optimizer": state}, checkpoint_id=part, no_dist=group.count == 1)
     group.wait()
     if group.first:
         (part / "progress.json").write_text(json.dumps(asdict(progress)) + "\n")
@@ -77,7 +78,7 @@ def resume(
         )
     model, state = get_state_dict(policy, optimizer)
     held: dict[str, Any] = {"model": model, "optimizer": state}
-    dcp.load(held, checkpoint_id=found[-1].parent, no_dist=group.count == 1)
+    load_state(held, checkpoint_id=found[-1].parent, no_dist=group.count == 1)
     set_state_dict(
         policy, optimizer, model_state_dict=held["model"], optim_state_dict=held["optimizer"]
     )

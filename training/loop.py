@@ -166,8 +166,8 @@ class Loop:
 
     def _note(self, step: int, totals: Totals, shown: dict[str, float], seconds: float) -> None:
         names = sorted(totals)
-        sums = torch.tensor([totals[name] for name in names], dtype=torch.float64).T
-        sums = self.group.total(sums.contiguous().to(self.group.device)).tolist()
+        mine = torch.tensor([totals[name] for name in names], dtype=torch.float64).T
+        sums = self.group.total(mine.contiguous().to(self.group.device)).tolist()
         row: dict[str, float] = {"step": step + 1}
         for name, total, count in zip(names, *sums, strict=True):
             row[name] = total / count if count else total

@@ -58,7 +58,7 @@ class Eye:
 
     def tokens(self, frames: Frames) -> int:
         """About how many tokens frames cost: two frames a step, and the step's time in words."""
-        count, height, width = frames.pixels_THWC.shape[:3]
+        count, height, width = map(int, frames.pixels_THWC.shape[:3])
         a_step = (height // self.sight.factor) * (width // self.sight.factor) + 12
         return (count + 1) // 2 * a_step
 

@@ -197,7 +197,7 @@ def write_call(state: State, action: Action) -> None:
     """Writes a call into the context, as the model would write it itself."""
     arguments = action.model_dump(exclude={"name"}, exclude_none=True, mode="json")
     call = json.dumps({"name": action.name, "arguments": arguments})
-    parts = [Control(CALL[0]), Quoted(call), Control(CALL[1])]
+    parts: list[Control | Quoted] = [Control(CALL[0]), Quoted(call), Control(CALL[1])]
     state.context.add(Kind.ACTION, "controller", parts, data={"call": json.loads(call)})
 
 

@@ -122,5 +122,5 @@ def _compare(head: nn.Linear, want_NX: Tensor, got_NX: Tensor, labels_N: Tensor)
 
 def log_probs(head: nn.Linear, hidden_NX: Tensor) -> Tensor:
     """Log-probabilities of all words, float32 or wider."""
-    logits = head(hidden_NX)
+    logits: Tensor = head(hidden_NX)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -97,7 +97,10 @@ def build_layer(
         layer: index into the configuration.
         attention: the source's attention layer.
     """
-    kinds = {"latent": LatentAttention, "prerope": PreropeAttention}
+    kinds: dict[str, type[LatentAttention | PreropeAttention]] = {
+        "latent": LatentAttention,
+        "prerope": PreropeAttention,
+    }
     weight = attention.o_proj.weight
     with torch.device(weight.device):
         built = kinds[config.row_form](config, layer).to(weight.dtype)

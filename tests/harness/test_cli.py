@@ -91,8 +91,8 @@ OPTIONS = {
     "eval": "model suite out check data preset subtitles thinking limit sample-id control split "
     "fps max-frames min-pixels max-pixels max-new-tokens batch device dtype threads shard "
     "processes frame-cache frame-cache-gb retry-errors max-errors profile root",
-    "ask": "mode model policy out turns tool-calls tokens fps max-frames max-new-tokens temperature "
-    "seed device dtype threads cache",
+    "ask": "mode model policy out turns tool-calls tokens fps max-frames max-new-tokens "
+    "temperature seed device dtype threads cache",
     "suites": "data",
     "score": "",
     "judge": "endpoint judge key-variable",

@@ -139,7 +139,8 @@ def card(work: Path) -> str:
         f"{vision['token_motion']:.2f}.",
         "",
         f"Machine: {platform.machine()}, two shared cores, no GPU; torch {torch.__version__}, "
-        f"transformers {transformers.__version__}. One run, seeds as above. Validation, exact answers:",
+        f"transformers {transformers.__version__}. One run, seeds as above. Validation, exact "
+        "answers:",
         "",
         "| family | " + " | ".join(NAMES) + " |",
         "|---|" + "---|" * len(NAMES),
