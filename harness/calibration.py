@@ -32,6 +32,9 @@ VIDEO_ENDINGS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 DRAWN_VIDEOS = 16
 DRAWN_FROM = 95 * 10**7
 """First seed of drawn videos; no suite and no training batch of the scale world uses it."""
+HELD_OUT_VIDEOS = 6
+HELD_OUT_FROM = DRAWN_FROM + 10**6
+"""First seed of the drawn videos that a conversion is judged on."""
 DRAWN_SECONDS = (4, 8, 16)
 DRAWN_SIDE_PX = 64
 QUESTION_FAMILIES = ("motion", "colour", "order", "depth", "shape", "count")
@@ -76,8 +79,14 @@ class Reader:
 
     def default(self) -> list[Batch]:
         """The shipped set."""
-        drawn = [] if self.processor is None else list(self._drawn())
+        drawn = [] if self.processor is None else list(self._drawn(DRAWN_FROM, DRAWN_VIDEOS))
         return [*drawn, *self.texts(DEFAULT_TEXT)]
+
+    def held_out_videos(self) -> list[Batch]:
+        """Drawn videos that are not in the default set; none for a text model."""
+        if self.processor is None:
+            return []
+        return list(self._drawn(HELD_OUT_FROM, HELD_OUT_VIDEOS))
 
     def texts(self, file: Path) -> list[Batch]:
         """The documents of a text file, each cut to `tokens`.
@@ -113,12 +122,12 @@ class Reader:
         )
         return self._video(frames.pixels_THWC, metadata, VIDEO_REQUEST)
 
-    def _drawn(self) -> Iterator[Batch]:
-        """Questions about videos of the scale world."""
-        for index in range(DRAWN_VIDEOS):
-            rng = random.Random(f"convert/{index}")
+    def _drawn(self, first: int, count: int) -> Iterator[Batch]:
+        """Videos of the scale world, each with a question and its answer."""
+        for index in range(count):
+            rng = random.Random(f"convert/{first + index}")
             seconds = DRAWN_SECONDS[index % len(DRAWN_SECONDS)]
-            spec = draw_video(DRAWN_FROM + index, seconds, "main")
+            spec = draw_video(first + index, seconds, "main")
             times = np.arange(2 * seconds) / 2
             metadata = VideoMetadata(
                 total_num_frames=seconds * FILE_FPS,
@@ -126,17 +135,22 @@ class Reader:
                 frames_indices=(times * FILE_FPS).astype(int).tolist(),
             )
             asked = (draw_question(spec, rng, family) for family in QUESTION_FAMILIES)
-            prompt = next((question.prompt for question in asked if question), VIDEO_REQUEST)
-            yield self._video(paint(spec, times, DRAWN_SIDE_PX), metadata, prompt)
+            said = next(
+                ((question.prompt, question.answer) for question in asked if question),
+                (VIDEO_REQUEST, ""),
+            )
+            yield self._video(paint(spec, times, DRAWN_SIDE_PX), metadata, *said)
 
-    def _video(self, pixels_THWC: Any, metadata: VideoMetadata, request: str) -> Batch:
+    def _video(
+        self, pixels_THWC: Any, metadata: VideoMetadata, request: str, reply: str = ""
+    ) -> Batch:
         assert self.processor is not None
         content = [{"type": "video"}, {"type": "text", "text": request}]
         prompt = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
         inputs = self.processor(
-            text=[prompt],
+            text=[prompt + reply],
             videos=[torch.from_numpy(pixels_THWC).permute(0, 3, 1, 2)],
             video_metadata=[metadata],
             do_sample_frames=False,

@@ -34,7 +34,7 @@ from internvideo3.model.conversion.norms import UNSAFE_CV
 from internvideo3.model.conversion.options import ConversionOptions, preset, share
 from internvideo3.model.conversion.recording import Progress, silent
 from internvideo3.model.conversion.recovery import recover
-from internvideo3.model.conversion.source import Source, check_config
+from internvideo3.model.conversion.source import Batch, Source, check_config
 from internvideo3.reports.conversion import conversion_page
 
 PROCESSOR_FILES = (
@@ -101,15 +101,19 @@ def convert_checkpoint(given: ConvertCommand, progress: Progress = silent) -> di
     source = load_source(path, config, given.dtype)
     reader = _reader(path, config, given.tokens)
     calibration = reader.read(given.calibration) if given.calibration else reader.default()
-    held_out = reader.texts(given.held_out)
+    held_out = {
+        "held_out": reader.texts(given.held_out),
+        "held_out_videos": reader.held_out_videos(),
+    }
     job = Job.start(source, calibration, options, given.work, progress)
     built = job.run()
     built, recovery = _recover(job, built, given, progress)
-    progress("held-out text", 0, 1)
     source.model.eval()
-    agreement = Reference.of(source, held_out).agreement(built.layers)
-    progress("held-out text", 1, 1)
-    report = _report(given, options, built, agreement)
+    agreements: dict[str, Agreement | None] = {}
+    for name, batches in held_out.items():
+        agreements[name] = _agreement(source, batches, built)
+        progress("held-out data", len(agreements), len(held_out))
+    report = _report(given, options, built, agreements, len(reader.tokenizer))
     report |= {"recovery": recovery, "calibration_divergence": job.divergence(built)}
     _write(given, source, path, built, report)
     return report
@@ -198,10 +202,21 @@ def _recover(
     return replace(built, layers=layers), asdict(found)
 
 
+def _agreement(source: Source, batches: Sequence[Batch], built: Built) -> Agreement | None:
+    """The converted layers beside the source; None without data."""
+    return Reference.of(source, batches).agreement(built.layers) if batches else None
+
+
 def _report(
-    given: ConvertCommand, options: ConversionOptions, built: Built, agreement: Agreement
+    given: ConvertCommand,
+    options: ConversionOptions,
+    built: Built,
+    agreements: Mapping[str, Agreement | None],
+    vocabulary: int,
 ) -> dict[str, Any]:
     commit, dirty = provenance.revision()
+    text = agreements["held_out"]
+    assert text is not None
     return {
         "command": list(given.command),
         "made_at": provenance.now(),
@@ -212,10 +227,23 @@ def _report(
         "preset": given.preset,
         "options": asdict(options),
         "cache_share": built.cache_share,
-        "held_out": {**asdict(agreement), "perplexity_ratio": agreement.perplexity_ratio},
-        "warnings": warnings_of(built, options),
+        **{
+            name: found and {**asdict(found), "perplexity_ratio": found.perplexity_ratio}
+            for name, found in agreements.items()
+        },
+        "warnings": [*_of_text(text, vocabulary), *warnings_of(built, options)],
         "layers": [asdict(layer) for layer in built.reports],
     }
+
+
+def _of_text(text: Agreement, vocabulary: int) -> list[str]:
+    if text.source_perplexity < vocabulary:
+        return []
+    return [
+        "The source itself does not know the held-out text (perplexity "
+        f"{text.source_perplexity:,.0f}; guessing among its tokens has {vocabulary:,}). "
+        "That ratio says nothing; give a text of its kind with --held-out."
+    ]
 
 
 def warnings_of(built: Built, options: ConversionOptions) -> list[str]:
@@ -255,14 +283,20 @@ def _write(
 
 def lines(report: Mapping[str, Any], out: Path) -> Sequence[str]:
     """What the command says at its end."""
-    held_out = report["held_out"]
+    videos = report["held_out_videos"]
     return [
         f"wrote       {out}",
         f"cache       {report['cache_share']:.0%} of the source's",
-        f"held out    perplexity {held_out['source_perplexity']:.2f} -> "
-        f"{held_out['perplexity']:.2f} (ratio {held_out['perplexity_ratio']:.3f}), "
-        f"KL {held_out['kl']:.4f}, same first choice {held_out['top1']:.1%}, "
-        f"{held_out['tokens']} tokens",
+        f"text        {_in_words(report['held_out'])}",
+        *([f"video       {_in_words(videos)}"] if videos else []),
         f"report      {out / 'conversion.html'}",
         *(f"warning     {text}" for text in report["warnings"]),
     ]
+
+
+def _in_words(found: Mapping[str, Any]) -> str:
+    return (
+        f"held out: perplexity {found['source_perplexity']:.2f} -> {found['perplexity']:.2f} "
+        f"(ratio {found['perplexity_ratio']:.3f}), KL {found['kl']:.4f}, "
+        f"same first choice {found['top1']:.1%}, {found['tokens']} tokens"
+    )

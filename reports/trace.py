@@ -7,6 +7,7 @@ escaped here and nothing on the page can run.
 import base64
 import hashlib
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,9 @@ def render(trace: Mapping[str, Any], video: Path | None = None) -> str:
     )
     environment.filters["cut"] = cut
     style = "".join((TEMPLATES / name).read_text("utf-8") for name in ("report.css", "trace.css"))
-    camera = Thumbnailer(IMAGE_BUDGET_BYTES)
     length_s = duration_s(trace)
+    with closing(Thumbnailer(IMAGE_BUDGET_BYTES)) as camera:
+        pictures = _pictures(trace, video, camera, length_s)
     return environment.get_template("trace.html.jinja").render(
         trace=trace,
         style=Markup(style),
@@ -71,7 +73,7 @@ def render(trace: Mapping[str, Any], video: Path | None = None) -> str:
         width=WIDTH,
         length_s=length_s,
         turns=by_turn(trace),
-        pictures=_pictures(trace, video, camera, length_s),
+        pictures=pictures,
         failed=sorted(camera.failed.values()),
     )
 

@@ -61,6 +61,9 @@ def test_the_output_is_a_checkpoint_with_a_report(
     held_out = report["held_out"]
     assert held_out["perplexity_ratio"] > 0.5 and 0 < held_out["kl"] < 5
     assert held_out["tokens"] > 1000 and 0 < held_out["top1"] <= 1
+    videos = report["held_out_videos"]
+    assert 0 < videos["kl"] < 0.3 and 0.8 < videos["perplexity_ratio"] < 1.25
+    assert "does not know the held-out text" in report["warnings"][0]
     assert all(0 < cv < 2 for layer in report["layers"] for cv in layer["concentration"]["key_cv"])
     assert not out.with_name("converted.work").exists()
     assert any("ratio" in line for line in lines(report, out))
@@ -128,7 +131,7 @@ def test_a_text_model_is_converted(given: ConvertCommand, tmp_path: Path) -> Non
     own = replace(given, source=str(tmp_path / "llama"), preset="full")
     report = convert_checkpoint(own)
     assert report["held_out"]["kl"] <= 1e-6 and report["held_out"]["top1"] >= 0.999
-    assert report["layers"][0]["concentration"] is None
+    assert report["layers"][0]["concentration"] is None and report["held_out_videos"] is None
     model, _ = load_model(own.out, "cpu")
     ids = torch.arange(20)[None]
     want = LlamaForCausalLM.from_pretrained(tmp_path / "llama")(ids).logits
