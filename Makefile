@@ -22,8 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## Install, run the whole pipeline at scale size, say where the page is
 	$(BIN)/internvideo3 demo --out demo
 
-test: $(STAMP)  ## Run the tests
-	$(BIN)/python -m pytest $(ARGS)
+# By files, since a file's tests share their models and worlds.
+test: $(STAMP)  ## Run the tests, a process for each core, at most four
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: $(STAMP)  ## Lint and type-check
 	$(BIN)/ruff check .

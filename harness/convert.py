@@ -6,8 +6,10 @@ the same command continues after an interruption; the output folder appears when
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,7 @@ def convert_checkpoint(given: ConvertCommand, progress: Progress = silent) -> di
     path, config = check_source(given)
     text = _text_of(config)
     options = _options(given, text)
+    _check_files(given)
     check_fit(options, text, has_norm=config["model_type"] != "llama")
     source = load_source(path, config, given.dtype)
     reader = _reader(path, config, given.tokens)
@@ -105,8 +108,9 @@ def convert_checkpoint(given: ConvertCommand, progress: Progress = silent) -> di
         "held_out": reader.texts(given.held_out),
         "held_out_videos": reader.held_out_videos(),
     }
-    job = Job.start(source, calibration, options, given.work, progress)
-    built = job.run()
+    with _writing_in_words(given.work):
+        job = Job.start(source, calibration, options, given.work, progress)
+        built = job.run()
     built, recovery = _recover(job, built, given, progress)
     source.model.eval()
     agreements: dict[str, Agreement | None] = {}
@@ -115,8 +119,37 @@ def convert_checkpoint(given: ConvertCommand, progress: Progress = silent) -> di
         progress("held-out data", len(agreements), len(held_out))
     report = _report(given, options, built, agreements, len(reader.tokenizer))
     report |= {"recovery": recovery, "calibration_divergence": job.divergence(built)}
-    _write(given, source, path, built, report)
+    with _writing_in_words(given.work):
+        _write(given, source, path, built, report)
     return report
+
+
+def _check_files(given: ConvertCommand) -> None:
+    """Refuses texts that are not there and a place that cannot be written to."""
+    for file in (*given.calibration, given.held_out):
+        if not file.is_file():
+            raise ConvertError(f"there is no file {file} to calibrate or judge on.")
+    place = next(folder for folder in given.out.absolute().parents if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ConvertError(f"{given.out} cannot be made: {place} is no folder one may write to.")
+
+
+@contextmanager
+def _writing_in_words(work: Path) -> Iterator[None]:
+    """Says what to do when weights cannot be written, as on a full disk.
+
+    Raises:
+        OSError: with the folder and the cause.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(
+            f"{work} cannot be written: {error}. Free space or choose another place; the same "
+            "command then continues."
+        ) from error
 
 
 def check_source(given: ConvertCommand) -> tuple[Path, dict[str, Any]]:
