@@ -94,6 +94,7 @@ OPTIONS = {
     "ask": "mode model policy out turns tool-calls tokens fps max-frames max-new-tokens "
     "temperature seed device dtype threads cache",
     "suites": "data",
+    "train": "out model threads plan gpus",
     "score": "",
     "judge": "endpoint judge key-variable",
     "report": "out title",
