@@ -286,8 +286,8 @@ def ask_command(
     """Ask one question about one video, and write the rollout as a page.
 
     The agent looks again where it saw least, hears, reads text and finds scenes with the tools of
-    `pip install 'internvideo3\\[agent]'`, checks that its answer rests on what was seen, and stops
-    at its budget. Equal commands write equal traces.
+    the `agent` extra, checks that its answer rests on what was seen, and stops at its budget. Equal
+    commands write equal traces.
 
     [bold]Examples[/bold]
 

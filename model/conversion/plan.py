@@ -112,7 +112,16 @@ def build_layer(
         for modality, adapter in enumerate(plan.adapters):
             built.adapter_weight[modality].copy_(adapter.weight_RR)
             built.adapter_bias[modality].copy_(adapter.bias_R)
-    return built.requires_grad_(False).eval()
+    _freeze(built, attention)
+    return built.eval()
+
+
+def _freeze(built: RowAttention, attention: Any) -> None:
+    """Freezes what was made here; the source's own parameters stay as trainable as they were."""
+    shared = {id(parameter) for parameter in attention.parameters()}
+    for parameter in built.parameters():
+        if id(parameter) not in shared:
+            parameter.requires_grad_(False)
 
 
 def _fill_projections(

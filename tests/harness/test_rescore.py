@@ -20,14 +20,16 @@ REPLIES = (
     "?",
 )
 _CODE = """
-import json, resource, sys, time
+import json, re, sys, time
 from pathlib import Path
 from internvideo3.harness.rescore import rescore
 started, before = time.perf_counter(), time.process_time()
 result = rescore(Path(sys.argv[1]))
 used = time.process_time() - before
 heavy = sorted({"torch", "transformers", "lmms_eval", "decord", "numpy"} & set(sys.modules))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss: a child starts with what its parent, the test process, had used.
+status = Path("/proc/self/status").read_text()
+peak = int(re.search(r"VmHWM:[ \\t]*([0-9]+) kB", status).group(1)) * 1024
 print(json.dumps({"cpu_s": used, "wall_s": time.perf_counter() - started, "peak_bytes": peak,
                   "heavy": heavy, "n": {name: one["n"] for name, one in result.items()}}))
 """

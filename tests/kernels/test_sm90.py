@@ -41,9 +41,11 @@ def test_every_shipped_kernel_passes() -> None:
 
 
 def test_the_main_decode_kernel_passes() -> None:
-    (found,) = compile_set("shipped", "latent_decode-1024").values()
-    assert found["faults"] == []
-    assert found["hgmma"] > 0
+    forms = compile_set("shipped", "latent_decode-1024")
+    assert "latent_decode-1024" in forms
+    for found in forms.values():
+        assert found["faults"] == []
+        assert found["hgmma"] > 0
 
 
 def test_a_tile_too_large_fails_the_gate() -> None:

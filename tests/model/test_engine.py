@@ -131,6 +131,7 @@ def test_other_rows_decode_too(frames: Any, row_form: str) -> None:
     text.row_form, text.rope_slot_frequencies, text.modality_adapters = row_form, None, False
     text.rope_slots = text.head_dim // 2 if row_form == "released" else 0
     text.qk_norm = "linear" if row_form == "released" else "exact"
+    text.initializer_range = 0.3  # at the usual one a random model repeats a single token
     torch.manual_seed(0)
     model = InternVideo3ForConditionalGeneration(config).eval()
     processor = load_model("scale:m2la", "cpu", "float32")[1]
