@@ -880,7 +880,7 @@ def _errors_in_words(out: Path) -> Iterator[None]:
         raise
     except KeyboardInterrupt:
         print(
-            f"\nStopped. Everything answered so far is kept in {out}; "
+            f"\nStopped. Everything finished so far is kept in {out}; "
             "repeat the same command to continue.",
             file=sys.stderr,
         )

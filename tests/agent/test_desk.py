@@ -76,8 +76,8 @@ def test_a_misbehaving_tool_is_a_result(desk: Desk, how: str, error: str, said: 
 def test_a_hanging_tool_is_killed_at_its_limit(desk: Desk) -> None:
     result = desk.call("quick", {"how": "hang"})
     assert result.error == "timeout" and "more than 2 s" in result.message
-    # Its sleep is 600 s; the machine may be slow.
-    assert desk.timings[0]["seconds"] < 60
+    # Two seconds for the call, the rest for starting and killing a process.
+    assert desk.timings[0]["seconds"] < 8
 
 
 def test_what_a_tool_prints_is_no_reply(desk: Desk) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from internvideo3.harness.calibration import DEFAULT_TEXT, HELD_OUT_TEXT, CalibrationError, Reader
 from internvideo3.harness.convert import ConvertCommand, convert_checkpoint, lines
@@ -134,23 +134,27 @@ def test_recovery_brings_the_model_closer(given: ConvertCommand, text: Path) -> 
     assert after["held_out"]["kl"] < before["held_out"]["kl"]
 
 
-def test_a_text_model_is_converted(given: ConvertCommand, tmp_path: Path) -> None:
-    """Llama-style: no vision, no QK-norm."""
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config])
+def test_a_text_model_is_converted(
+    kind: type[PreTrainedConfig], given: ConvertCommand, tmp_path: Path
+) -> None:
+    """No vision; Llama-style without QK-norm, Qwen3 with it."""
     tokenizer = load_processor().tokenizer
-    config = LlamaConfig(
+    config = kind(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    tokenizer.save_pretrained(tmp_path / "llama")
-    own = replace(given, source=str(tmp_path / "llama"), preset="full")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    own = replace(given, source=str(tmp_path / "source"), preset="full")
     report = convert_checkpoint(own)
     assert report["held_out"]["kl"] <= 1e-6 and report["held_out"]["top1"] >= 0.999
-    assert report["layers"][0]["concentration"] is None and report["held_out_videos"] is None
+    assert (report["layers"][0]["concentration"] is None) == (kind is LlamaConfig)
+    assert report["held_out_videos"] is None
     model, _ = load_model(own.out, "cpu")
     ids = torch.arange(20)[None]
-    want = LlamaForCausalLM.from_pretrained(tmp_path / "llama")(ids).logits
+    want = AutoModelForCausalLM.from_pretrained(tmp_path / "source")(ids).logits
     error = (model(ids).logits - want).abs().max() / want.abs().max()
     assert error.item() <= 1e-5
     halved = replace(own, preset="half", out=tmp_path / "halved")
