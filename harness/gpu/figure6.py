@@ -4,8 +4,9 @@
 
 Decoding is timed in the middle of a reply of 16K tokens, 256 steps three times at each length, and
 the reply's time is extrapolated: such rows and their figure say "integrated". The full form is
-`internvideo3 profile --workload figure6` and takes GPU-hours. Needs torch, triton and transformers,
-to draw matplotlib; nothing is downloaded. ``--device cpu`` rehearses it on a tiny shape.
+`internvideo3 profile --workload figure6` and takes GPU-hours. ``--prefill`` times true prefills
+instead, once each, and a short reply after each. Needs torch, triton and transformers, to draw
+matplotlib; nothing is downloaded. ``--device cpu`` rehearses it on a tiny shape.
 """
 
 import argparse
@@ -18,9 +19,11 @@ from internvideo3.harness.profile.command import ProfileOptions, profile
 from internvideo3.harness.profile.workload import FIGURE6, Workload, changed, read_workload
 
 
-def quick(device: str) -> Workload:
+def quick(device: str, *, prefill: bool = False) -> Workload:
     """The workload: Figure 6's lengths, or a tiny shape to rehearse with."""
     given: dict[str, Any] = {"runners": ["engine"], "fill": "random", "warmups": 0, "repeats": 3}
+    if prefill:
+        given |= {"fill": "prefill", "repeats": 1, "new_tokens": 64}
     if device == "cpu":
         tiny: dict[str, Any] = {
             "models": ["random:tiny-gqa", "random:tiny-m2la"],
@@ -28,12 +31,14 @@ def quick(device: str) -> Workload:
         }
         small: dict[str, Any] = {
             "new_tokens": 4,
-            "integrate": 16,
             "chunks": 64,
             "dtypes": "float32",
         }
+        small |= {} if prefill else {"integrate": 16}
         return changed(read_workload(FIGURE6), given | tiny | small)
-    return changed(read_workload(FIGURE6), given | {"new_tokens": 256, "integrate": 16384})
+    if not prefill:
+        given |= {"new_tokens": 256, "integrate": 16384}
+    return changed(read_workload(FIGURE6), given)
 
 
 def main() -> None:
@@ -43,9 +48,18 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=300.0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--draw-only", action="store_true", help="draw what is there already")
+    parser.add_argument("--prefill", action="store_true", help="time prefills instead")
+    parser.add_argument("--contexts", type=int, nargs="+", help="other lengths than the figure's")
+    parser.add_argument("--models", nargs="+", help="other models than the figure's")
+    parser.add_argument("--caches", nargs="+", help="native, fp8 (M²LA only)")
+    parser.add_argument("--runners", nargs="+", help="engine, sdpa, flash, static")
     given = parser.parse_args()
+    names = ("contexts", "models", "caches", "runners")
+    workload = changed(
+        quick(given.device, prefill=given.prefill), {name: getattr(given, name) for name in names}
+    )
     options = ProfileOptions(
-        workload=quick(given.device), out=given.out, device=given.device, budget_s=given.budget_s
+        workload=workload, out=given.out, device=given.device, budget_s=given.budget_s
     )
     if given.draw_only:
         runs = [options.run_of(name) for name in options.workload.models]

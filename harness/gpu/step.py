@@ -1,0 +1,104 @@
+"""Where a decode step's time goes: GPU seconds of each kernel in one captured step.
+
+    python -m internvideo3.harness.gpu.step --out step.json --contexts 32768 131072
+
+The 8B shape with random weights and a random cache, as in Figure 6's quick form. Replays of the
+captured step are recorded by torch's profiler; `step_s` is timed without it. What is left when the
+kernels' time is taken off is gaps between kernels.
+"""
+
+import argparse
+import functools
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import DeviceType, ProfilerActivity
+
+from internvideo3.harness.gpu.measure import Results, release, say
+from internvideo3.harness.profile.runners import Clock, EngineRunner
+from internvideo3.harness.profile.subjects import Subject, load
+
+MODELS = ("random:8b-gqa", "random:8b-m2la")
+TIMED, RECORDED = 64, 4
+SHOWN = 8
+
+
+def examine(subject: Subject, context: int, *, fp8: bool) -> dict[str, Any]:
+    """Time a step with so many tokens cached, then record its kernels."""
+    runner = EngineRunner(subject, 1, 0, fp8=fp8)
+    steps = TIMED + RECORDED
+    logits_1Y = runner.fill(context, steps)
+    clock = Clock(runner.device)
+    runner.decode(logits_1Y, TIMED, clock)
+    engine = runner._engine
+    assert engine is not None, "decoded above"
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(RECORDED):
+            engine.advance()
+        torch.cuda.synchronize()
+    seconds: dict[str, float] = defaultdict(float)
+    launches: dict[str, int] = defaultdict(int)
+    for event in recorded.events():
+        if event.device_type == DeviceType.CUDA:
+            seconds[event.name] += event.device_time_total / 1e6 / RECORDED
+            launches[event.name] += 1
+    step_s = statistics.median(clock.seconds())
+    kernels = [
+        {"name": name[:80], "seconds": seconds[name], "launches": launches[name] // RECORDED}
+        for name in sorted(seconds, key=lambda n: -seconds[n])
+    ]
+    return {
+        "step_s": step_s,
+        "kernels_s": sum(seconds.values()),
+        "launches": sum(launches.values()) // RECORDED,
+        "weight_bytes": runner.step_bytes(),
+        "cache_bytes": subject.bytes_per_token * context,
+        "kernels": kernels,
+    }
+
+
+def main() -> None:
+    """Measure each model at each length, with rows in fp8 where there are latents."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[32768, 131072])
+    parser.add_argument("--budget-s", type=float, default=100.0)
+    given = parser.parse_args()
+    device = torch.device("cuda")
+    results = Results(given.out, device, given.budget_s)
+    results.ceilings(device)
+    for name in MODELS:
+        measure(results, load(name, device, "bfloat16"), given.contexts)
+        release()
+    results.close()
+
+
+def measure(results: Results, subject: Subject, contexts: Sequence[int]) -> None:
+    """Every length of one model, latents in both number formats."""
+    for fp8 in (False, True) if subject.attention == "m2la" else (False,):
+        for context in contexts:
+            key = f"{subject.name}{' fp8' if fp8 else ''}/{context}"
+            point = results.point(key, functools.partial(examine, subject, context, fp8=fp8))
+            report(key, point, results.data["ceilings"]["copy_bytes_per_s"])
+
+
+def report(key: str, point: dict[str, Any] | None, copy_bytes_per_s: float) -> None:
+    """Say a step's time, its share of the roofline, and the kernels that take most of it."""
+    if point is None or point["status"] != "ok":
+        say(f"{key}: {'not run, budget spent' if point is None else point}")
+        return
+    ideal_s = (point["weight_bytes"] + point["cache_bytes"]) / copy_bytes_per_s
+    say(
+        f"{key}: {1e3 * point['step_s']:.3f} ms, {ideal_s / point['step_s']:.1%} of the roofline, "
+        f"kernels {1e3 * point['kernels_s']:.3f} ms in {point['launches']} launches"
+    )
+    for kernel in point["kernels"][:SHOWN]:
+        say(f"    {1e3 * kernel['seconds']:8.3f} ms {kernel['launches']:5} x {kernel['name']}")
+
+
+if __name__ == "__main__":
+    main()
