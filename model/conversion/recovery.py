@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -36,6 +36,7 @@ class Recovery:
 
     steps: int
     seconds: float
+    """By the clock that was given."""
     losses: list[float]
     """KL of each step's batch, in nats."""
 
@@ -45,6 +46,7 @@ def recover(
     layers: Sequence[RowAttention],
     *,
     seconds: float,
+    clock: Callable[[], float] = time.monotonic,
     progress: Progress = silent,
 ) -> tuple[list[RowAttention], Recovery]:
     """Trains copies of the converted layers, round after round over the batches, for a while.
@@ -52,7 +54,8 @@ def recover(
     Args:
         reference: the source and its hidden states.
         layers: converted layers, in the order of the source's.
-        seconds: wall-clock limit; the step under way is finished.
+        seconds: limit by `clock`; the step under way is finished.
+        clock: wall time, or `time.process_time` where other work shares the processors.
         progress: called after every step, in seconds.
     """
     # Copies: an untrained layer's projections are the source's own modules.
@@ -61,9 +64,9 @@ def recover(
     groups = [{"params": [p], "lr": RELATIVE_RATE * _spread(p)} for p in owned]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
     rates = [group["lr"] for group in optimiser.param_groups]
-    started, losses = time.monotonic(), list[float]()
+    started, losses = clock(), list[float]()
     with _training(reference, owned):
-        while (used := time.monotonic() - started) < seconds:
+        while (used := clock() - started) < seconds:
             warm = min(1.0, (len(losses) + 1) / WARMUP_STEPS)
             factor = warm * 0.5 * (1 + math.cos(math.pi * used / seconds))
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
@@ -71,8 +74,8 @@ def recover(
             losses.append(_step(reference, layers, len(losses) % len(reference.batches)))
             optimiser.step()
             optimiser.zero_grad()
-            progress("recovery", int(min(seconds, time.monotonic() - started)), int(seconds))
-    return layers, Recovery(len(losses), time.monotonic() - started, losses)
+            progress("recovery", int(min(seconds, clock() - started)), int(seconds))
+    return layers, Recovery(len(losses), clock() - started, losses)
 
 
 def _spread(parameter: Tensor) -> float:
