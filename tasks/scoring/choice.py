@@ -10,18 +10,25 @@ _LONE = re.compile(r"[(\[<{\"']?\s*([A-Za-z])\s*[)\]>}\"']?\s*[.:,;)]?\s*", re.A
 _LEAD_BRACKET = re.compile(r"[(\[]\s*([A-Za-z])\s*[)\]]", re.ASCII)
 _LEAD_MARK = re.compile(r"([A-Za-z])\s*[).:](?=\s|$)", re.ASCII)
 _NEGATED = re.compile(
-    r"\b(?:not|isn't|rather than|instead of|neither|nor)\s+(?:option\s+)?[(\[]?[A-Z][)\]]?(?!\w)",
+    r"\b(?:not|isn't|rather than|instead of|neither|nor)\s+(?:option\s+)?[(\[]?[A-Z][)\]]?(?!\w)"
+    r"|(?<![\w'’])[(\[]?[A-Z][)\]]?\s+is\s+(?:not|wrong|incorrect|false)\b",
     re.ASCII | re.IGNORECASE,
+)
+_LEAD_REASON = re.compile(
+    r"([A-Z])(?:\s+(?:because|since|as|due|given|for)\b|\s*[,;]\s+(?![(\[]?[A-Z][)\]]?(?!\w))"
+    r"|\s*[–—]|\s+-)",
+    re.ASCII,
 )
 _STATED = re.compile(
     r"(?:\b(?:answer|option|choice|choose|select|pick)(?:\s+(?:is|would be|should be))?\s*[:=]?"
     r"|\b(?:it is|it's|is)\b)"
     r"\s*(?:option\s+|choice\s+)?"
-    r"(?:[(\[]\s*([A-Za-z])\s*[)\]]|([A-Z])(?![\w'’])|([a-z])(?=\s*(?:[.:,;!)]|$)))",
+    r"(?:[(\[]\s*([A-Za-z])\s*[)\]]|((?-i:[A-Z]))(?![\w'’])|([a-z])(?=\s*(?:[.:,;!)]|$)))",
     re.ASCII | re.IGNORECASE,
 )
 _BRACKETED = re.compile(r"[(\[]\s*([A-Z])\s*[)\]]", re.ASCII)
-_STANDALONE = re.compile(r"(?<![\w'’])([A-Z])(?![\w'’])", re.ASCII)
+_STANDALONE = re.compile(r"(?<![\w'’])([A-Z])(?![\w'’+]|-\w)", re.ASCII)
+_AFTER_ANSWER = re.compile(r"\banswer(?:\s+is\b|\s*[:=])", re.ASCII | re.IGNORECASE)
 # "A" before a lower-case word is the article, unless the word is one that follows no article.
 _NO_NOUNS = frozenset(
     ("because", "since", "as", "for", "due", "given", "and", "which", "based", "or", "is")
@@ -54,8 +61,9 @@ def read_plain(text: str, n_options: int, options: Sequence[str] = ()) -> int | 
     """Read the option that a careful reader would take the reply to choose.
 
     In this order, and only if what is found is not contradicted: the reply as a letter or an
-    option's text; a letter and then its text; a stated answer ("the answer is B"); the only
-    bracketed letter; the only option whose text is mentioned; the only standalone capital.
+    option's text; a letter and then its text; a stated answer ("the answer is B"); a letter and
+    then a reason ("B because"); the only bracketed letter; the only option whose text is mentioned
+    after "answer is", or at all; the only standalone capital.
     Articles ("A dog"), pronouns ("I") and negated letters ("not A") are no answers.
 
     Args:
@@ -84,9 +92,12 @@ def _read_plain(text: str, n_options: int, options: Sequence[str]) -> int | None
     if mark:
         return _letter_with_text(mark, text, n_options, options)
     text = _NEGATED.sub(" ", text)
+    lead = _LEAD_REASON.match(text)
     for found in (
         _stated(text, n_options),
+        letter_index(lead.group(1), n_options) if lead else None,
         _single(_BRACKETED.findall(text), n_options),
+        _mentioned(_AFTER_ANSWER.split(text)[-1], options),
         _mentioned(text, options),
         _single(_capitals(text), n_options),
     ):
@@ -128,7 +139,7 @@ def _stated(text: str, n_options: int) -> int | None:
     for statement in _STATED.finditer(text):
         letter = statement.group(1) or statement.group(2) or statement.group(3)
         bare = statement.group(2)
-        if bare and (bare.islower() or _is_article(bare, text, statement.end())):
+        if bare and _is_article(bare, text, statement.end()):
             continue
         index = letter_index(letter, n_options)
         found = found if index is None else index

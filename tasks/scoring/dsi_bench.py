@@ -1,7 +1,8 @@
 """DSI-Bench: four views of each question; sample-wise and group-wise accuracy.
 
 Document: `GT` (letter), `cate`, `options` (one text, "A. … B. …"), and the view in `aug` (std,
-reverse, hflip, reverse_hflip). Without `aug` the rows are the four views one after the other.
+reverse, hflip, reverse_hflip). Without `aug` the rows with one `relative_path` and `question` are a
+question's views, if there are four of each; else the rows are the four views one after the other.
 
 Official reading: `<answer>B</answer>` only, case ignored. A reply without it gets the answer "E"
 after ten tries, which is never right: unreadable, 0. Sample-wise accuracy pools all views; a
@@ -27,14 +28,22 @@ def _read(text: str, doc: Doc) -> str | None:
 
 def _groups(rows: Sequence[Row]) -> list[list[Row]]:
     """Return the views of each question; incomplete questions of a limited run are left out."""
-    views: dict[str, list[Row]] = {}
-    for row in rows:
-        views.setdefault(str(row[0].get("aug")), []).append(row)
+    views = _by(rows, "aug")
     columns = list(views.values())
-    if set(views) == {"None"}:
+    if set(views) == {("None",)}:
+        questions = list(_by(rows, "relative_path", "question").values())
+        if all(len(group) == VIEWS for group in questions):
+            return questions
         size = len(rows) // VIEWS
         columns = [list(rows[i * size : (i + 1) * size]) for i in range(VIEWS)]
     return [list(group) for group in zip(*columns, strict=False) if len(group) == VIEWS]
+
+
+def _by(rows: Sequence[Row], *fields: str) -> dict[tuple[str, ...], list[Row]]:
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(str(row[0].get(name)) for name in fields), []).append(row)
+    return found
 
 
 def aggregate(benchmark: str, rows: Sequence[Row], rule: Rule) -> TaskResult:

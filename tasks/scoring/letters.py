@@ -47,8 +47,9 @@ def read_mmmu(text: str, options: Sequence[str]) -> str | None:
 
     Source: MMMU-Benchmark/MMMU@44b45b5:eval/eval_utils.py. Bracketed letters, else letters between
     blanks, else (in replies of more than five words) option texts; of several, the one that occurs
-    last.
+    last. Outer blanks are no part of an answer.
     """
+    text = text.strip()
     for char in ",.!?;:'":
         text = text.strip(char)
     text = f" {text} "

@@ -1,7 +1,8 @@
 """QVHighlights moment retrieval: R1 of the first window and mAP of the ranked windows.
 
 Document: `relevant_windows` ([[start_s, end_s], …]). Prediction: ranked windows
-[[start_s, end_s, confidence], …], or the same as JSON text.
+[[start_s, end_s, confidence], …]; or text that holds such a list as JSON, or else spans "a - b" in
+seconds, the best first.
 
 Official rule: R1 takes the first *listed* window against the true window that overlaps it most (the
 union is the hull of both); mAP takes the first ten listed windows, sorts them by confidence, and
@@ -13,9 +14,12 @@ values here are not rounded.
 `Score.value` is the overlap of the R1 window; a prediction without a valid window is unreadable.
 """
 
+import contextlib
 import json
 import math
+import re
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 from .averages import mean, summarise
@@ -34,21 +38,28 @@ from .result import (
 THRESHOLDS = tuple(step / 100 for step in range(50, 100, 5))
 LENGTHS_S = {"short": (0, 10), "middle": (10, 30), "long": (30, 150)}
 LISTED = 10
+_SPAN = re.compile(
+    r"(?<![\w.])([0-9]+(?:\.[0-9]+)?)\s*(?:s|sec|seconds)?\s*(?:-|–|to)\s*([0-9]+(?:\.[0-9]+)?)",
+    re.ASCII | re.IGNORECASE,
+)
 Window = list[float]
 
 
 def read_windows(prediction: Any) -> list[Window]:
     """Return the valid windows `[start_s, end_s, confidence]` in the order listed.
 
-    A missing confidence is 0. Text is read as JSON; anything else than finite numbers is left out.
+    A missing confidence is 0. The official code starts from windows; the reading of text is ours:
+    the first JSON list (one window may stand alone), else spans "a - b" or "a to b".
+    Anything else than finite numbers is left out.
     """
     if isinstance(prediction, str):
-        try:
-            prediction = json.loads(prediction)
-        except (ValueError, RecursionError):
-            return []
+        prediction = _from_text(prediction)
+    if hasattr(prediction, "tolist"):
+        prediction = prediction.tolist()
     if not isinstance(prediction, (list, tuple)):
         return []
+    if _numbers(prediction):
+        prediction = [prediction]
     windows = []
     for item in prediction:
         numbers = _numbers(item)
@@ -57,10 +68,20 @@ def read_windows(prediction: Any) -> list[Window]:
     return windows
 
 
+def _from_text(text: str) -> Any:
+    for mark in ("[[", "["):
+        begin = text.find(mark)
+        with contextlib.suppress(ValueError, RecursionError):
+            found, _ = json.JSONDecoder().raw_decode(text, max(begin, 0))
+            if isinstance(found, list):
+                return found
+    return [[float(a), float(b)] for a, b in _SPAN.findall(text)]
+
+
 def _numbers(item: Any) -> list[float]:
     if not isinstance(item, (list, tuple)):
         return []
-    if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in item):
+    if any(isinstance(x, bool) or not isinstance(x, Real) for x in item):
         return []
     try:
         numbers = [float(x) for x in item]

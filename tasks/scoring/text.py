@@ -8,6 +8,7 @@ import re
 _TAG = re.compile(r"<(/?)(think|thinking|analysis|reasoning)>", re.IGNORECASE)
 _BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)?)\}")
 _ANSWER_TAG = re.compile(r"<answer>([^<]*)</answer>", re.IGNORECASE)
+_JSON_ANSWER = re.compile(r"""["']answer["']\s*:\s*["']([^"']*)["']""", re.IGNORECASE)
 _LATEX_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 _END_TOKEN = re.compile(r"<\|?(?:/s|im_end|endoftext|eot_id)\|?>", re.IGNORECASE)
 _MARKUP = re.compile(r"[*`$]+|(?<![^\W_])_{1,3}|_{1,3}(?![^\W_])")
@@ -52,9 +53,10 @@ def unmark(text: str) -> str:
 
 
 def final_answer(text: str) -> str:
-    r"""Return the content of the last `\boxed{}` or `<answer>` if there is one, else the text."""
+    r"""Return the last `\boxed{}`, else `<answer>`, else `"answer": "…"`, else the whole text."""
     found = [m.group(1) for m in _BOXED.finditer(text)]
     found = found or [m.group(1) for m in _ANSWER_TAG.finditer(text)]
+    found = found or [m.group(1) for m in _JSON_ANSWER.finditer(text)]
     return unmark(found[-1]) if found else unmark(text)
 
 

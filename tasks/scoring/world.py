@@ -127,4 +127,7 @@ def _benchmark(name: str) -> Benchmark:
     return Benchmark(name=name, score=score_text, aggregate=aggregate, sources=(__name__,))
 
 
-BENCHMARKS = tuple(_benchmark(name) for name in SUITES)
+BRIEF = "world_brief"
+"""Long videos with short events (tasks/brief.py), scored by the same rules."""
+
+BENCHMARKS = tuple(_benchmark(name) for name in (*SUITES, BRIEF))

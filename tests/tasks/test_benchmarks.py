@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -102,7 +103,9 @@ def test_the_prompted_form_is_right_under_both_rules(benchmark: str) -> None:
 WORDED = [
     *("The answer is B.", "**B**", r"The final result: $\boxed{B}$", "(b)", "b", "red circle"),
     *("B) red circle", "Answer: B because A dog leaves", "I think that it is the red circle."),
-    "<answer>B</answer>",
+    *("<answer>B</answer>", "the answer is b", "option b", "answer: b", "{'answer': 'B'}"),
+    *("B because A is a dog", "A is wrong; B is right", "B, as C is a square", "B - red circle"),
+    "In the end a dog runs, but the answer is the red circle",
 ]
 
 
@@ -437,6 +440,9 @@ def test_dsi_bench_groups_views() -> None:
     assert result.extra["group-wise accuracy"] == 0.5
     unnamed = rows_of("dsi_bench", [({"aug": None}, r) for _, r in plan])
     assert aggregate("dsi_bench", unnamed).extra["group-wise accuracy"] == 0.5
+    named = [({"aug": None, "relative_path": f"{i}.mp4", "question": "q"}, marks[v][i])
+             for i in range(2) for v in range(4)]  # fmt: skip
+    assert aggregate("dsi_bench", rows_of("dsi_bench", named)).extra["group-wise accuracy"] == 0.5
     one_view = rows_of("dsi_bench", [({"aug": "std"}, right)] * 8)
     assert aggregate("dsi_bench", one_view).extra["group-wise accuracy"] is None
 
@@ -469,6 +475,19 @@ def test_qvhighlights_counts_only_ten_listed_windows() -> None:
     assert aggregate("qvhighlights", rows).value == 0
     plain = [(doc, score("qvhighlights", doc, windows, rule="plain"))]
     assert aggregate("qvhighlights", plain, rule="plain").value == 1
+
+
+@pytest.mark.parametrize(
+    "windows",
+    [
+        [[10, 20, 0.9]], ((10, 20),), [10, 20, 0.9], np.array([[10, 20, 0.9]]),
+        "[[10, 20, 0.9]]", "```json\n[[10, 20, 0.9], [70, 80, 0.1]]\n```", "[10, 20]",
+        "Scene [1]: [[10, 20, 0.5]]", "10 - 20 seconds, then 70 - 80", "from 10s to 20.0 s",
+    ],
+)  # fmt: skip
+def test_ranked_windows_are_read_from_lists_json_and_words(windows: Any) -> None:
+    for rule in ("official", "plain"):
+        assert value("qvhighlights", windows, rule) == 1
 
 
 @pytest.mark.parametrize(
