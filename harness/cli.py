@@ -626,7 +626,8 @@ def _print_layer(
 @app.command("train")
 def train_command(
     recipe: Annotated[
-        str, typer.Argument(help="A recipe's name (scale, paper, official) or a YAML file.")
+        str,
+        typer.Argument(help="A recipe (scale, paper, official), PRESET/VARIANT, or a YAML file."),
     ],
     out: Annotated[
         Path | None,
@@ -684,6 +685,61 @@ def train_command(
             _leave(INTERRUPTED)
         if first:
             print(f"Checkpoint: {trained.checkpoint}")
+
+
+@app.command("ablate")
+def ablate_command(
+    recipes: Annotated[
+        list[str] | None,
+        typer.Argument(help="Variants (full, no_cpt, ...) or recipe files. Default: all variants."),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for training, evaluation and the table; repeat to go on.")
+    ] = Path("runs/ablation"),
+    preset: Annotated[
+        str, typer.Option(help="What the variants change: scale, paper, official, or a file.")
+    ] = "scale",
+    seeds: Annotated[str, typer.Option(help="Seeds, with commas between.")] = "0,1,2",
+    limit: Annotated[
+        int | None, typer.Option(help="Answer only the first N questions of each suite.")
+    ] = None,
+    threads: ThreadsOption = 1,
+    root: RootOption = None,
+) -> None:
+    """Train recipes, evaluate them and write Table 5; resumable at every step.
+
+    Recipes that agree up to a stage share it: it is trained once. The table is written again after
+    each evaluation, so that what is finished can be read while the rest is trained. Repeat the
+    command to continue, or with more recipes or seeds to add them.
+
+    [bold]Examples[/bold]
+
+      internvideo3 world build --suite world_long,world_grounding,world_ego,world_manyq
+
+      internvideo3 ablate --out runs/ablation
+
+      internvideo3 ablate full no_cpt --seeds 0 --limit 200 --out runs/quick
+    """
+    with _errors_in_words(out):
+        from internvideo3.harness.ablate import AblateOptions, ablate, chosen
+
+        options = AblateOptions(
+            recipes=chosen(recipes or ()),
+            preset=preset,
+            seeds=_numbers(seeds),
+            out=out,
+            root=root,
+            limit=limit,
+            threads=threads,
+            command=_command(),
+        )
+        with _bars() as advance:
+            table = ablate(options, advance)
+        if table is None:
+            print("Stopped; states are saved. Repeat the same command to continue.",
+                  file=sys.stderr)  # fmt: skip
+            _leave(INTERRUPTED)
+        print(table.read_text(encoding="utf-8"))
 
 
 @app.command("demo")

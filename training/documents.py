@@ -16,8 +16,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from internvideo3.model.prompt import Medium, Prompter
 from internvideo3.model.scale.build import SYSTEM_PROMPT
@@ -26,6 +24,7 @@ from internvideo3.tasks.world.difficulty import FILE_FPS
 from internvideo3.tasks.world.paint import paint
 from internvideo3.tasks.world.questions import Question, draw_question
 from internvideo3.tasks.world.scenes import VideoSpec, draw_video
+from internvideo3.training.mixture import check_shares
 from internvideo3.training.recipe import RecipeError, WorldData
 from internvideo3.training.scale.batches import (
     PROFILE_FAMILIES,
@@ -55,7 +54,7 @@ class Document:
 
     trunk_ids: tuple[int, ...]
     media: tuple[Medium, ...]
-    """The videos of the trunk, as the processor cut them into patches."""
+    """Images and videos of the trunk in the order of their tokens, cut into patches."""
     branches: tuple[Branch, ...]
 
     def __len__(self) -> int:
@@ -83,13 +82,13 @@ class WorldDocuments:
         self.video_end = processor.tokenizer.decode(
             [processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")]
         )
-        _check_shares("lengths", data.lengths)
-        _check_shares("profiles", data.profiles or PROFILE_SHARES)
+        check_shares("lengths", data.lengths)
+        check_shares("profiles", data.profiles or PROFILE_SHARES)
 
     def taught(self, index: int) -> Document:
         """A document with questions and right answers."""
         spec, asked = self._draw(index)
-        frames = self._frames(spec)
+        frames = self.frames(spec)
         texts = [self._render(question) for question in asked]
         trunk = texts[0][: self._cut(texts[0])]
         piece = self.prompter.piece(trunk, [frames])
@@ -113,21 +112,26 @@ class WorldDocuments:
             "answer_type": question.answer_type,
             "length_s": spec.length_s,
         }
-        return Prompt(self._render(question), self._frames(spec), doc)
+        return Prompt(self._render(question), self.frames(spec), doc)
 
-    def _draw(self, index: int) -> tuple[VideoSpec, list[Question]]:
-        """The video at a place of the endless, shuffled sequence, and questions about it."""
+    def video(self, index: int) -> VideoSpec:
+        """The video at a place of the endless, shuffled sequence."""
         epoch, place = divmod(index, self.data.videos)
         chosen = _order(self.data.videos, self.seed, epoch)[place]
         (video_seed,) = seed_stream("train", 10**11 + self.data.first_seed + chosen, 1)
         rng = random.Random(f"document/{video_seed}")
         length = _pick(rng, self.data.lengths)
-        spec = draw_video(video_seed, length, _pick(rng, self.data.profiles or PROFILE_SHARES))
-        asked = self._questions(spec, random.Random(f"asked/{video_seed}/{epoch}"))
+        return draw_video(video_seed, length, _pick(rng, self.data.profiles or PROFILE_SHARES))
+
+    def _draw(self, index: int) -> tuple[VideoSpec, list[Question]]:
+        """The video at a place of the sequence, and questions about it."""
+        spec = self.video(index)
+        epoch = index // self.data.videos
+        asked = self._questions(spec, random.Random(f"asked/{spec.seed}/{epoch}"))
         if not asked:
             raise RecipeError(
-                f"no family of {self._families(spec)} has a question about a {length} s video of "
-                f"kind {spec.profile}; add families or lengths to the stage's data"
+                f"no family of {self._families(spec)} has a question about a {spec.length_s:g} s "
+                f"video of kind {spec.profile}; add families or lengths to the stage's data"
             )
         return spec, asked
 
@@ -156,7 +160,7 @@ class WorldDocuments:
     def _cut(self, text: str) -> int:
         return text.rfind(self.video_end) + len(self.video_end)
 
-    def _frames(self, spec: VideoSpec) -> Frames:
+    def frames(self, spec: VideoSpec) -> Frames:
         """Frames at 2 fps with the grain that a video file leaves."""
         length = int(spec.length_s)
         times = sampled_times(length)
@@ -174,11 +178,6 @@ class WorldDocuments:
         )
 
 
-def pixels_of(media: Sequence[Medium]) -> tuple[Tensor, Tensor]:
-    """Patches of all videos one after another, and their grids `[n,3]`."""
-    return torch.cat([m.pixels for m in media]), torch.stack([m.grid_thw for m in media])
-
-
 @lru_cache(maxsize=4)
 def _order(count: int, seed: int, epoch: int) -> list[int]:
     order = list(range(count))
@@ -188,11 +187,3 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
 
 def _pick(rng: random.Random, shares: Mapping[Any, float]) -> Any:
     return rng.choices(list(shares), list(shares.values()))[0]
-
-
-def _check_shares(name: str, shares: Mapping[Any, float]) -> None:
-    if any(share < 0 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
-        raise RecipeError(
-            f"the shares of {name} must be positive and sum to 1, got {dict(shares)} "
-            f"with the sum {sum(shares.values()):g}"
-        )

@@ -25,7 +25,7 @@ from internvideo3.training import checkpoints
 from internvideo3.training.packing import Pack
 from internvideo3.training.policy import Policy
 from internvideo3.training.processes import Processes
-from internvideo3.training.recipe import Optimiser, StageOptions, require
+from internvideo3.training.recipe import Convert, Optimiser, StageOptions, require
 
 Progress = Callable[[str, int, int], None]
 Totals = dict[str, tuple[float, float]]
@@ -204,7 +204,7 @@ def own_indices(options: StageOptions, step: int, group: Processes) -> range:
     return range(first + group.rank, first + options.documents, group.count)
 
 
-def describe(options: StageOptions, seed: int, start: str) -> str:
+def describe(options: StageOptions | Convert, seed: int, start: str) -> str:
     """What `stage.json` says of a stage."""
     told = {"start": start, "seed": seed, "options": asdict(options)}
     return json.dumps(told, indent=1, default=str) + "\n"

@@ -8,16 +8,16 @@ Letters: T tokens of a row, N supervised tokens, R branches with supervised toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from internvideo3.training.documents import Document, pixels_of
+from internvideo3.model.prompt import Medium
+from internvideo3.training.documents import Document
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE
-
-RopeIndex = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,17 @@ def packs(
         yield row
 
 
-def pack(documents: Sequence[Document], rope_index: RopeIndex, video_id: int) -> Pack:
+def pack(documents: Sequence[Document], model: Any) -> Pack:
     """Lay documents into one row.
 
     Args:
-        documents: At least one, each with a video.
-        rope_index: The model's `get_rope_index`.
-        video_id: The id of a vision token.
+        documents: At least one.
+        model: The Qwen3-VL whose positions and vision tokens they have.
     """
     parts: list[tuple[Tensor, ...]] = []
     responses = 0
     for number, document in enumerate(documents):
-        positions_3P = _trunk_positions(document, rope_index, video_id)
+        positions_3P = _trunk_positions(document, model)
         parts.append(_part(list(document.trunk_ids), positions_3P, number, 0, -1, 0))
         first = int(positions_3P.max()) + 1
         for branch_number, branch in enumerate(document.branches, start=1):
@@ -98,19 +97,28 @@ def pack(documents: Sequence[Document], rope_index: RopeIndex, video_id: int) ->
             parts.append(_part(list(branch.ids), positions_3L, *where, branch.said))
             responses += 1
     ids, positions, document_T, branch_T, labels, response = zip(*parts, strict=True)
-    pixels, grid_thw = pixels_of([m for document in documents for m in document.media])
+    pixels, grid_thw = _pixels([m for document in documents for m in document.media])
     return Pack(
         torch.cat(ids), torch.cat(positions, 1), torch.cat(document_T), torch.cat(branch_T),
         torch.cat(labels), torch.cat(response), pixels, grid_thw,
     )  # fmt: skip
 
 
-def _trunk_positions(document: Document, rope_index: RopeIndex, video_id: int) -> Tensor:
-    ids_1P = torch.tensor([document.trunk_ids])
-    _, grid_thw = pixels_of(document.media)
-    kinds_1P = 2 * (ids_1P == video_id).int()
-    positions_31P, _ = rope_index(ids_1P, mm_token_type_ids=kinds_1P, video_grid_thw=grid_thw)
+def _trunk_positions(document: Document, model: Any) -> Tensor:
+    config, ids_1P = model.config, torch.tensor([document.trunk_ids])
+    kinds_1P = (ids_1P == config.image_token_id).int() + 2 * (ids_1P == config.video_token_id).int()
+    grids = {kind: [m.grid_thw for m in document.media if m.kind == kind]
+             for kind in ("image", "video")}  # fmt: skip
+    told = {f"{kind}_grid_thw": torch.stack(found) for kind, found in grids.items() if found}
+    positions_31P, _ = model.model.get_rope_index(ids_1P, mm_token_type_ids=kinds_1P, **told)
     return positions_31P[:, 0]
+
+
+def _pixels(media: Sequence[Medium]) -> tuple[Tensor, Tensor]:
+    """Patches of all media one after another, and their grids `[n,3]`; both empty without media."""
+    if not media:
+        return torch.zeros(0, 0), torch.zeros(0, 3, dtype=torch.long)
+    return torch.cat([m.pixels for m in media]), torch.stack([m.grid_thw for m in media])
 
 
 def _part(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from internvideo3.model.vision import encode
+from internvideo3.model.vision import Encoded, encode
 from internvideo3.training.objectives.linear_cross_entropy import CHUNK, IGNORE
 from internvideo3.training.packing import Pack
 
@@ -38,12 +38,19 @@ class Policy(nn.Module):
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
     def forward(self, pack: Pack, objective: Objective) -> Tensor:
         """Run a row and apply an objective to what predicts its supervised tokens."""
         inner = self.model.model
-        visual_1T = (pack.ids_T == self.model.config.video_token_id)[None]
+        config = self.model.config
+        visual_T = (pack.ids_T == config.video_token_id) | (pack.ids_T == config.image_token_id)
+        visual_1T = visual_T[None]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_vision):
-            seen = encode(self.model, "video", pack.pixels, _as_one_video(pack.grid_thw))
+            seen = self._see(pack)
         embeds_1TW = inner.language_model.embed_tokens(pack.ids_T[None])
         tokens_FW = seen.tokens_VX.to(embeds_1TW.dtype)
         embeds_1TW = embeds_1TW.masked_scatter(visual_1T[..., None], tokens_FW)
@@ -56,6 +63,25 @@ class Policy(nn.Module):
             use_cache=False,
         ).last_hidden_state
         return objective(hidden_1TW[0, pack.labels_T != IGNORE], self.model.lm_head.weight)
+
+    def _see(self, pack: Pack) -> Encoded:
+        """Everything of a row that can be seen, in the order of its tokens.
+
+        A row of text alone shows the tower one grey picture and uses nothing of it, so that
+        processes that share the tower's weights gather them together.
+        """
+        if not len(pack.grid_thw):
+            side = self.model.config.vision_config.spatial_merge_size
+            width = self.model.model.visual.patch_embed.proj.weight[0].numel()
+            grey = torch.zeros(side * side, width, device=pack.ids_T.device)
+            seen = encode(self.model, "image", grey, torch.tensor([1, side, side]))
+            return seen.slice(0, 0)
+        pieces, first = [], 0
+        for grid_3 in _joined(pack.grid_thw):
+            count = int(grid_3.prod())
+            pieces.append(encode(self.model, "video", pack.pixels[first : first + count], grid_3))
+            first += count
+        return Encoded.joined(pieces)
 
 
 def token_logps(
@@ -105,14 +131,15 @@ def _additive(sees_TT: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~sees_TT, torch.finfo(dtype).min)[None, None]
 
 
-def _as_one_video(grid_thw: Tensor) -> Tensor:
-    """Grids of equal frames as one long video; the tower attends within a temporal patch only.
+def _joined(grids_N3: Tensor) -> list[Tensor]:
+    """Neighbouring grids of one frame size as one long video.
 
-    Raises:
-        ValueError: Frames of different sizes share a row.
+    The tower attends within a temporal patch only, so this changes nothing but the number of calls.
     """
-    if len({tuple(row) for row in grid_thw[:, 1:].tolist()}) > 1:
-        raise ValueError(
-            f"videos of one row must have frames of one size, got patch grids {grid_thw.tolist()}"
-        )
-    return torch.stack([grid_thw[:, 0].sum(), *grid_thw[0, 1:]])
+    joined: list[Tensor] = []
+    for grid_3 in grids_N3:
+        if joined and torch.equal(joined[-1][1:], grid_3[1:]):
+            joined[-1] = torch.cat([joined[-1][:1] + grid_3[:1], grid_3[1:]])
+        else:
+            joined.append(grid_3)
+    return joined

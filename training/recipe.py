@@ -2,6 +2,8 @@
 
 A recipe may extend another one (`extends: NAME`): mappings are merged key by key, and a stage that
 is set to null is left out. A key that no recipe has is refused with the nearest known name.
+
+`PRESET/VARIANT` names a variant of Table 5: what `variants.yaml` says of it, over a preset.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 RECIPES = Path(__file__).parent / "recipes"
+VARIANTS = Path(__file__).parent / "variants.yaml"
 STRICT = ConfigDict(extra="forbid", strict=True)
 Profile = Literal["main", "ego", "spatial"]
+Modality = Literal["text", "image", "video"]
 
 
 class RecipeError(ValueError):
@@ -61,6 +65,35 @@ class WorldData:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shares:
+    """Shares of a mixture by samples; the paper's of continued pretraining (section 4.1)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    text: Annotated[float, Field(ge=0)] = 0.299
+    image: Annotated[float, Field(ge=0)] = 0.549
+    video: Annotated[float, Field(ge=0)] = 0.152
+
+    def by_kind(self) -> dict[Modality, float]:
+        """The same as a mapping."""
+        return {"text": self.text, "image": self.image, "video": self.video}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """GQA to M²LA, before anything is trained (section 3.2)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    kind: Literal["convert"]
+    preset: str = "half"
+    """Preset of the conversion's options."""
+    videos: Annotated[int, Field(ge=1)] = 48
+    """Videos that calibrate it."""
+    probe: Annotated[int, Field(ge=1)] = 32
+    """Documents of each kind on which the loss is measured before and after."""
+    data: WorldData | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageOptions:
     """What every stage has to say. None: nobody published it, so whoever trains must set it."""
 
@@ -88,6 +121,22 @@ class Sft(StageOptions):
     """Supervised fine-tuning (section 3.3.2): one stretch of the short-to-long curriculum."""
 
     kind: Literal["sft"]
+    bfloat16: bool = False
+    """Matrix products in bf16; weights and optimiser stay float32."""
+    fps: float | None = None
+    """Frames from a second of video, for the record of presets; the world is sampled at 2."""
+    max_frames: int | None = None
+    """Most frames of a video, for the record of presets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cpt(StageOptions):
+    """Continued pretraining after conversion (sections 3.3.1 and 4.1)."""
+
+    kind: Literal["cpt"]
+    shares: Shares = Shares()
+    probe: Annotated[int, Field(ge=1)] = 32
+    """Documents of each kind on which the loss is measured before and after."""
     bfloat16: bool = False
     """Matrix products in bf16; weights and optimiser stay float32."""
     fps: float | None = None
@@ -125,7 +174,8 @@ class Opd(StageOptions):
     """Response tokens whose full-vocabulary logits exist at a time."""
 
 
-Stage = Annotated[Sft | Gspo | Opd, Field(discriminator="kind")]
+KINDS: dict[str, Any] = {"convert": Convert, "cpt": Cpt, "sft": Sft, "gspo": Gspo, "opd": Opd}
+Stage = Annotated[Convert | Cpt | Sft | Gspo | Opd, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +202,44 @@ def load_recipe(name: str | Path) -> Recipe:
     Raises:
         RecipeError: Unknown recipe or key, a missing or senseless value, or a circle of `extends`.
     """
-    merged = _merged(_find(str(name), Path.cwd()), ())
+    text = str(name)
+    if Path(text).is_file() or "/" not in text:
+        return _checked(text, _merged(_find(text, Path.cwd()), ()))
+    return load_variant(*text.rsplit("/", 1))
+
+
+def load_variant(preset: str, variant: str) -> Recipe:
+    """A variant of Table 5 of a preset (a recipe's name or file).
+
+    Raises:
+        RecipeError: As `load_recipe`; or the variant is unknown, or not said of this preset.
+    """
+    told = yaml.safe_load(VARIANTS.read_text(encoding="utf-8"))
+    if variant not in told:
+        near = difflib.get_close_matches(variant, told, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(told)}."
+        raise RecipeError(f"no variant {variant!r} of a recipe. {hint}")
+    path = _find(preset, Path.cwd())
+    overlays = told[variant]["changes"]
+    known = [name for name in _ancestry(path) if name in overlays]
+    if "every" not in overlays and not known:
+        raise RecipeError(
+            f"the variant {variant} is not said of the preset {preset}; it is of "
+            f"{', '.join(overlays)}. Extend one of these."
+        )
+    merged = _merged(path, ())
+    for key in ("every", *known[:1]):
+        merged = _overlaid(merged, overlays.get(key, {}))
+    return _checked(f"{preset}/{variant}", merged)
+
+
+def variants() -> dict[str, str]:
+    """The variants of Table 5, and what each says of itself."""
+    told = yaml.safe_load(VARIANTS.read_text(encoding="utf-8"))
+    return {name: one["about"] for name, one in told.items()}
+
+
+def _checked(name: str, merged: dict[str, Any]) -> Recipe:
     stages = merged.get("stages")
     if isinstance(stages, dict):
         merged["stages"] = {key: value for key, value in stages.items() if value is not None}
@@ -164,7 +251,7 @@ def load_recipe(name: str | Path) -> Recipe:
         raise RecipeError(f"recipe {name}:\n{told}") from None
 
 
-def stage_digest(stage: StageOptions, seed: int, start: str) -> str:
+def stage_digest(stage: StageOptions | Convert, seed: int, start: str) -> str:
     """Digest of everything that decides a stage's weights."""
     text = json.dumps([asdict(stage), seed, start], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -209,6 +296,13 @@ def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     return _overlaid(_merged(_find(str(base), path.parent), (*seen, path)), read)
 
 
+def _ancestry(path: Path) -> list[str]:
+    """Names of a recipe and of those that it extends, nearest first."""
+    read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    base = read.get("extends")
+    return [path.stem, *(_ancestry(_find(str(base), path.parent)) if base else [])]
+
+
 def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
@@ -241,11 +335,10 @@ def _in_words(error: Any, given: Mapping[str, Any]) -> str:
 
 def _known_keys(path: Sequence[str], given: Mapping[str, Any]) -> list[str]:
     """Keys that the mapping at a path may have."""
-    kinds: dict[str, Any] = {"sft": Sft, "gspo": Gspo, "opd": Opd}
     level: Any = Recipe
     for part in path:
-        if part in kinds:
-            level = kinds[part]
+        if part in KINDS:
+            level = KINDS[part]
         elif is_dataclass(level) and part in {f.name for f in fields(level)}:
             hint = get_type_hints(level)[part]
             inner = [t for t in (hint, *get_args(hint)) if is_dataclass(t)]

@@ -19,11 +19,16 @@ from typing import Any
 import torch
 
 from internvideo3.model.checkpoint import load_model, resolve_checkpoint, weights_digest
+from internvideo3.training.captions import WorldCaptions
+from internvideo3.training.checkpoints import CheckpointMismatchError
 from internvideo3.training.documents import WorldDocuments
 from internvideo3.training.loop import Loop, Progress, Stage, describe
 from internvideo3.training.policy import Policy, vision_ids
+from internvideo3.training.probe import modality_losses, note_losses
 from internvideo3.training.processes import Processes
 from internvideo3.training.recipe import (
+    Convert,
+    Cpt,
     Gspo,
     Opd,
     Recipe,
@@ -33,6 +38,8 @@ from internvideo3.training.recipe import (
     stage_digest,
 )
 from internvideo3.training.rollouts import Sampler
+from internvideo3.training.stages.convert import convert
+from internvideo3.training.stages.cpt import CptStage
 from internvideo3.training.stages.gspo import GspoStage
 from internvideo3.training.stages.opd import OpdStage, check_teacher
 from internvideo3.training.stages.sft import SftStage
@@ -46,14 +53,34 @@ class Trained:
     """Of the last stage; None if a signal stopped the run before."""
     stage: str
     """The last stage that was worked on."""
+    folders: tuple[Path, ...]
+    """Of the stages that were reached."""
 
 
 def quiet(name: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
 
 
+Place = Callable[[int, str, str], str]
+"""(number of a stage from 1, its name, its digest) → the name of its folder."""
+
+
+def numbered(number: int, name: str, digest: str) -> str:
+    """Folders in the order of the stages."""
+    return f"{number}-{name}"
+
+
+def by_content(number: int, name: str, digest: str) -> str:
+    """Folders named after all that decides the weights: recipes that agree so far share them."""
+    return f"{name}-{digest[:12]}"
+
+
 def train(
-    recipe: Recipe, out: Path, progress: Progress = quiet, group: Processes | None = None
+    recipe: Recipe,
+    out: Path,
+    progress: Progress = quiet,
+    group: Processes | None = None,
+    place: Place = numbered,
 ) -> Trained:
     """Train what is missing of a recipe; continues an interrupted run.
 
@@ -66,50 +93,102 @@ def train(
     start = str(require(recipe.start, "start"))
     for name, options in recipe.stages.items():
         require(options.data, f"stages.{name}.data")
-        require(options.steps, f"stages.{name}.steps")
+        if isinstance(options, StageOptions):
+            require(options.steps, f"stages.{name}.steps")
     name = ""
+    folders: list[Path] = []
     for number, (name, options) in enumerate(recipe.stages.items(), start=1):
-        folder = out / f"{number}-{name}"
-        if not train_stage(name, options, recipe.seed, start, folder, progress, group):
-            return Trained(None, name)
+        digest = stage_digest(options, recipe.seed, weights_digest(resolve_checkpoint(start)))
+        folder = out / place(number, name, digest)
+        folders.append(folder)
+        job = Job(name, options, recipe.seed, start, folder, digest)
+        if not job.done() and not job.run(progress, group):
+            return Trained(None, name, tuple(folders))
+        total = options.steps if isinstance(options, StageOptions) else 1
+        progress(name, require(total, name), require(total, name))
         start = str(folder / "checkpoint")
-    return Trained(Path(start), name)
+    return Trained(Path(start), name, tuple(folders))
 
 
-def train_stage(
-    name: str,
-    options: StageOptions,
-    seed: int,
-    start: str,
-    folder: Path,
-    progress: Progress,
-    group: Processes,
-) -> bool:
-    """Train one stage into a folder; False if a signal stopped it."""
-    model, processor = load_model(start, group.device, torch.float32)
-    digest = stage_digest(options, seed, weights_digest(resolve_checkpoint(start)))
-    if _is_done(folder, digest):
-        progress(name, require(options.steps, name), require(options.steps, name))
+@dataclass(frozen=True)
+class Job:
+    """One stage and where it is done."""
+
+    name: str
+    options: StageOptions | Convert
+    seed: int
+    start: str
+    folder: Path
+    digest: str
+
+    def done(self) -> bool:
+        """Whether its checkpoint is there.
+
+        Raises:
+            CheckpointMismatchError: The folder holds another recipe's.
+        """
+        path = self.folder / "checkpoint" / "trained.txt"
+        if not path.is_file():
+            return False
+        if path.read_text().strip() != self.digest:
+            raise CheckpointMismatchError(
+                f"{self.folder} holds a checkpoint of another recipe, seed or start (see its "
+                "stage.json). Give another --out."
+            )
         return True
-    if group.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "stage.json").exists():
-            (folder / "stage.json").write_text(describe(options, seed, start))
-    group.wait()
-    policy = Policy(model, train_vision=options.train_vision, recompute=options.recompute)
-    stage = build_stage(options, processor, policy, seed, group)
-    loop = Loop(name, options, stage, policy, folder, digest, seed, group, progress)
-    if not loop.run():
-        return False
-    _export(folder, policy, processor, digest, group)
-    return True
+
+    def run(self, progress: Progress, group: Processes) -> bool:
+        """Do it; False if a signal stopped it."""
+        if group.first:
+            self._describe()
+        group.wait()
+        model, processor = load_model(self.start, group.device, torch.float32)
+        options = self.options
+        if isinstance(options, Convert):
+            progress(self.name, 0, 1)
+            if group.first:
+                model = convert(options, model, processor, self.seed, self.folder)
+                _write(self.folder, model, Policy(model).state_dict(), processor, self.digest)
+            group.wait()
+            return True
+        policy = Policy(model, train_vision=options.train_vision, recompute=options.recompute)
+        stage = build_stage(options, processor, policy, self.seed, group)
+        loop = Loop(
+            self.name, options, stage, policy, self.folder, self.digest, self.seed, group, progress
+        )
+        self._probe("before CPT", policy, processor, group)
+        if not loop.run():
+            return False
+        self._probe("after CPT", policy, processor, group)
+        _export(self.folder, policy, processor, self.digest, group)
+        return True
+
+    def _describe(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "stage.json").exists():
+            told = describe(self.options, self.seed, self.start)
+            (self.folder / "stage.json").write_text(told)
+
+    def _probe(self, moment: str, policy: Policy, processor: Any, group: Processes) -> None:
+        """Losses by modality around continued pretraining."""
+        options = self.options
+        if not isinstance(options, Cpt):
+            return
+        lengths = dict(require(options.data, "data").lengths)
+        losses = modality_losses(policy.eval(), processor, lengths, options.probe)
+        if group.first:
+            note_losses(self.folder, moment, losses)
 
 
 def build_stage(
     options: StageOptions, processor: Any, policy: Policy, seed: int, group: Processes
 ) -> Stage:
     """The stage that the options describe, before the policy is sharded."""
-    documents = WorldDocuments(require(options.data, "data"), processor, seed)
+    data = require(options.data, "data")
+    if isinstance(options, Cpt):
+        captions = WorldCaptions(data, processor, seed, options.shares.by_kind())
+        return CptStage(options, captions, group)
+    documents = WorldDocuments(data, processor, seed)
     if isinstance(options, Sft):
         return SftStage(options, documents, group)
     assert isinstance(options, Gspo | Opd)
@@ -142,26 +221,18 @@ def _export(folder: Path, policy: Policy, processor: Any, digest: str, group: Pr
     """The trained model as a checkpoint that every command takes; whole or not there."""
     weights = group.whole_weights(policy) if group.count > 1 else policy.state_dict()
     if group.first:
-        part = folder / "checkpoint.part"
-        shutil.rmtree(part, ignore_errors=True)
-        named = {key.removeprefix("model."): value.cpu() for key, value in weights.items()}
-        if policy.model.config.tie_word_embeddings:
-            named.pop("lm_head.weight", None)
-        policy.model.save_pretrained(part, state_dict=named)
-        processor.save_pretrained(part)
-        (part / "trained.txt").write_text(digest + "\n")
-        os.sync()
-        part.rename(folder / "checkpoint")
+        _write(folder, policy.model, weights, processor, digest)
     group.wait()
 
 
-def _is_done(folder: Path, digest: str) -> bool:
-    path = folder / "checkpoint" / "trained.txt"
-    if not path.is_file():
-        return False
-    if path.read_text().strip() != digest:
-        raise ValueError(
-            f"{folder} holds a checkpoint of another recipe, seed or start (see its stage.json). "
-            "Give another --out."
-        )
-    return True
+def _write(folder: Path, model: Any, weights: Any, processor: Any, digest: str) -> None:
+    part = folder / "checkpoint.part"
+    shutil.rmtree(part, ignore_errors=True)
+    named = {key.removeprefix("model."): value.cpu() for key, value in weights.items()}
+    if model.config.tie_word_embeddings:
+        named.pop("lm_head.weight", None)
+    model.save_pretrained(part, state_dict=named)
+    processor.save_pretrained(part)
+    (part / "trained.txt").write_text(digest + "\n")
+    os.sync()
+    part.rename(folder / "checkpoint")

@@ -115,10 +115,9 @@ def test_packed_documents_do_not_see_one_another() -> None:
     source = WorldDocuments(sft().data or pytest.fail(), processor, 1)
     taught = [source.taught(index) for index in range(3)]
     policy, found = Policy(model), []
-    index, video = model.model.get_rope_index, model.config.video_token_id
     with torch.no_grad():
         for row in (taught, taught[1:2]):
-            policy(pack(row, index, video), lambda hidden, head: found.append(hidden) or hidden)
+            policy(pack(row, model), lambda hidden, head: found.append(hidden) or hidden)
     first = sum(branch.said for branch in taught[0].branches)
     own = found[1]
     assert (found[0][first : first + len(own)] - own).abs().max() < 1e-5

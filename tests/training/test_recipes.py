@@ -46,7 +46,7 @@ def test_a_recipe_extends_another_and_leaves_a_stage_out(tmp_path: Path) -> None
         "extends: scale\nseed: 3\nstages:\n  sft_long: null\n  gspo: {group: 4}\n",
     )
     recipe, base = load_recipe(own), load_recipe("scale")
-    assert list(recipe.stages) == ["sft_short", "gspo", "opd"]
+    assert list(recipe.stages) == ["convert", "cpt", "sft_short", "gspo", "opd"]
     gspo, whole = recipe.stages["gspo"], base.stages["gspo"]
     assert isinstance(gspo, Gspo) and isinstance(whole, Gspo)
     assert (recipe.seed, gspo.group, gspo.steps) == (3, 4, whole.steps)

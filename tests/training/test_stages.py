@@ -112,7 +112,7 @@ def test_training_recomputes_the_log_probabilities_of_the_rollout(loaded: Any) -
     prompt = source.prompt(3)
     responses = Sampler(model, processor, barred, 8).sample(prompt, 4, seed=1)
     document = answered(prompt, responses, source.prompter)
-    laid = pack([document], model.model.get_rope_index, model.config.video_token_id)
+    laid = pack([document], model)
     labels_N = laid.labels_T[laid.labels_T != -100]
     with torch.no_grad():
         logps_N = Policy(deepcopy(model))(

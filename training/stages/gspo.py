@@ -89,9 +89,7 @@ class GspoStage(Stage):
         return Group(document, tuple(responses), rewards)
 
     def _work(self, groups: list[Group], policy: Policy, barred: tuple[int, ...]) -> Work:
-        config = policy.model.config
-        laid = pack([g.document for g in groups], policy.model.model.get_rope_index,
-                    config.video_token_id)  # fmt: skip
+        laid = pack([g.document for g in groups], policy.model)
         laid = laid.to(self.group.device)
         labels_N = laid.labels_T[laid.labels_T != IGNORE]
         lengths_R = laid.said_lengths()

@@ -64,8 +64,7 @@ class OpdStage(Stage):
         return works, {"response_tokens": (sum(lengths), len(lengths))}
 
     def _work(self, row: list[Document], policy: Policy, barred: tuple[int, ...]) -> Work:
-        model = policy.model
-        laid = pack(row, model.model.get_rope_index, model.config.video_token_id)
+        laid = pack(row, policy.model)
         laid = laid.to(self.group.device)
         taught: list[Tensor] = []
 

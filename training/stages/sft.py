@@ -9,18 +9,19 @@ Letters: N supervised tokens, W text width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from internvideo3.training.documents import WorldDocuments
+from internvideo3.training.documents import Document, WorldDocuments
 from internvideo3.training.loop import Stage, Totals, Work, own_indices
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE, linear_cross_entropy
 from internvideo3.training.packing import Pack, pack, packs
 from internvideo3.training.policy import Policy
 from internvideo3.training.processes import Processes
-from internvideo3.training.recipe import Sft
+from internvideo3.training.recipe import Sft, StageOptions
 
 
 class SftStage(Stage):
@@ -35,16 +36,21 @@ class SftStage(Stage):
     def works(self, step: int, policy: Policy) -> tuple[list[Work], Totals]:
         """The documents of the step in rows, each answer token with its weight."""
         taught = [self.documents.taught(i) for i in own_indices(self.options, step, self.group)]
-        rows = packs(taught, self.options.pack_tokens, self.options.micro_documents)
-        model = policy.model
-        index, video = model.model.get_rope_index, model.config.video_token_id
-        laid = [pack(row, index, video) for row in rows]
-        weights = [_answer_weights(one) for one in laid]
-        mine = torch.tensor([sum(float(w.double().sum()) for w in weights)], dtype=torch.float64)
-        total = float(self.group.total(mine.to(self.group.device)))
-        works = [Work(p, _loss(p, w / total)) for p, w in zip(laid, weights, strict=True)]
-        answers = sum(len(one.said_lengths()) for one in laid)
+        works = supervised_works(taught, self.options, policy, self.group)
+        answers = sum(len(one.branches) for one in taught)
         return works, {"answers": (answers, 0.0), "documents": (len(taught), 0.0)}
+
+
+def supervised_works(
+    taught: Sequence[Document], options: StageOptions, policy: Policy, group: Processes
+) -> list[Work]:
+    """Passes whose losses sum to the weighted mean over the answer tokens of all processes."""
+    rows = packs(taught, options.pack_tokens, options.micro_documents)
+    laid = [pack(row, policy.model) for row in rows]
+    weights = [_answer_weights(one) for one in laid]
+    mine = torch.tensor([sum(float(w.double().sum()) for w in weights)], dtype=torch.float64)
+    total = float(group.total(mine.to(group.device)))
+    return [Work(p, _loss(p, w / total)) for p, w in zip(laid, weights, strict=True)]
 
 
 def _answer_weights(laid: Pack) -> Tensor:

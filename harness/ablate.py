@@ -1,0 +1,138 @@
+"""`internvideo3 ablate`: trains recipes, evaluates them, writes Table 5; what the command does.
+
+    OUT/ablation.json               command, commit, recipes, seeds, suites, stages of each recipe
+    OUT/stages/NAME-DIGEST/         training; recipes that agree up to a stage share its folder
+    OUT/runs/RECIPE-sSEED/          evaluation
+    OUT/table5.json table5.md curves.svg
+
+Repeat the command to continue it, or to add recipes and seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from internvideo3.harness import provenance
+from internvideo3.harness.evaluate import evaluate, settle_environment
+from internvideo3.harness.options import EvalOptions
+from internvideo3.harness.store import Row, write_json
+from internvideo3.reports.ablation import MAPPING, write_table5
+from internvideo3.training.processes import Processes
+from internvideo3.training.recipe import Recipe, load_recipe, load_variant, variants
+from internvideo3.training.train import Trained, by_content, train
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateOptions:
+    """One ablation command."""
+
+    recipes: tuple[str, ...]
+    """Variants of the preset, or recipe files."""
+    preset: str = "scale"
+    """A recipe's name or file."""
+    seeds: tuple[int, ...]
+    out: Path
+    suites: tuple[str, ...] = tuple(MAPPING.values())
+    limit: int | None = None
+    """Questions of a suite; None for all."""
+    root: Path | None = None
+    """The scale world's root; None for the usual place."""
+    threads: int = 1
+    command: tuple[str, ...] = ()
+    """The command line, for the record."""
+
+
+def ablate(options: AblateOptions, progress: Progress) -> Path | None:
+    """Train, evaluate and report what is missing; the table, or None if a signal stopped training.
+
+    Raises:
+        ValueError: A recipe, suite or checkpoint cannot be used; training cannot go on.
+    """
+    settle_environment()
+    torch.set_num_threads(options.threads)
+    for name in options.recipes:
+        _recipe(options, name)
+    options.out.mkdir(parents=True, exist_ok=True)
+    plan = _plan(options)
+    for seed in options.seeds:
+        for name in options.recipes:
+            trained = _train(options, name, seed, progress)
+            if trained.checkpoint is None:
+                return None
+            plan["runs"][f"{name}-s{seed}"] = {
+                "recipe": name,
+                "seed": seed,
+                "stages": [os.path.relpath(folder, options.out) for folder in trained.folders],
+            }
+            _evaluate(options, trained.checkpoint, name, seed, progress)
+            write_json(options.out / "ablation.json", plan)
+            write_table5(options.out)
+    return options.out / "table5.md"
+
+
+def _plan(options: AblateOptions) -> Row:
+    """What `ablation.json` says; runs of an earlier command stay in it."""
+    commit, dirty = provenance.revision()
+    path = options.out / "ablation.json"
+    runs = json.loads(path.read_text())["runs"] if path.is_file() else {}
+    about = variants()
+    return {
+        "created": provenance.now(),
+        "command": list(options.command),
+        "commit": commit,
+        "dirty": dirty,
+        "packages": provenance.packages(),
+        "hardware": provenance.hardware(),
+        "preset": options.preset,
+        "suites": list(options.suites),
+        "limit": options.limit,
+        "about": {name: about.get(name, "") for name in options.recipes},
+        "runs": runs,
+    }
+
+
+def _recipe(options: AblateOptions, name: str) -> Recipe:
+    return load_recipe(name) if Path(name).is_file() else load_variant(options.preset, name)
+
+
+def _train(options: AblateOptions, name: str, seed: int, progress: Progress) -> Trained:
+    recipe = replace(_recipe(options, name), seed=seed)
+
+    def told(stage: str, done: int, total: int) -> None:
+        progress(f"{name} {seed} {stage}", done, total)
+
+    return train(recipe, options.out / "stages", told, Processes(), by_content)
+
+
+def _evaluate(
+    options: AblateOptions, checkpoint: Path, name: str, seed: int, progress: Progress
+) -> None:
+    def told(suite: str, done: int, total: int) -> None:
+        progress(f"{name} {seed} {suite}", done, total)
+
+    evaluate(
+        EvalOptions(
+            model=str(checkpoint),
+            suites=options.suites,
+            out=options.out / "runs" / f"{Path(name).stem}-s{seed}",
+            root=options.root,
+            limit=options.limit,
+            threads=options.threads,
+            frame_cache=options.out / "frames",
+            command=options.command,
+        ),
+        told,
+    )
+
+
+def chosen(recipes: Sequence[str]) -> tuple[str, ...]:
+    """The recipes of a command; all variants where none is named."""
+    return tuple(recipes) or tuple(variants())

@@ -1,0 +1,55 @@
+"""Mixtures with exact shares: how many samples of each kind, and in which order.
+
+A mixture is dealt, not drawn: of any number of samples each kind has its share to within one
+sample, so that a short run sees the mixture that a long one sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
+
+from internvideo3.training.recipe import RecipeError
+
+Kind = TypeVar("Kind", bound=Hashable)
+
+
+def check_shares(name: str, shares: Mapping[Kind, float]) -> None:
+    """Make sure that shares are shares.
+
+    Raises:
+        RecipeError: There is none, one is negative, or they do not sum to 1.
+    """
+    if any(share < 0 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
+        raise RecipeError(
+            f"the shares of {name} must be positive and sum to 1, got {dict(shares)} "
+            f"with the sum {sum(shares.values()):g}"
+        )
+
+
+def counts(shares: Mapping[Kind, float], total: int) -> dict[Kind, int]:
+    """Whole numbers of each kind that sum to a total (largest remainders first).
+
+    Raises:
+        RecipeError: The shares are none.
+    """
+    check_shares("a mixture", shares)
+    whole = {kind: int(share * total + 1e-9) for kind, share in shares.items()}
+    rest = sorted(shares, key=lambda kind: whole[kind] - shares[kind] * total)
+    for kind in rest[: total - sum(whole.values())]:
+        whole[kind] += 1
+    return whole
+
+
+def dealt(shares: Mapping[Kind, float], total: int) -> list[Kind]:
+    """A kind for each of so many places; each kind's places are spread evenly.
+
+    Raises:
+        RecipeError: The shares are none.
+    """
+    places = [
+        ((place + 0.5) / count, order, kind)
+        for order, (kind, count) in enumerate(counts(shares, total).items())
+        for place in range(count)
+    ]
+    return [kind for *_, kind in sorted(places, key=lambda one: one[:2])]
