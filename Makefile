@@ -52,6 +52,12 @@ conversion-report: $(STAMP)  ## Convert SmolLM2-135M with each option, write wha
 	PYTHONPATH=.cache/conversion/gguf $(BIN)/python -m internvideo3.harness.conversion_report --wheels .cache/conversion \
 		--work .cache/conversion --out reports/results/conversion/smollm2.json
 
+conversion-ablation: $(STAMP)  ## Convert the scale model with each part switched off, answer questions (an hour)
+	$(BIN)/internvideo3 world build world_long world_ego world_short world_grounding world_spatial \
+		world_manyq --root .cache/conversion/world
+	$(BIN)/python -m internvideo3.harness.conversion_ablation --root .cache/conversion/world \
+		--work .cache/conversion/scale --out reports/results/conversion/scale_ablation.json
+
 # On a GPU machine, with its own Python (torch, triton, transformers); nothing is installed.
 gpu: gpu-kernels gpu-figure6  ## On a GPU: kernels against float64 and the roofline, whole decode steps
 

@@ -7,7 +7,7 @@ its answer. Own files are `.txt` (a form feed separates documents) and videos.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,17 @@ VIDEO_ENDINGS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 DRAWN_VIDEOS = 16
 DRAWN_FROM = 95 * 10**7
 """First seed of drawn videos; no suite and no training batch of the scale world uses it."""
-HELD_OUT_VIDEOS = 6
+HELD_OUT_VIDEOS = 24
 HELD_OUT_FROM = DRAWN_FROM + 10**6
 """First seed of the drawn videos that a conversion is judged on."""
 DRAWN_SECONDS = (4, 8, 16)
 DRAWN_SIDE_PX = 64
 QUESTION_FAMILIES = ("motion", "colour", "order", "depth", "shape", "count")
 VIDEO_FPS, VIDEO_FRAMES = 1.0, 64
+REPLY_HEAD, END_OF_TURN = "<|im_start|>assistant\n", "<|im_end|>"
+"""ChatML, which every Qwen speaks."""
+UNLABELLED = -100
+"""In `labels`: a token that is not judged."""
 VIDEO_REQUEST = "Describe in detail what happens in this video, in the order in which it happens."
 
 
@@ -55,6 +59,9 @@ class Reader:
     """Of a source that sees; None for a text model."""
     tokens: int
     """Longest text in tokens. Each begins at the start of a document, as the model expects."""
+    loss: Callable[[Batch], float] | None = None
+    """The source's loss on a batch's labels. Drawn videos' answers are then spelt as the source
+    would: the scale model writes a space first, Qwen3-VL does not, and neither knows the other."""
 
     def read(self, files: Sequence[Path]) -> list[Batch]:
         """Model inputs of text files and videos.
@@ -83,10 +90,14 @@ class Reader:
         return [*drawn, *self.texts(DEFAULT_TEXT)]
 
     def held_out_videos(self) -> list[Batch]:
-        """Drawn videos that are not in the default set; none for a text model."""
+        """Drawn videos that are not in the default set, judged by their answers alone.
+
+        None for a text model.
+        """
         if self.processor is None:
             return []
-        return list(self._drawn(HELD_OUT_FROM, HELD_OUT_VIDEOS))
+        drawn = self._drawn(HELD_OUT_FROM, HELD_OUT_VIDEOS)
+        return [answer_labelled(batch, self.tokenizer) for batch in drawn]
 
     def texts(self, file: Path) -> list[Batch]:
         """The documents of a text file, each cut to `tokens`.
@@ -134,26 +145,61 @@ class Reader:
                 fps=FILE_FPS,
                 frames_indices=(times * FILE_FPS).astype(int).tolist(),
             )
-            asked = (draw_question(spec, rng, family) for family in QUESTION_FAMILIES)
-            said = next(
-                ((question.prompt, question.answer) for question in asked if question),
-                (VIDEO_REQUEST, ""),
-            )
-            yield self._video(paint(spec, times, DRAWN_SIDE_PX), metadata, *said)
+            turn = index % len(QUESTION_FAMILIES)
+            families = QUESTION_FAMILIES[turn:] + QUESTION_FAMILIES[:turn]
+            asked = next(filter(None, (draw_question(spec, rng, one) for one in families)), None)
+            request = asked.prompt if asked else VIDEO_REQUEST
+            batch = self._video(paint(spec, times, DRAWN_SIDE_PX), metadata, request)
+            yield self._replied(batch, asked.answer) if asked else batch
 
-    def _video(
-        self, pixels_THWC: Any, metadata: VideoMetadata, request: str, reply: str = ""
-    ) -> Batch:
+    def _replied(self, batch: Batch, answer: str) -> Batch:
+        spelt = [answered(batch, self.tokenizer, space + answer) for space in ("", " ")]
+        if self.loss is None:
+            return spelt[0]
+        losses = [self.loss(answer_labelled(one, self.tokenizer)) for one in spelt]
+        return spelt[losses.index(min(losses))]
+
+    def _video(self, pixels_THWC: Any, metadata: VideoMetadata, request: str) -> Batch:
         assert self.processor is not None
         content = [{"type": "video"}, {"type": "text", "text": request}]
         prompt = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
         inputs = self.processor(
-            text=[prompt + reply],
+            text=[prompt],
             videos=[torch.from_numpy(pixels_THWC).permute(0, 3, 1, 2)],
             video_metadata=[metadata],
             do_sample_frames=False,
             return_tensors="pt",
         )
         return dict(inputs)
+
+
+def answered(inputs: Batch, tokenizer: Any, reply: str) -> Batch:
+    """The inputs with a reply's own tokens and the end of the turn after the prompt.
+
+    Rendered as one text, the prompt's last line break could join the reply's first token.
+    """
+    said = tokenizer(reply + END_OF_TURN, add_special_tokens=False, return_tensors="pt")
+    longer = dict(inputs)
+    for name, fill in (("input_ids", None), ("attention_mask", 1), ("mm_token_type_ids", 0)):
+        ids = said["input_ids"]
+        new = ids if fill is None else ids.new_full(ids.shape, fill)
+        longer[name] = torch.cat([inputs[name], new.to(inputs[name].dtype)], dim=1)
+    return longer
+
+
+def answer_labelled(batch: Batch, tokenizer: Any) -> Batch:
+    """The batch with labels on its last turn's reply alone.
+
+    Raises:
+        CalibrationError: no turn of an assistant begins in it.
+    """
+    head = tokenizer(REPLY_HEAD, add_special_tokens=False)["input_ids"]
+    ids = batch["input_ids"][0].tolist()
+    starts = [at for at in range(len(ids)) if ids[at : at + len(head)] == head]
+    if not starts:
+        raise CalibrationError(f"no reply begins in the batch: {REPLY_HEAD!r} is not in it.")
+    labels = batch["input_ids"].clone()
+    labels[:, : starts[-1] + len(head)] = UNLABELLED
+    return batch | {"labels": labels}

@@ -102,7 +102,7 @@ def convert_checkpoint(given: ConvertCommand, progress: Progress = silent) -> di
     _check_files(given)
     check_fit(options, text, has_norm=config["model_type"] != "llama")
     source = load_source(path, config, given.dtype)
-    reader = _reader(path, config, given.tokens)
+    reader = _reader(path, source, given.tokens)
     calibration = reader.read(given.calibration) if given.calibration else reader.default()
     held_out = {
         "held_out": reader.texts(given.held_out),
@@ -214,12 +214,17 @@ def load_source(path: Path, config: Mapping[str, Any], dtype: str) -> Source:
     return Source.of(model.eval())
 
 
-def _reader(path: Path, config: Mapping[str, Any], tokens: int) -> Reader:
+def _reader(path: Path, source: Source, tokens: int) -> Reader:
     from transformers import AutoTokenizer, Qwen3VLProcessor
 
-    if "vision_config" in config:
+    if hasattr(source.model.config, "vision_config"):
         processor = Qwen3VLProcessor.from_pretrained(path, local_files_only=True)
-        return Reader(tokenizer=processor.tokenizer, processor=processor, tokens=tokens)
+        return Reader(
+            tokenizer=processor.tokenizer,
+            processor=processor,
+            tokens=tokens,
+            loss=lambda batch: Reference.of(source, [batch]).source_loss(),
+        )
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     return Reader(tokenizer=tokenizer, processor=None, tokens=tokens)
 

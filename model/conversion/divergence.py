@@ -59,6 +59,20 @@ class Reference:
         return cls(source, batches, [_supervised_hidden(source, batch) for batch in batches])
 
     @torch.no_grad()
+    def source_loss(self) -> float:
+        """The source's own mean loss per supervised token, in nats."""
+        total, tokens = 0.0, 0
+        for batch, hidden_NX in zip(self.batches, self.hidden, strict=True):
+            labels_N = self.labels(batch).to(hidden_NX.device)
+            total += float(_compare(self.source.head, hidden_NX, hidden_NX, labels_N)[1])
+            tokens += len(hidden_NX)
+        return total / tokens
+
+    def labels(self, batch: Batch) -> Tensor:
+        """The tokens that follow supervised positions."""
+        return batch["input_ids"][:, 1:][self.source.supervised(batch)[:, :-1]]
+
+    @torch.no_grad()
     def agreement(self, layers: Sequence[RowAttention]) -> Agreement:
         """Runs the source with converted attention layers."""
         found = torch.zeros(4, dtype=torch.float64)
@@ -66,8 +80,8 @@ class Reference:
         for batch, want_NX in zip(self.batches, self.hidden, strict=True):
             with attending(self.source, layers, batch):
                 got_NX = _supervised_hidden(self.source, batch)
-            labels = batch["input_ids"][:, 1:][self.source.supervised(batch)[:, :-1]]
-            found += _compare(self.source.head, want_NX, got_NX, labels.to(got_NX.device))
+            labels_N = self.labels(batch).to(got_NX.device)
+            found += _compare(self.source.head, want_NX, got_NX, labels_N)
             tokens += len(got_NX)
         kl, before, after, same = (found / tokens).tolist()
         return Agreement(tokens, kl, math.exp(before), math.exp(after), same)

@@ -74,6 +74,15 @@ def balanced_metric(covariance_EE: Tensor, residual_EE: Tensor) -> Tensor:
     return torch.diag(torch.cat([torch.ones_like(keys) / ratio**2, torch.ones_like(values)]))
 
 
+def separated(matrix_EE: Tensor) -> Tensor:
+    """The matrix without what ties keys to values."""
+    keys = len(matrix_EE) // 2
+    apart_EE = matrix_EE.clone()
+    apart_EE[:keys, keys:] = 0
+    apart_EE[keys:, :keys] = 0
+    return apart_EE
+
+
 def factorise(covariance_EE: Tensor, metric_EE: Tensor, residual_EE: Tensor, rank: int) -> LowRank:
     """Best rank-`rank` encoder and decoder (equation at the head of this file)."""
     values, vectors = torch.linalg.eigh(metric_EE)

@@ -13,7 +13,7 @@ the scale model half diverges seven times less than a quarter."""
 CHOICES = {
     "norm": ("exact", "linear"),
     "norm_fit": ("constant", "affine"),
-    "mixing": ("complex", "real"),
+    "mixing": ("complex", "real", "mean"),
     "metric": ("fisher", "balanced"),
     "row_form": ("latent", "prerope", "released"),
 }
@@ -36,11 +36,15 @@ class ConversionOptions:
     norm_fit: str = "affine"
     """Of the linear norm: "affine" (learned per head) or "constant" (equation 7)."""
     mixing: str = "complex"
-    """How heads are mixed within a frequency: "complex" (unitary) or "real" (orthogonal)."""
+    """How heads are mixed within a frequency: "complex" (unitary), "real" (orthogonal), or "mean"
+    (nothing is learned: the heads' mean first)."""
     importance: bool = True
     """Whether slots go to what the loss would miss most, wherever; else one per frequency first."""
     gain: bool = True
     """Whether the part of a key that is not rotated gets a positional gain."""
+    joint: bool = True
+    """Whether keys and values share their latent directions; else each has its own, and the split
+    of the rank between them is by energy."""
     metric: str = "fisher"
     """Metric of the joint factorisation: "fisher", or "balanced" (norms of keys and values)."""
     token_weights: bool = True

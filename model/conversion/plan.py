@@ -22,6 +22,7 @@ from internvideo3.model.conversion.lowrank import (
     LowRank,
     balanced_metric,
     factorise,
+    separated,
     weigh_metric,
 )
 from internvideo3.model.conversion.norms import LinearNorm
@@ -81,6 +82,8 @@ def plan_layer(
         metric_EE = weigh_metric(stats.fisher_MEE.sum(0), gain_HF, options.metric_ridge)
     else:
         metric_EE = balanced_metric(covariance_EE, residual_EE)
+    if not options.joint:
+        covariance_EE, metric_EE = separated(covariance_EE), separated(metric_EE)
     low = factorise(covariance_EE, metric_EE, residual_EE, len(mean_E))
     return LayerPlan(mean_E, gain_HF, slots, low, [], norm)
 

@@ -23,7 +23,8 @@ class SlotRule:
     """How slots are found."""
 
     mixing: str = "complex"
-    """"complex": any unitary mixing of the heads within a frequency; "real": orthogonal."""
+    """"complex": any unitary mixing of the heads within a frequency; "real": orthogonal; "mean":
+    the heads' discrete Fourier transform, so that the last component is their mean."""
     importance: bool = True
     """Whether components count by what the loss loses, or by their energy."""
     per_frequency: bool = False
@@ -77,10 +78,14 @@ def choose_slots(
         w_FK = lost_HF.unflatten(0, (K, -1)).sum(1).T
         w_FK = w_FK.clamp_min(1e-6 * float(w_FK.mean()) + 1e-300)
     root_FK = w_FK.sqrt()
-    values_FK, u_FKK = torch.linalg.eigh(root_FK[:, :, None] * moment_FKK * root_FK[:, None, :])
+    weighted_FKK = root_FK[:, :, None] * moment_FKK * root_FK[:, None, :]
+    if rule.mixing == "mean":
+        values_FK, u_FKK = _fixed_components(weighted_FKK)
+    else:
+        values_FK, u_FKK = torch.linalg.eigh(weighted_FKK)
     ranked_FK = values_FK.clone()
     if rule.per_frequency:
-        # eigh sorts upwards: the last component of each frequency, before all others.
+        # The last component of each frequency (the largest, or the mean) before all others.
         ranked_FK[:, -1] += values_FK.sum()
     chosen = ranked_FK.flatten().argsort(descending=True)[:slots].sort().values
     freq_S, component_S = chosen // K, chosen % K
@@ -91,6 +96,15 @@ def choose_slots(
         rebuild_SK=u_SK / root_FK[freq_S],
         energy_kept=float(values_FK.flatten()[chosen].sum() / values_FK.sum()),
     )
+
+
+def _fixed_components(moment_FKK: Tensor) -> tuple[Tensor, Tensor]:
+    """Energies and vectors of the heads' Fourier components, their mean last."""
+    F, K = moment_FKK.shape[:2]
+    index_K = torch.arange(K, dtype=torch.float64, device=moment_FKK.device)
+    angle_KK = 2 * torch.pi / K * index_K[:, None] * index_K.flip(0)
+    u_FKK = torch.polar(torch.full_like(angle_KK, K**-0.5), angle_KK).expand(F, K, K)
+    return (u_FKK.mH @ moment_FKK @ u_FKK).diagonal(dim1=1, dim2=2).real, u_FKK
 
 
 def _pair_moments(moment_EE: Tensor, frequencies: int) -> Tensor:

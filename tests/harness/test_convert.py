@@ -16,7 +16,15 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 
-from internvideo3.harness.calibration import DEFAULT_TEXT, HELD_OUT_TEXT, CalibrationError, Reader
+from internvideo3.harness.calibration import (
+    DEFAULT_TEXT,
+    HELD_OUT_TEXT,
+    HELD_OUT_VIDEOS,
+    UNLABELLED,
+    CalibrationError,
+    Reader,
+    answer_labelled,
+)
 from internvideo3.harness.convert import ConvertCommand, convert_checkpoint, lines
 from internvideo3.harness.inspection import describe
 from internvideo3.model.checkpoint import load_model, resolve_checkpoint, weights_digest
@@ -239,6 +247,30 @@ def test_calibration_files_are_read_or_refused(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(CalibrationError, match=words):
             reader.read([tmp_path / name])
+
+
+def test_videos_are_judged_by_their_answers_alone() -> None:
+    processor = load_processor()
+    tokenizer = processor.tokenizer
+    # A source that writes a space first, as the scale model does.
+    space = tokenizer(" left", add_special_tokens=False)["input_ids"][0]
+    reader = Reader(
+        tokenizer=tokenizer,
+        processor=processor,
+        tokens=64,
+        loss=lambda batch: float(space not in batch["input_ids"]),
+    )
+    batches = reader.held_out_videos()
+    assert len(batches) == HELD_OUT_VIDEOS
+    for batch in batches:
+        judged = batch["input_ids"][batch["labels"] != UNLABELLED]
+        said = tokenizer.decode(judged)
+        assert said.endswith("<|im_end|>") and said.count("<|") == 1
+        shapes = {batch[n].shape for n in ("input_ids", "labels", "mm_token_type_ids")}
+        assert shapes == {batch["attention_mask"].shape}
+        assert said in tokenizer.decode(batch["input_ids"][0])
+    with pytest.raises(CalibrationError, match="no reply begins"):
+        answer_labelled(reader.texts(HELD_OUT_TEXT)[0], tokenizer)
 
 
 def test_calibration_and_held_out_text_share_no_section() -> None:

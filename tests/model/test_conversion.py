@@ -26,8 +26,14 @@ from internvideo3.model.conversion.options import (
     key_width,
 )
 from internvideo3.model.conversion.options import share as cache_share
+from internvideo3.model.conversion.plan import plan_layer
 from internvideo3.model.conversion.recording import LayerCall, record
-from internvideo3.model.conversion.rotary import choose_slots, positional_gain, residual_map
+from internvideo3.model.conversion.rotary import (
+    SlotRule,
+    choose_slots,
+    positional_gain,
+    residual_map,
+)
 from internvideo3.model.conversion.source import Projections, Source
 from internvideo3.model.conversion.statistics import (
     LayerStatistics,
@@ -108,6 +114,28 @@ def test_all_slots_leave_no_key(stats: list[LayerStatistics]) -> None:
     assert float(left[:keys].abs().max()) <= 1e-9
     assert torch.equal(left[keys:, keys:], torch.eye(keys, dtype=left.dtype))
     assert slots.energy_kept == pytest.approx(1.0)
+
+
+def test_heads_that_are_not_mixed_give_their_mean_first(stats: list[LayerStatistics]) -> None:
+    gain_HF = positional_gain(stats[0])
+    F = gain_HF.shape[1]
+    rule = SlotRule(mixing="mean", importance=False, per_frequency=True)
+    slots = choose_slots(stats[0], gain_HF, F, rule)
+    kv_heads = slots.write_SK.shape[1]
+    assert slots.frequencies == list(range(F))
+    mean = torch.full_like(slots.write_SK, kv_heads**-0.5)
+    assert torch.allclose(slots.write_SK, mean)
+
+
+def test_keys_and_values_apart_have_directions_of_their_own(
+    stats: list[LayerStatistics], source: Any
+) -> None:
+    options = cache_share(source.config.text_config, 0.5).with_(joint=False)
+    encoder = plan_layer(stats[0], options, 8, None).low.encoder_RE
+    keys, values = (part.norm(dim=1) for part in encoder.chunk(2, dim=1))
+    of_keys = keys > 1e-9 * encoder.norm()
+    assert of_keys.any() and not of_keys.all()
+    assert float(values[of_keys].max()) <= 1e-9 * float(encoder.norm())
 
 
 def test_the_factorisation_is_the_best_of_its_rank(stats: list[LayerStatistics]) -> None:
