@@ -89,6 +89,8 @@ def _check(suite: str, options: EvalOptions) -> SuiteCheck:
     lengths = {str(doc["video_id"]): doc["length_s"] for doc in one.docs if one.videos(doc)}
     paths = {path for doc in one.docs for path in one.media(doc)}
     missing = missing_media(one)
+    single = known is not None and known.between is not None
+    tokens_of = picture_tokens if single else visual_tokens
     return SuiteCheck(
         suite=suite,
         title=title,
@@ -97,7 +99,7 @@ def _check(suite: str, options: EvalOptions) -> SuiteCheck:
         videos=len(lengths),
         missing=missing,
         bytes_here=sum(path.stat().st_size for path in paths if path.is_file()),
-        tokens=sum(visual_tokens(settings, length) for length in lengths.values()),
+        tokens=sum(tokens_of(settings, length) for length in lengths.values()),
         new_tokens=len(one.docs) * (settings.max_new_tokens or 0),
         guessed_lengths=None in lengths.values(),
         reasons=_reasons(one, options),
@@ -123,6 +125,14 @@ def visual_tokens(settings: Settings, length_s: float | None) -> int:
         frames = min(frames, max(FRAME_FACTOR, round(length_s * settings.fps)))
     _, most = settings.bounds(frames)
     return frames // FRAME_FACTOR * (most // TOKEN_PIXELS)
+
+
+def picture_tokens(settings: Settings, length_s: float | None) -> int:
+    """Most visual tokens of a video that is shown as single pictures, at most one a second."""
+    pictures = settings.max_frames
+    if length_s is not None:
+        pictures = min(pictures, max(1, int(length_s)))
+    return pictures * (settings.max_pixels // TOKEN_PIXELS)
 
 
 def read_rates(measurements: Path) -> Rates:

@@ -407,7 +407,11 @@ def judge_command(
             done = ask(run, whom, lambda now, all_of_them: advance("verdicts", now, all_of_them))
         rescore(run)
         _print_runs([run])
-        print(f"{done.asked} verdicts, {done.kept} kept from before, {done.left} left open: {run}")
+        unread = f"{done.unread} answers held none, " if done.unread else ""
+        print(
+            f"{done.asked} verdicts, {done.kept} kept from before, {unread}{done.left} left open: "
+            f"{run}"
+        )
 
 
 @app.command("report")

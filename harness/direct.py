@@ -40,6 +40,8 @@ class Clip:
     """Where the part starts; None for the beginning."""
     end_s: float | None = None
     """Where the part ends; None for the end."""
+    fps: float | None = None
+    """Frames from a second of it; None for what the settings say."""
     shuffled: bool = False
     """Whether its frames are shown in another order, at the times of the true one."""
 
@@ -197,10 +199,11 @@ class Answerer:
         def make() -> Frames:
             read = self.reader.read(
                 clip.path,
-                fps=settings.fps,
+                fps=fps,
                 max_frames=settings.max_frames,
                 start_s=clip.start_s,
                 end_s=clip.end_s,
+        fps = clip.fps or settings.fps
             )
             low, high = settings.bounds(len(read.indices))
             return fit_frames(read, factor=factor, min_pixels=low, max_pixels=high)
@@ -210,7 +213,7 @@ class Answerer:
         else:
             bounds = settings.video_pixels or (settings.min_pixels, settings.max_pixels)
             whole = settings.video_pixels is not None
-            recipe = (settings.fps, settings.max_frames, clip.start_s, clip.end_s, bounds, whole)
+            recipe = (fps, settings.max_frames, clip.start_s, clip.end_s, bounds, whole)
             frames = self.cache.get(clip.path, (*recipe, factor), make)
         return shuffle_frames(frames) if clip.shuffled else frames
 
@@ -320,6 +323,15 @@ def fit_image(image: Any, factor: int, min_pixels: int, max_pixels: int) -> Any:
 
 
 def _image_key(image: Any) -> str:
+def shuffle_images(images: Sequence[Any]) -> tuple[Any, ...]:
+    """The same images in an order drawn from their content, which is never their own order."""
+    seed = hashlib.sha256("".join(map(_image_key, images)).encode()).hexdigest()[:16]
+    order = np.random.default_rng(int(seed, 16)).permutation(len(images))
+    if (order == np.arange(len(images))).all():
+        order = np.roll(order, 1)
+    return tuple(images[at] for at in order)
+
+
     return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
 
 

@@ -312,6 +312,7 @@ def _run(model: "InternVideo3", recorder: SuiteRecorder, options: EvalOptions) -
         [str(doc["id"]) for doc in recorder.mine] if part else None,
     )
     _compare(benchmark, [recorder.answered[doc["id"]] for doc in recorder.mine], numbers)
+    model.fps_of_documents = options.fps is None and options.max_frames is None
 
 
 def _write_tasks(benchmark: Benchmark) -> None:

@@ -4,10 +4,8 @@ Nothing else in evaluation or scoring uses the network. Verdicts are kept in the
 (`judgements/<suite>.jsonl`, one line each when it is given), so that `score` applies them again
 without asking, and an interrupted command goes on where it stopped.
 
-Questions, verdicts and their reading are those of llyx97/TempCompass (commits 52d2b49
-`prompt_templates.py`, 3cdb5d4 `utils/eval_utils.py`: `llm_output_to_rating`), at temperature 0 and
-without its penalty, so that a verdict can be repeated. Captions need another file of that data set
-and stay open.
+What is asked, and how an answer is read, is in `tasks/benchmarks/verdicts.py`, with its sources.
+The endpoint is asked at temperature 0 and without a penalty, so that a verdict can be repeated.
 """
 
 import hashlib
@@ -29,20 +27,14 @@ from internvideo3.harness.store import (
     repair_rows,
     suites_of,
 )
+from internvideo3.tasks.benchmarks.verdicts import Form, form_of
+from internvideo3.tasks.scoring.vrbench import has_process
 
 FOLDER = "judgements"
-_SYSTEM = "You are an AI assistant for question answering."
-_KINDS = {
-    "multi-choice": ("multi-choice question", "Multi-Choice Question"),
-    "yes_no": ("Yes/No question", "Yes/No Question"),
-    "caption_matching": ("caption matching question", "Caption Matching Question"),
-}
-_TASK = (
-    "You will receive a {0}, the ground-truth answer and the prediction from a question answering "
-    "(QA) model. Your task is to determine whether QA model prediction is correct, based on the "
-    'question and ground-truth answer. If the prediction is correct, respond "Correct". If the '
-    'prediction is incorrect, respond "Incorrect".'
-)
+RATE = "rate"
+"""Where a VRBench document holds its judge's rating of the reasoning, 0 to 10."""
+_HOPELESS = 3
+"""Answers without a verdict, one after the other from the start, after which a judge is no use."""
 
 
 class JudgeError(ValueError):
@@ -62,7 +54,7 @@ class Judge:
     timeout_s: float = 60.0
     """Longest wait for one answer."""
 
-    def ask(self, prompt: str) -> str:
+    def ask(self, form: Form) -> str:
         """One answer.
 
         Raises:
@@ -70,11 +62,11 @@ class Judge:
         """
         body = {
             "model": self.model,
-            "max_tokens": 128,
+            "max_tokens": form.max_tokens,
             "temperature": 0,
             "messages": [
-                {"role": "system", "content": _SYSTEM},
-                {"role": "user", "content": prompt},
+                *([{"role": "system", "content": form.system}] if form.system else []),
+                {"role": "user", "content": form.prompt},
             ],
         }
         headers = {"Content-Type": "application/json"}
@@ -107,6 +99,8 @@ class Judged:
     """Verdicts of earlier commands."""
     left: int
     """Answers that this judge cannot score."""
+    unread: int
+    """Answers of the judge that hold no verdict; they are asked for again by the next command."""
 
 
 def judge(root: Path, judge: Judge, progress: Callable[[int, int], None]) -> Judged:
@@ -118,72 +112,72 @@ def judge(root: Path, judge: Judge, progress: Callable[[int, int], None]) -> Jud
         progress: told how many verdicts there are, and how many are needed.
 
     Raises:
-        JudgeError: the endpoint fails; what was judged is kept.
+        JudgeError: the endpoint fails, or its first answers hold no verdict; what was judged is
+            kept.
         StoreError: `root` is no run, is in use, or cannot be written.
     """
     run = read_run(root)
     with RunStore.open(root, run):
-        for suite in suites_of(root):
+        suites = suites_of(root)
+        for suite in suites:
             repair_rows(root / FOLDER / f"{suite}.jsonl")
-        needed = [(suite, row) for suite in suites_of(root) for row in _open(root, suite)]
-        prompts = [(suite, row, prompt_for(row)) for suite, row in needed]
-        answerable = [(suite, row, prompt) for suite, row, prompt in prompts if prompt]
-        known = {suite: judgements(root, suite) for suite in suites_of(root)}
-        kept = sum(key(row) in known[suite] for suite, row, _ in answerable)
-        done = kept
-        progress(done, len(answerable))
-        for suite, row, prompt in answerable:
-            if key(row) not in known[suite]:
+        needed = [(suite, row, form_for(row)) for suite in suites for row in _open(root, suite)]
+        known = {suite: judgements(root, suite) for suite in suites}
+        waiting = [
+            (suite, row, form)
+            for suite, row, form in needed
+            if form is not None and key(row) not in known[suite]
+        ]
+        left = sum(form is None for _, _, form in needed)
+        kept = len(needed) - left - len(waiting)
+        progress(kept, kept + len(waiting))
+        unread = 0
+        for number, (suite, row, form) in enumerate(waiting, start=1):
+            said = judge.ask(form)
+            value = form.read(said)
+            if value is None:
+                unread += 1
+                _check_judge(unread, number, said, form)
+            else:
                 verdict = {"key": key(row), "id": row["id"], "judge": judge.model}
-                said = judge.ask(prompt)
-                verdict |= {"said": said, "value": rating(said)}
+                verdict |= {"said": said, "value": value}
                 append_rows(root / FOLDER / f"{suite}.jsonl", [verdict])
-                done += 1
-                progress(done, len(answerable))
-    return Judged(asked=done - kept, kept=kept, left=len(needed) - len(answerable))
+            progress(kept + number, kept + len(waiting))
+    return Judged(asked=len(waiting) - unread, kept=kept, left=left, unread=unread)
+
+
+def _check_judge(unread: int, asked: int, said: str, form: Form) -> None:
+    if unread == asked == _HOPELESS:
+        raise JudgeError(
+            f"The judge's first {asked} answers hold no verdict; the last one, {said[:200]!r}, is "
+            f"{form.wanted}. Take another model."
+        )
 
 
 def _open(root: Path, suite: str) -> Iterator[Row]:
-    """Records whose official score needs a judge, judged or not."""
+    """Records that a judge has a say in, judged or not."""
     for row in read_rows(root / "samples" / f"{suite}.jsonl"):
-        outcome = row["official"]["outcome"]
-        if outcome == "judge_needed" or "judge" in row:
+        if row["prediction"] is None:
+            continue
+        needs = row["official"]["outcome"] == "judge_needed" or "judge" in row
+        if needs or _is_process(row):
             yield row
 
 
-def prompt_for(row: Mapping[str, Any]) -> str | None:
-    """The question to the judge about a record; None where it cannot be put."""
-    doc = row.get("doc") or {}
-    if row.get("benchmark") != "tempcompass" or doc.get("qtype") not in _KINDS:
-        return None
-    kind, heading = _KINDS[doc["qtype"]]
-    return (
-        f"{_TASK.format(kind)}\n{heading}:\n{doc['question']}\n"
-        f"Ground-Truth Answer: {doc['answer']}\nModel Prediction: {row['prediction']}"
-    )
+def _is_process(row: Mapping[str, Any]) -> bool:
+    """Whether the verdict rates the reasoning beside the score, and leaves the score alone."""
+    return row.get("benchmark") == "vrbench" and has_process(row.get("doc") or {})
 
 
-def rating(said: str) -> float:
-    """1 or 0 from a judge's words.
-
-    Raises:
-        JudgeError: neither verdict is in them.
-    """
-    if said.startswith("Correct"):
-        return 1.0
-    if "Incorrect" in said:
-        return 0.0
-    if "Correct" in said:
-        return 1.0
-    raise JudgeError(
-        f"The judge said {said[:200]!r}, neither Correct nor Incorrect. Take another model; what "
-        "was judged is kept."
-    )
+def form_for(row: Mapping[str, Any]) -> Form | None:
+    """The question to the judge about a record; None where there is none."""
+    return form_of(str(row.get("benchmark")), row.get("doc") or {}, row["prediction"])
 
 
 def key(row: Mapping[str, Any]) -> str:
     """A verdict's key: it holds for this answer to this question only."""
-    judged = json.dumps([row["id"], row.get("doc"), row["prediction"]], sort_keys=True)
+    doc = {name: value for name, value in (row.get("doc") or {}).items() if name != RATE}
+    judged = json.dumps([row["id"], doc, row["prediction"]], sort_keys=True)
     return hashlib.sha256(judged.encode()).hexdigest()
 
 
@@ -197,11 +191,21 @@ def judgements(root: Path, suite: str) -> dict[str, Row]:
 
 
 def apply(row: Row, verdicts: Mapping[str, Row]) -> Row:
-    """A record with its verdict, if its official score needs one and there is one."""
+    """A record with its verdict, if a judge has a say in it and there is one.
+
+    A verdict is the official score where that needs a judge, and the document's `rate` where it
+    rates the reasoning beside the score.
+    """
     row = {name: value for name, value in row.items() if name != "judge"}
+    if _is_process(row):
+        row["doc"] = {name: value for name, value in row["doc"].items() if name != RATE}
     verdict = verdicts.get(key(row))
-    if verdict is None or row["official"]["outcome"] != "judge_needed":
+    if verdict is None:
         return row
-    value = verdict["value"]
-    official = {"value": value, "parsed": verdict["said"], "outcome": "answered"}
-    return row | {"official": official, "judge": verdict["judge"]}
+    row["judge"] = verdict["judge"]
+    if _is_process(row):
+        return row | {"doc": row["doc"] | {RATE: 10 * verdict["value"]}}
+    if row["official"]["outcome"] != "judge_needed":
+        return {name: value for name, value in row.items() if name != "judge"}
+    official = {"value": verdict["value"], "parsed": verdict["said"], "outcome": "answered"}
+    return row | {"official": official}

@@ -29,7 +29,14 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 from loguru import logger
 from PIL import Image
 
-from internvideo3.harness.direct import Answerer, Clip, Outcome, Question, failed
+from internvideo3.harness.direct import (
+    Answerer,
+    Clip,
+    Outcome,
+    Question,
+    failed,
+    shuffle_images,
+)
 from internvideo3.harness.settings import SYSTEM_PROMPT, Settings, pixel_range
 from internvideo3.model.checkpoint import load_model, resolve_checkpoint
 
@@ -118,6 +125,8 @@ class InternVideo3(lmms):  # type: ignore[misc]  # lmms_eval has no types
         self.name = name or pretrained
         self.recorder = recorder
         self.control = control
+        self.fps_of_documents = True
+        """Whether a document may say how many frames a second its videos are sampled at."""
         self.batch_size = answerer.settings.batch
 
     def __repr__(self) -> str:
@@ -202,19 +211,25 @@ class InternVideo3(lmms):  # type: ignore[misc]  # lmms_eval has no types
 
     def _question(self, at: int, request: Instance, doc: Doc) -> Question:
         _, doc_to_messages, gen_kwargs, _, task, _ = request.args
-        messages = ChatMessages(messages=doc_to_messages(doc)).to_hf_messages()
+        shown = self.recorder.video(task, doc) if self.recorder else None
+        # For tasks that take pictures out of the video themselves.
+        taken = {"iv3_shown": shown, "iv3_max_frames": self.answerer.settings.max_frames}
+        messages = ChatMessages(messages=doc_to_messages(doc | taken)).to_hf_messages()
         if self.control == "text":
             messages = [_without_media(message) for message in messages]
         if self.answerer.settings.system_prompt and messages[0]["role"] != "system":
             system = {"type": "text", "text": self.answerer.settings.system_prompt}
             messages.insert(0, {"role": "system", "content": [system]})
-        shown = self.recorder.video(task, doc) if self.recorder else None
+        fps = doc.get("iv3_fps") if self.fps_of_documents else None
         _check_parts(messages)
+        images = tuple(_images(messages))
+        if self.control == "shuffled":
+            images = shuffle_images(images)
         return Question(
             id=str(at),
             messages=tuple(_placeholders(message) for message in messages),
-            clips=tuple(_clips(messages, shown, self.control == "shuffled")),
-            images=tuple(_images(messages)),
+            clips=tuple(_clips(messages, shown, fps, self.control == "shuffled")),
+            images=images,
             max_new_tokens=gen_kwargs.get("max_new_tokens"),
             temperature=float(gen_kwargs.get("temperature") or 0.0),
         )
@@ -357,13 +372,16 @@ def _placeholders(message: Part) -> Part:
     return message | {"content": content}
 
 
-def _clips(messages: Sequence[Part], shown: str | None, shuffled: bool) -> Iterator[Clip]:
+def _clips(
+    messages: Sequence[Part], shown: str | None, fps: float | None, shuffled: bool
+) -> Iterator[Clip]:
     for part in _parts(messages):
         if part["type"] == "video":
             yield Clip(
                 path=shown or part["video"],
                 start_s=part.get("video_start"),
                 end_s=part.get("video_end"),
+                fps=fps,
                 shuffled=shuffled,
             )
 

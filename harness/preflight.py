@@ -88,7 +88,9 @@ class Benchmark:
 
     def media(self, doc: Mapping[str, Any]) -> tuple[Path, ...]:
         """Paths of all files that a document shows."""
-        return (*self.videos(doc), *(Path(one) for one in doc.get("images") or ()))
+        between = doc.get("between")
+        subtitles = [between["path"]] if between else []
+        return (*self.videos(doc), *(Path(one) for one in [*(doc.get("images") or ()), *subtitles]))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

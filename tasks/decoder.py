@@ -47,6 +47,7 @@ class IsolatedReader:
         max_frames: int = 768,
         start_s: float | None = None,
         end_s: float | None = None,
+        steps_over_s: float | None = None,
         time_limit_s: float = TIME_LIMIT_S,
     ) -> Frames:
         """The frames of a video; arguments, result and errors are those of `read_frames`.
@@ -61,6 +62,7 @@ class IsolatedReader:
             "max_frames": max_frames,
             "start_s": start_s,
             "end_s": end_s,
+            "steps_over_s": steps_over_s,
             "time_limit_s": time_limit_s,
         }
         with self._lock:

@@ -62,6 +62,7 @@ def read_frames(
     max_frames: int = 768,
     start_s: float | None = None,
     end_s: float | None = None,
+    steps_over_s: float | None = None,
     time_limit_s: float = TIME_LIMIT_S,
 ) -> Frames:
     """Decode evenly spaced frames of a video, or of a clip of it.
@@ -77,10 +78,12 @@ def read_frames(
         max_frames: Upper bound on frames, spread over the whole length when it binds.
         start_s: Start of the clip in seconds; None for the start of the video.
         end_s: End of the clip in seconds; None for the end of the video.
+        steps_over_s: Length of the video as annotated, in seconds, for single pictures as
+            LongVideoBench takes them (see `step_indices`); `fps` and the clip do not count then.
         time_limit_s: Longest wait for the decoders, in seconds.
 
     Returns:
-        An even number of frames, at least 2.
+        An even number of frames, at least 2; of single pictures any number from 1.
 
     Raises:
         VideoError: If the file is missing, empty, no video, damaged, too short or too large to
@@ -90,7 +93,8 @@ def read_frames(
     _check_request(fps, max_frames)
     file = Path(path)
     _check_file(file)
-    job = _Job(file, _Choice(fps, max_frames, start_s, end_s), time.monotonic() + time_limit_s)
+    choice = _Choice(fps, max_frames, start_s, end_s, steps_over_s)
+    job = _Job(file, choice, time.monotonic() + time_limit_s)
     thread = threading.Thread(target=job.run, name=f"decode {file.name}", daemon=True)
     thread.start()
     # Half a second of grace, so that the thread's own look at the clock comes first.
@@ -124,6 +128,25 @@ def frame_indices(
     if count < FRAME_FACTOR:
         raise ValueError(f"it has {available} frame(s), and at least {FRAME_FACTOR} are needed")
     return tuple(_rounded_linspace(first, last, count).tolist())
+
+
+def step_indices(
+    total_frames: int, source_fps: float, *, max_frames: int, length_s: float
+) -> tuple[int, ...]:
+    """Frame numbers at equal whole steps from the first frame, at most one a second.
+
+    Source: longvideobench/LongVideoBench@2aa4f91:longvideobench/longvideobench_dataset.py
+    (`load_video`). Numbers beyond the end of the file, where the annotated length is too long, are
+    left out.
+
+    Raises:
+        ValueError: If the length is shorter than a second.
+    """
+    count = min(max_frames, int(length_s))
+    if count < 1:
+        raise ValueError(f"a length of {length_s} s leaves no whole second to take a picture of")
+    step = int(int(length_s * source_fps) / count)
+    return tuple(step * i for i in range(count) if step * i < total_frames)
 
 
 def _rounded_linspace(first: int, last: int, count: int) -> NDArray[np.int64]:
@@ -163,10 +186,15 @@ class _Choice:
     max_frames: int
     start_s: float | None
     end_s: float | None
+    steps_over_s: float | None
 
     def indices(self, total_frames: int, source_fps: float) -> tuple[int, ...]:
         if total_frames <= 0 or not source_fps > 0:
             raise ValueError(f"it claims {total_frames} frames at {source_fps} a second")
+        if self.steps_over_s is not None:
+            return step_indices(
+                total_frames, source_fps, max_frames=self.max_frames, length_s=self.steps_over_s
+            )
         return frame_indices(
             total_frames,
             source_fps,

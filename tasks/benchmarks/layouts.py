@@ -5,7 +5,7 @@ the fields that the benchmark's scorer and prompt name. Rows that are documents 
 """
 
 import ast
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from string import ascii_uppercase
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from internvideo3.tasks.scoring.letters import lettered_options
 
 from .protocol import Raw
+from .verdicts import judge_summary
 
 Rows = Iterable[Any]
 _TEMPCOMPASS_KINDS = ("multi-choice", "yes_no", "caption_matching", "captioning")
@@ -115,15 +116,25 @@ def vrbench(name: str, rows: Any) -> Iterator[Raw]:
     """The original file has a line a video; its questions are in `mcq`, keyed qa1, qa2, and on."""
     for row in records(name, rows):
         if "mcq" not in row:
-            yield row
+            yield _vrbench_question(row, row)
             continue
         shared = {k: row.get(k) for k in ("video_id", "video_path", "video_summary")}
         for key in sorted(row["mcq"], key=lambda k: int("".join(filter(str.isdigit, k)) or 0)):
             asked = row["mcq"][key]
             if asked is not None:
-                options = {k: v for k, v in asked["options"].items() if v is not None}
-                found = {"question_id": f"{row['video_id']}_{key}", "options": options}
-                yield shared | dict(asked) | found
+                found = {"question_id": f"{row['video_id']}_{key}"}
+                yield _vrbench_question(shared | dict(asked) | found, asked)
+
+
+def _vrbench_question(row: Raw, asked: Any) -> Raw:
+    """Options without empty ones; the annotated steps as the official judge is shown them."""
+    options = {k: v for k, v in asked["options"].items() if v is not None}
+    steps = asked.get("reasoning_process") or ""
+    if not isinstance(steps, str):
+        numbered = sorted(((int(k), v) for k, v in steps.items() if v is not None))
+        steps = "\n".join(f"<Step {number}> {step}" for number, step in numbered)
+    row = row | {"options": options, "reasoning_process": steps}
+    return row | {"judge_summary": judge_summary(row)}
 
 
 def egoschema(name: str, rows: Any) -> Iterator[Raw]:
@@ -163,8 +174,18 @@ def tomato(name: str, rows: Any) -> Iterator[Raw]:
 
 
 def tempcompass(name: str, rows: Any) -> Iterator[Raw]:
-    """A file, or a folder of files, for each kind of question."""
+    """A file, or a folder of files, for each kind of question.
+
+    The original files have an object a video, with a list of questions for each aspect.
+    """
     kind = next((one for one in _TEMPCOMPASS_KINDS if one in name), None)
+    if isinstance(rows, Mapping):
+        rows = [
+            {"video_id": video, "dim": aspect, **asked}
+            for video, aspects in rows.items()
+            for aspect, questions in aspects.items()
+            for asked in questions
+        ]
     for row in records(name, rows):
         qtype = row.get("qtype") or kind
         if qtype is None:
@@ -173,6 +194,24 @@ def tempcompass(name: str, rows: Any) -> Iterator[Raw]:
                 f"{', '.join(_TEMPCOMPASS_KINDS)}."
             )
         yield row | {"qtype": qtype}
+
+
+def captions_with_choices(docs: Sequence[Raw]) -> Iterator[Raw]:
+    """TempCompass: captions with the multiple-choice question by which a judge scores them.
+
+    That is the first one about the same video and aspect, as in the official code; documents that
+    hold it already stay as they are.
+    """
+    first: dict[tuple[str, str], Raw] = {}
+    for doc in docs:
+        if doc["qtype"] == "multi-choice":
+            first.setdefault((str(doc["video_id"]), str(doc["dim"])), doc)
+    for doc in docs:
+        choice = first.get((str(doc["video_id"]), str(doc["dim"])))
+        if doc["qtype"] != "captioning" or doc.get("mc_question") or choice is None:
+            yield doc
+        else:
+            yield doc | {"mc_question": choice["question"], "mc_answer": choice["answer"]}
 
 
 def timelens(name: str, rows: Any) -> Iterator[Raw]:

@@ -16,6 +16,7 @@ import yaml
 
 from internvideo3.tasks.scoring import Score, aggregate, score
 
+from . import interleaved
 from .protocol import Benchmark, Preset, Raw
 
 METRIC = "iv3_score"
@@ -64,7 +65,7 @@ def task_files(
         "output_type": "generate_until",
         "process_docs": None,
         "doc_to_visual": _Function("doc_to_visual"),
-        "doc_to_messages": _Function("doc_to_messages") if benchmark.interleaved else None,
+        "doc_to_messages": _messages(benchmark),
         "doc_to_target": "iv3_target",
         "process_results": _Function("process_results"),
         "generation_kwargs": {
@@ -87,8 +88,15 @@ def task_files(
     }
 
 
+def _messages(benchmark: Benchmark) -> "_Function | None":
+    """What builds the user's turn, where lmms-eval's media first, text last is not the protocol."""
+    if benchmark.between is not None:
+        return _Function(f"{interleaved.__name__}.{interleaved.doc_to_messages.__name__}")
+    return _Function("doc_to_messages") if benchmark.interleaved else None
+
+
 class _Function(str):
-    """A function of this file, for YAML."""
+    """A function for YAML: of this file by its name, of another by its module and name."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -97,7 +105,9 @@ class _Dumper(yaml.SafeDumper):
 
 _Dumper.add_representer(
     _Function,
-    lambda dumper, name: dumper.represent_scalar("!function", f"{_HERE}.{name}"),
+    lambda dumper, name: dumper.represent_scalar(
+        "!function", str(name) if "." in name else f"{_HERE}.{name}"
+    ),
 )
 
 
@@ -107,6 +117,8 @@ def _row(benchmark: Benchmark, doc: Raw) -> Raw:
         "iv3_scorer": benchmark.scorer,
         "iv3_video_id": doc["video_id"],
         "iv3_media": json.dumps([*doc["videos"], *doc["images"]]),
+        "iv3_fps": doc["fps"],
+        "iv3_between": json.dumps(doc["between"], ensure_ascii=False),
         "iv3_prompt": doc["prompt"] or "",
         "iv3_target": doc["answer"],
         "iv3_doc": json.dumps(doc["doc"], ensure_ascii=False),

@@ -88,7 +88,10 @@ def load_local(
         )
     index = MediaIndex(folder / "videos")
     docs, missing = [], Counter[str]()
-    for number, raw in enumerate(_documents(benchmark, files, folder)):
+    raws = list(_documents(benchmark, files, folder))
+    if benchmark.data.complete is not None:
+        raws = list(benchmark.data.complete(raws))
+    for number, raw in enumerate(raws):
         doc = _checked(benchmark, raw, number, folder, preset, subtitles)
         doc["videos"] = [_place(index, folder, path, missing) for path in doc["videos"]]
         docs.append(doc)
@@ -167,15 +170,25 @@ def _common(benchmark: Benchmark, raw: Raw, folder: Path, preset: Preset, subtit
         "images": _image_files(benchmark, raw, folder),
         "family": benchmark.family(raw),
         "length_s": benchmark.length_s(raw),
+        "fps": benchmark.rate(raw, preset.question_frames) if preset.question_frames else None,
         "question": benchmark.question(raw),
         "options": options or None,
         "answer": _answer(benchmark, raw, kept, options),
         "answer_type": benchmark.answer_type,
         "evidence": [list(map(float, span)) for span in benchmark.evidence(raw)],
+        "between": _between(benchmark, raw, folder, preset),
         "prompt": None if preset.prompt is None else preset.prompt(raw),
         "doc": kept,
         "raw": raw if preset.prompt is None else None,
     }
+
+
+def _between(benchmark: Benchmark, raw: Doc, folder: Path, preset: Preset) -> Raw | None:
+    if benchmark.between is None:
+        return None
+    found = benchmark.between(raw)
+    path = str((folder / str(found["path"])).resolve())
+    return found | {"path": path, "max_frames": preset.max_frames}
 
 
 def _answer(benchmark: Benchmark, raw: Doc, kept: Doc, options: Sequence[str]) -> str:

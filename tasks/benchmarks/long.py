@@ -5,7 +5,18 @@ import re
 from pathlib import Path
 
 from . import layouts, prompts
-from .protocol import LMMS, QWEN3_VL_VIDEO, SCRIPTS, Benchmark, Data, Doc, Lmms, Preset, tokens
+from .protocol import (
+    LMMS,
+    QWEN3_VL_VIDEO,
+    SCRIPTS,
+    Benchmark,
+    Data,
+    Doc,
+    Lmms,
+    Preset,
+    Raw,
+    tokens,
+)
 
 _OPEN = "leaves frames open; Qwen3-VL's own sampling"
 _EXTRACTOR = (
@@ -135,23 +146,72 @@ VIDEOMME_V2 = Benchmark(
     subtitles=_words,
 )
 
-LONGVIDEOBENCH = Benchmark(
-    name="longvideobench",
-    title="LongVideoBench",
-    group="long",
-    scorer="longvideobench",
-    metric="accuracy",
-    column=(2, "LongVideoBench"),
-    data=Data(
-        id="longvideobench/LongVideoBench",
-        split="validation",
-        questions=1337,
-        counted="stated",
-        licence="CC BY-NC-SA 4.0, gated",
-        get="Hugging Face longvideobench/LongVideoBench, after accepting its terms",
-        read=layouts.longvideobench,
-    ),
-    paper=Preset(
+_LVB_SUBTITLES = "longvideobench/LongVideoBench@2aa4f91:longvideobench/longvideobench_dataset.py"
+_LVB_OWN = Preset(
+    source=f"{_LVB_SUBTITLES}, README.md (64 frames)",
+    fps=1,
+    max_frames=64,
+    max_new_tokens=32,
+    prompt=prompts.longvideobench_interleaved,
+    note="64 single pictures at equal steps, each subtitle between the pictures that it falls "
+    "between.",
+)
+
+
+def _lvb_between(doc: Doc) -> Raw:
+    return {
+        "path": f"subtitles/{doc['subtitle_path']}",
+        "starts_at_s": float(doc.get("starting_timestamp_for_subtitles") or 0.0),
+        "length_s": float(doc["duration"]),
+    }
+
+
+def _longvideobench(name: str, title: str, paper: Preset, official: Preset) -> Benchmark:
+    own = name != "longvideobench"
+    return Benchmark(
+        name=name,
+        title=title,
+        group="classic" if own else "long",
+        scorer="longvideobench",
+        metric="accuracy",
+        column=None if own else (2, "LongVideoBench"),
+        folder="longvideobench",
+        data=Data(
+            id="longvideobench/LongVideoBench",
+            split="validation",
+            questions=1337,
+            counted="stated",
+            licence="CC BY-NC-SA 4.0, gated",
+            get="Hugging Face longvideobench/LongVideoBench, after accepting its terms",
+            annotations=("annotations.*", "lvb_val.json"),
+            read=layouts.longvideobench,
+        ),
+        paper=paper,
+        official=official,
+        lmms=None if own else Lmms(yaml="longvideobench/longvideobench_val_v.yaml"),
+        reason="The benchmark's own loader. lmms-eval's longvideobench_val_i places subtitles by "
+        "times that are not quite its pictures'."
+        if own
+        else "The benchmark has no scorer of its own and sends to lmms-eval; ours is that one "
+        "without its random letter for unreadable answers.",
+        not_comparable="the paper's script shows the video without subtitles" if own else "",
+        kept=(
+            *(f"option{i}" for i in range(5)),
+            *("correct_choice", "duration_group", "question_category"),
+        ),
+        identify=lambda doc: str(doc["id"]),
+        videos=lambda doc: (str(doc["video_path"]),),
+        length_s=_seconds,
+        family=lambda doc: str(doc["question_category"]),
+        subtitles=None if own else _cues,
+        between=_lvb_between if own else None,
+    )
+
+
+LONGVIDEOBENCH = _longvideobench(
+    "longvideobench",
+    "LongVideoBench",
+    Preset(
         source=f"{SCRIPTS}/eval_longvideobench.sh",
         fps=4,
         max_frames=2048,
@@ -159,21 +219,13 @@ LONGVIDEOBENCH = Benchmark(
         max_pixels=tokens(256),
         max_new_tokens=32,
     ),
-    official=Preset(
-        source=f"{LMMS}/longvideobench/longvideobench_val_v.yaml, {_OPEN}", max_new_tokens=32
-    ),
-    lmms=Lmms(yaml="longvideobench/longvideobench_val_v.yaml"),
-    reason="The benchmark has no scorer of its own and sends to lmms-eval; ours is that one "
-    "without its random letter for unreadable answers.",
-    kept=(
-        *(f"option{i}" for i in range(5)),
-        *("correct_choice", "duration_group", "question_category"),
-    ),
-    identify=lambda doc: str(doc["id"]),
-    videos=lambda doc: (str(doc["video_path"]),),
-    length_s=_seconds,
-    family=lambda doc: str(doc["question_category"]),
-    subtitles=_cues,
+    Preset(source=f"{LMMS}/longvideobench/longvideobench_val_v.yaml, {_OPEN}", max_new_tokens=32),
+)
+LONGVIDEOBENCH_INTERLEAVED = _longvideobench(
+    "longvideobench_interleaved",
+    "LongVideoBench (subtitles between pictures)",
+    _LVB_OWN,
+    _LVB_OWN,
 )
 
 MLVU = Benchmark(
@@ -272,11 +324,14 @@ VRBENCH = Benchmark(
     ),
     official=Preset(source=f"{LMMS}/vrbench/vrbench_mcq.yaml, {_OPEN}", max_new_tokens=1024),
     lmms=Lmms(yaml="vrbench/vrbench_mcq.yaml"),
-    reason="A faithful port of the official prompt and scorer; the half that needs a judge is "
-    "counted, never sent anywhere.",
+    reason="A faithful port of the official prompt and scorer. lmms-eval asks everything twice, "
+    "once for its judge; ours rates the reasoning of the same reply, and only by `judge`.",
     not_comparable="no script was published, and whether the paper's number is multiple choice or "
     "the judged overall is unknown",
-    kept=("options", "answer", "reasoning_type"),
+    kept=(
+        *("options", "answer", "reasoning_type", "question", "original_answer"),
+        *("reasoning_process", "judge_summary"),
+    ),
     identify=lambda doc: str(doc["question_id"]),
     videos=lambda doc: (Path(str(doc["video_path"])).name,),
     family=lambda doc: str(doc["reasoning_type"]),
@@ -344,6 +399,7 @@ BENCHMARKS = (
     VIDEOMME,
     VIDEOMME_V2,
     LONGVIDEOBENCH,
+    LONGVIDEOBENCH_INTERLEAVED,
     MLVU,
     LVBENCH,
     VRBENCH,

@@ -89,15 +89,23 @@ def videomme_subtitles(doc: Doc) -> str:
 def longvideobench_subtitles(doc: Doc) -> str:
     """Ours: lmms-eval 0.7.3's text with the subtitles before it, as Video-MME does.
 
-    lmms-eval's own form with subtitles puts them between single frames, which needs frames as
-    images; this one keeps the video.
+    The benchmark's own form puts them between single pictures: `longvideobench_interleaved`.
     """
-    options = [doc.get(f"option{i}") for i in range(5)]
-    listed = lettered([str(option) for option in options if option not in (None, "N/A")])
     return (
         f"This video's subtitles are listed below: \n{doc['iv3_subtitles']}\n{doc['question']}\n"
-        f"{listed}\nAnswer with the option's letter from the given choices directly.\n"
+        f"{_options(doc)}\nAnswer with the option's letter from the given choices directly.\n"
     )
+
+
+def longvideobench_interleaved(doc: Doc) -> str:
+    """Of longvideobench/LongVideoBench@2aa4f91:longvideobench/longvideobench_dataset.py."""
+    ending = "Answer with the option's letter from the given choices directly."
+    return f"Question: {doc['question']}\n{_options(doc)}\n{ending}"
+
+
+def _options(doc: Doc) -> str:
+    options = [doc.get(f"option{i}") for i in range(5)]
+    return lettered([str(option) for option in options if option not in (None, "N/A")])
 
 
 def mvbench(doc: Doc) -> str:

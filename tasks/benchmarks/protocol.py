@@ -43,6 +43,9 @@ class Preset:
     """Most pixels of a frame; None for the checkpoint's default."""
     video_pixels: tuple[int, int] | None = None
     """Fewest and most pixels of a whole video, where the budget is per video."""
+    question_frames: int | None = None
+    """Frames spread over all videos of a question together, where the protocol counts so; `fps` and
+    `max_frames` are then the bounds of one video."""
     max_new_tokens: int = 16
     """Most tokens of an answer."""
     prompt: Callable[[Doc], str] | None = None
@@ -73,6 +76,8 @@ class Data:
     """Names of the annotation files below the folder, as patterns; json, jsonl, csv or parquet."""
     read: Callable[[str, Any], Iterator[Raw]] | None = None
     """(file's stem, its rows) → documents, where the file has another layout than a row each."""
+    complete: Callable[[Sequence[Raw]], Iterator[Raw]] | None = None
+    """All documents → documents, where one needs what another holds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +97,11 @@ def no_images(_doc: Doc) -> tuple[str, ...]:
 
 def no_length(_doc: Doc) -> float | None:
     """The length of a video that the annotations do not tell."""
+    return None
+
+
+def no_rate(_doc: Doc, _frames: int) -> float | None:
+    """The frame rate of a document of a benchmark that samples every video alike."""
     return None
 
 
@@ -137,6 +147,9 @@ class Benchmark:
     """A document's images: paths below `images/`, or their bytes."""
     length_s: Callable[[Doc], float | None] = no_length
     """Length of the video in seconds."""
+    rate: Callable[[Doc, int], float | None] = no_rate
+    """(document, frames of all its videos together) → frames a second, for
+    `Preset.question_frames`; None where the annotations do not tell."""
     family: Callable[[Doc], str]
     """The question's kind."""
     question: Callable[[Doc], str] = field(default=lambda doc: str(doc["question"]))
@@ -148,6 +161,9 @@ class Benchmark:
     """Spans of the video, in seconds, in which the answer can be seen."""
     subtitles: Callable[[Doc, Path], str | None] | None = None
     """(document, data folder) → the subtitles' text; None where the benchmark has none."""
+    between: Callable[[Doc], Raw] | None = None
+    """A document's subtitles where its video is shown as single pictures with the subtitles between
+    them: `path` below the folder, `starts_at_s` and `length_s` in seconds; see interleaved.py."""
     interleaved: bool = False
     """Whether the prompt says by `<video>` and `<image>` where the media stand."""
 

@@ -242,6 +242,7 @@ def _tempcompass(name: str, title: str, questions: int, patterns: tuple[str, ...
             get="github.com/llyx97/TempCompass questions/*.json, with its videos",
             annotations=patterns,
             read=layouts.tempcompass,
+            complete=layouts.captions_with_choices,
         ),
         paper=Preset(
             source=f"{SCRIPTS}/eval_tempcompass.py",
@@ -257,8 +258,8 @@ def _tempcompass(name: str, title: str, questions: int, patterns: tuple[str, ...
             prompt=prompts.tempcompass_official,
         ),
         reason="lmms-eval sends what its rules do not match to a network judge, eleven times, and "
-        "then gives 0; ours counts it as judge needed.",
-        kept=("qtype", "question", "answer", "dim"),
+        "then gives 0; ours counts it as judge needed, and asks only where `judge` is run.",
+        kept=("qtype", "question", "answer", "dim", "mc_question", "mc_answer"),
         identify=_tempcompass_id,
         videos=lambda doc: (f"{doc['video_id']}.mp4",),
         family=lambda doc: str(doc["dim"]),

@@ -78,23 +78,84 @@ MMSI_BENCH = Benchmark(
     family=lambda doc: str(doc["question_type"]),
 )
 
-MMSI_VIDEO = Benchmark(
-    name="mmsi_video",
-    title="MMSI-Video-Bench",
-    group="spatial",
-    scorer="mmsi_video",
-    metric="accuracy",
-    column=(4, "MMSIBench-Video"),
-    data=Data(
-        id="oscarqjh/MMSI-Video-Bench_lmmseval",
-        split="test",
-        questions=1106,
-        counted="verified",
-        licence="CC BY-NC 4.0",
-        get="Hugging Face oscarqjh/MMSI-Video-Bench_lmmseval, with videos and ref_images",
-        read=layouts.mmsi_video,
-    ),
-    paper=Preset(
+_MMSI_VIDEO = "InternRobotics/MMSI-Video-Bench@2bd23da"
+_MMSI_VIDEO_PIXELS = 360 * 420
+
+
+def _mmsi_rate(doc: Doc, frames: int) -> float | None:
+    """The official rate: frames over the seconds of all videos, at most the annotated base rate."""
+    seconds = 0.0
+    for video in doc["video_list"]:
+        if video.get("start") is None or video.get("end") is None:
+            return None
+        seconds += float(video["end"]) - float(video["start"])
+    base = doc["video_list"][0].get("base_fps") if doc["video_list"] else None
+    if seconds <= 0:
+        return None
+    return frames / seconds if base is None else min(float(base), frames / seconds)
+
+
+def _mmsi_setting(frames: int, name: str) -> Preset:
+    """A setting of the benchmark's own code: frames of all videos together."""
+    return Preset(
+        source=f"{_MMSI_VIDEO}:dataset.py, inference.py, models/qwenvl.py, {name}",
+        fps=30,
+        max_frames=frames,
+        question_frames=frames,
+        min_pixels=tokens(128),
+        max_pixels=_MMSI_VIDEO_PIXELS,
+        max_new_tokens=1024,
+        prompt=prompts.mmsi_video,
+        note=f"{frames} frames spread over all videos of a question together.",
+    )
+
+
+def _mmsi_video(name: str, title: str, paper: Preset, official: Preset) -> Benchmark:
+    whole = name == "mmsi_video"
+    return Benchmark(
+        name=name,
+        title=title,
+        group="spatial" if whole else "classic",
+        scorer="mmsi_video",
+        metric="accuracy",
+        column=(4, "MMSIBench-Video") if whole else None,
+        folder="mmsi_video",
+        data=Data(
+            id="oscarqjh/MMSI-Video-Bench_lmmseval",
+            split="test",
+            questions=1106,
+            counted="verified",
+            licence="CC BY-NC 4.0",
+            get="Hugging Face rbler/MMSI-Video-Bench (mmsivideo.json), or "
+            "oscarqjh/MMSI-Video-Bench_lmmseval, with videos and ref_images",
+            annotations=("annotations.*", "mmsivideo.json"),
+            read=layouts.mmsi_video,
+        ),
+        paper=paper,
+        official=official,
+        reason="lmms-eval's words; ours puts videos and images where the prompt names them, from "
+        "local folders, and reads answers as officially.",
+        not_comparable="" if whole else "the paper's script shows videos at 4 fps",
+        kept=("ground_truth", "type"),
+        identify=lambda doc: str(
+            doc.get("id") or doc.get("question_id") or doc["user_prompt"][:120]
+        ),
+        videos=lambda doc: [one["path"] for one in doc["video_list"]],
+        images=lambda doc: doc["ref_images"],
+        rate=_mmsi_rate,
+        family=lambda doc: str(doc["type"]),
+        question=lambda doc: str(doc["user_prompt"]),
+        answer=_ground_truth,
+        interleaved=True,
+    )
+
+
+_UNIFORM_50 = _mmsi_setting(50, "Uniform-50")
+_SUFFICIENT = _mmsi_setting(300, "Sufficient-Coverage")
+MMSI_VIDEO = _mmsi_video(
+    "mmsi_video",
+    "MMSI-Video-Bench",
+    Preset(
         source=f"{SCRIPTS}/eval_mmsi_video.sh",
         fps=4,
         max_frames=256,
@@ -104,24 +165,13 @@ MMSI_VIDEO = Benchmark(
         prompt=prompts.mmsi_video,
         note="The script's 1,024 tokens a frame are cut to 768 by qwen-vl-utils.",
     ),
-    official=Preset(
-        source="InternRobotics/MMSI-Video-Bench@b8da92c, Uniform-50",
-        fps=30,
-        max_frames=50,
-        max_new_tokens=1024,
-        prompt=prompts.mmsi_video,
-        note="50 frames spread over each video.",
-    ),
-    reason="lmms-eval's words; ours puts videos and images where the prompt names them, from "
-    "local folders, and reads answers as officially.",
-    kept=("ground_truth", "type"),
-    identify=lambda doc: str(doc.get("id") or doc.get("question_id") or doc["user_prompt"][:120]),
-    videos=lambda doc: [one["path"] for one in doc["video_list"]],
-    images=lambda doc: doc["ref_images"],
-    family=lambda doc: str(doc["type"]),
-    question=lambda doc: str(doc["user_prompt"]),
-    answer=_ground_truth,
-    interleaved=True,
+    _UNIFORM_50,
+)
+MMSI_VIDEO_SC = _mmsi_video(
+    "mmsi_video_sc",
+    "MMSI-Video-Bench (Sufficient-Coverage)",
+    _SUFFICIENT,
+    _SUFFICIENT,
 )
 
 DSI_BENCH = Benchmark(
@@ -166,4 +216,4 @@ DSI_BENCH = Benchmark(
     answer=lambda doc: str(doc["GT"]),
 )
 
-BENCHMARKS = (VSIBENCH, MMSI_BENCH, MMSI_VIDEO, DSI_BENCH)
+BENCHMARKS = (VSIBENCH, MMSI_BENCH, MMSI_VIDEO, MMSI_VIDEO_SC, DSI_BENCH)

@@ -1,7 +1,10 @@
-r"""VRBench multiple choice: accuracy by a cascade of patterns; the open questions need a judge.
+r"""VRBench: accuracy by a cascade of patterns; the reasoning behind a reply needs a judge.
 
 Document: `options` (letter → text), `answer` (letter), `reasoning_type`. A document without
-`options` is an open question of the process half: only a judge could tell.
+`options` is an open question: only a judge could tell. Where the document holds the annotated
+`reasoning_process`, the process half of the benchmark counts too: a judge rates the reasoning of
+the same reply from 0 to 10, and its rating stands in the document as `rate`, as in the official
+evaluation file.
 
 The official cascade, first step that finds something: (1) `\boxed{B}`; (2) `<Answer> B`; (3) a line
 "B. text"; (4) "Answer: B" and its kin; (5) "B.", else "B)", else "B:" anywhere; (6) a letter
@@ -9,16 +12,29 @@ followed by blanks and another letter or the line's end; (7) a lone letter once 
 removed; (8) a lone capital. Of several finds in one step the last counts, in (1) and (2) the first.
 Case is ignored, so words count: the "a" in "a dog" is an answer of steps 6 and 7.
 
-Official quirk about categories: a category whose judged half is missing or zero takes its
-multiple-choice half alone. Scores here are that half.
+`Score` and the headline are the multiple-choice half; `judge_needed` counts ratings that are still
+missing. `extra` has the mean rating (`process`, 0 to 1), `overall`, the mean of both halves, and
+both halves' mean for each kind of question (`combined …`).
+
+Official quirks, copied: kinds of question that are never sent to the judge count as rated 0 in
+`process`; a kind whose judged half or multiple-choice half is missing or zero takes the other half
+alone in `combined`. The plain rule leaves the former out.
 """
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from .averages import field
+from .averages import field, group_means, mean
 from .multiple_choice import MultipleChoice
-from .result import Benchmark, Doc, Outcome, Rule, Score
+from .result import Benchmark, Doc, Outcome, Row, Rule, Score, TaskResult
+
+UNIQUE = frozenset(
+    ("Event Attribution", "Multi-element Inference", "Implicit Inference", "Logical Linkage")
+)
+"""Kinds of question with one right answer, as the official judge has them."""
+SUMMARISED = frozenset(("Hypothetical Reasoning", "Event Prediction"))
+"""Kinds of question whose judge is shown the video's summary too."""
 
 _I = re.IGNORECASE
 _BOXED = re.compile(r"\\boxed\{([A-E])\}", _I)
@@ -105,11 +121,47 @@ def score(doc: Doc, text: str, rule: Rule) -> Score:
     return _CHOICE.score(doc, text, rule)
 
 
+def has_process(doc: Doc) -> bool:
+    """Whether the official code sends the reasoning of a reply to this question to its judge."""
+    kinds = UNIQUE | SUMMARISED
+    return doc.get("reasoning_process") is not None and doc.get("reasoning_type") in kinds
+
+
+def aggregate(benchmark: str, rows: Sequence[Row], rule: Rule) -> TaskResult:
+    """Average the multiple-choice half, and the judged half as far as there is one."""
+    result = _CHOICE.mean_over_questions(benchmark, rows, rule)
+    open_rows = [row for row in rows if has_process(row[0]) and row[0].get("rate") is None]
+    needed = sum(found.outcome is not Outcome.ERROR for _, found in open_rows)
+    result = replace(result, judge_needed=result.judge_needed + needed)
+    if not any(doc.get("rate") is not None for doc, _ in rows):
+        return result
+    rated = [(doc, _rating(doc, found, rule)) for doc, found in rows]
+    process = mean(rating for _, rating in rated)
+    halves = {"process": process, "overall": mean((result.value, process))}
+    judged = [(doc, Score(rating, None, Outcome.ANSWERED)) for doc, rating in rated]
+    for kind, group in group_means(judged, field("reasoning_type")).items():
+        both = [half for half in (result.by_family[kind].value, group.value) if half]
+        halves[f"combined {kind}"] = mean(both) or 0.0
+    return replace(result, extra=result.extra | halves)
+
+
+def _rating(doc: Doc, found: Score, rule: Rule) -> float | None:
+    if doc.get("rate") is not None:
+        return float(doc["rate"]) / 10
+    if found.outcome is Outcome.ERROR:
+        return 0.0
+    never_judged = doc.get("reasoning_type") not in UNIQUE | SUMMARISED
+    return 0.0 if rule == "official" and never_judged else None
+
+
 BENCHMARK = Benchmark(
     name="vrbench",
     score=score,
-    aggregate=_CHOICE.mean_over_questions,
-    sources=_CHOICE.sources,
+    aggregate=aggregate,
+    sources=(
+        *_CHOICE.sources,
+        "OpenGVLab/VRBench@d45ed2f:evaluation/batch_evaluation_api_mp_time_sync.py",
+    ),
     options=_CHOICE.options,
     truth=_CHOICE.truth,
 )

@@ -112,7 +112,7 @@ def longvideobench(home: Path) -> None:
     video(home / "videos/lv_1.mp4", 4)
     as_json(
         home / "subtitles/lv_1_en.json",
-        [{"start": "00:00:00.000", "end": "00:00:01.000", "line": "Look."}],
+        [{"start": "00:00:00.200", "end": "00:00:01.600", "line": "Look."}],
     )
     as_json(
         home / "annotations.json",
@@ -400,12 +400,16 @@ def mmsi_video(home: Path) -> None:
             shared | {
                 "id": "x1", "type": "(Cross-Video) Memory Update",
                 "task_prompt": "First <video> then <video> and <image>: ",
-                "video_list": [{"path": "a/one.mp4"}, {"path": "a/two.mp4"}],
+                "video_list": [
+                    {"path": "a/one.mp4", "start": 0.0, "end": 2.0, "base_fps": 8},
+                    {"path": "a/two.mp4", "start": 0.0, "end": 2.0, "base_fps": 8},
+                ],
                 "ref_images": ["a/ref.png"],
             },
             shared | {
                 "id": "x2", "type": "Planning", "task_prompt": "<video>\n",
-                "video_list": [{"path": "a/one.mp4"}], "ref_images": [],
+                "video_list": [{"path": "a/one.mp4", "start": 0.0, "end": 2.0, "base_fps": 8}],
+                "ref_images": [],
             },
         ],
     )  # fmt: skip
@@ -429,6 +433,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "videomme": videomme,
     "videomme_v2": videomme_v2,
     "longvideobench": longvideobench,
+    "longvideobench_interleaved": lambda home: None,
     "mlvu": mlvu,
     "lvbench": lvbench,
     "vrbench": vrbench,
@@ -449,6 +454,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "vsibench": vsibench,
     "mmsi_bench": mmsi_bench,
     "mmsi_video": mmsi_video,
+    "mmsi_video_sc": lambda home: None,
     "dsi_bench": dsi_bench,
 }
 

@@ -3,6 +3,7 @@
 pytest tests/harness/test_benchmarks.py
 """
 
+import contextlib
 import importlib.util
 import json
 import shutil
@@ -55,21 +56,28 @@ def options(data: Path, tmp_path_factory: pytest.TempPathFactory) -> EvalOptions
     return EvalOptions(model="scale:base", suites=SUITES, out=out, data=data, **SMALL)
 
 
-@pytest.fixture(scope="module")
-def asked(options: EvalOptions) -> Iterator[dict[str, Any]]:
-    """Runs all suites once; what the model was asked, by sample id of one run after another."""
-    seen: dict[str, Any] = {"questions": []}
+@contextlib.contextmanager
+def remembered() -> Iterator[list[tuple[Any, str]]]:
+    """Questions that the model is asked meanwhile, each with its prompt."""
+    seen: list[tuple[Any, str]] = []
     render = Answerer._render
 
     def remember(self: Answerer, question: Any) -> Any:
         rendered = render(self, question)
-        seen["questions"].append((question, rendered.prefix + rendered.tail))
+        seen.append((question, rendered.prefix + rendered.tail))
         return rendered
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Answerer, "_render", remember)
+        yield seen
+
+
+@pytest.fixture(scope="module")
+def asked(options: EvalOptions) -> dict[str, Any]:
+    """Runs all suites once; what the model was asked, in order."""
+    with remembered() as seen:
         evaluate.evaluate(options)
-    yield seen
+    return {"questions": seen}
 
 
 def samples(options: EvalOptions, suite: str) -> list[dict[str, Any]]:
@@ -119,7 +127,7 @@ def test_the_prompt_holds_the_question_its_options_and_its_media(
             for question, prompt in asked["questions"]
             if text in " ".join(prompt.split())
             and (not question.clips or question.clips[0].path == row["video"])
-            and bool(question.clips) == bool(row["video"])
+            and bool(question.clips) == (bool(row["video"]) and BENCHMARKS[suite].between is None)
             and all(option in prompt for option in row["options"] or ())
         ]
         assert shown, row["id"]
@@ -135,7 +143,41 @@ def test_media_stand_where_the_prompt_names_them(asked: dict[str, Any]) -> None:
         for question, prompt in asked["questions"]
         if "First" in prompt and len(question.clips) == 2
     ]
-    assert kinds == [["text", "video", "text", "video", "text", "image", "text"]]
+    # Once for each of the two suites with these documents.
+    assert kinds == [["text", "video", "text", "video", "text", "image", "text"]] * 2
+
+
+def test_subtitles_stand_between_the_pictures_that_they_fall_between(
+    asked: dict[str, Any], options: EvalOptions, tmp_path: Path
+) -> None:
+    shown = [
+        (question, prompt) for question, prompt in asked["questions"]
+        if len(question.images) == 2 and "Look." in prompt
+    ]  # fmt: skip
+    # Two seconds of video, so two pictures, at 0 and 1 s; the cue's middle is at 0.9 s.
+    assert len(shown) == 2
+    for question, prompt in shown:
+        kinds = [part["type"] for part in question.messages[-1]["content"]]
+        assert kinds == ["image", "text", "image", "text"]
+        assert (
+            prompt.index("<|image_pad|>") < prompt.index("Look.") < prompt.rindex("<|image_pad|>")
+        )
+        assert prompt.index("Look.") < prompt.index("Question: ")
+    run = replace(
+        options, suites=("longvideobench_interleaved",), control="shuffled", out=tmp_path / "s"
+    )
+    with remembered() as mixed:
+        assert not evaluate.evaluate(run).errors
+    other = mixed[0][0].images
+    assert [image.tobytes() for image in other] != [i.tobytes() for i in shown[0][0].images]
+
+
+def test_missing_subtitles_are_found_before_the_run(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data / "longvideobench", tmp_path / "longvideobench")
+    (tmp_path / "longvideobench/subtitles/lv_1_en.json").unlink()
+    command = ["eval", "--model", "scale:base", "--suite", "longvideobench_interleaved"]
+    done = CliRunner().invoke(cli.app, [*command, "--data", str(tmp_path), "--check"])
+    assert done.exit_code == 1 and "lv_1_en.json" in done.output
 
 
 def test_subtitles_are_shown_where_they_are_asked_for(asked: dict[str, Any]) -> None:
@@ -173,6 +215,31 @@ def test_both_presets_run_and_leave_the_documents_alone(
         "official" in run["comparable"]["reason"]
         or "own, not the paper's" in (run["comparable"]["reason"])
     )
+
+
+def test_frames_of_all_videos_together_where_the_protocol_counts_so(
+    options: EvalOptions, tmp_path: Path
+) -> None:
+    sizes = {"min_pixels": 4096, "max_pixels": 4096, "max_new_tokens": 2}
+    run = EvalOptions(
+        model=options.model,
+        suites=("mmsi_video_sc", "mmsi_video"),
+        data=options.data,
+        preset="official",
+        out=tmp_path / "run",
+        **sizes,
+    )
+    coverage, uniform = evaluate.load_benchmarks(run)
+    # Two videos of 2 s and one of 2 s; the annotations say that 8 frames a second are all there is.
+    assert [doc["fps"] for doc in coverage.docs] == [8, 8]
+    assert [doc["fps"] for doc in uniform.docs] == [8, 8]
+    assert run.settings(uniform).max_frames == 50 and run.settings(coverage).max_frames == 300
+    with remembered() as seen:
+        assert not evaluate.evaluate(run).errors
+    assert {clip.fps for question, _ in seen for clip in question.clips} == {8}
+    rows = samples(run, "mmsi_video_sc")
+    # 16 of 16 frames of each video, in pairs of 4 tokens; the other question has one video.
+    assert rows[0]["tokens"]["prompt"] - rows[1]["tokens"]["prompt"] > 8 * 4
 
 
 def test_settings_are_those_of_the_protocol_unless_given(options: EvalOptions) -> None:

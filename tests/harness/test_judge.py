@@ -15,10 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from internvideo3.harness import cli
-from internvideo3.harness.judge import JudgeError, rating
 from internvideo3.harness.recorder import score_fields
 from internvideo3.harness.rescore import rescore
 from internvideo3.harness.store import RunStore, read_rows
+from internvideo3.tasks.benchmarks import verdicts
 
 CAPTIONS = "Which fits?\nCaption A: a ring moves\nCaption B: a star moves"
 DOCS = [
@@ -43,6 +43,11 @@ class Endpoint(BaseHTTPRequestHandler):
         said = body["messages"][-1]["content"].rpartition("Model Prediction: ")[2]
         Endpoint.asked.append(body | {"path": self.path, "key": self.headers["Authorization"]})
         verdict = "Correct." if "ring" in said or "It moves" in said else "Incorrect"
+        verdict = (
+            "<rate>7</rate>.\n<reason>One step is missing.</reason>"
+            if ("<rate>" in body["messages"][0]["content"])
+            else verdict
+        )
         content = {"chat": verdict, "chatty": "I cannot say."}.get(self.form)
         reply = {"choices": [{"message": {"content": content}}]} if content else {"error": "no"}
         data = json.dumps(reply).encode()
@@ -149,7 +154,7 @@ def test_an_interrupted_judge_goes_on_after_a_torn_line(run: Path, endpoint: str
     [
         ({"status": 503}, "answered 503"),
         ({"form": "error"}, "answers in another form"),
-        ({"form": "chatty"}, "neither Correct nor Incorrect"),
+        ({"form": "chatty"}, "first 3 answers hold no verdict"),
     ],
 )
 def test_an_endpoint_that_is_no_judge_is_one_message(
@@ -189,9 +194,90 @@ def test_the_key_goes_to_the_endpoint_only_where_one_is_set(
 @pytest.mark.parametrize(
     ("said", "value"),
     [("Correct", 1), ("Incorrect.", 0), ("It is Correct", 1), ("Correct, not Incorrect", 1),
-     ("This is Incorrect, not Correct", 0)],
+     ("This is Incorrect, not Correct", 0), ("maybe", None)],
 )  # fmt: skip
-def test_verdicts_are_read_as_officially(said: str, value: float) -> None:
-    assert rating(said) == value
-    with pytest.raises(JudgeError):
-        rating("maybe")
+def test_verdicts_are_read_as_officially(said: str, value: float | None) -> None:
+    assert verdicts.read_correct(said) == value
+
+
+@pytest.mark.parametrize(
+    ("said", "value"),
+    [("<rate>7</rate>.", 0.7), ("<rate> 8.5 / 10 </rate>", 0.85), ("<rate>12</rate>", 1),
+     ("<rate>-1</rate>", 0), ("7 of 10", None), ("<rate>good</rate>", None)],
+)  # fmt: skip
+def test_ratings_are_a_tenth_of_the_number_between_the_tags(said: str, value: Any) -> None:
+    assert verdicts.read_rate(said) == value
+
+
+@pytest.mark.parametrize(
+    ("said", "value"),
+    [("Reasoning: it rolls.\nAnswer: A. a ring", 1), ("Answer: B. a star", 0), ("A. a ring", 1),
+     ("Answer: A. a ring or B. a star", 0), ("Answer: None of the choices are correct", 0),
+     ("", None)],
+)  # fmt: skip
+def test_a_caption_is_right_if_it_answers_the_question_about_the_video(
+    said: str, value: Any
+) -> None:
+    doc = {"qtype": "captioning", "question": "Describe.", "answer": "x", "dim": "action",
+           "mc_question": "What moves?\nA. a ring\nB. a star",
+           "mc_answer": "A. a ring"}  # fmt: skip
+    form = verdicts.form_of("tempcompass", doc, "<think>?</think>A ring moves.</s>")
+    assert form is not None and form.read(said) == value
+    assert "Video Description:A ring moves.\nMulti-Choice Question:\nWhat moves?" in form.prompt
+
+
+def test_an_unread_tomato_reply_is_read_by_the_judge() -> None:
+    doc = {"options": ["up", "down"], "answer": 1}
+    form = verdicts.form_of("tomato", doc, "Probably B")
+    assert form is not None and "index2answer: {'A': 'up', 'B': 'down'}" in form.prompt
+    assert [form.read(said) for said in ("B", "A", "C", "The answer is B")] == [1, 0, None, None]
+    assert verdicts.form_of("videomme", {}, "B") is None
+
+
+def vrbench_doc(number: int, kind: str) -> dict[str, Any]:
+    return {"options": {"A": "a ring", "B": "a star"}, "answer": "A", "reasoning_type": kind,
+            "question": f"Why {number}?", "original_answer": "a ring",
+            "reasoning_process": "<Step 1> It rolls.",
+            "judge_summary": "A ring rolls."}  # fmt: skip
+
+
+def test_the_reasoning_of_vrbench_is_rated_beside_its_score(tmp_path: Path, endpoint: str) -> None:
+    kinds = ("Event Attribution", "Event Prediction", "Event Summarization")
+    rows = []
+    for number, kind in enumerate(kinds):
+        doc, reply = vrbench_doc(number, kind), "<Step 1> A ring rolls.\n<Answer> A"
+        rows.append(
+            {"id": f"vrbench/{number}", "video_id": "v", "family": kind, "length_s": None,
+             "question": doc["question"], "options": ["a ring", "a star"], "answer": "a ring",
+             "benchmark": "vrbench", "doc": doc, "error": None, "prediction": reply,
+             **score_fields("vrbench", doc, reply)}
+        )  # fmt: skip
+    run = tmp_path / "run"
+    meta = {"schema": 1, "id": "run", "mode": "direct", "model": {"name": "m", "digest": "d"},
+            "suites": {"vrbench": {"n": 3}}, "config": {}}  # fmt: skip
+    with RunStore.open(run, meta) as store:
+        store.add("vrbench", rows, [])
+    rescore(run)
+
+    def found() -> dict[str, Any]:
+        results: dict[str, Any] = json.loads((run / "results.json").read_text())["vrbench"]
+        return results
+
+    assert (found()["value"], found()["judge_needed"]) == (1, 2)
+    assert "process" not in found()["extra"]
+    done = CliRunner().invoke(cli.app, command(run, endpoint))
+    assert "2 verdicts, 0 kept from before, 0 left open" in done.output, done.output
+    assert (found()["value"], found()["judge_needed"]) == (1, 0)
+    # Officially a question that is never judged counts as rated 0.
+    assert found()["extra"]["process"] == pytest.approx(1.4 / 3)
+    assert found()["plain"]["extra"]["process"] == pytest.approx(0.7)
+    assert found()["extra"]["overall"] == pytest.approx((1 + 1.4 / 3) / 2)
+    assert found()["extra"]["combined Event Summarization"] == 1
+    assert found()["extra"]["combined Event Prediction"] == pytest.approx(0.85)
+    asked = [body["messages"][-1]["content"] for body in Endpoint.asked]
+    assert "# Video Summary" not in asked[0] and "# Video Summary\nA ring rolls." in asked[1]
+    assert "Reasoning Step:\n<Step 1> It rolls." in asked[0]
+    before = (run / "samples/vrbench.jsonl").read_bytes()
+    again = CliRunner().invoke(cli.app, command(run, endpoint))
+    assert "0 verdicts, 2 kept from before" in again.output
+    assert (run / "samples/vrbench.jsonl").read_bytes() == before
