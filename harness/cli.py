@@ -50,6 +50,8 @@ app = typer.Typer(
 )
 world_app = typer.Typer(help="The scale world: small videos with questions.", no_args_is_help=True)
 app.add_typer(world_app, name="world")
+data_app = typer.Typer(help="Training data: curate, filter, check, mix.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 ModelOption = Annotated[
     str,
@@ -689,6 +691,115 @@ def train_command(
             _leave(INTERRUPTED)
         if first:
             print(f"Checkpoint: {trained.checkpoint}")
+
+
+@data_app.command("curate")
+def data_curate_command(
+    videos: Annotated[list[Path], typer.Argument(help="Videos, or folders of videos.")],
+    endpoint: Annotated[
+        str, typer.Option(help="Server of OpenAI's form, such as http://localhost:8000/v1.")
+    ],
+    model: Annotated[str, typer.Option(help="The model's name there; it must see images.")],
+    out: Annotated[Path, typer.Option(help="Folder for the questions; repeat to continue.")],
+    blind: Annotated[
+        bool,
+        typer.Option(help="Drop what the model also answers without the video, three times of 3."),
+    ] = True,
+    per_video: Annotated[int, typer.Option(min=1, help="Questions of a video.")] = 3,
+    most_failures: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of videos that may fail.")
+    ] = 0.1,
+) -> None:
+    """Make questions of videos: scenes, captions, summaries, narrative, questions; resumable.
+
+    Questions have Table 1's distribution; each is checked, and what is dropped is in
+    dropped.jsonl with its reason. Writes the chat form that training reads, Table 1 and Figure 5
+    of the corpus, and a data card.
+
+    [bold]Example[/bold]
+
+      internvideo3 data curate videos/ --endpoint http://localhost:8000/v1 --model qwen --out corpus
+    """
+    with _errors_in_words(out):
+        from internvideo3.harness.data import CurateOptions, curate
+        from internvideo3.training.endpoint import Endpoint
+
+        writer = Endpoint(url=endpoint, model=model)
+        options = CurateOptions(
+            videos=tuple(videos), out=out, writer=writer, guesser=writer if blind else None,
+            per_video=per_video, most_failures=most_failures, command=_command(),
+        )  # fmt: skip
+        with _bars() as advance:
+            told = curate(options, advance)
+        print(f"{told['questions']} questions about {told['videos']} videos: {out}")
+
+
+@data_app.command("report")
+def data_report_command(
+    rows: Annotated[Path, typer.Argument(help="Curated questions, .jsonl or .parquet.")],
+    out: Annotated[Path, typer.Option(help="Folder for Table 1, Figure 5 and the card.")],
+) -> None:
+    """Write the distribution of a corpus beside the paper's (Table 1, Figure 5), and a card."""
+    with _errors_in_words(out):
+        from internvideo3.harness.data import describe
+
+        describe(rows, out, {}, _command())
+        print((out / "table1.md").read_text(encoding="utf-8"))
+
+
+@data_app.command("filter")
+def data_filter_command(
+    kind: Annotated[
+        str,
+        typer.Argument(
+            help="iou: grounding with an IoU in [0.1, 0.7]. mixed: questions answered right and "
+            "wrong at temperature 1. gap: the teacher is right and the student is not."
+        ),
+    ],
+    rows: Annotated[Path, typer.Argument(help="Rollouts, .jsonl or .parquet.")],
+    out: Annotated[Path, typer.Option(help="File for what is kept.")],
+    count: Annotated[int | None, typer.Option(min=1, help="Draw so many of them.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+) -> None:
+    """Keep the rollouts that reinforcement learning or distillation can learn from."""
+    with _errors_in_words(out):
+        from internvideo3.harness.data import filter_rows
+
+        kept, dropped = filter_rows(kind, rows, out, count, seed)
+        print(f"{kept} kept, {len(dropped)} dropped: {out}")
+
+
+@data_app.command("check")
+def data_check_command(
+    rows: Annotated[Path, typer.Argument(help="Training rows, .jsonl or .parquet.")],
+    out: Annotated[Path, typer.Option(help="File for the rows that are left.")],
+    benchmark_videos: Annotated[
+        Path | None, typer.Option(help="Folder of videos that must not be trained on.")
+    ] = None,
+    benchmark_questions: Annotated[
+        Path | None, typer.Option(help="JSONL with `id` and `question` of benchmarks.")
+    ] = None,
+) -> None:
+    """Drop repeated questions, and what shares a video or a question with a benchmark."""
+    with _errors_in_words(out):
+        from internvideo3.harness.data import check_rows
+
+        kept, dropped = check_rows(rows, out, benchmark_videos, benchmark_questions)
+        print(f"{kept} kept, {len(dropped)} dropped: {out}")
+
+
+@data_app.command("mix")
+def data_mix_command(
+    sources: Annotated[list[str], typer.Argument(help="FILE=SHARE, such as long.jsonl=0.172.")],
+    out: Annotated[Path, typer.Option(help="File for the mixture.")],
+    total: Annotated[int, typer.Option(min=1, help="Rows in all.")],
+    seed: Annotated[int, typer.Option(help="Which rows of a source are drawn.")] = 0,
+) -> None:
+    """Mix files with exact shares, spread evenly; no row twice."""
+    with _errors_in_words(out):
+        from internvideo3.harness.data import mix_rows
+
+        print(f"{mix_rows(sources, out, total, seed)} rows: {out}")
 
 
 @app.command("ablate")

@@ -1,0 +1,217 @@
+"""What is kept for training, as pure functions whose every drop has a reason.
+
+Filters read rollouts that are on disk, so that another threshold needs no new sampling. A rollout
+row has `id`, `benchmark` and `doc` (what the scorers read) and `predictions`; section 4.3 has the
+thresholds.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from internvideo3.tasks.scoring.entry import score
+from internvideo3.training.curation.records import DataError, Row, user_text
+from internvideo3.training.curation.synthesis import plain
+
+LOW_IOU, HIGH_IOU = 0.1, 0.7
+RIGHT = 0.5
+"""A score from here on counts as right."""
+SHINGLE = 5
+"""Words of a shingle; texts are compared by the shingles that they share."""
+NEAR = 0.8
+"""Share of common shingles from which two questions about one video are the same question."""
+LEAKED = 0.5
+"""Share of a benchmark question's shingles from which a training question repeats it."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a filter kept, and why it dropped the rest."""
+
+    rows: tuple[Row, ...]
+    dropped: dict[str, str]
+    """id → reason."""
+
+    def or_fail(self, what: str) -> Kept:
+        """Itself.
+
+        Raises:
+            DataError: Nothing is left.
+        """
+        if self.rows:
+            return self
+        reasons = sorted({reason for reason in self.dropped.values()})
+        raise DataError(
+            f"{what} kept none of {len(self.dropped)} rows; reasons: {'; '.join(reasons[:5])}. "
+            "Nothing was written."
+        )
+
+
+def by_iou(rows: Sequence[Row], low: float = LOW_IOU, high: float = HIGH_IOU) -> Kept:
+    """Grounding examples that the model half solves: IoU from `low` to `high`, both included.
+
+    Raises:
+        DataError: A row has not exactly one prediction.
+    """
+
+    def reason(row: Row) -> str | None:
+        (iou,) = _scores(row, 1)
+        if iou < low:
+            return f"IoU {iou:.3f} below {low:g}: too far off to teach"
+        return f"IoU {iou:.3f} above {high:g}: solved" if iou > high else None
+
+    return _filtered(rows, reason)
+
+
+def by_mixed_answers(rows: Sequence[Row]) -> Kept:
+    """Multiple-choice questions that temperature-1 samples answer both right and wrong.
+
+    Raises:
+        DataError: A row was not sampled at temperature 1, or less than twice.
+    """
+
+    def reason(row: Row) -> str | None:
+        if row.get("temperature") != 1.0:
+            raise DataError(
+                f"row {row['id']} was sampled at temperature {row.get('temperature')}; sample at 1"
+            )
+        right = [value >= RIGHT for value in _scores(row, 2)]
+        if all(right):
+            return f"right in all {len(right)} samples"
+        return f"wrong in all {len(right)} samples" if not any(right) else None
+
+    return _filtered(rows, reason)
+
+
+def by_gap(rows: Sequence[Row]) -> Kept:
+    """Questions for distillation: the teacher's answer is good and the student's is not.
+
+    A row has `teacher` and `student`, a prediction each. Where there is a `reference` (a long
+    description), good means more complete: more of the reference's words, by a tenth at least.
+
+    Raises:
+        DataError: A row lacks one of them.
+    """
+
+    def reason(row: Row) -> str | None:
+        missing = [key for key in ("teacher", "student") if key not in row]
+        if missing:
+            raise DataError(f"row {row['id']} has no {' and no '.join(missing)} prediction")
+        if "reference" in row:
+            told = [coverage(row[who], row["reference"]) for who in ("teacher", "student")]
+            return None if told[0] >= told[1] + 0.1 else "the teacher says no more than the student"
+        teacher, student = (_score(row, row[who]) for who in ("teacher", "student"))
+        if teacher < RIGHT:
+            return "the teacher is wrong"
+        return "the student is right as well" if student >= RIGHT else None
+
+    return _filtered(rows, reason)
+
+
+def coverage(text: str, reference: str) -> float:
+    """Share of a reference's different words that a text has."""
+    wanted = set(plain(reference).split())
+    return len(wanted & set(plain(text).split())) / max(1, len(wanted))
+
+
+def sampled(rows: Sequence[Row], count: int, seed: int) -> Kept:
+    """So many of the rows, drawn by a seed; all of them where there are no more."""
+    if len(rows) <= count:
+        return Kept(tuple(rows), {})
+    chosen = set(random.Random(f"sample/{seed}").sample(range(len(rows)), count))
+    return Kept(
+        tuple(row for n, row in enumerate(rows) if n in chosen),
+        {row["id"]: "not drawn" for n, row in enumerate(rows) if n not in chosen},
+    )
+
+
+def without_repeats(rows: Sequence[Row], prints: Mapping[str, str]) -> Kept:
+    """The first of each group of rows that ask the same of the same video.
+
+    Args:
+        rows: Rows in the chat form.
+        prints: id → a name of the row's videos by content (`fingerprints.py`).
+    """
+    asked: dict[str, list[tuple[str, frozenset[str]]]] = {}
+
+    def reason(row: Row) -> str | None:
+        mine = shingles(user_text(row))
+        seen = asked.setdefault(prints[row["id"]], [])
+        for other, theirs in seen:
+            if len(mine & theirs) >= NEAR * len(mine | theirs):
+                return f"asks what {other} asks of the same video"
+        seen.append((row["id"], mine))
+        return None
+
+    return _filtered(rows, reason)
+
+
+def without_benchmarks(
+    rows: Sequence[Row],
+    prints: Mapping[str, str],
+    benchmark_videos: Mapping[str, str],
+    benchmark_questions: Mapping[str, str],
+) -> Kept:
+    """Rows that share neither a video nor a question with a benchmark.
+
+    Args:
+        rows: Rows in the chat form.
+        prints: id → name of the row's videos by content.
+        benchmark_videos: Such a name → which benchmark video has it.
+        benchmark_questions: Name of a benchmark question → its text.
+    """
+    index: dict[str, list[str]] = {}
+    sizes: dict[str, int] = {}
+    for name, text in benchmark_questions.items():
+        parts = shingles(text)
+        sizes[name] = len(parts)
+        for part in parts:
+            index.setdefault(part, []).append(name)
+
+    def reason(row: Row) -> str | None:
+        if prints[row["id"]] in benchmark_videos:
+            return f"its video is {benchmark_videos[prints[row['id']]]}"
+        shared: dict[str, int] = {}
+        for part in shingles(user_text(row)):
+            for name in index.get(part, ()):
+                shared[name] = shared.get(name, 0) + 1
+        hit = next((n for n, count in shared.items() if count >= LEAKED * sizes[n]), None)
+        return f"repeats the question {hit}" if hit else None
+
+    return _filtered(rows, reason)
+
+
+def shingles(text: str) -> frozenset[str]:
+    """Runs of `SHINGLE` words of a text; the whole text where it is shorter."""
+    words = plain(text).split()
+    count = max(1, len(words) - SHINGLE + 1)
+    return frozenset(" ".join(words[n : n + SHINGLE]) for n in range(count))
+
+
+def _filtered(rows: Sequence[Row], reason: Callable[[Row], str | None]) -> Kept:
+    kept, dropped = [], {}
+    for row in rows:
+        why = reason(row)
+        if why is None:
+            kept.append(row)
+        else:
+            dropped[str(row["id"])] = why
+    return Kept(tuple(kept), dropped)
+
+
+def _scores(row: Row, fewest: int) -> list[float]:
+    predictions: Sequence[str] = row.get("predictions", ())
+    if len(predictions) < fewest or (fewest == 1 and len(predictions) != 1):
+        raise DataError(
+            f"row {row.get('id')} has {len(predictions)} predictions; "
+            f"{'exactly one is' if fewest == 1 else f'at least {fewest} are'} needed"
+        )
+    return [_score(row, prediction) for prediction in predictions]
+
+
+def _score(row: Row, prediction: Any) -> float:
+    """By the careful reader's rule, as rewards are; an answer that the rule drops counts 0."""
+    return score(row["benchmark"], row["doc"], str(prediction), rule="plain").value or 0.0
