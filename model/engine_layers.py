@@ -145,6 +145,8 @@ class RowAttend:
         B, capacity, width = self.rows_BTW.shape
         self.rows_CW = self.rows_BTW.view(-1, width)
         self.first_slots_B = torch.arange(B, device=rows_B1TW.device) * capacity
+        frequencies = range(attn.head_dim // 2)
+        self.turns_all = tuple(attn.slot_frequencies) == tuple(frequencies)
         self.shared = [_rows(tensors, n, attn.rank) for tensors, n in _frozen(layer)]
 
     @property
@@ -159,14 +161,23 @@ class RowAttend:
 
     def __call__(self, x_BX: Tensor, norm: Any, where: Where) -> Tensor:
         """Appends the row, then attends over the rows themselves."""
-        slots = self.attn._slot_index(x_BX.device)
-        angles = tuple(t.index_select(-1, slots) for t in (where.cos_BF, where.sin_BF))
-        q_BHW = self.write(x_BX, norm, angles, self.first_slots_B + where.slots_B)
+        q_BHW = self.write(x_BX, norm, self._angles(where), self._places(where))
         own = Rows(rows_bTW=self.rows_BTW, lengths_B=where.visible_B, rank=self.attn.rank)
         latent_BHR, _ = latent_decode(
             q_BHW, [*self.shared, own], scale=self.attn.scale, value_width=self.attn.rank
         )
         return expand_output(latent_BHR, self.v_up_KDR).flatten(1)
+
+    def _angles(self, where: Where) -> tuple[Tensor, ...]:
+        """Cosine and sine of each slot, [B, S]; a step of few kernels launches none for nothing."""
+        if self.turns_all:
+            return where.cos_BF, where.sin_BF
+        slots = self.attn._slot_index(where.cos_BF.device)
+        return tuple(t.index_select(-1, slots) for t in (where.cos_BF, where.sin_BF))
+
+    def _places(self, where: Where) -> Tensor:
+        """Cache slot of each sequence's new token."""
+        return where.slots_B if len(where.slots_B) == 1 else self.first_slots_B + where.slots_B
 
     def write(self, x_BX: Tensor, norm: Any, angles: tuple[Tensor, ...], slots_B: Tensor) -> Tensor:
         """Caches a row of each sequence at its slot; returns the absorbed queries [B, H, W]."""
@@ -194,6 +205,7 @@ class FusedRowAttend(RowAttend):
         self.kv_BJ1D = self.rows_BTW.new_zeros(B, 2 * K, 1, D)
         self.nowhere_B = torch.zeros_like(self.first_slots_B)
         self.ones_BS = self.rows_BTW.new_ones(B, D // 2)
+        self.zeros_BS = torch.zeros_like(self.ones_BS)
 
     def weights(self) -> list[Tensor]:
         """As `Attend.weights`."""
@@ -208,7 +220,7 @@ class FusedRowAttend(RowAttend):
             q_norm.weight,
             k_norm.weight,
             self.ones_BS,
-            torch.zeros_like(self.ones_BS),
+            self.zeros_BS,
             self.nowhere_B,
             self.kv_BJ1D[:, :K],
             self.kv_BJ1D[:, K:],

@@ -38,8 +38,10 @@ from internvideo3.kernels.latent_append import naive as append_naive
 from internvideo3.kernels.latent_append import triton as append
 from internvideo3.kernels.latent_decode import naive as latent_naive
 from internvideo3.kernels.latent_decode import triton as latent
+from internvideo3.kernels.latent_prefill import cudnn
 from internvideo3.kernels.latent_prefill import naive as prefill_naive
 from internvideo3.kernels.latent_prefill import triton as prefill
+from internvideo3.kernels.lse_merge.triton import lse_merge
 
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float32: 1e-5}
 WORKERS = 10
@@ -48,49 +50,24 @@ LATENT = {"m2la-1024": (1024, 896), "m2la-576": (576, 512), "m2la-512": (512, 38
 ROTATED_BYTES = 256 * 2**20
 
 LATENT_TILES = {
-    "m2la-1024": (
-        latent.Tile("transposed", 32, 8, 3),
-        latent.Tile("transposed", 16, 8, 3),
-        latent.Tile("transposed", 32, 8, 2),
-        latent.Tile("grouped", 16, 8, 3),
-        latent.Tile("grouped", 16, 8, 2),
-    ),
+    "m2la-1024": (latent.WARPGROUPS, latent.Tile("transposed", 32, 8, 3)),
     "m2la-576": (latent.Tile("transposed", 64, 8, 2), latent.Tile("transposed", 32, 4, 3)),
-    "m2la-512": (
-        latent.Tile("transposed", 64, 8, 2),
-        latent.Tile("transposed", 32, 4, 3),
-        latent.Tile("grouped", 16, 4, 4),
-    ),
+    "m2la-512": (latent.WARPGROUPS, latent.Tile("transposed", 32, 4, 3)),
 }
-GQA_TILES = (
-    gqa.Tile(64, 4, 3),
-    gqa.Tile(64, 4, 4),
-    gqa.Tile(128, 4, 2),
-    gqa.Tile(128, 4, 3),
-    gqa.Tile(128, 8, 3),
-)
-PREFILL_TILES = {
-    256: (
-        prefill.Tile(128, 64, 8, 2),
-        prefill.Tile(128, 64, 8, 3),
-        prefill.Tile(64, 64, 4, 2),
-        prefill.Tile(128, 32, 8, 3),
-    ),
-    128: (prefill.Tile(128, 128, 8, 2), prefill.Tile(128, 64, 8, 3)),
-}
+GQA_TILES = (gqa.Tile(64, 4, 3), gqa.Tile(64, 4, 4), gqa.Tile(128, 4, 3), gqa.Tile(128, 8, 3))
+PREFILL_TILES = {256: (prefill.Tile(128, 64, 8, 3),), 128: (prefill.Tile(128, 128, 8, 2),)}
 LINEAR_TILES = (
-    linear.Tile(4, 1024, 4),
-    linear.Tile(2, 2048, 4),
-    linear.Tile(2, 1024, 4),
-    linear.Tile(8, 512, 4),
-    linear.Tile(1, 4096, 4),
-    linear.Tile(4, 2048, 8),
-    linear.Tile(8, 1024, 8),
-    linear.Tile(16, 512, 8),
+    linear.Tile(4, 1024, 4, 2048),
+    linear.Tile(4, 1024, 4, 0),
+    linear.Tile(2, 1024, 4, 2048),
+    linear.Tile(2, 1024, 4, 4096),
+    linear.Tile(2, 2048, 4, 4096),
+    linear.Tile(1, 4096, 4, 4096),
+    linear.Tile(8, 1024, 8, 1024),
 )
 LINEAR_SHAPES = {
-    "m2la-in": (9216, 4096, False),
-    "gqa-qkv": (6144, 4096, False),
+    "qkv": (6144, 4096, False),
+    "row": (1024, 2048, False),
     "out": (4096, 4096, False),
     "gate-up": (12288, 4096, True),
     "down": (4096, 12288, False),
@@ -121,7 +98,7 @@ REAL = Sizes(
     heads=HEADS,
     sweep_tokens=131072,
     decode_tokens=(32768, 65536, 131072, 262144, 393216, 524288, 786432),
-    prefill_tokens=(4096, 16384, 65536),
+    prefill_tokens=(16384, 65536),
     shrink_linear=1,
 )
 TINY = Sizes(
@@ -239,7 +216,7 @@ def check_prefill(width: int, tile: prefill.Tile, device: torch.device) -> float
     sizes = sizes_of(device)
     n_queries = sizes.check_queries
     n_keys = 2 * n_queries + 33
-    kv_heads = HEADS if width == 256 else KV_HEADS
+    kv_heads = KV_HEADS
     q = make_random(1, n_queries, HEADS, width, like=sizes.dtype, device=device)
     k = make_random(1, n_keys, kv_heads, width, like=sizes.dtype, device=device)
     v = make_random(1, n_keys, kv_heads, HEAD_DIM, like=sizes.dtype, device=device)
@@ -250,6 +227,22 @@ def check_prefill(width: int, tile: prefill.Tile, device: torch.device) -> float
         with poisoned():
             out, _ = prefill.latent_prefill(q, k, v, tile=tile, **options)
         errors.append(relative_error(out, expected))
+    return worst(errors)
+
+
+def check_cudnn(width: int, device: torch.device) -> float:
+    """Error of the same attention by cuDNN, its log-sum-exp's too, as prefill calls it."""
+    sizes, errors = sizes_of(device), []
+    for heads, queries, offset in ((HEADS, sizes.check_queries, 0), (KV_HEADS, 1401, None)):
+        q = make_random(1, queries, heads, width, like=sizes.dtype, device=device)
+        k = make_random(1, sizes.check_queries, KV_HEADS, width, like=sizes.dtype, device=device)
+        v = make_random(1, sizes.check_queries, KV_HEADS, 128, like=sizes.dtype, device=device)
+        options: dict[str, Any] = {"scale": width**-0.5, "offset": offset}
+        expected = prefill_naive.latent_prefill(q.double(), k.double(), v.double(), **options)
+        if not cudnn.fits(q, k, v, offset):
+            raise ValueError(f"cuDNN does not take {queries} queries of width {width}")
+        for found, truth in zip(cudnn.latent_prefill(q, k, v, **options), expected, strict=True):
+            errors.append(relative_error(found, truth))
     return worst(errors)
 
 
@@ -342,6 +335,8 @@ def all_checks(device: torch.device) -> dict[str, Callable[[torch.device], float
     checks = row_forms.checks(LATENT, sizes.check_lengths, sizes.dtype)
     for kind, tiles in LATENT_TILES.items():
         for tile in tiles:
+            if tile == latent.WARPGROUPS and device.type != "cuda":
+                continue  # Gluon has no interpreter.
             checks[f"{kind}/{tile_id(tile)}"] = functools.partial(check_latent, kind, tile)
     for gqa_tile in GQA_TILES:
         checks[f"gqa/{tile_id(gqa_tile)}"] = functools.partial(check_gqa, gqa_tile)
@@ -349,6 +344,8 @@ def all_checks(device: torch.device) -> dict[str, Callable[[torch.device], float
         for prefill_tile in prefill_tiles:
             name = f"prefill-{width}/{tile_id(prefill_tile)}"
             checks[name] = functools.partial(check_prefill, width, prefill_tile)
+        if device.type == "cuda":
+            checks[f"prefill-{width}/cudnn"] = functools.partial(check_cudnn, width)
     for shape in LINEAR_SHAPES:
         for linear_tile in LINEAR_TILES:
             name = f"linear-{shape}/{tile_id(linear_tile)}"
@@ -517,7 +514,7 @@ def sweep_latent(results: Results, device: torch.device, kind: str) -> None:
     for tile in LATENT_TILES[kind]:
         if not is_green(results, f"{kind}/{tile_id(tile)}"):
             continue
-        for per_sm in (1, 2) if tile.num_warps == 8 else (2, 4):
+        for per_sm in (1,) if tile.num_warps == 8 else (2,):
             for parts in dict.fromkeys((sizes.dtype, torch.float32)):
                 key = f"sweep/{kind}/{tile_id(tile)}/x{per_sm}/{str(parts)[6:]}"
                 configurations[key] = (tile, per_sm, parts)
@@ -556,7 +553,7 @@ def sweep_gqa(results: Results, device: torch.device) -> None:
     for tile in GQA_TILES:
         if not is_green(results, f"gqa/{tile_id(tile)}"):
             continue
-        for per_sm in (1, 2, 3, 6):
+        for per_sm in (1, 2, 3):
             key = f"sweep/gqa/{tile_id(tile)}/x{per_sm}"
             configurations[key] = (tile, per_sm)
             measure = functools.partial(
@@ -620,7 +617,7 @@ def sweep_linear(results: Results, device: torch.device) -> None:
 
 def prefill_inputs(width: int, tokens: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     """Queries, keys and values of one causal square."""
-    dtype, kv_heads = sizes_of(device).dtype, HEADS if width == 256 else KV_HEADS
+    dtype, kv_heads = sizes_of(device).dtype, KV_HEADS
     return (
         make_random(1, tokens, HEADS, width, like=dtype, device=device),
         make_random(1, tokens, kv_heads, width, like=dtype, device=device),
@@ -645,23 +642,11 @@ def time_prefill(
     return {"flop_per_s": flops_of(width, tokens) / timing.median_s} | timing_fields(timing)
 
 
-def time_sdpa(width: int, tokens: int, backend: str, device: torch.device) -> dict[str, Any]:
-    """Time torch's attention on the same square; flash needs the values padded to the keys."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    q, k, v = (x.transpose(1, 2) for x in prefill_inputs(width, tokens, device))
-    if backend == "FLASH_ATTENTION" and width > HEAD_DIM:
-        v = torch.nn.functional.pad(v, (0, width - HEAD_DIM))
-    call = functools.partial(
-        torch.nn.functional.scaled_dot_product_attention,
-        q,
-        k,
-        v,
-        is_causal=True,
-        enable_gqa=width == HEAD_DIM,
-    )
-    with sdpa_kernel([getattr(SDPBackend, backend)]):
-        timing = time_calls([call], device, repeats=8)
+def time_cudnn(width: int, tokens: int, device: torch.device) -> dict[str, Any]:
+    """Time cuDNN on the same square."""
+    q, k, v = prefill_inputs(width, tokens, device)
+    call = functools.partial(cudnn.latent_prefill, q, k, v, scale=width**-0.5, offset=0)
+    timing = time_calls([call], device, repeats=8)
     return {"flop_per_s": flops_of(width, tokens) / timing.median_s} | timing_fields(timing)
 
 
@@ -677,14 +662,13 @@ def report_rate(results: Results, key: str, point: dict[str, Any] | None) -> Non
 
 
 def sweep_prefill(results: Results, device: torch.device, width: int, tokens: int) -> None:
-    """Time our flash attention with every tile at one length, torch's beside it."""
+    """Time our flash attention with every tile at one length, cuDNN beside it."""
     measures: dict[str, Callable[[], dict[str, Any]]] = {}
     for tile in PREFILL_TILES[width]:
         if is_green(results, f"prefill-{width}/{tile_id(tile)}"):
             measures[tile_id(tile)] = functools.partial(time_prefill, width, tile, tokens, device)
-    for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION") if device.type == "cuda" else ():
-        name = f"sdpa-{backend.lower()}"
-        measures[name] = functools.partial(time_sdpa, width, tokens, backend, device)
+    if is_green(results, f"prefill-{width}/cudnn"):
+        measures["cudnn"] = functools.partial(time_cudnn, width, tokens, device)
     for name, measure in measures.items():
         key = f"prefill/{width}/{tokens}/{name}"
         report_rate(results, key, results.point(key, measure))
@@ -701,7 +685,11 @@ def time_small(results: Results, device: torch.device) -> None:
     o = make_random(1, HEADS, 896, like=dtype, device=device)
     count = 40 if device.type == "cuda" else 1
     ups = [make_random(HEADS, 128, 896, like=dtype, device=device) for _ in range(count)]
+    parts_lse = torch.randn(1, 132, HEADS, device=device)
+    parts = [make_random(1, 132, 896, HEADS, like=dtype, device=device) for _ in range(count)]
+    merged = functools.partial(lse_merge, log2_lse_BSH=parts_lse, out_dtype=dtype, head_minor=True)
     groups: dict[str, list[Callable[[], Any]]] = {
+        "small/merge": [functools.partial(merged, p) for p in parts],
         "small/append": [lambda: append.latent_append(x, cos, cos, slots, rows)] * count,
         "small/absorb": [functools.partial(absorb.absorb_query, q, w, cos, cos) for w in ups],
         "small/expand": [functools.partial(absorb.expand_output, o, w) for w in ups],

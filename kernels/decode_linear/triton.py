@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from internvideo3.kernels.overlap import overlap, wait_for_inputs
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -20,10 +22,19 @@ class Tile:
     block_k: int
     """Input columns per step."""
     num_warps: int
+    ahead: int = 2048
+    """Input columns whose weights are read before the input is there."""
 
 
 PLAIN = Tile(4, 1024, 4)
 GATED_TILE = Tile(2, 1024, 4)
+
+
+@triton.jit
+def weight_block(row_ptr, first, inside, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Columns [first, first + BLOCK_K) of some rows."""
+    column = first + tl.arange(0, BLOCK_K)
+    return tl.load(row_ptr + column[None, :], mask=inside & (column < K)[None, :], other=0.0)
 
 
 @triton.jit
@@ -44,6 +55,8 @@ def linear_kernel(
     RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """BLOCK_N outputs; the norm's scale is a scalar, so it is applied after the product."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -52,18 +65,30 @@ def linear_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc_factor = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     squares = tl.zeros([BLOCK_K], tl.float32)
+    weights = ()
+    factors = ()
+    for first in tl.static_range(0, AHEAD, BLOCK_K):
+        weights = weights + (weight_block(weight_ptr + start, first, inside, K, BLOCK_K),)
+        if GATED:
+            factors = factors + (weight_block(factor_ptr + start, first, inside, K, BLOCK_K),)
+    wait_for_inputs(OVERLAP)
     for first in tl.static_range(0, K, BLOCK_K):
         column = first + tl.arange(0, BLOCK_K)
         real = column < K
-        mask = inside & real[None, :]
-        weight = tl.load(weight_ptr + start + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        if first < AHEAD:
+            weight = weights[first // BLOCK_K]
+        else:
+            weight = weight_block(weight_ptr + start, first, inside, K, BLOCK_K)
         x = tl.load(x_ptr + column, mask=real, other=0.0).to(tl.float32)
         if NORM:
             squares += x * x
             x = x * tl.load(norm_ptr + column, mask=real, other=0.0).to(tl.float32)
-        acc += weight * x[None, :]
+        acc += weight.to(tl.float32) * x[None, :]
         if GATED:
-            factor = tl.load(factor_ptr + start + column[None, :], mask=mask, other=0.0)
+            if first < AHEAD:
+                factor = factors[first // BLOCK_K]
+            else:
+                factor = weight_block(factor_ptr + start, first, inside, K, BLOCK_K)
             acc_factor += factor.to(tl.float32) * x[None, :]
     out = tl.sum(acc, axis=1)
     inverse = 1.0
@@ -77,6 +102,17 @@ def linear_kernel(
     if RESIDUAL:
         out += tl.load(residual_ptr + row, mask=row < N, other=0.0).to(tl.float32)
     tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty), mask=row < N)
+
+
+def tile_constants(tile: Tile, width: int) -> dict[str, int]:
+    """Compile-time arguments of a tile for inputs of a width."""
+    whole = triton.cdiv(width, tile.block_k) * tile.block_k
+    return {
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "AHEAD": min(whole, triton.cdiv(tile.ahead, tile.block_k) * tile.block_k),
+        "num_warps": tile.num_warps,
+    }
 
 
 def decode_linear(
@@ -112,8 +148,7 @@ def decode_linear(
         GATED=factor_NK is not None,
         BIAS=bias_N is not None,
         RESIDUAL=residual_BN is not None,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
+        **tile_constants(tile, width),
+        **overlap(x_BK),
     )
     return out_BN

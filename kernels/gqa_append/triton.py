@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from internvideo3.kernels.overlap import overlap, wait_for_inputs
+
 
 @triton.jit
 def gqa_append_kernel(
@@ -31,8 +33,10 @@ def gqa_append_kernel(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One head of q, k or v per program; grid (H + 2K, B)."""
+    wait_for_inputs(OVERLAP)
     head = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
     slot = tl.load(slots_ptr + batch)
@@ -105,5 +109,6 @@ def gqa_append(
         KV_HEADS=kv_heads,
         HALF=dim // 2,
         num_warps=1,
+        **overlap(qkv_BW),
     )
     return out_BHD

@@ -18,6 +18,7 @@ import triton.language as tl
 from internvideo3.kernels.gqa_decode.naive import KeysValues
 from internvideo3.kernels.latent_decode.triton import BLOCKS_PER_SPLIT, LOG2_E, token_range
 from internvideo3.kernels.lse_merge.triton import lse_merge
+from internvideo3.kernels.overlap import overlap, wait_for_inputs
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,10 @@ def gqa_kernel(
     BLOCK_G: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """The SHARE query heads of one key/value head over one token range; grid (S, K, B)."""
+    wait_for_inputs(OVERLAP)
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -230,6 +233,7 @@ def _launch(
             *_strides(run.keys_bKTD),
             *_strides(run.values_bKTD),
             **launch_constants(tile, heads=heads, kv_heads=kv_heads, width=width),
+            **overlap(q_BHD),
         )
         first += n_splits
     return lse_merge(parts_BSHD, parts_lse_BSH, out_dtype=q_BHD.dtype)

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from internvideo3.kernels.overlap import overlap, wait_for_inputs
+
 BLOCK_R = 128
 BLOCK_V = 8
 
@@ -27,6 +29,7 @@ def absorb_kernel(
     RANK: tl.constexpr,
     MAPPED: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """BLOCK_R latent columns of one head, or its rotation in the last program; grid (., H, B)."""
     head = tl.program_id(1)
@@ -40,11 +43,14 @@ def absorb_kernel(
     if tl.program_id(0) == tl.num_programs(0) - 1:
         pair = tl.arange(0, ROTARY)
         if MAPPED:
-            q_column = tl.load(q_ptr + content).to(tl.float32)[:, None]
             map_ptr = w_ptr + content[:, None] * stride_w + RANK + pair[None, :]
-            first = tl.sum(q_column * tl.load(map_ptr).to(tl.float32), axis=0)
-            second = tl.sum(q_column * tl.load(map_ptr + ROTARY).to(tl.float32), axis=0)
+            low, high = tl.load(map_ptr), tl.load(map_ptr + ROTARY)
+            wait_for_inputs(OVERLAP)
+            q_column = tl.load(q_ptr + content).to(tl.float32)[:, None]
+            first = tl.sum(q_column * low.to(tl.float32), axis=0)
+            second = tl.sum(q_column * high.to(tl.float32), axis=0)
         else:
+            wait_for_inputs(OVERLAP)
             first = tl.load(q_ptr + CONTENT + pair).to(tl.float32)
             second = tl.load(q_ptr + CONTENT + ROTARY + pair).to(tl.float32)
         cos = tl.load(cos_ptr + batch * ROTARY + pair).to(tl.float32)
@@ -54,11 +60,13 @@ def absorb_kernel(
     else:
         column = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
         inside = column < RANK
-        q = tl.load(q_ptr + content).to(tl.float32)
         w = tl.load(
             w_ptr + content[:, None] * stride_w + column[None, :], mask=inside[None, :], other=0.0
-        ).to(tl.float32)
-        tl.store(out_ptr + column, tl.sum(q[:, None] * w, axis=0).to(dtype), mask=inside)
+        )
+        wait_for_inputs(OVERLAP)
+        q = tl.load(q_ptr + content).to(tl.float32)
+        made = tl.sum(q[:, None] * w.to(tl.float32), axis=0)
+        tl.store(out_ptr + column, made.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -72,6 +80,7 @@ def expand_kernel(
     VALUE: tl.constexpr,
     POW2_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """BLOCK_V output values of one head; grid (V / BLOCK_V, H, B)."""
     head = tl.program_id(1)
@@ -84,11 +93,12 @@ def expand_kernel(
         w_ptr + (head // SHARE) * (VALUE * RANK) + value[:, None] * RANK + column[None, :],
         mask=inside[:, None] & real[None, :],
         other=0.0,
-    ).to(tl.float32)
+    )
+    wait_for_inputs(OVERLAP)
     latent = tl.load(latent_ptr + (batch * HEADS + head) * RANK + column, mask=real, other=0.0).to(
         tl.float32
     )
-    out = tl.sum(w * latent[None, :], axis=1)
+    out = tl.sum(w.to(tl.float32) * latent[None, :], axis=1)
     tl.store(
         out_ptr + (batch * HEADS + head) * VALUE + value,
         out.to(out_ptr.dtype.element_ty),
@@ -121,6 +131,7 @@ def absorb_query(
         MAPPED=mapped,
         BLOCK_R=BLOCK_R,
         num_warps=4,
+        **overlap(q_BHW),
     )
     return out
 
@@ -141,5 +152,6 @@ def expand_output(latent_BHR: torch.Tensor, w_uv_KVR: torch.Tensor) -> torch.Ten
         POW2_R=triton.next_power_of_2(rank),
         BLOCK_V=BLOCK_V,
         num_warps=4,
+        **overlap(latent_BHR),
     )
     return out

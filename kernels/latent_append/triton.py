@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from internvideo3.kernels.overlap import overlap, wait_for_inputs
+
 
 @triton.jit
 def append_kernel(
@@ -29,8 +31,10 @@ def append_kernel(
     BLOCK_S: tl.constexpr,
     NORM: tl.constexpr,
     AFFINE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One token per program; a negative slot writes nothing."""
+    wait_for_inputs(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
     write = slot >= 0
@@ -105,5 +109,6 @@ def latent_append(
         BLOCK_S=triton.next_power_of_2(rotary),
         NORM=norm_weight_R is not None,
         AFFINE=gain_MR is not None,
+        **overlap(projected_NW),
         num_warps=4,
     )

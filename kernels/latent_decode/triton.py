@@ -19,8 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
+from internvideo3.kernels.latent_decode import hopper
 from internvideo3.kernels.latent_decode.rows import Rows
 from internvideo3.kernels.lse_merge.triton import lse_merge
+from internvideo3.kernels.overlap import overlap, wait_for_inputs
 
 LOG2_E = 1.4426950408889634
 GROUP_WIDTH = 128
@@ -30,9 +32,10 @@ GROUP_WIDTH = 128
 class Tile:
     """How one program walks its tokens."""
 
-    form: Literal["transposed", "grouped"]
+    form: Literal["transposed", "grouped", "warpgroups"]
     """transposed: tokens and latent columns are the rows of the matrix products, heads the
-    columns. grouped: the row is cut into groups of 128 columns, one warp each."""
+    columns. grouped: the row is cut into groups of 128 columns, one warp each. warpgroups: the
+    kernel of ``hopper``."""
     block_n: int
     """Tokens per step."""
     num_warps: int
@@ -60,6 +63,8 @@ FP8_PLANS = {
     576: Plan(Tile("transposed", 32, 8, 2), 2),
     512: Plan(Tile("transposed", 32, 8, 2), 2),
 }
+WARPGROUPS = Tile("warpgroups", hopper.TILE.value, hopper.NUM_WARPS, 1)
+HOPPER_PLAN = Plan(WARPGROUPS, 1)
 BLOCKS_PER_SPLIT = 4
 """A run of few tokens gets fewer programs than the card has: at least so many blocks for each."""
 
@@ -106,12 +111,14 @@ def transposed_kernel(
     PAGE: tl.constexpr,
     SCALED: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Scores [tokens, heads], output [columns, heads]; grid (S, B).
 
     A row is its first REAL columns (padded to MAIN) and TAIL more, read through another pointer:
     they are keys only. RANK columns are latent; the query's rank is VALUE.
     """
+    wait_for_inputs(OVERLAP)
     split = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     start, end = token_range(tl.load(lengths_ptr + batch), split, tl.num_programs(0), BLOCK_N)
@@ -223,8 +230,10 @@ def grouped_kernel(
     WIDTH: tl.constexpr,
     VALUE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """The row cut into GROUPS x WIDTH columns, a batched product over groups; grid (S, B)."""
+    wait_for_inputs(OVERLAP)
     split = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     n_splits = tl.num_programs(0)
@@ -314,7 +323,7 @@ def latent_decode(
         Latent output ``[B, H, V]`` in the dtype of q, natural-log float32 log-sum-exp ``[B, H]``.
     """
     run = Rows(rows_bTW=rows_BTW, lengths_B=lengths_B, rank=value_width)
-    if tile.form == "transposed":
+    if tile.form != "grouped":
         launches = [(run, tile, n_splits)]
         return _launch(q_BHW, launches, scale, value_width, parts_dtype)
     batch, heads, width = q_BHW.shape
@@ -331,6 +340,7 @@ def latent_decode(
         *q_BHW.stride()[:2],
         *rows_BTW.stride()[:2],
         **grouped_constants(tile, heads=heads, width=width, value_width=value_width),
+        **overlap(q_BHW),
     )
     return lse_merge(parts, parts_lse_BSH, out_dtype=q_BHW.dtype)
 
@@ -359,15 +369,17 @@ def decode_runs(
     """
     launches = []
     for run in runs:
-        plan = plan_of(run)
+        plan = plan_of(run, q_BHW.shape[1])
         most = multiprocessors * plan.programs_per_multiprocessor // q_BHW.shape[0]
         few = triton.cdiv(run.capacity, plan.tile.block_n * BLOCKS_PER_SPLIT)
         launches.append((run, plan.tile, max(1, min(most, few))))
     return _launch(q_BHW, launches, scale, value_width, parts_dtype or q_BHW.dtype)
 
 
-def plan_of(run: Rows) -> Plan:
+def plan_of(run: Rows, heads: int) -> Plan:
     """The tile shipped for a run's kind and width."""
+    if hopper.fits(run, heads):
+        return HOPPER_PLAN
     if run.scale_bT is not None:
         return FP8_PLANS[run.width]
     return (PLANS if run.pages_BN is None else PAGED_PLANS)[run.width]
@@ -389,9 +401,21 @@ def _launch(
     parts_lse_BSH = torch.empty(batch, total, heads, dtype=torch.float32, device=q_BHW.device)
     first = 0
     for run, tile, n_splits in launches:
-        constants = launch_constants(tile, run, heads=heads, value_width=value_width)
         if run.rank < value_width:
             parts_BSVH[:, first : first + n_splits, run.rank :].zero_()
+        if tile == WARPGROUPS:
+            hopper.launch(
+                q_BHW,
+                run,
+                parts_BSVH,
+                parts_lse_BSH,
+                scale_log2=scale * LOG2_E,
+                first_split=first,
+                n_splits=n_splits,
+            )
+            first += n_splits
+            continue
+        constants = launch_constants(tile, run, heads=heads, value_width=value_width)
         tail = run.rope_bTS
         if tail is None:
             tail = run.rows_bTW[..., constants["REAL"] :]
@@ -413,6 +437,7 @@ def _launch(
             0 if run.scale_bT is None else _strides(run, run.scale_bT)[0],
             0 if run.pages_BN is None else run.pages_BN.stride(0),
             **constants,
+            **overlap(q_BHW),
         )
         first += n_splits
     return lse_merge(parts_BSVH, parts_lse_BSH, out_dtype=q_BHW.dtype, head_minor=True)

@@ -7,7 +7,7 @@ V value width.
 import torch
 
 from internvideo3.kernels.choice import is_power_of_two, wants_triton
-from internvideo3.kernels.latent_prefill import fused
+from internvideo3.kernels.latent_prefill import cudnn, fused
 
 KERNEL_WIDTHS = (128, 256)
 
@@ -21,6 +21,8 @@ def latent_prefill(
     offset: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend from a chunk of queries over reconstructed keys; see ``naive.latent_prefill``."""
+    if cudnn.fits(q_BQHD, k_BTKD, v_BTKV, offset):
+        return cudnn.latent_prefill(q_BQHD, k_BTKD, v_BTKV, scale=scale, offset=offset)
     width = q_BQHD.shape[-1]
     fits = width in KERNEL_WIDTHS and is_power_of_two(v_BTKV.shape[-1])
     if not fits or not wants_triton(q_BQHD):

@@ -28,7 +28,7 @@ class Tile:
     num_stages: int
 
 
-TILES = {256: Tile(128, 64, 8, 2), 128: Tile(128, 128, 8, 2)}
+TILES = {256: Tile(128, 64, 8, 3), 128: Tile(128, 128, 8, 2)}
 """The tile shipped for a query/key width."""
 
 

@@ -65,7 +65,7 @@ def test_rows_of_both_models_have_rates_bytes_and_the_gate(options: ProfileOptio
         ]
         for row in rows:
             assert row["attention"] == attention and row["threads"] == 1
-            assert row["gate_max_logit_difference"] <= 1e-4
+            assert row["gate_engine_error"] <= 1e-4
             timed = row["kind"] != "cache"
             assert (row["tokens_per_s"] is not None) == timed
             if timed:

@@ -27,13 +27,15 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from internvideo3.kernels.latent_decode.rows import Rows
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_LIMIT = 232448
 REGISTER_LIMIT = 65536
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+EARLY = {"OVERLAP": True, "launch_pdl": True}
 UNALIGNED = {"n_splits", "eps", "offset", "first_split", "total_splits"}
 
 
@@ -93,10 +95,13 @@ def tool(name: str) -> str:
 
 def examine(case: Case) -> dict[str, Any]:
     """Compile one case and read registers, spills, shared memory and opcodes off the cubin."""
+    early = {k: v for k, v in EARLY.items() if "OVERLAP" in case.kernel.arg_names}
+    case = replace(case, constants=case.constants | early)
     types, attrs = signature(case)
     constants = {k: v for k, v in case.constants.items() if k not in OPTIONS}
     options = {k: v for k, v in case.constants.items() if k in OPTIONS}
-    source = ASTSource(case.kernel, types, constexprs=constants, attrs=attrs)
+    gluon = isinstance(case.kernel, GluonJITFunction)
+    source = (GluonASTSource if gluon else ASTSource)(case.kernel, types, constants, attrs)
     with contextlib.redirect_stdout(io.StringIO()):
         compiled = triton.compile(source, target=TARGET, options=options)
     with tempfile.TemporaryDirectory() as folder:
@@ -208,8 +213,21 @@ def linear_case(name: str, tile: Any, rows: int, width: int, *, gated: bool) -> 
 
     constants = {"N": rows, "K": width, "NORM": gated, "GATED": gated, "RESIDUAL": not gated}
     constants |= {"BIAS": not gated}
-    constants |= {"BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "num_warps": tile.num_warps}
+    constants |= linear.tile_constants(tile, width)
     return Case(name, linear.linear_kernel, constants)
+
+
+def hopper_case(name: str, width: int, rank: int, value: int, *, paged: bool = False) -> Case:
+    from internvideo3.kernels.latent_decode import hopper
+
+    run = Rows(
+        rows_bTW=torch.empty(8, 128, width),
+        lengths_B=torch.empty(1),
+        rank=rank,
+        pages_BN=torch.empty(1, 4, dtype=torch.int32) if paged else None,
+    )
+    constants = hopper.launch_constants(run, heads=32, value_width=value)
+    return Case(name, hopper.hopper_kernel, constants, opcode="hgmma", pipelined=True)
 
 
 WIDTHS = {1024: 896, 576: 512, 512: 384}
@@ -236,7 +254,7 @@ def shipped_cases() -> Iterator[Case]:
             pages_BN=pages,
         )
         # Its three narrow copies fetch page numbers.
-        tile = latent.plan_of(run).tile
+        tile = latent.plan_of(run, 32).tile
         yield runs_case(
             f"latent_decode-{width}-paged", tile, run, WIDTHS[width], narrow_copies=tile.num_stages
         )
@@ -248,9 +266,12 @@ def shipped_cases() -> Iterator[Case]:
     yield gqa_case("gqa_decode", gqa.TILE)
     for width, tile in prefill.TILES.items():
         yield prefill_case(f"latent_prefill-{width}", tile, width)
-    blocks = {"BLOCK_S": merge.BLOCK_S, "BLOCK_C": merge.BLOCK_C, "num_warps": 4}
+    yield hopper_case("hopper-1024", 1024, 896, 896)
+    yield hopper_case("hopper-1024-paged", 1024, 896, 896, paged=True)
+    yield hopper_case("hopper-512", 512, 384, 384)
+    yield hopper_case("hopper-512-of-1024", 512, 384, 896)
     for minor in (True, False):
-        constants = {"HEADS": 32, "VALUE": 896, "HEAD_MINOR": minor} | blocks
+        constants = merge.launch_constants(132, heads=32, value_width=896, head_minor=minor)
         yield Case(f"lse_merge-{minor}", merge.merge_kernel, constants)
     heads: dict[str, Any] = {"HEADS": 32, "RANK": 896, "num_warps": 4}
     constants = {"RANK": 896, "ROTARY": 64, "BLOCK_R": 1024, "BLOCK_S": 64, "num_warps": 4}

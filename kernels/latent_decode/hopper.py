@@ -1,0 +1,295 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""Split-KV absorbed decode for Hopper, in Gluon: both matrix products by warpgroups.
+
+Axes: B sequences, H query heads, W row width, V value width (the query's rank), R rank of a run,
+S splits.
+
+Triton's own pipeline keeps whole tiles in flight, and two tiles of 64 tokens by 1024 columns do not
+fit the shared memory; with 32 tokens the scores miss the warpgroup instruction and shared memory
+becomes the limit (README). Here a tile of 64 tokens is cut into chunks of 128 columns in a ring of
+buffers. A chunk that is only a key is replaced once the scores are known, a chunk of values once
+its part of the output is; so copies go on while the tile is worked on.
+"""
+
+from typing import Any
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from internvideo3.kernels.latent_decode.rows import Rows
+from internvideo3.kernels.overlap import HOPPER, capability, overlap, wait_for_inputs
+
+TILE = gl.constexpr(64)
+"""Tokens at a time: the height of a warpgroup's product."""
+CHUNK = gl.constexpr(128)
+"""Columns of a buffer: one product of two warpgroups."""
+NUM_WARPS = 8
+SHARED_BYTES = 232448 - 4096 - 2048
+"""For the queries and the ring; the rest holds the weights of a tile and reductions."""
+
+# Named anew in triton 3.8.
+cta_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+@gluon.jit
+def fetch(buffer, base_ptr, remaining, column, stride_rt):
+    """Starts copying TILE rows of a chunk; rows behind the end become zeros."""
+    load: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
+    step = gl.arange(0, TILE, gl.SliceLayout(1, load))
+    place = gl.arange(0, CHUNK, gl.SliceLayout(0, load))
+    source = base_ptr + step[:, None] * stride_rt + (column * CHUNK + place)[None, :]
+    async_copy.async_copy_global_to_shared(buffer, source, mask=(step < remaining)[:, None])
+    async_copy.commit_group()
+
+
+@gluon.jit
+def refill(
+    buffer, ahead_1, ahead_2, remaining,
+    POSITION: gl.constexpr, CHUNKS: gl.constexpr, VALUES: gl.constexpr, stride_rt,
+):  # fmt: skip
+    """Starts copying the chunk at a position of the next tile or of the one after it."""
+    column: gl.constexpr = (POSITION + VALUES) % CHUNKS
+    if POSITION < 2 * CHUNKS:
+        fetch(buffer, ahead_1, remaining - TILE, column, stride_rt)
+    else:
+        fetch(buffer, ahead_2, remaining - 2 * TILE, column, stride_rt)
+
+
+@gluon.jit
+def tile_base(
+    rows_ptr, pages_ptr, batch, first, end, stride_rb, stride_rt, stride_pb, PAGE: gl.constexpr
+):
+    """Pointer to a tile's first row; 64-bit, since 2.5M rows of 1024 exceed 2**31 values."""
+    if PAGE > 0:
+        page = gl.load(pages_ptr + batch * stride_pb + first // PAGE, mask=first < end, other=0)
+        return rows_ptr + page.to(gl.int64) * stride_rb + (first % PAGE).to(gl.int64) * stride_rt
+    else:
+        return rows_ptr + batch * stride_rb + first.to(gl.int64) * stride_rt
+
+
+@gluon.jit
+def hopper_kernel(
+    q_ptr,
+    rows_ptr,
+    pages_ptr,
+    lengths_ptr,
+    parts_ptr,
+    parts_lse_ptr,
+    scale_log2,
+    first_split,
+    total_splits,
+    stride_qb,
+    stride_qh,
+    stride_rb,
+    stride_rt,
+    stride_pb,
+    HEADS: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    RANK: gl.constexpr,
+    VALUE: gl.constexpr,
+    PAGE: gl.constexpr,
+    RING: gl.constexpr,
+    OVERLAP: gl.constexpr,
+):
+    """Scores [tokens, heads], output [columns, heads] in chunks; grid (S, B)."""
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    VALUES: gl.constexpr = (RANK + CHUNK - 1) // CHUNK
+    KEYS: gl.constexpr = CHUNKS - VALUES
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, HEADS // 2, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, HEADS, 16])
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    weight_shared: gl.constexpr = gl.NVMMASharedLayout(2 * HEADS, 16, rank=2)
+
+    split = gl.program_id(0)
+    batch = gl.program_id(1).to(gl.int64)
+    blocks = gl.cdiv(gl.load(lengths_ptr + batch), TILE)
+    n_splits = gl.num_programs(0)
+    base = blocks // n_splits
+    extra = blocks % n_splits
+    start = (split * base + gl.minimum(split, extra)) * TILE
+    end = start + (base + gl.where(split < extra, 1, 0)) * TILE
+    end = gl.minimum(end, gl.load(lengths_ptr + batch))
+
+    ring = gl.allocate_shared_memory(dtype, [RING, TILE, CHUNK], swizzled)
+    q_shared = gl.allocate_shared_memory(dtype, [CHUNKS, HEADS, CHUNK], swizzled)
+    weight_buffer = gl.allocate_shared_memory(dtype, [TILE, HEADS], weight_shared)
+
+    # Position p of a tile is column chunk (p + VALUES) % CHUNKS: those that are only keys first.
+    for g in gl.static_range(RING):
+        first = start + (g // CHUNKS) * TILE
+        tile = tile_base(
+            rows_ptr, pages_ptr, batch, first, end, stride_rb, stride_rt, stride_pb, PAGE
+        )
+        fetch(ring.index(g), tile, end - first, (g + VALUES) % CHUNKS, stride_rt)
+
+    wait_for_inputs(OVERLAP)
+    load: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
+    q_head = gl.arange(0, HEADS, gl.SliceLayout(1, load))
+    q_place = gl.arange(0, CHUNK, gl.SliceLayout(0, load))
+    for c in gl.static_range(CHUNKS):
+        column = c * CHUNK + q_place
+        # Columns of a nested rank: the first of the query's latent ones, then its rotary ones.
+        column = gl.where(column < RANK, column, column + (VALUE - RANK))
+        source = q_ptr + batch * stride_qb + q_head[:, None] * stride_qh + column[None, :]
+        q_shared.index(c).store(gl.load(source))
+    fence_async_shared()
+
+    token = gl.arange(0, TILE, gl.SliceLayout(1, scores_layout))
+    top = gl.full([HEADS], float("-inf"), gl.float32, gl.SliceLayout(0, scores_layout))
+    total = gl.zeros([TILE, HEADS], gl.float32, scores_layout)
+    accs = ()
+    for _ in gl.static_range(VALUES):
+        accs = accs + (gl.zeros([CHUNK, HEADS], gl.float32, out_layout),)
+
+    slot = 0
+    for first in range(start, end, TILE):
+        ahead_1 = tile_base(
+            rows_ptr, pages_ptr, batch, first + TILE, end, stride_rb, stride_rt, stride_pb, PAGE
+        )
+        ahead_2 = tile_base(
+            rows_ptr, pages_ptr, batch, first + 2 * TILE, end, stride_rb, stride_rt, stride_pb, PAGE
+        )
+        raw = warpgroup_mma_init(gl.zeros([TILE, HEADS], gl.float32, scores_layout))
+        for p in gl.static_range(CHUNKS):
+            async_copy.wait_group(RING - 1 - p)
+            fence_async_shared()
+            cta_barrier()
+            keys = ring.index((slot + p) % RING)
+            queries = q_shared.index((p + VALUES) % CHUNKS).permute((1, 0))
+            raw = warpgroup_mma(keys, queries, raw, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=[raw])
+        cta_barrier()
+        for p in gl.static_range(KEYS):
+            buffer = ring.index((slot + p) % RING)
+            refill(buffer, ahead_1, ahead_2, end - first, p + RING, CHUNKS, VALUES, stride_rt)
+
+        scores = gl.where((first + token < end)[:, None], scores * scale_log2, float("-inf"))
+        new_top = gl.maximum(top, gl.max(scores, axis=0))
+        keep = gl.exp2(top - new_top)
+        weight = gl.exp2(scores - new_top[None, :])
+        total = total * keep[None, :] + weight
+        top = new_top
+        weight_buffer.store(weight.to(dtype))
+        fence_async_shared()
+        keep = gl.convert_layout(keep, gl.SliceLayout(0, out_layout))
+        cta_barrier()
+
+        running = ()
+        for c in gl.static_range(VALUES):
+            values = ring.index((slot + KEYS + c) % RING).permute((1, 0))
+            scaled = accs[c] * keep[None, :]
+            running = running + (warpgroup_mma(values, weight_buffer, scaled, is_async=True),)
+        accs = ()
+        for c in gl.static_range(VALUES):
+            accs = accs + (warpgroup_mma_wait(VALUES - 1 - c, deps=[running[c]]),)
+            cta_barrier()
+            buffer = ring.index((slot + KEYS + c) % RING)
+            refill(
+                buffer, ahead_1, ahead_2, end - first, KEYS + c + RING, CHUNKS, VALUES, stride_rt
+            )
+        slot = (slot + CHUNKS) % RING
+    async_copy.wait_group(0)
+
+    summed = gl.sum(total, axis=0)
+    some = summed > 0.0
+    divisor = gl.where(some, summed, 1.0)
+    place = batch * total_splits + first_split + split
+    head = gl.arange(0, HEADS, gl.SliceLayout(0, scores_layout))
+    gl.store(
+        parts_lse_ptr + place * HEADS + head,
+        gl.where(some, top + gl.log2(divisor), float("-inf")),
+    )
+    if end > start:
+        inverse = gl.convert_layout(1.0 / divisor, gl.SliceLayout(0, out_layout))
+        out_head = gl.arange(0, HEADS, gl.SliceLayout(0, out_layout))
+        out_place = gl.arange(0, CHUNK, gl.SliceLayout(1, out_layout))
+        to_ptr = parts_ptr + place * (VALUE * HEADS)
+        for c in gl.static_range(VALUES):
+            value = c * CHUNK + out_place
+            gl.store(
+                to_ptr + value[:, None] * HEADS + out_head[None, :],
+                (accs[c] * inverse[None, :]).to(parts_ptr.dtype.element_ty),
+                mask=(value < RANK)[:, None],
+            )
+
+
+def fits(run: Rows, heads: int) -> bool:
+    """Whether the kernel takes such rows: bfloat16 of a multiple of 128 columns, up to 1024."""
+    page = 0 if run.pages_BN is None else run.rows_bTW.shape[1]
+    return (
+        run.rows_bTW.is_cuda
+        and capability(run.rows_bTW.device) == HOPPER
+        and run.scale_bT is None
+        and run.rows_bTW.dtype == torch.bfloat16
+        and heads in (16, 32, 64)
+        and run.width % CHUNK.value == 0
+        and CHUNK.value < run.width <= 8 * CHUNK.value
+        and page % TILE.value == 0
+    )
+
+
+def launch_constants(run: Rows, *, heads: int, value_width: int) -> dict[str, Any]:
+    """Compile-time arguments of a launch."""
+    chunks = run.width // CHUNK.value
+    buffer = TILE.value * CHUNK.value * 2
+    spare = (SHARED_BYTES - run.width * heads * 2) // buffer
+    return {
+        "HEADS": heads,
+        "CHUNKS": chunks,
+        "RANK": run.rank,
+        "VALUE": value_width,
+        "PAGE": 0 if run.pages_BN is None else run.rows_bTW.shape[1],
+        "RING": min(spare, 2 * chunks),
+        "num_warps": NUM_WARPS,
+    }
+
+
+def launch(
+    q_BHW: torch.Tensor,
+    run: Rows,
+    parts_BSVH: torch.Tensor,
+    parts_lse_BSH: torch.Tensor,
+    *,
+    scale_log2: float,
+    first_split: int,
+    n_splits: int,
+) -> None:
+    """Write the partial outputs of one run into splits [first_split, first_split + n_splits).
+
+    Args:
+        q_BHW: absorbed query, contiguous in W.
+        run: rows that ``fits`` accepts, contiguous in W.
+        parts_BSVH: partial outputs of all runs.
+        parts_lse_BSH: their base-2 log-sum-exp.
+        scale_log2: factor on the scores, times log2(e).
+        first_split: where this run's splits begin.
+        n_splits: programs per sequence.
+    """
+    batch, heads, _ = q_BHW.shape
+    rows = run.rows_bTW
+    shared = run.pages_BN is None and rows.shape[0] == 1
+    hopper_kernel[(n_splits, batch)](
+        q_BHW,
+        rows,
+        run.lengths_B if run.pages_BN is None else run.pages_BN,
+        run.lengths_B,
+        parts_BSVH,
+        parts_lse_BSH,
+        scale_log2,
+        first_split,
+        parts_BSVH.shape[1],
+        *q_BHW.stride()[:2],
+        0 if shared else rows.stride(0),
+        rows.stride(1),
+        0 if run.pages_BN is None else run.pages_BN.stride(0),
+        **launch_constants(run, heads=heads, value_width=parts_BSVH.shape[2]),
+        **overlap(q_BHW),
+    )
