@@ -9,7 +9,6 @@ exception: one bad file does not end a run.
 """
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import resize
 
 from internvideo3.harness.frame_cache import FrameCache
 from internvideo3.harness.settings import NEW_TOKENS, Settings
+from internvideo3.model.fitting import fit_frames as fit_frames
+from internvideo3.model.fitting import fit_image as fit_image
 from internvideo3.model.session import Limits, Reply, Session
 from internvideo3.tasks.decoder import IsolatedReader
 from internvideo3.tasks.video import Frames
@@ -291,35 +290,12 @@ class Answerer:
         )
 
 
-def fit_frames(frames: Frames, *, factor: int, min_pixels: int, max_pixels: int) -> Frames:
-    """Resize frames to a multiple of `factor` within a pixel budget, keeping their shape nearly.
-
-    The size rule and the interpolation (bicubic, antialiased, on bytes) are those of
-    qwen-vl-utils 0.0.14 `vision_process.py: smart_resize, fetch_video`, so that a video gives the
-    model the same pixels here as in lmms-eval's own Qwen3-VL class.
-    """
-    height, width = frames.pixels_THWC.shape[1:3]
-    size = _fitted_size(height, width, factor, min_pixels, max_pixels)
-    if size == (height, width):
-        return frames
-    pixels_TCHW = torch.from_numpy(np.ascontiguousarray(frames.pixels_THWC)).permute(0, 3, 1, 2)
-    resized_TCHW = resize(pixels_TCHW, list(size), InterpolationMode.BICUBIC, antialias=True)
-    return replace(frames, pixels_THWC=resized_TCHW.permute(0, 2, 3, 1).contiguous().numpy())
-
-
 def shuffle_frames(frames: Frames) -> Frames:
     """The same pictures in an order drawn from their content, at the times of the true order."""
     count = len(frames.indices)
     order = np.random.default_rng(int(frames.digest[:16], 16)).permutation(count)
     pixels_THWC = np.ascontiguousarray(frames.pixels_THWC[order])
     return replace(frames, pixels_THWC=pixels_THWC, digest=f"{frames.digest} shuffled")
-
-
-def fit_image(image: Any, factor: int, min_pixels: int, max_pixels: int) -> Any:
-    """A Pillow image by the size rule of `fit_frames`."""
-    width, height = image.size
-    rows, columns = _fitted_size(height, width, factor, min_pixels, max_pixels)
-    return image if (columns, rows) == (width, height) else image.resize((columns, rows))
 
 
 def _image_key(image: Any) -> str:
@@ -333,21 +309,6 @@ def shuffle_images(images: Sequence[Any]) -> tuple[Any, ...]:
 
 
     return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
-
-
-def _fitted_size(
-    height: int, width: int, factor: int, min_pixels: int, max_pixels: int
-) -> tuple[int, int]:
-    fitted = [max(factor, round(side / factor) * factor) for side in (height, width)]
-    if math.prod(fitted) > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        fitted = [
-            max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width)
-        ]
-    elif math.prod(fitted) < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        fitted = [math.ceil(side * grow / factor) * factor for side in (height, width)]
-    return fitted[0], fitted[1]
 
 
 def _pixel_factor(config: Any) -> int:
