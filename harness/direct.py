@@ -85,6 +85,10 @@ class Outcome:
     reply: Reply | None
     error: dict[str, str] | None
     seconds: Seconds
+    agent: dict[str, Any] | None = None
+    """How a rollout came to it and what it cost; None for a direct answer."""
+    trace: dict[str, Any] | None = None
+    """The whole rollout."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,10 @@ class Answerer:
         self.cache = cache
         self.reader = reader or IsolatedReader()
         self._video_end = processor.tokenizer.decode([model.config.vision_end_token_id])
+
+    def close(self) -> None:
+        """End the decoding process."""
+        self.reader.close()
 
     def at(self, settings: Settings) -> "Answerer":
         """The same model at other settings."""
@@ -194,6 +202,7 @@ class Answerer:
     def _frames(self, clip: Clip) -> Frames:
         """A clip's frames, fitted; from the cache where there is one and it has them."""
         factor, settings = _pixel_factor(self.model.config), self.settings
+        fps = clip.fps or settings.fps
 
         def make() -> Frames:
             read = self.reader.read(
@@ -202,7 +211,6 @@ class Answerer:
                 max_frames=settings.max_frames,
                 start_s=clip.start_s,
                 end_s=clip.end_s,
-        fps = clip.fps or settings.fps
             )
             low, high = settings.bounds(len(read.indices))
             return fit_frames(read, factor=factor, min_pixels=low, max_pixels=high)
@@ -298,7 +306,6 @@ def shuffle_frames(frames: Frames) -> Frames:
     return replace(frames, pixels_THWC=pixels_THWC, digest=f"{frames.digest} shuffled")
 
 
-def _image_key(image: Any) -> str:
 def shuffle_images(images: Sequence[Any]) -> tuple[Any, ...]:
     """The same images in an order drawn from their content, which is never their own order."""
     seed = hashlib.sha256("".join(map(_image_key, images)).encode()).hexdigest()[:16]
@@ -308,6 +315,7 @@ def shuffle_images(images: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(images[at] for at in order)
 
 
+def _image_key(image: Any) -> str:
     return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
 
 
