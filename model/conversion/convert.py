@@ -214,16 +214,20 @@ class Job:
 
     def _projections(self, index: int) -> tuple[Any, float]:
         attention = self.source.layers[index].self_attn
-        norm = self._norm(index)
+        norm = self.norm(index)
         own = Projections.of(attention) if norm is None else norm.projections(attention)
         return own, float(attention.scaling)
 
-    def _norm(self, index: int) -> LinearNorm | None:
+    def norm(self, index: int) -> LinearNorm | None:
         """The linear substitute of a layer's norms, if it is wanted."""
         if self.options.norm == "exact" or not self.source.has_norm:
             return None
+        return self._fitted_norm(index)
+
+    def _fitted_norm(self, index: int) -> LinearNorm:
         attention = self.source.layers[index].self_attn
-        return linear_norm(attention, self.recording.calls(index), self.options.norm_fit)
+        inputs = ((call.x_BTX, call.valid_BT) for call in self.recording.calls(index))
+        return linear_norm(attention, inputs, self.options.norm_fit)
 
     def _statistics(self, index: int) -> LayerStatistics:
         return LayerStatistics.load(self._statistics_file(index), self.source.device)
@@ -310,7 +314,7 @@ class Job:
         return self.reference(CHOICE_BATCHES).divergence(layers)
 
     def _plan(self, index: int, slots: int) -> LayerPlan:
-        return plan_layer(self._statistics(index), self.options, slots, self._norm(index))
+        return plan_layer(self._statistics(index), self.options, slots, self.norm(index))
 
     def _build(self, index: int, choice: _Choice) -> tuple[RowAttention, LayerPlan]:
         """A layer before its refit."""
@@ -406,11 +410,7 @@ class Job:
         after = sum(a.error_after for a in plan.adapters)
         concentration = None
         if self.source.has_norm:
-            norm = plan.norm
-            if norm is None:
-                attention = self.source.layers[index].self_attn
-                norm = linear_norm(attention, self.recording.calls(index), self.options.norm_fit)
-            concentration = norm.concentration
+            concentration = (plan.norm or self._fitted_norm(index)).concentration
         released = self.options.row_form == "released"
         return LayerReport(
             layer=index,

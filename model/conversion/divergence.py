@@ -70,7 +70,8 @@ class Reference:
 
     def labels(self, batch: Batch) -> Tensor:
         """The tokens that follow supervised positions."""
-        return batch["input_ids"][:, 1:][self.source.supervised(batch)[:, :-1]]
+        found: Tensor = batch["input_ids"][:, 1:][self.source.supervised(batch)[:, :-1]]
+        return found
 
     @torch.no_grad()
     def agreement(self, layers: Sequence[RowAttention]) -> Agreement:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from internvideo3.model.conversion.recording import LayerCall
 from internvideo3.model.conversion.source import Projections
 
 FITS = ("constant", "affine")
@@ -92,12 +91,12 @@ class LinearNorm:
 
 
 @torch.no_grad()
-def linear_norm(attention: Any, calls: Iterable[LayerCall], fit: str) -> LinearNorm:
-    """Fits the substitute of one layer on its recorded calls.
+def linear_norm(attention: Any, inputs: Iterable[tuple[Tensor, Tensor]], fit: str) -> LinearNorm:
+    """Fits the substitute of one layer on its inputs.
 
     Args:
         attention: the source's layer, with `q_norm` and `k_norm`.
-        calls: its recorded calls.
+        inputs: per batch the layer's input [B, T, X], and which tokens are no padding [B, T].
         fit: "constant" (eq. 7) or "affine" (learned).
 
     Raises:
@@ -106,16 +105,16 @@ def linear_norm(attention: Any, calls: Iterable[LayerCall], fit: str) -> LinearN
     if fit not in FITS:
         raise ValueError(f"no fit {fit!r} of the norm; choose one of {', '.join(FITS)}.")
     sums: dict[str, _HeadSums] = {}
-    for call in calls:
-        first_BT = call.valid_BT & (call.valid_BT.cumsum(1) == 1)
+    for x_BTX, valid_BT in inputs:
+        first_BT = valid_BT & (valid_BT.cumsum(1) == 1)
         for name in ("q", "k"):
             projection = getattr(attention, f"{name}_proj")
-            raw = projection(call.x_BTX).unflatten(-1, (-1, attention.head_dim))
+            raw = projection(x_BTX).unflatten(-1, (-1, attention.head_dim))
             normed = getattr(attention, f"{name}_norm")(raw)
             own = sums.setdefault(name, _HeadSums.zeros(raw.shape[2], raw.shape[3], raw.device))
-            own.add(raw, normed, first_BT, call.valid_BT)
+            own.add(raw, normed, first_BT, valid_BT)
     q, k = sums["q"], sums["k"]
-    gain = {name: getattr(attention, f"{name}_norm").weight.double() for name in ("q", "k")}
+    gain = {name: _gain(getattr(attention, f"{name}_norm"), attention) for name in ("q", "k")}
     constant = {"q": q.constant(gain["q"]), "k": k.constant(gain["k"])}
     chosen = constant if fit == "constant" else {"q": q.affine(), "k": k.affine()}
     found = Concentration(
@@ -129,6 +128,14 @@ def linear_norm(attention: Any, calls: Iterable[LayerCall], fit: str) -> LinearN
     q_weight, q_bias = chosen["q"].fold(attention.q_proj)
     k_weight, k_bias = chosen["k"].fold(attention.k_proj)
     return LinearNorm(q_weight, q_bias, k_weight, k_bias, found)
+
+
+def _gain(norm: Any, attention: Any) -> Tensor:
+    """γ, whether the module keeps γ or, as Gemma's, γ − 1: the norm of ones, whose rms is 1."""
+    weight = attention.q_proj.weight
+    ones = torch.ones(attention.head_dim, dtype=weight.dtype, device=weight.device)
+    gain: Tensor = norm(ones)
+    return gain.double()
 
 
 @dataclass

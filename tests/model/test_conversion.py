@@ -19,6 +19,8 @@ from internvideo3.model.conversion.adapters import fit_adapter
 from internvideo3.model.conversion.convert import convert, convert_with_report
 from internvideo3.model.conversion.divergence import Reference
 from internvideo3.model.conversion.lowrank import factorise, weigh_metric
+from internvideo3.model.conversion.norm_alone import uncompressed
+from internvideo3.model.conversion.norms import linear_norm
 from internvideo3.model.conversion.options import (
     PRESETS,
     ROPE_SHARES,
@@ -298,6 +300,26 @@ def test_divergence_is_the_mean_kl(source: Any, half: Any, calibration: Any) -> 
     assert found.perplexity == pytest.approx(float(loss.exp()))
     same = (want.argmax(-1) == got.argmax(-1))[text].double().mean()
     assert found.top1 == pytest.approx(float(same)) and found.tokens == int(text.sum())
+
+
+def test_without_compression_only_the_norm_can_cost(
+    source: Any, calibration: Any, tmp_path: Path
+) -> None:
+    seen = Source.of(source)
+    recording = record(seen, calibration, tmp_path, seed=0)
+    attentions = [layer.self_attn for layer in seen.layers]
+    reference = Reference.of(seen, calibration)
+
+    def kl(fit: str | None) -> float:
+        layers = []
+        for index, attention in enumerate(attentions):
+            inputs = ((call.x_BTX, call.valid_BT) for call in recording.calls(index))
+            norm = linear_norm(attention, inputs, fit) if fit else None
+            layers.append(uncompressed(attention, norm))
+        return reference.agreement(layers).kl
+
+    assert abs(kl(None)) <= 1e-12
+    assert 1e-9 < kl("affine") < kl("constant")
 
 
 def test_the_source_is_not_changed(source: Any, calibration: Any) -> None:
