@@ -16,7 +16,7 @@ from internvideo3.model.scale.build import SYSTEM_PROMPT
 from internvideo3.tasks.video import Frames
 from internvideo3.tasks.world.questions import narration
 from internvideo3.tasks.world.scenes import VideoSpec
-from internvideo3.training.documents import Branch, Document, WorldDocuments
+from internvideo3.training.documents import Branch, Document, WorldDocuments, replied
 from internvideo3.training.mixture import dealt
 from internvideo3.training.recipe import Modality, Shares, WorldData
 
@@ -72,12 +72,7 @@ class WorldCaptions:
         text = self.prompter.render(
             [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": content}]
         )
-        piece = self.prompter.piece(text, frames, images)
-        closing = self.prompter.tokenize(self.prompter.closing)[:1]
-        said = [*self.prompter.tokenize(caption), *closing]
-        # What predicts the caption's first id belongs to the branch.
-        ids = (piece.ids[-1], *said)
-        return Document(tuple(piece.ids[:-1]), tuple(piece.media), (Branch(ids, len(said)),))
+        return replied(self.prompter, self.prompter.piece(text, frames, images), caption)
 
 
 def seen_at(spec: VideoSpec, time_s: float) -> str:

@@ -13,11 +13,11 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from internvideo3.model.prompt import Medium, Prompter
+from internvideo3.model.prompt import Medium, Piece, Prompter
 from internvideo3.model.scale.build import SYSTEM_PROMPT
 from internvideo3.tasks.video import Frames
 from internvideo3.tasks.world.difficulty import FILE_FPS
@@ -70,6 +70,30 @@ class Prompt:
     frames: Frames
     doc: Mapping[str, Any]
     """The question's fields as the scorers read them."""
+    benchmark: str | None = None
+    """By whose rules the answer is scored; None: the scale world's."""
+
+
+class Source(Protocol):
+    """Documents of a stage, by index; what an index stands for never changes."""
+
+    prompter: Prompter
+
+    def taught(self, index: int) -> Document:
+        """A document with right answers."""
+
+    def prompt(self, index: int) -> Prompt:
+        """A prompt to answer."""
+
+
+def replied(prompter: Prompter, piece: Piece, reply: str) -> Document:
+    """A prompt and one reply to it as a document; the reply and its end are learnt.
+
+    The prompt's last token opens the branch, since it predicts the reply's first.
+    """
+    said = [*prompter.tokenize(reply), *prompter.tokenize(prompter.closing)[:1]]
+    branch = Branch((piece.ids[-1], *said), len(said))
+    return Document(tuple(piece.ids[:-1]), tuple(piece.media), (branch,))
 
 
 class WorldDocuments:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 RECIPES = Path(__file__).parent / "recipes"
 VARIANTS = Path(__file__).parent / "variants.yaml"
@@ -65,6 +65,36 @@ class WorldData:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChatData:
+    """Files in the chat form of the released training data, with their own videos and images."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    files: Annotated[dict[str, float], Field(min_length=1)]
+    """`.jsonl` or `.parquet` file → share of the samples."""
+    fps: Annotated[float, Field(gt=0)] = 2.0
+    """Frames from a second of video."""
+    max_frames: Annotated[int, Field(ge=1)] = 512
+    """Most frames of a video."""
+    min_pixels: Annotated[int, Field(ge=1)] = 4096
+    """Fewest pixels of a frame."""
+    max_pixels: Annotated[int, Field(ge=1)] = 602112
+    """Most pixels of a frame."""
+    most_bad: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of the samples that may be unusable before training stops."""
+
+
+def _data_kind(value: Any) -> str:
+    given = value if isinstance(value, dict) else vars(value)
+    return "chat" if "files" in given else "world"
+
+
+Data = Annotated[
+    Annotated[WorldData, Tag("world")] | Annotated[ChatData, Tag("chat")],
+    Discriminator(_data_kind),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Shares:
     """Shares of a mixture by samples; the paper's of continued pretraining (section 4.1)."""
 
@@ -90,7 +120,7 @@ class Convert:
     """Videos that calibrate it."""
     probe: Annotated[int, Field(ge=1)] = 32
     """Documents of each kind on which the loss is measured before and after."""
-    data: WorldData | None = None
+    data: Data | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +137,7 @@ class StageOptions:
     micro_documents: Annotated[int, Field(ge=1)] | None = None
     """Most documents of one pass; None: as many as `pack_tokens` takes."""
     optimiser: Optimiser
-    data: WorldData | None = None
+    data: Data | None = None
     train_vision: bool = False
     """Whether the vision tower learns."""
     recompute: bool = False
@@ -252,9 +282,22 @@ def _checked(name: str, merged: dict[str, Any]) -> Recipe:
 
 
 def stage_digest(stage: StageOptions | Convert, seed: int, start: str) -> str:
-    """Digest of everything that decides a stage's weights."""
-    text = json.dumps([asdict(stage), seed, start], sort_keys=True, default=str)
+    """Digest of everything that decides a stage's weights, the rows of its files among it.
+
+    Raises:
+        RecipeError: A file is not there.
+    """
+    files = stage.data.files if isinstance(stage.data, ChatData) else {}
+    rows = {name: _file_digest(Path(name)) for name in files}
+    text = json.dumps([asdict(stage), seed, start, rows], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    if not path.is_file():
+        raise RecipeError(f"the recipe's file {path} does not exist (from {Path.cwd()})")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require(value: Any, where: str) -> Any:
@@ -316,9 +359,10 @@ def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
 
 def _in_words(error: Any, given: Mapping[str, Any]) -> str:
     """One message of pydantic, with the path into the file and the nearest known key."""
-    # The tag of a union ("sft") is in the path, but not in the file.
+    # The tags of unions ("sft", "world") are in the path, but not in the file.
     path = [str(part) for part in error["loc"]]
-    shown = [part for i, part in enumerate(path) if not (i == 2 and path[0] == "stages")]
+    tags = {2} | {i + 1 for i, part in enumerate(path) if part == "data"}
+    shown = [part for i, part in enumerate(path) if not (i in tags and path[0] == "stages")]
     where = ".".join(shown)
     if error["type"] == "unexpected_keyword_argument":
         known = _known_keys(path[:-1], given)
@@ -335,10 +379,11 @@ def _in_words(error: Any, given: Mapping[str, Any]) -> str:
 
 def _known_keys(path: Sequence[str], given: Mapping[str, Any]) -> list[str]:
     """Keys that the mapping at a path may have."""
+    tagged = KINDS | {"world": WorldData, "chat": ChatData}
     level: Any = Recipe
     for part in path:
-        if part in KINDS:
-            level = KINDS[part]
+        if part in tagged:
+            level = tagged[part]
         elif is_dataclass(level) and part in {f.name for f in fields(level)}:
             hint = get_type_hints(level)[part]
             inner = [t for t in (hint, *get_args(hint)) if is_dataclass(t)]

@@ -20,8 +20,8 @@ import torch
 
 from internvideo3.model.checkpoint import load_model, resolve_checkpoint, weights_digest
 from internvideo3.training.captions import WorldCaptions
+from internvideo3.training.chat import ChatDocuments
 from internvideo3.training.checkpoints import CheckpointMismatchError
-from internvideo3.training.documents import WorldDocuments
 from internvideo3.training.loop import Loop, Progress, Stage, describe
 from internvideo3.training.policy import Policy, vision_ids
 from internvideo3.training.probe import modality_losses, note_losses
@@ -34,10 +34,12 @@ from internvideo3.training.recipe import (
     Recipe,
     Sft,
     StageOptions,
+    WorldData,
     require,
     stage_digest,
 )
 from internvideo3.training.rollouts import Sampler
+from internvideo3.training.sources import documents_of
 from internvideo3.training.stages.convert import convert
 from internvideo3.training.stages.cpt import CptStage
 from internvideo3.training.stages.gspo import GspoStage
@@ -172,9 +174,9 @@ class Job:
     def _probe(self, moment: str, policy: Policy, processor: Any, group: Processes) -> None:
         """Losses by modality around continued pretraining."""
         options = self.options
-        if not isinstance(options, Cpt):
+        if not isinstance(options, Cpt) or not isinstance(options.data, WorldData):
             return
-        lengths = dict(require(options.data, "data").lengths)
+        lengths = dict(options.data.lengths)
         losses = modality_losses(policy.eval(), processor, lengths, options.probe)
         if group.first:
             note_losses(self.folder, moment, losses)
@@ -185,10 +187,12 @@ def build_stage(
 ) -> Stage:
     """The stage that the options describe, before the policy is sharded."""
     data = require(options.data, "data")
-    if isinstance(options, Cpt):
+    if isinstance(options, Cpt) and isinstance(data, WorldData):
         captions = WorldCaptions(data, processor, seed, options.shares.by_kind())
         return CptStage(options, captions, group)
-    documents = WorldDocuments(data, processor, seed)
+    if isinstance(options, Cpt):
+        return CptStage(options, ChatDocuments(data, processor, seed), group)
+    documents = documents_of(data, processor, seed)
     if isinstance(options, Sft):
         return SftStage(options, documents, group)
     assert isinstance(options, Gspo | Opd)

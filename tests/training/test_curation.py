@@ -286,7 +286,7 @@ class TestCommands:
     def test_scenes_are_found_by_the_real_detector(
         self, make_video: Any, tmp_path: Path, teacher: Any
     ) -> None:
-        """Clips end where the video's own cuts are."""
+        """Every cut of the video ends a clip; the detector may see a flash as one more."""
         (tmp_path / "in").mkdir()
         spec = make_video(tmp_path / "in" / "v.mp4", 1, 16)
         cuts = [scene.start_s for scene in spec.scenes[1:]]
@@ -294,8 +294,8 @@ class TestCommands:
         curate(made, lambda *_: None)
         (path,) = (tmp_path / "out" / "narratives").glob("*.json")
         ends = [clip["end_s"] for clip in json.loads(path.read_text())["clips"]][:-1]
-        assert cuts and len(ends) == len(cuts)
-        assert all(abs(end - cut) <= 0.6 for end, cut in zip(ends, cuts, strict=True))
+        assert cuts and len(ends) <= len(cuts) + len(spec.flashes)
+        assert all(min(abs(end - cut) for end in ends) <= 0.6 for cut in cuts)
 
     def test_what_is_guessed_without_the_video_is_dropped(
         self, videos: Path, tmp_path: Path, teacher: Any

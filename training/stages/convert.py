@@ -6,7 +6,6 @@ What is learnt afterwards depends on it, so seeds of a recipe vary from here on.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ import torch
 from torch import Tensor
 
 from internvideo3.model.conversion.convert import convert_with_report
-from internvideo3.training.documents import Document, WorldDocuments
+from internvideo3.training.documents import Document
 from internvideo3.training.policy import Policy
 from internvideo3.training.probe import modality_losses, note_losses
-from internvideo3.training.recipe import Convert, require
+from internvideo3.training.recipe import Convert, WorldData, require
+from internvideo3.training.sources import documents_of
 
 
 def convert(options: Convert, source: Any, processor: Any, seed: int, folder: Path) -> Any:
@@ -35,11 +35,9 @@ def convert(options: Convert, source: Any, processor: Any, seed: int, folder: Pa
         ValueError: The model cannot be converted, or the preset is unknown.
     """
     data = require(options.data, "data")
-    documents = WorldDocuments(data, processor, seed)
-    lengths, count = dict(data.lengths), options.probe
-    before = modality_losses(Policy(source.eval()), processor, lengths, count)
-    note_losses(folder, "before conversion", before)
-    batches = list(_calibration(documents, options.videos, source.config))
+    _probe("before conversion", options, source, processor, folder)
+    documents = documents_of(data, processor, seed)
+    batches = [_inputs(documents.taught(n), source.config) for n in range(options.videos)]
     conversion = convert_with_report(source, batches, options.preset, folder=folder / "work")
     report = {
         "cache_share": conversion.cache_share,
@@ -47,25 +45,30 @@ def convert(options: Convert, source: Any, processor: Any, seed: int, folder: Pa
         "layers": [asdict(layer) for layer in conversion.layers],
     }
     (folder / "conversion.json").write_text(json.dumps(report, indent=1) + "\n")
-    after = modality_losses(Policy(conversion.model.eval()), processor, lengths, count)
-    note_losses(folder, "after conversion", after)
+    _probe("after conversion", options, conversion.model, processor, folder)
     return conversion.model
 
 
-def _calibration(
-    documents: WorldDocuments, videos: int, config: Any
-) -> Iterator[dict[str, Tensor]]:
-    """Model inputs of a video and one question with its answer, for so many videos."""
-    for index in range(videos):
-        yield _inputs(documents.taught(index), config)
+def _probe(moment: str, options: Convert, model: Any, processor: Any, folder: Path) -> None:
+    """Losses by modality; of the scale world, whose held-out documents are known."""
+    if isinstance(options.data, WorldData):
+        lengths = dict(options.data.lengths)
+        losses = modality_losses(Policy(model.eval()), processor, lengths, options.probe)
+        note_losses(folder, moment, losses)
 
 
 def _inputs(document: Document, config: Any) -> dict[str, Tensor]:
+    """What the model's forward takes, of a document and its first branch."""
     ids_1T = torch.tensor([[*document.trunk_ids, *document.branches[0].ids]])
-    return {
+    image = (ids_1T == config.image_token_id).int()
+    made = {
         "input_ids": ids_1T,
         "attention_mask": torch.ones_like(ids_1T),
-        "mm_token_type_ids": 2 * (ids_1T == config.video_token_id).int(),
-        "pixel_values_videos": torch.cat([m.pixels for m in document.media]),
-        "video_grid_thw": torch.stack([m.grid_thw for m in document.media]),
+        "mm_token_type_ids": image + 2 * (ids_1T == config.video_token_id).int(),
     }
+    for kind, pixels in (("video", "pixel_values_videos"), ("image", "pixel_values")):
+        media = [m for m in document.media if m.kind == kind]
+        if media:
+            made[pixels] = torch.cat([m.pixels for m in media])
+            made[f"{kind}_grid_thw"] = torch.stack([m.grid_thw for m in media])
+    return made

@@ -8,9 +8,9 @@ kind are measured before and after (`probe.py`).
 from __future__ import annotations
 
 from collections import Counter
-from typing import get_args
+from typing import Protocol, get_args
 
-from internvideo3.training.captions import WorldCaptions
+from internvideo3.training.documents import Document
 from internvideo3.training.loop import Stage, Totals, Work, own_indices
 from internvideo3.training.policy import Policy
 from internvideo3.training.processes import Processes
@@ -18,10 +18,20 @@ from internvideo3.training.recipe import Cpt, Modality
 from internvideo3.training.stages.sft import supervised_works
 
 
+class Mixed(Protocol):
+    """Documents of several kinds, by index."""
+
+    def kind(self, index: int) -> Modality:
+        """Which kind of document an index stands for."""
+
+    def taught(self, index: int) -> Document:
+        """The document."""
+
+
 class CptStage(Stage):
     """Cross-entropy on texts and captions."""
 
-    def __init__(self, options: Cpt, captions: WorldCaptions, group: Processes) -> None:
+    def __init__(self, options: Cpt, captions: Mixed, group: Processes) -> None:
         self.options = options
         self.captions = captions
         self.group = group

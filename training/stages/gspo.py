@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from internvideo3.tasks.scoring.entry import score
-from internvideo3.training.documents import SCORED_AS, Document, Prompt, WorldDocuments
+from internvideo3.training.documents import SCORED_AS, Document, Prompt, Source
 from internvideo3.training.loop import Stage, Totals, Work, own_indices
 from internvideo3.training.objectives.gspo import GspoOptions, group_advantages, gspo_loss
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE
@@ -48,7 +48,7 @@ class GspoStage(Stage):
     def __init__(
         self,
         options: Gspo,
-        documents: WorldDocuments,
+        documents: Source,
         reference: Policy,
         sampler_of: SamplerOf,
         seed: int,
@@ -126,10 +126,12 @@ class GspoStage(Stage):
 
 
 def reward(prompt: Prompt, response: Response) -> float:
-    """What a response earns: right or wrong, or the IoU of its span, by the rule `plain`."""
-    made = score(SCORED_AS, prompt.doc, response.text, rule="plain")
-    assert made.value is not None, "the world's rules drop no answer"
-    return made.value
+    """What a response earns: right or wrong, or the IoU of its span, by the rule `plain`.
+
+    An answer that a benchmark's rule would drop earns nothing.
+    """
+    made = score(prompt.benchmark or SCORED_AS, prompt.doc, response.text, rule="plain")
+    return made.value or 0.0
 
 
 def _by_response(value_N: Tensor, lengths_R: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from internvideo3.training.documents import Document, WorldDocuments
+from internvideo3.training.documents import Document, Source
 from internvideo3.training.loop import Stage, Totals, Work, own_indices
 from internvideo3.training.objectives.distillation import full_kl
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE
@@ -35,7 +35,7 @@ class OpdStage(Stage):
     def __init__(
         self,
         options: Opd,
-        documents: WorldDocuments,
+        documents: Source,
         teacher: Policy,
         sampler_of: SamplerOf,
         seed: int,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvideo3.training.documents import Document, WorldDocuments
+from internvideo3.training.documents import Document, Source
 from internvideo3.training.loop import Stage, Totals, Work, own_indices
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE, linear_cross_entropy
 from internvideo3.training.packing import Pack, pack, packs
@@ -27,7 +27,7 @@ from internvideo3.training.recipe import Sft, StageOptions
 class SftStage(Stage):
     """Cross-entropy on right answers."""
 
-    def __init__(self, options: Sft, documents: WorldDocuments, group: Processes) -> None:
+    def __init__(self, options: Sft, documents: Source, group: Processes) -> None:
         self.options = options
         self.documents = documents
         self.group = group
