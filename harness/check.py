@@ -31,6 +31,10 @@ class Rates:
     decode: float
     context: int
     """Tokens of context at which it was measured."""
+    encode: float | None = None
+    """Vision tokens a second of the vision tower; None where the profile had no video."""
+    frames: float | None = None
+    """Frames a second of the video decoder, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +52,10 @@ class SuiteCheck:
     """Paths of files that are not there."""
     bytes_here: int = 0
     """Bytes of the files that are there."""
+    frames: int = 0
+    """Most frames that are decoded: each video once."""
     tokens: int = 0
-    """Most visual tokens: each video once."""
+    """Most visual tokens: each video once, each question's images."""
     new_tokens: int = 0
     """Most tokens of all answers together."""
     guessed_lengths: bool = False
@@ -63,8 +69,14 @@ class SuiteCheck:
         return self.problem is None and not self.missing
 
     def seconds(self, rates: Rates) -> float:
-        """Time to prefill and to answer at measured rates; the vision tower is not in them."""
-        return self.tokens / rates.prefill + self.new_tokens / rates.decode
+        """Time to encode, prefill and answer at measured rates.
+
+        Videos are decoded meanwhile; only where that takes longer does it count, in full.
+        """
+        model = self.tokens / rates.prefill + self.new_tokens / rates.decode
+        if rates.encode is not None:
+            model += self.tokens / rates.encode
+        return model if rates.frames is None else max(model, self.frames / rates.frames)
 
 
 def check(options: EvalOptions) -> list[SuiteCheck]:
@@ -90,7 +102,12 @@ def _check(suite: str, options: EvalOptions) -> SuiteCheck:
     paths = {path for doc in one.docs for path in one.media(doc)}
     missing = missing_media(one)
     single = known is not None and known.between is not None
-    tokens_of = picture_tokens if single else visual_tokens
+    frames_of = pictures if single else video_frames
+    images = sum(len(doc.get("images") or ()) for doc in one.docs)
+
+    def image_tokens(length_s: float | None) -> int:
+        return visual_tokens(settings, frames_of(settings, length_s), 1 if single else FRAME_FACTOR)
+
     return SuiteCheck(
         suite=suite,
         title=title,
@@ -99,7 +116,9 @@ def _check(suite: str, options: EvalOptions) -> SuiteCheck:
         videos=len(lengths),
         missing=missing,
         bytes_here=sum(path.stat().st_size for path in paths if path.is_file()),
-        tokens=sum(tokens_of(settings, length) for length in lengths.values()),
+        frames=sum(frames_of(settings, length) for length in lengths.values()),
+        tokens=sum(map(image_tokens, lengths.values()))
+        + images * (settings.max_pixels // TOKEN_PIXELS),
         new_tokens=len(one.docs) * (settings.max_new_tokens or 0),
         guessed_lengths=None in lengths.values(),
         reasons=_reasons(one, options),
@@ -113,26 +132,29 @@ def _reasons(one: Benchmark, options: EvalOptions) -> tuple[str, ...]:
     return tuple(found if found is not None else [verdict["reason"]])
 
 
-def visual_tokens(settings: Settings, length_s: float | None) -> int:
-    """Most visual tokens of a video: two frames and 32 x 32 pixels make one.
+def video_frames(settings: Settings, length_s: float | None) -> int:
+    """Most frames of a video.
 
     Args:
         settings: how it is sampled.
         length_s: its length in seconds; None for as long as it takes to fill the frames.
     """
-    frames = settings.max_frames
-    if length_s is not None:
-        frames = min(frames, max(FRAME_FACTOR, round(length_s * settings.fps)))
+    if length_s is None:
+        return settings.max_frames
+    return min(settings.max_frames, max(FRAME_FACTOR, round(length_s * settings.fps)))
+
+
+def pictures(settings: Settings, length_s: float | None) -> int:
+    """Most pictures of a video that is shown as single pictures, at most one a second."""
+    if length_s is None:
+        return settings.max_frames
+    return min(settings.max_frames, max(1, int(length_s)))
+
+
+def visual_tokens(settings: Settings, frames: int, merged: int = FRAME_FACTOR) -> int:
+    """Most visual tokens of so many frames: 32 x 32 pixels of merged frames make one."""
     _, most = settings.bounds(frames)
-    return frames // FRAME_FACTOR * (most // TOKEN_PIXELS)
-
-
-def picture_tokens(settings: Settings, length_s: float | None) -> int:
-    """Most visual tokens of a video that is shown as single pictures, at most one a second."""
-    pictures = settings.max_frames
-    if length_s is not None:
-        pictures = min(pictures, max(1, int(length_s)))
-    return pictures * (settings.max_pixels // TOKEN_PIXELS)
+    return frames // merged * (most // TOKEN_PIXELS)
 
 
 def read_rates(measurements: Path) -> Rates:
@@ -145,7 +167,8 @@ def read_rates(measurements: Path) -> Rates:
         PreflightError: the file is missing or holds no rates.
     """
     path = measurements / "measurements.jsonl" if measurements.is_dir() else measurements
-    rows = [row for row in read_rows(path) if row.get("tokens_per_s")]
+    every = read_rows(path)
+    rows = [row for row in every if row.get("tokens_per_s")]
     found = {kind: _longest(rows, kind) for kind in ("prefill", "decode")}
     if None in found.values():
         raise PreflightError(
@@ -156,7 +179,14 @@ def read_rates(measurements: Path) -> Rates:
         prefill=float(prefill["tokens_per_s"]),
         decode=float(decode["tokens_per_s"]),
         context=int(decode["context_tokens"]),
+        encode=_rate(every, "vision_encoding", "tokens_per_s"),
+        frames=_rate(every, "video_decoding", "frames_per_s"),
     )
+
+
+def _rate(rows: Sequence[Row], kind: str, name: str) -> float | None:
+    found = [float(row[name]) for row in rows if row.get("kind") == kind and row.get(name)]
+    return found[-1] if found else None
 
 
 def _longest(rows: Sequence[Row], kind: str) -> Row | None:
@@ -191,14 +221,21 @@ def _block(one: SuiteCheck, rates: Rates | None) -> Iterator[str]:
         )
         if rates is not None:
             yield (
-                f"about {one.seconds(rates) / 3600:.2f} h at the profile's rates (measured at "
-                f"{rates.context:,} tokens, without the vision tower and decoding)"
+                f"about {one.seconds(rates) / 3600:.2f} h at the profile's rates "
+                f"(measured at {rates.context:,} tokens; {_counted(rates)})"
             )
         verdict = "; ".join(one.reasons)
         yield f"not comparable with the paper: {verdict}" if verdict else "comparable"
     if known is not None:
         yield f"get: {known.data.get}"
         yield f"licence: {known.data.licence}"
+
+
+def _counted(rates: Rates) -> str:
+    """What of the way from file to answer is in the estimate."""
+    if rates.encode is None or rates.frames is None:
+        return "without the vision tower and decoding: give a profile that was made with --video"
+    return "with the vision tower; videos are decoded meanwhile"
 
 
 def _missing(one: SuiteCheck) -> Iterator[str]:

@@ -1,15 +1,17 @@
 """Direct answers: one prefill for a video and its prompt prefix, one fork for a question.
 
 Questions that share a prompt prefix (system turn, video) form a group. A group's video is decoded
-by a thread while the group before it is answered, encoded and prefilled once, and forked for each
-question; the forks of a group are decoded together. Answers are those of one-by-one decoding.
+while groups before it are answered, encoded and prefilled once, and forked for each question; the
+forks of a group are decoded together. Answers are those of one-by-one decoding.
 
 A sample that fails (unreadable video, out of memory) is an outcome with an error, never an
 exception: one bad file does not end a run.
 """
 
 import hashlib
+import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -124,12 +126,25 @@ class Answerer:
         settings: Settings,
         cache: FrameCache | None = None,
         reader: IsolatedReader | None = None,
+        ahead: int | None = None,
     ):
+        """Make an answerer.
+
+        Args:
+            model: the model.
+            processor: its processor.
+            settings: what answers depend on.
+            cache: keeps decoded frames; None for none.
+            reader: decodes videos; None for one of its own.
+            ahead: most videos that are decoded before they are needed, each by a process of its
+                own; None for what the CPU cores allow.
+        """
+        self.ahead = ahead or decoders()
         self.model = model
         self.processor = processor
         self.settings = settings
         self.cache = cache
-        self.reader = reader or IsolatedReader()
+        self.reader = reader or IsolatedReader(self.ahead)
         self._video_end = processor.tokenizer.decode([model.config.vision_end_token_id])
 
     def close(self) -> None:
@@ -138,7 +153,7 @@ class Answerer:
 
     def at(self, settings: Settings) -> "Answerer":
         """The same model at other settings."""
-        return Answerer(self.model, self.processor, settings, self.cache, self.reader)
+        return Answerer(self.model, self.processor, settings, self.cache, self.reader, self.ahead)
 
     def answer(
         self,
@@ -156,7 +171,7 @@ class Answerer:
             The outcomes of one batch: questions on the same video, together complete.
         """
         groups = self._groups(questions, known)
-        for batches, decoded in _decoded_ahead(groups, self.decode):
+        for batches, decoded in _decoded_ahead(groups, self.decode, self.ahead):
             yield from self._answer_group(batches, decoded)
 
     def _groups(
@@ -323,27 +338,44 @@ def _pixel_factor(config: Any) -> int:
     return int(config.vision_config.patch_size * config.vision_config.spatial_merge_size)
 
 
+_CORES_OF_A_DECODER = 4
+_MOST_DECODERS = 4
+"""Each keeps the frames of one video in memory, up to some GiB."""
+
+
+def decoders(processes: int = 1) -> int:
+    """How many videos are decoded at once: one for every four cores that this process may use.
+
+    Args:
+        processes: how many processes share these cores.
+    """
+    cores = len(os.sched_getaffinity(0)) // processes
+    return max(1, min(_MOST_DECODERS, cores // _CORES_OF_A_DECODER))
+
+
 def _decoded_ahead(
-    groups: Iterable[list[Batch]], decode: Callable[[tuple[Clip, ...]], Decoded]
+    groups: Iterable[list[Batch]], decode: Callable[[tuple[Clip, ...]], Decoded], ahead: int
 ) -> Iterator[tuple[list[Batch], "Future[Decoded]"]]:
-    """Each group with its frames, which a thread decodes while the group before is answered."""
+    """Each group with its frames, which threads decode while groups before it are answered.
+
+    No more than `ahead` groups wait, so that no more frames are in memory.
+    """
     # OpenMP keeps the number of threads per thread: without the initializer resizing in the new
     # thread would wake one thread a core.
     pool = ThreadPoolExecutor(
-        max_workers=1,
+        max_workers=ahead,
         thread_name_prefix="decode",
         initializer=torch.set_num_threads,
         initargs=(torch.get_num_threads(),),
     )
-    waiting: tuple[list[Batch], Future[Decoded]] | None = None
+    waiting: deque[tuple[list[Batch], Future[Decoded]]] = deque()
     try:
         for group in groups:
-            following = (group, pool.submit(decode, group[0][0].question.clips))
-            if waiting is not None:
-                yield waiting
-            waiting = following
-        if waiting is not None:
-            yield waiting
+            waiting.append((group, pool.submit(decode, group[0][0].question.clips)))
+            if len(waiting) > ahead:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

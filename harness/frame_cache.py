@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ class FrameCache:
         self.hits = 0
         self.misses = 0
         self._digests: dict[tuple[str, int, int], str] = {}
+        self._writing = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
         self._bytes = sum(size for _, size, _ in self._files())
 
@@ -57,7 +59,7 @@ class FrameCache:
         self.misses += 1
         frames = make()
         # A full or read-only disk costs the cache, not the run.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), self._writing:
             self._keep(path, frames)
         return frames
 

@@ -37,6 +37,8 @@ class Share:
     """How many processes there are."""
     local: int | None = None
     """This process's number on its machine, under a launcher."""
+    beside: int = 1
+    """How many processes share this machine, this one included."""
     launched: bool = False
     """Whether a launcher started the others, so that they can be waited for."""
 
@@ -107,11 +109,12 @@ def share_of(shard: str | None, processes: int | None) -> Share:
         raise RanksError(
             f"--processes {processes}, but {world} started. Start with `torchrun "
             f"--nproc-per-node {processes} -m internvideo3.harness.cli eval ...` (`accelerate "
-            "launch --cpu` is known to start one only)."
+            "launch --cpu` starts one only, with `--multi_gpu` as many as it is told)."
         )
     if shard is None:
         number = None if local is None else int(local)
-        return Share(index=rank, count=world, local=number, launched=world > 1)
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return Share(index=rank, count=world, local=number, beside=beside, launched=world > 1)
     if world > 1:
         raise RanksError(f"--shard {shard} under a launcher of {world} processes; take one of them")
     found = re.fullmatch(r"(\d+)/(\d+)", shard)

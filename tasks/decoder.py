@@ -15,11 +15,11 @@ JSON line with the answer goes out, followed by the pixels.
 import contextlib
 import json
 import os
+import queue
 import select
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -33,11 +33,19 @@ _GRACE_S = 5.0
 
 
 class IsolatedReader:
-    """Reads frames as `read_frames` does, in another process; safe to share between threads."""
+    """Reads frames as `read_frames` does, in other processes; safe to share between threads.
 
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._lock = threading.Lock()
+    Args:
+        processes: how many videos are decoded at once; more callers wait their turn.
+    """
+
+    def __init__(self, processes: int = 1) -> None:
+        if processes < 1:
+            raise ValueError(f"a reader needs at least one process, got {processes}")
+        self._workers = tuple(_Worker() for _ in range(processes))
+        self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
 
     def read(
         self,
@@ -65,23 +73,48 @@ class IsolatedReader:
             "steps_over_s": steps_over_s,
             "time_limit_s": time_limit_s,
         }
-        with self._lock:
-            process = self._running()
-            try:
-                return _ask(process, request)
-            except BaseException as error:
-                if isinstance(error, VideoError | ValueError):
-                    raise
-                # Whatever else happens, an interrupt too, leaves the pipe in the middle of a reply.
-                status = _end(process)
-                self._process = None
-                if isinstance(error, _CrashError | OSError):
-                    raise VideoError(_said(path, status, time_limit_s)) from None
-                raise
+        worker = self._idle.get()
+        try:
+            return worker.read(request)
+        finally:
+            self._idle.put(worker)
 
     def close(self) -> None:
-        """End the process; the next read starts another."""
-        process, self._process = self._process, None
+        """End the processes; the next read starts another."""
+        for worker in self._workers:
+            worker.close()
+
+
+class _Worker:
+    """One process; it is started when it is first asked, and again after it was ended."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def read(self, request: Mapping[str, Any]) -> Frames:
+        """One video.
+
+        Raises:
+            VideoError: it cannot be read, or the decoder crashed on it.
+            ValueError: the request makes no sense.
+        """
+        process = self._running()
+        try:
+            return _ask(process, request)
+        except BaseException as error:
+            if isinstance(error, VideoError | ValueError):
+                raise
+            # Whatever else happens, an interrupt too, leaves the pipe in the middle of a reply.
+            status = _end(process)
+            self.process = None
+            if isinstance(error, _CrashError | OSError):
+                said = _said(request["path"], status, request["time_limit_s"])
+                raise VideoError(said) from None
+            raise
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        process, self.process = self.process, None
         if process is not None and process.stdin is not None:
             # It ends by itself when nobody can ask any more.
             with contextlib.suppress(OSError):
@@ -89,8 +122,8 @@ class IsolatedReader:
             _end(process)
 
     def _running(self) -> "subprocess.Popen[bytes]":
-        if self._process is None or self._process.poll() is not None:
-            self._process = subprocess.Popen(
+        if self.process is None or self.process.poll() is not None:
+            self.process = subprocess.Popen(
                 [sys.executable, "-m", __name__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -98,7 +131,7 @@ class IsolatedReader:
                 stderr=subprocess.DEVNULL,
                 env=os.environ | {"PYTHONPATH": _python_path()},
             )
-        return self._process
+        return self.process
 
 
 class _CrashError(RuntimeError):

@@ -18,6 +18,7 @@ import yaml
 from typer.testing import CliRunner
 
 from internvideo3.harness import cli, evaluate
+from internvideo3.harness.check import Rates, check
 from internvideo3.harness.direct import Answerer
 from internvideo3.harness.options import EvalOptions
 from internvideo3.harness.preflight import PreflightError, suite_names
@@ -367,9 +368,36 @@ def test_check_lists_what_is_missing_and_what_it_will_cost(
     # 720 frames in pairs, 128 tokens each; 2 answers of 16 tokens.
     assert "at most 46,080 visual tokens, 32 tokens of answers" in done.output
     assert f"about {(46_080 / 8 + 32 / 4) / 3600:.2f} h" in done.output
+    assert "without the vision tower and decoding" in " ".join(done.output.split())
+    with measured.open("a") as file:
+        file.write(json.dumps({"kind": "vision_encoding", "tokens_per_s": 16.0}) + "\n")
+        file.write(json.dumps({"kind": "video_decoding", "frames_per_s": 1.0}) + "\n")
+    whole = CliRunner().invoke(cli.app, command)
+    assert f"about {(46_080 / 8 + 32 / 4 + 46_080 / 16) / 3600:.2f} h" in whole.output
+    assert "with the vision tower" in " ".join(whole.output.split())
     assert "VRBench (vrbench): NOT READY" in done.output
     assert "VRBench's videos take 421 GB" in done.output
     assert "1 of 3 suites are ready." in done.output
+
+
+def test_the_estimate_counts_images_and_waits_for_a_slow_decoder(
+    options: EvalOptions, data: Path
+) -> None:
+    given = EvalOptions(
+        model=options.model,
+        suites=("mmsi_bench", "longvideobench_interleaved"),
+        out=options.out,
+        data=data,
+        min_pixels=4096,
+        max_pixels=4096,
+    )
+    images, pictures = check(given)
+    # Two questions of two images; one video of two seconds, so two pictures. 4 tokens each.
+    assert (images.frames, images.tokens) == (0, 2 * 2 * 4)
+    assert (pictures.frames, pictures.tokens) == (2, 2 * 4)
+    rates = Rates(prefill=8.0, decode=64.0, context=100, encode=8.0, frames=0.1)
+    assert pictures.seconds(rates) == 20
+    assert pictures.seconds(replace(rates, frames=10.0)) == 1 + 1 + 2 * 32 / 64
 
 
 def test_the_list_and_one_benchmark(data: Path) -> None:

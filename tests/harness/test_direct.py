@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwen_vl_utils import process_vision_info
 
-from internvideo3.harness.direct import Answerer, Clip, Question, fit_frames
+from internvideo3.harness.direct import Answerer, Clip, Question, decoders, fit_frames
 from internvideo3.harness.settings import Settings, pixel_range
 from internvideo3.tasks.decoder import IsolatedReader
 from internvideo3.tasks.video import Frames, read_frames
@@ -150,3 +150,36 @@ def test_frame_sizes_come_from_the_checkpoint(checkpoint: Path, tmp_path: Path) 
     assert pixel_range(tmp_path, 1024, 2048) == (1024, 2048)
     with pytest.raises(ValueError, match="at least 9000 and at most 5000"):
         pixel_range(tmp_path, 9000, 5000)
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_videos_are_decoded_ahead_and_never_more_than_that(
+    answerer: Answerer, ahead: int, world: Path
+) -> None:
+    shown = videos(world)
+    questions = [ask(f"{number}", shown[number % len(shown)]) for number in range(8)]
+    one_by_one = {o.question.id: o.reply for batch in answerer.answer(questions) for o in batch}
+    several = Answerer(answerer.model, answerer.processor, SCALE, ahead=ahead)
+    decode, answered, started = several.decode, [0], []
+
+    def counted(clips: tuple[Clip, ...]) -> Any:
+        started.append((len(started), answered[0]))
+        return decode(clips)
+
+    several.decode = counted  # type: ignore[method-assign]
+    found = {}
+    for batch in several.answer(questions):
+        found |= {one.question.id: one.reply for one in batch}
+        answered[0] += 1
+    several.reader.close()
+    assert found == one_by_one and len(started) == len(shown)
+    # The video of group n is started when group n - ahead - 1 has been answered, or sooner.
+    assert all(number - done <= ahead for number, done in started)
+    assert started[ahead][1] == 0
+
+
+def test_one_decoder_for_four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, expected in ((1, 1), (2, 1), (8, 2), (16, 4), (128, 4)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: set(range(n)))
+        assert decoders() == expected
+    assert decoders(processes=32) == 1 and decoders(processes=16) == 2

@@ -114,11 +114,18 @@ def test_shards_in_any_order_and_a_merge_equal_one_process(
     assert not (run.out / "parts").exists()
 
 
-def launch(options: EvalOptions, processes: int) -> "subprocess.Popen[str]":
-    """Start torchrun in a group of its own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    command += ["-m", "internvideo3.harness.cli", "eval", "--processes", str(processes)]
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d "
+    "--rdzv-endpoint localhost:0",
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 "
+    "--mixed_precision no --dynamo_backend no --main_process_port 0",
+}
+
+
+def launch(options: EvalOptions, launcher: str = "torchrun") -> "subprocess.Popen[str]":
+    """Start two processes by a launcher in a group of its own."""
+    command = [sys.executable, "-m", *LAUNCHERS[launcher].split()]
+    command += ["-m", "internvideo3.harness.cli", "eval", "--processes", "2"]
     command += ["--model", options.model, "--suite", ",".join(options.suites)]
     command += ["--root", str(options.root), "--out", str(options.out), "--max-new-tokens", "8"]
     return subprocess.Popen(
@@ -153,14 +160,16 @@ def launched() -> Iterator[list["subprocess.Popen[str]"]]:
 
 
 @pytest.mark.slow
-def test_two_processes_of_torchrun_write_the_bytes_of_one(
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_of_a_launcher_write_the_bytes_of_one(
+    launcher: str,
     options: EvalOptions,
     alone: dict[str, bytes],
     tmp_path: Path,
     launched: list["subprocess.Popen[str]"],
 ) -> None:
     run = replace(options, out=tmp_path / "run")
-    process = launch(run, 2)
+    process = launch(run, launcher)
     launched.append(process)
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said[-3000:]
@@ -177,7 +186,7 @@ def test_a_lost_process_costs_nothing_and_one_process_goes_on(
     launched: list["subprocess.Popen[str]"],
 ) -> None:
     run = replace(options, out=tmp_path / "run")
-    process = launch(run, 2)
+    process = launch(run)
     launched.append(process)
     until = time.monotonic() + 200
     part = run.out / "parts" / "rank-1-of-2"
@@ -192,6 +201,48 @@ def test_a_lost_process_costs_nothing_and_one_process_goes_on(
     summary = evaluate.evaluate(run)
     assert summary.kept >= len(written) and summary.left == 0
     assert content(run.out) == alone
+
+
+FAKES = {
+    "scontrol": "printf 'localhost\\nlocalhost\\n'",
+    # One task a machine, as the job asks for; the first failure is the step's.
+    "srun": """shift
+pids=()
+for node in $(seq "$SLURM_NNODES"); do SLURM_NODEID=$((node - 1)) "$@" & pids+=($!); done
+for pid in "${pids[@]}"; do wait "$pid"; done""",
+}
+"""What Slurm would do on two machines, both of which are this one."""
+
+
+@pytest.mark.slow
+def test_the_slurm_job_on_two_machines_writes_the_bytes_of_one(
+    options: EvalOptions, alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    for name, body in FAKES.items():
+        tool = tmp_path / "bin" / name
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text(f"#!/bin/bash\nset -eu\n{body}\n")
+        tool.chmod(0o755)
+    run = replace(options, out=tmp_path / "run")
+    job = Path(__file__).parents[2] / "docs/eval.sbatch"
+    command = ["bash", str(job), "--model", run.model, "--suite", ",".join(run.suites)]
+    command += ["--root", str(run.root), "--out", str(run.out), "--max-new-tokens", "8"]
+    path = os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent)])
+    slurm = {
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": str(os.getpid()),
+    }
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=os.environ | slurm | {"OMP_NUM_THREADS": "1", "PATH": f"{path}:{os.environ['PATH']}"},
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert content(run.out) == alone
+    assert (done.stdout + done.stderr).count("samples answered") == 1
 
 
 def test_a_part_that_is_in_use_is_refused(options: EvalOptions, tmp_path: Path) -> None:

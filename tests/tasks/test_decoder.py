@@ -3,6 +3,7 @@
 pytest tests/tasks/test_decoder.py
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,11 @@ def a_video(path: Path, seed: int = 0) -> Path:
     pixels_THWC = np.random.default_rng(seed).integers(0, 255, (24, 64, 64, 3), np.uint8)
     path.write_bytes(encode_video(pixels_THWC, fps=8))
     return path
+
+
+def process_of(reader: IsolatedReader) -> "subprocess.Popen[bytes] | None":
+    """The process of a reader that has one."""
+    return reader._workers[0].process
 
 
 @pytest.fixture(scope="module")
@@ -60,20 +67,21 @@ def test_a_closed_reader_has_no_process_and_starts_another(tmp_path: Path) -> No
     video, own = a_video(tmp_path / "a.mp4"), IsolatedReader()
     own.close()
     own.read(video)
-    first = own._process
+    first = process_of(own)
     assert first is not None
     own.close()
     assert first.poll() == 0
-    assert own.read(video).indices and own._process is not first
+    assert own.read(video).indices and process_of(own) is not first
     own.close()
 
 
 def test_a_crash_is_an_error_of_that_file_and_the_next_one_is_read(tmp_path: Path) -> None:
     video, own = a_video(tmp_path / "a.mp4"), IsolatedReader()
     own.read(video)
-    assert own._process is not None
-    os.kill(own._process.pid, signal.SIGSEGV)
-    own._process.wait()
+    process = process_of(own)
+    assert process is not None
+    os.kill(process.pid, signal.SIGSEGV)
+    process.wait()
     assert own.read(video).indices
 
     # A pipe in place of a file keeps the process waiting, so that it dies in the middle.
@@ -115,8 +123,9 @@ def test_what_never_returns_is_killed_at_the_limit(
     monkeypatch.setattr(decoder, "_GRACE_S", 0.2)
     video, own = a_video(tmp_path / "a.mp4"), IsolatedReader()
     own.read(video)
-    assert own._process is not None
-    os.kill(own._process.pid, signal.SIGSTOP)
+    process = process_of(own)
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
     started = time.monotonic()
     with pytest.raises(VideoError, match=r"did not decode within 0\.3 s"):
         own.read(video, time_limit_s=0.3)
@@ -141,13 +150,25 @@ def test_threads_take_turns(reader: IsolatedReader, tmp_path: Path) -> None:
     assert found == expected
 
 
+def test_several_processes_decode_at_once_and_no_more(tmp_path: Path) -> None:
+    videos = [a_video(tmp_path / f"{seed}.mp4", seed) for seed in range(6)]
+    expected = [read_frames(video).digest for video in videos]
+    with contextlib.closing(IsolatedReader(2)) as several, ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda video: several.read(video).digest, videos))
+        started = [worker.process for worker in several._workers if worker.process]
+        assert found == expected and len({process.pid for process in started}) == 2
+    assert not any(worker.process for worker in several._workers)
+    with pytest.raises(ValueError, match="at least one process"):
+        IsolatedReader(0)
+
+
 def test_the_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
     video = a_video(tmp_path / "a.mp4")
     code = (
         "import os\n"
         "from internvideo3.tasks.decoder import IsolatedReader\n"
         f"reader = IsolatedReader()\nreader.read({str(video)!r})\n"
-        "print(reader._process.pid, flush=True)\nos.kill(os.getpid(), 9)\n"
+        "print(reader._workers[0].process.pid, flush=True)\nos.kill(os.getpid(), 9)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     pid, until = int(done.stdout), time.monotonic() + 20
