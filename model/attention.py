@@ -104,7 +104,8 @@ class RowAttention(nn.Module, ABC):
                 and new tokens; None: causal.
             past_key_values: the cache; None: attend among the new tokens only.
             modality_mask: [B, T], True for vision tokens; None: all text.
-            **kwargs: ignored (transformers passes its own).
+            **kwargs: `packed`, training's attention over packed rows, if it is to be used; the
+                rest is ignored (transformers passes its own).
 
         Returns:
             Output [B, T, X], and None in the place of attention weights.
@@ -113,6 +114,10 @@ class RowAttention(nn.Module, ABC):
         slots = self._slot_index(hidden_states.device)
         cos_BTS, sin_BTS = (x.index_select(-1, slots) for x in position_embeddings)
         row_B1TW = self.write(hidden_states, cos_BTS, sin_BTS, modality_mask)[:, None]
+        if "packed" in kwargs:
+            q_BHTW = torch.cat(self.queries(hidden_states, cos_BTS, sin_BTS), dim=-1)
+            heads_BHTD = kwargs["packed"].latent(self, q_BHTW, row_B1TW[:, 0])
+            return self.o_proj(heads_BHTD.transpose(1, 2).reshape(B, T, -1)), None
         if past_key_values is None:
             parts = [Part((row_B1TW,), attention_mask, attention_mask is None and T > 1)]
         else:
@@ -134,11 +139,17 @@ class RowAttention(nn.Module, ABC):
         q_BKGTW = q_BHTW.unflatten(1, (self.num_kv_heads, -1))
         return attend(q_BKGTW, rebuilt, self.scale).flatten(1, 2)
 
-    def rebuild(self, row_bNW: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [b, K, N, D + 2 S] (rotary part shared by all heads) and values [b, K, N, D]."""
-        K, D = self.num_kv_heads, self.head_dim
+    def rebuild(
+        self, row_bNW: Tensor, heads: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """Keys [b, K, N, D + 2 S] (rotary part shared by all heads) and values [b, K, N, D].
+
+        `heads` chooses among the key/value heads.
+        """
+        k_up, v_up = self.k_up[heads], self.v_up[heads]
+        K, D = len(k_up), self.head_dim
         c_bNR, rope_bNS = row_bNW.split([self.rank, row_bNW.shape[-1] - self.rank], dim=-1)
-        up = torch.cat([self.k_up.flatten(0, 1), self.v_up.flatten(0, 1)])
+        up = torch.cat([k_up.flatten(0, 1), v_up.flatten(0, 1)])
         k_bNKD, v_bNKD = (
             x.unflatten(-1, (K, D)) for x in functional.linear(c_bNR, up).chunk(2, dim=-1)
         )

@@ -134,8 +134,9 @@ class Loop:
                 self.group.device.type, torch.bfloat16, enabled=self.stage.bfloat16
             ):
                 part = self.policy(work.pack.to(self.group.device), work.loss) * work.scale
-            # FSDP2 averages gradients over the processes; the step's loss is their sum.
-            (part * self.group.count).backward()
+            # FSDP2 averages gradients over the processes; the step's loss is their sum. Processes
+            # that share a row all have its loss.
+            (part * (self.group.count / self.group.parts)).backward()
             loss += part.detach()
         norm = self._clip()
         if not (math.isfinite(norm) and bool(torch.isfinite(loss))):
@@ -201,7 +202,8 @@ def rate_at(optimiser: Optimiser, step: int, steps: int) -> float:
 def own_indices(options: StageOptions, step: int, group: Processes) -> range:
     """Places of this process's documents of a step in the stage's sequence."""
     first = step * options.documents
-    return range(first + group.rank, first + options.documents, group.count)
+    own, count = group.documents_of_step
+    return range(first + own, first + options.documents, count)
 
 
 def describe(options: StageOptions | Convert, seed: int, start: str) -> str:

@@ -9,11 +9,12 @@ Letters: T tokens of a row, N supervised tokens, R branches with supervised toke
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from internvideo3.model.prompt import Medium
 from internvideo3.training.documents import Document
@@ -36,13 +37,18 @@ class Pack:
     pixels: Tensor
     grid_thw: Tensor
 
-    def visible(self) -> Tensor:
-        """`[T,T]`, True where a query (row) sees a key (column)."""
-        causal = torch.ones(len(self.ids_T), len(self.ids_T), dtype=torch.bool).tril()
-        causal = causal.to(self.ids_T.device)
-        together = self.document_T[:, None] == self.document_T[None]
-        branch = (self.branch_T[None] == 0) | (self.branch_T[:, None] == self.branch_T[None])
-        return causal & together & branch
+    def padded(self, multiple: int) -> Pack:
+        """The same with a last document of nothing, so that the row can be divided."""
+        more = -len(self.ids_T) % multiple
+        if not more:
+            return self
+        last = {"document_T": int(self.document_T[-1]) + 1, "labels_T": IGNORE, "response_T": -1}
+        grown = {
+            name: functional.pad(getattr(self, name), (0, more), value=last.get(name, 0))
+            for name in ("ids_T", "positions_3T", "document_T", "branch_T", "labels_T",
+                         "response_T")
+        }  # fmt: skip
+        return replace(self, **grown)
 
     def said_lengths(self) -> Tensor:
         """Supervised tokens of each branch, `[R]`."""

@@ -12,6 +12,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from internvideo3.training.attention import Sharing
+
 
 class Processes:
     """Rank, count and device of this process, and what it does together with the others."""
@@ -26,6 +28,37 @@ class Processes:
             dist.init_process_group("nccl" if cuda else "gloo")
         self.count = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.sharing: Sharing | None = None
+        self._sharings: dict[int, Sharing] = {}
+
+    def divide_rows(self, parts: int) -> None:
+        """From here on, every so many neighbouring processes share each row.
+
+        Raises:
+            ValueError: The number of processes is no multiple of it.
+        """
+        if self.count % parts:
+            raise ValueError(
+                f"sequence_parallel is {parts} and there are {self.count} processes; start a "
+                "multiple of it with torchrun --nproc-per-node"
+            )
+        if parts > 1 and parts not in self._sharings:
+            # Every process must take part in making every group.
+            for first in range(0, self.count, parts):
+                group = dist.new_group(list(range(first, first + parts)))
+                if first <= self.rank < first + parts:
+                    self._sharings[parts] = Sharing(group, self.rank - first, parts)
+        self.sharing = self._sharings[parts] if parts > 1 else None
+
+    @property
+    def parts(self) -> int:
+        """Processes that share a row."""
+        return 1 if self.sharing is None else self.sharing.count
+
+    @property
+    def documents_of_step(self) -> tuple[int, int]:
+        """(first, step): which of a step's documents are this process's."""
+        return self.rank // self.parts, self.count // self.parts
 
     @property
     def first(self) -> bool:
@@ -43,8 +76,8 @@ class Processes:
         fully_shard(policy, mesh=mesh)
 
     def total(self, values: Tensor) -> Tensor:
-        """Sum over all processes."""
-        return self._reduced(values, dist.ReduceOp.SUM)
+        """Sum over all processes; of those that share rows, one counts."""
+        return self._reduced(values, dist.ReduceOp.SUM) / self.parts
 
     def most(self, number: int) -> int:
         """Largest of the processes' numbers."""

@@ -142,6 +142,10 @@ class StageOptions:
     """Whether the vision tower learns."""
     recompute: bool = False
     """Recompute each layer's activations in the backward pass."""
+    sequence_parallel: Annotated[int, Field(ge=1)] = 1
+    """Processes that share each row (256K tokens on several GPUs)."""
+    attention: Literal["segments", "mask", "flex"] = "segments"
+    """Back-end of the attention; all have the same numbers."""
     save_every: Annotated[int, Field(ge=1)] = 50
     """Steps between two checkpoints."""
 

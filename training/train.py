@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +152,11 @@ class Job:
                 _write(self.folder, model, Policy(model).state_dict(), processor, self.digest)
             group.wait()
             return True
-        policy = Policy(model, train_vision=options.train_vision, recompute=options.recompute)
+        group.divide_rows(options.sequence_parallel)
+        policy = Policy(
+            model, train_vision=options.train_vision, recompute=options.recompute,
+            backend=options.attention, sharing=group.sharing,
+        )  # fmt: skip
         stage = build_stage(options, processor, policy, self.seed, group)
         loop = Loop(
             self.name, options, stage, policy, self.folder, self.digest, self.seed, group, progress
@@ -198,18 +201,18 @@ def build_stage(
     assert isinstance(options, Gspo | Opd)
     sampler_of = _sampler_of(policy, processor, options.max_new_tokens, group)
     if isinstance(options, Gspo):
-        reference = Policy(deepcopy(policy.model).eval())
+        reference = policy.copied()
         return GspoStage(options, documents, reference, sampler_of, seed, group)
     teacher, theirs = load_model(options.teacher, group.device, torch.float32)
     check_teacher(processor, theirs)
-    return OpdStage(options, documents, Policy(teacher.eval()), sampler_of, seed, group)
+    return OpdStage(options, documents, policy.beside(teacher), sampler_of, seed, group)
 
 
 def _sampler_of(
     policy: Policy, processor: Any, max_new_tokens: int, group: Processes
 ) -> Callable[[Policy], Sampler]:
     """Samples with the policy itself, or under FSDP with a whole copy that follows its weights."""
-    copy = None if group.count == 1 else Policy(deepcopy(policy.model))
+    copy = None if group.count == 1 else policy.copied()
     barred = vision_ids(policy.model, processor)
 
     def sampler_of(policy: Policy) -> Sampler:

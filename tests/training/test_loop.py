@@ -170,10 +170,12 @@ def test_senseless_options_are_told(tmp_path: Path, stage: Sft, said: str) -> No
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(plain: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parts", [1, 2], ids=["documents divided", "rows divided"])
+def test_two_processes_equal_one(plain: Path, tmp_path: Path, parts: int) -> None:
     """FSDP2 over gloo, through torchrun and the command line."""
     written = tmp_path / "own.yaml"
-    stage = json.loads(json.dumps({"kind": "sft", **_plain_data(sft())}))
+    options = sft(sequence_parallel=parts)
+    stage = json.loads(json.dumps({"kind": "sft", **_plain_data(options)}))
     written.write_text(
         yaml.safe_dump({"about": "test", "start": START, "seed": 5, "stages": {"sft": stage}})
     )
