@@ -175,6 +175,11 @@ class Reader:
         return dict(inputs)
 
 
+def first_tokens(batch: Batch, tokens: int) -> Batch:
+    """The beginning of a text."""
+    return {name: value[:, :tokens] for name, value in batch.items()}
+
+
 def answered(inputs: Batch, tokenizer: Any, reply: str) -> Batch:
     """The inputs with a reply's own tokens and the end of the turn after the prompt.
 

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from internvideo3.harness import provenance
-from internvideo3.harness.calibration import HELD_OUT_TEXT, Reader
+from internvideo3.harness.calibration import HELD_OUT_TEXT, Reader, first_tokens
 from internvideo3.harness.store import write_json
+from internvideo3.model.attention import RowAttention
 from internvideo3.model.checkpoint import (
     ARCHITECTURES,
     CheckpointError,
@@ -32,6 +33,7 @@ from internvideo3.model.checkpoint import (
 from internvideo3.model.conversion.convert import Built, Job, check_fit
 from internvideo3.model.conversion.converted import save_converted
 from internvideo3.model.conversion.divergence import Agreement, Reference
+from internvideo3.model.conversion.norm_alone import uncompressed
 from internvideo3.model.conversion.norms import UNSAFE_CV
 from internvideo3.model.conversion.options import ConversionOptions, preset, share
 from internvideo3.model.conversion.recording import Progress, silent
@@ -44,6 +46,10 @@ PROCESSOR_FILES = (
     "chat_template*", "*processor_config.json",
 )  # fmt: skip
 """What an output takes from its source unchanged."""
+
+
+ALONE_TOKENS, ALONE_VIDEOS = 256, 8
+"""Held-out data that every layer is judged on alone."""
 
 
 class ConvertError(ValueError):
@@ -110,15 +116,24 @@ def convert_checkpoint(given: ConvertCommand, progress: Progress = silent) -> di
     }
     with _writing_in_words(given.work):
         job = Job.start(source, calibration, options, given.work, progress)
+        # Before the conversion, so that memory does not hold two sets of layers.
+        norm_alone = _norm_alone(job, held_out)
         built = job.run()
     built, recovery = _recover(job, built, given, progress)
     source.model.eval()
     agreements: dict[str, Agreement | None] = {}
     for name, batches in held_out.items():
-        agreements[name] = _agreement(source, batches, built)
+        agreements[name] = _agreement(source, batches, built.layers)
         progress("held-out data", len(agreements), len(held_out))
     report = _report(given, options, built, agreements, len(reader.tokenizer))
-    report |= {"recovery": recovery, "calibration_divergence": job.divergence(built)}
+    report |= {
+        "norm_alone": norm_alone,
+        "recovery": recovery,
+        "calibration_divergence": job.divergence(built),
+        "layers_alone": {
+            name: _layers_alone(source, batches, built) for name, batches in held_out.items()
+        },
+    }
     with _writing_in_words(given.work):
         _write(given, source, path, built, report)
     return report
@@ -240,9 +255,39 @@ def _recover(
     return replace(built, layers=layers), asdict(found)
 
 
-def _agreement(source: Source, batches: Sequence[Batch], built: Built) -> Agreement | None:
-    """The converted layers beside the source; None without data."""
-    return Reference.of(source, batches).agreement(built.layers) if batches else None
+def _agreement(
+    source: Source, batches: Sequence[Batch], layers: Sequence[RowAttention]
+) -> Agreement | None:
+    """Converted layers beside the source; None without data."""
+    return Reference.of(source, batches).agreement(layers) if batches else None
+
+
+def _norm_alone(
+    job: Job, held_out: Mapping[str, Sequence[Batch]]
+) -> dict[str, dict[str, Any] | None]:
+    """The source with a linear norm and nothing compressed; empty if its norm stays."""
+    norms = [job.norm(index) for index in range(job.layer_count)]
+    if None in norms:
+        return {}
+    pairs = zip(job.source.layers, norms, strict=True)
+    layers = [uncompressed(layer.self_attn, norm) for layer, norm in pairs]
+    return {name: _as_row(_agreement(job.source, x, layers)) for name, x in held_out.items()}
+
+
+def _layers_alone(source: Source, batches: Sequence[Batch], built: Built) -> list[float]:
+    """KL of every layer alone on the first batches, a few hundred tokens; empty without data."""
+    if not batches:
+        return []
+    few = [first_tokens(batch, ALONE_TOKENS) for batch in batches[:1]]
+    if "labels" in batches[0]:  # short, and most of their tokens are not judged
+        few = list(batches[:ALONE_VIDEOS])
+    return Reference.of(source, few).divergences(built.layers)
+
+
+def _as_row(found: Agreement | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {**asdict(found), "perplexity_ratio": found.perplexity_ratio}
 
 
 def _report(
@@ -263,10 +308,7 @@ def _report(
         "preset": given.preset,
         "options": asdict(options),
         "cache_share": built.cache_share,
-        **{
-            name: found and {**asdict(found), "perplexity_ratio": found.perplexity_ratio}
-            for name, found in agreements.items()
-        },
+        **{name: _as_row(found) for name, found in agreements.items()},
         "warnings": [*_unknown(agreements, vocabulary), *warnings_of(built, options)],
         "layers": [asdict(layer) for layer in built.reports],
     }
@@ -321,12 +363,13 @@ def _write(
 
 def lines(report: Mapping[str, Any], out: Path) -> Sequence[str]:
     """What the command says at its end."""
-    videos = report["held_out_videos"]
+    judged = {"text": report["held_out"], "video": report["held_out_videos"]}
+    alone = report["norm_alone"]
+    judged |= {"norm, text": alone.get("held_out"), "norm, video": alone.get("held_out_videos")}
     return [
         f"wrote       {out}",
         f"cache       {report['cache_share']:.0%} of the source's",
-        f"text        {_in_words(report['held_out'])}",
-        *([f"video       {_in_words(videos)}"] if videos else []),
+        *(f"{name:<12}{_in_words(found)}" for name, found in judged.items() if found),
         f"report      {out / 'conversion.html'}",
         *(f"warning     {text}" for text in report["warnings"]),
     ]

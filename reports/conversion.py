@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+
+from internvideo3.reports.plots import Plot, profiles
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -49,8 +51,69 @@ def conversion_page(report: Mapping[str, Any]) -> str:
         report=report,
         columns=COLUMNS,
         rows=[layer_row(layer) for layer in report["layers"]],
+        figures=[Markup(plot.svg[plot.svg.index("<svg") :]) for plot in figures(report)],
         css=Markup(css),
     )
+
+
+def figures(report: Mapping[str, Any]) -> Iterator[Plot]:
+    """What can be drawn of a conversion, layer by layer and frequency by frequency."""
+    layers = report["layers"]
+    if all(layer["concentration"] for layer in layers):
+        yield from _norm_figures([layer["concentration"] for layer in layers])
+    yield profiles(
+        "flatness",
+        "Keys in rotary planes (Figure 3, right)",
+        {
+            "flatness": _over_layers(layers, "flatness_F"),
+            "in one direction shared by all heads": _over_layers(layers, "alignment_F"),
+        },
+        x_label="rotary frequency, fastest first",
+        whole=True,
+    )
+    yield profiles(
+        "ranks",
+        "Numbers cached per token",
+        {
+            "latent, text": [layer["rank"] for layer in layers],
+            "latent, vision": [layer["vision_rank"] for layer in layers],
+            "rotary": [2 * layer["rope_slots"] for layer in layers],
+        },
+        x_label="layer",
+    )
+    names = {"held_out": "text", "held_out_videos": "answers about videos"}
+    alone = {names[name]: values for name, values in report["layers_alone"].items() if values}
+    yield profiles("alone", "KL in nats if one layer alone is converted", alone, x_label="layer")
+
+
+def _norm_figures(layers: Sequence[Mapping[str, Any]]) -> Iterator[Plot]:
+    yield profiles(
+        "concentration",
+        "CV of heads' rms (Figure 3, left)",
+        {
+            "keys": [fmean(layer["key_cv"]) for layer in layers],
+            "queries": [fmean(layer["query_cv"]) for layer in layers],
+        },
+        x_label="layer",
+    )
+    yield profiles(
+        "linear",
+        "1 − R² of a linear map in place of the norm",
+        {
+            title: [1 - fmean(layer[name]) for layer in layers]
+            for title, name in {
+                "keys, learned": "key_r2",
+                "keys, equation 7": "key_r2_constant",
+                "queries, learned": "query_r2",
+                "queries, equation 7": "query_r2_constant",
+            }.items()
+        },
+        x_label="layer",
+    )
+
+
+def _over_layers(layers: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    return [fmean(values) for values in zip(*(x["geometry"][name] for x in layers), strict=True)]
 
 
 def layer_row(layer: Mapping[str, Any]) -> list[str]:

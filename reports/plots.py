@@ -17,7 +17,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from internvideo3.reports import wording
 
@@ -192,6 +192,36 @@ def curves(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: wording.quantity(v)))
         axes.set_xlabel("context, tokens", color=MUTED, fontsize=8)
         axes.grid(color=GRID, lw=0.8)
+        _left_title(figure, title)
+        return _finish(figure, name, title)
+
+
+def profiles(
+    name: str, title: str, series: dict[str, Sequence[float]], *, x_label: str, whole: bool = False
+) -> Plot:
+    """Draw quantities over layers or frequencies, 0 at the left, with a legend of its own.
+
+    Args:
+        name: file name of the figure.
+        title: its title.
+        series: label to values.
+        x_label: what is counted along the x axis.
+        whole: whether the y axis ends at 1.
+    """
+    looks = styles([*series], [])
+    with _canvas(2.4, label_in=0.5, foot_in=0.42) as (figure, axes):
+        for label, values in series.items():
+            look = looks[label]
+            axes.plot(range(len(values)), values, color=look.colour, marker=look.marker, lw=1.3,
+                      markersize=3.6, markeredgewidth=0, label=label)  # fmt: skip
+        top = 1.0 if whole else max(max(values) for values in series.values())
+        # Above the curves there is room for the legend, a tenth for each line.
+        axes.set_ylim(0, 1.05 * top / (1 - 0.1 * len(series)) or 1.0)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel(x_label, color=MUTED, fontsize=8)
+        axes.grid(color=GRID, lw=0.8)
+        axes.legend(loc="upper left", frameon=False, fontsize=8, labelcolor=MUTED, borderpad=0.1)
         _left_title(figure, title)
         return _finish(figure, name, title)
 

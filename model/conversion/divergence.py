@@ -21,6 +21,9 @@ from internvideo3.model.attention import RowAttention
 from internvideo3.model.conversion.recording import HEAD_TOKENS
 from internvideo3.model.conversion.source import Batch, Source
 
+Layers = Sequence[RowAttention | None]
+"""Converted layers in the source's order."""
+
 CHOICE_BATCHES = 16
 """Calibration batches on which alternatives are compared."""
 
@@ -74,8 +77,8 @@ class Reference:
         return found
 
     @torch.no_grad()
-    def agreement(self, layers: Sequence[RowAttention]) -> Agreement:
-        """Runs the source with converted attention layers."""
+    def agreement(self, layers: Layers) -> Agreement:
+        """Runs the source with converted attention layers; None leaves one as it is."""
         found = torch.zeros(4, dtype=torch.float64)
         tokens = 0
         for batch, want_NX in zip(self.batches, self.hidden, strict=True):
@@ -87,19 +90,28 @@ class Reference:
         kl, before, after, same = (found / tokens).tolist()
         return Agreement(tokens, kl, math.exp(before), math.exp(after), same)
 
-    def divergence(self, layers: Sequence[RowAttention]) -> float:
+    def divergence(self, layers: Layers) -> float:
         """Mean KL(source || converted), in nats."""
         return self.agreement(layers).kl
 
+    def divergences(self, layers: Sequence[RowAttention]) -> list[float]:
+        """The same for every layer alone, with all others the source's own."""
+        alone: list[list[RowAttention | None]] = [
+            [layer if index == number else None for index, layer in enumerate(layers)]
+            for number in range(len(layers))
+        ]
+        return [self.divergence(one) for one in alone]
+
 
 @contextmanager
-def attending(source: Source, layers: Sequence[RowAttention], batch: Batch) -> Iterator[None]:
-    """The source with converted attention layers, for one batch."""
+def attending(source: Source, layers: Layers, batch: Batch) -> Iterator[None]:
+    """The source with converted attention layers, for one batch; None leaves one as it is."""
     vision_BT = source.vision_tokens(batch).to(source.device)
     own = [layer.self_attn for layer in source.layers]
     try:
         for layer, attention in zip(source.layers, layers, strict=True):
-            layer.self_attn = _OfModality(attention, vision_BT)
+            if attention is not None:
+                layer.self_attn = _OfModality(attention, vision_BT)
         yield
     finally:
         for layer, attention in zip(source.layers, own, strict=True):

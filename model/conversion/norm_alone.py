@@ -50,6 +50,7 @@ def uncompressed(
         rope_slot_frequencies=[[*range(D // 2)] * K],
     )
     built = build_layer(_lossless(H, K, D), config, 0, attention)
+    built.o_proj = attention.o_proj  # no copy: there is no bias to add
     if norm is not None:
         for name in replaced:
             setattr(built, f"{name}_proj", _linear(norm, name, attention))
