@@ -60,6 +60,10 @@ norm-report: $(STAMP)  ## Replace the QK-norm of Gemma-3-270M by linear maps, wr
 	PYTHONPATH=.cache/conversion/gguf $(BIN)/python -m internvideo3.harness.conversion_norms --wheels .cache/conversion \
 		--work .cache/conversion --out reports/results/conversion/gemma3_norms.json
 
+memory-report: $(STAMP)  ## Peak memory of converting SmolLM2-135M by phase, and the plan for 8B (after conversion-report)
+	$(BIN)/python -m internvideo3.harness.conversion_memory --source .cache/conversion/smollm2 \
+		--out reports/results/conversion/memory.json
+
 conversion-ablation: $(STAMP)  ## Convert the scale model with each part switched off, answer questions (an hour)
 	$(BIN)/internvideo3 world build world_long world_ego world_short world_grounding world_spatial \
 		world_manyq --root .cache/conversion/world

@@ -92,6 +92,20 @@ def _concentration(report: Report) -> str:
     return table(["over layers", "least", "median", "most"], rows)
 
 
+def _memory(report: Report) -> str:
+    """Measured and planned on the small source, planned for 8B."""
+    measured = dict(report["measured_above_weights"])
+    large = report["qwen3_vl_8b"]
+    rows = [
+        [step, f"{measured[step] / 2**20:,.0f}", f"{planned / 2**20:,.0f}",
+         f"{large['planned_above_weights'][step] / 2**20:,.0f}"]
+        for step, planned in report["planned_above_weights"].items()
+    ]  # fmt: skip
+    weights = [f"{part['weights'] / 2**20:,.0f}" for part in (report, large)]
+    head = ["MiB above the weights", "measured, small", "planned, small", "planned, 8B"]
+    return table(head, [*rows, ["weights themselves", weights[0], weights[0], weights[1]]])
+
+
 def _ablation(part: str) -> Callable[[Report], str]:
     """One part of the rows on the scale model; the reference row first."""
 
@@ -142,6 +156,7 @@ TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "smollm2": ("smollm2.json", _smollm2),
     "norms": ("gemma3_norms.json", _norms),
     "concentration": ("gemma3_norms.json", _concentration),
+    "memory": ("memory.json", _memory),
     "ablation of parts": ("scale_ablation.json", _ablation("parts")),
     "ablation of choices": ("scale_ablation.json", _ablation("choices")),
     "ablation of shapes": ("scale_ablation.json", _ablation("shapes")),
