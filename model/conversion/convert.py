@@ -47,6 +47,10 @@ from internvideo3.model.modeling import ATTENTIONS
 from internvideo3.model.released import ReleasedAttention, release
 
 
+PLACE_FIELDS = ("_name_or_path", "transformers_version")
+"""Of a configuration: where it was read, and by what."""
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """What the conversion of one layer kept."""
@@ -446,7 +450,10 @@ def _claim(folder: Path, source: Source, calibration: Sequence[Batch]) -> None:
         ValueError: it is another's.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(source.model.config.to_dict(), sort_keys=True, default=str).encode()
+    found_config = source.model.config.to_dict()
+    for name in PLACE_FIELDS:  # the same source elsewhere is the same source
+        found_config.pop(name, None)
+    config = json.dumps(found_config, sort_keys=True, default=str).encode()
     weights = [layer.self_attn.q_proj.weight for layer in source.layers]
     inputs = [batch[name] for batch in calibration for name in sorted(batch)]
     mine = {

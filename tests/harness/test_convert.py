@@ -65,13 +65,21 @@ def test_the_output_is_a_checkpoint_with_a_report(
     out, report = converted
     assert json.loads((out / "conversion.json").read_text()) == json.loads(json.dumps(report))
     page = (out / "conversion.html").read_text()
-    assert "Layers" in page and "rotary slots" in page and "http" not in page
+    assert "Layers" in page and "rotary slots" in page
+    assert page.count("<svg") == 5 and "Figure 3, left" in page and "Figure 3, right" in page
+    outside = [word for word in ("src=", "href=", "url(http") if word in page]
+    assert not [word for word in outside if word != "href="] and 'href="http' not in page
     assert report["cache_share"] == 0.5 and len(report["layers"]) == 4
     held_out = report["held_out"]
     assert 0 < held_out["kl"] < 5  # the scale model knows no prose: its perplexity says nothing
     assert held_out["tokens"] > 1000 and 0 < held_out["top1"] <= 1
     videos = report["held_out_videos"]
-    assert 0 < videos["kl"] < 0.3 and 0.8 < videos["perplexity_ratio"] < 1.25
+    assert videos["tokens"] == 52 and 1 < videos["source_perplexity"] < 1.5
+    assert 0 < videos["kl"] < 0.3 and 0.8 < videos["perplexity_ratio"] < 1.3
+    assert report["norm_alone"] == {}
+    alone = report["layers_alone"]
+    assert all(len(values) == 4 and min(values) > 0 for values in alone.values())
+    assert max(alone["held_out"]) < 2 * held_out["kl"]
     assert "does not know the held-out text" in report["warnings"][0]
     assert all(0 < cv < 2 for layer in report["layers"] for cv in layer["concentration"]["key_cv"])
     assert not out.with_name("converted.work").exists()
@@ -81,6 +89,17 @@ def test_the_output_is_a_checkpoint_with_a_report(
     assert torch.isfinite(model(input_ids=ids).logits).all()
     said = "\n".join(describe(str(out)))
     assert "50% of GQA" in said and "on 80 GB" in said
+
+
+def test_a_linear_norm_is_judged_alone(given: ConvertCommand) -> None:
+    report = convert_checkpoint(replace(given, preset="official"))
+    for name, found in report["norm_alone"].items():
+        assert found["kl"] > 0 and found["tokens"] == report[name]["tokens"]
+    assert report["norm_alone"]["held_out_videos"]["kl"] < report["held_out_videos"]["kl"]
+    assert any("norm was replaced" in text for text in report["warnings"])
+    said = lines(report, given.out)
+    assert any(line.startswith("norm, video") for line in said)
+    assert "text, norm alone" in (given.out / "conversion.html").read_text()
 
 
 def test_a_stopped_conversion_continues(given: ConvertCommand) -> None:
@@ -95,6 +114,10 @@ def test_a_stopped_conversion_continues(given: ConvertCommand) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert_checkpoint(given, stop)
     assert not given.out.exists() and len(list(given.work.glob("result-*/*.json"))) == 3
+    # The source may have been moved, and be named by another path.
+    moved = given.out.with_name("source")
+    shutil.copytree(resolve_checkpoint(given.source), moved)
+    given = replace(given, source=str(moved))
     before = {file: file.stat().st_mtime_ns for file in given.work.rglob("*.safetensors")}
     touched = []
 
