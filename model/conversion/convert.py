@@ -46,7 +46,6 @@ from internvideo3.model.conversion.statistics import LayerStatistics, collect
 from internvideo3.model.modeling import ATTENTIONS
 from internvideo3.model.released import ReleasedAttention, release
 
-
 PLACE_FIELDS = ("_name_or_path", "transformers_version")
 """Of a configuration: where it was read, and by what."""
 
