@@ -25,11 +25,12 @@ from internvideo3.kernels.decode_linear.dispatch import decode_linear
 from internvideo3.kernels.gqa_append.dispatch import gqa_append
 from internvideo3.kernels.gqa_decode.dispatch import decode_runs as gqa_decode
 from internvideo3.kernels.gqa_decode.naive import KeysValues
-from internvideo3.kernels.latent_absorb.dispatch import absorb_query, expand_output
-from internvideo3.kernels.latent_append.dispatch import latent_append
+from internvideo3.kernels.latent_absorb.dispatch import expand_output
 from internvideo3.kernels.latent_decode.dispatch import KERNEL_WIDTHS
 from internvideo3.kernels.latent_decode.dispatch import decode_runs as latent_decode
 from internvideo3.kernels.latent_decode.rows import Rows
+from internvideo3.kernels.latent_token.dispatch import latent_token
+from internvideo3.kernels.latent_token.naive import TokenMaps
 from internvideo3.model.attention import LatentAttention, RowAttention
 from internvideo3.model.cache import Segment, SegmentedLayer
 from internvideo3.model.prerope import PreropeAttention
@@ -197,40 +198,25 @@ class FusedRowAttend(RowAttend):
         self.qkv = MergedLinear([attn.q_proj, attn.k_proj, attn.v_proj])
         folded = attn._folded()
         assert folded is not None, "decoding runs without gradients"
-        self.folded = folded
-        self.q_norm: Any = attn.q_norm
-        self.k_norm: Any = attn.k_norm
-        # Keys and values between the two products: normalised, not rotated.
-        B, K, D = self.rows_BTW.shape[0], attn.num_kv_heads, attn.head_dim
-        self.kv_BJ1D = self.rows_BTW.new_zeros(B, 2 * K, 1, D)
-        self.nowhere_B = torch.zeros_like(self.first_slots_B)
-        self.ones_BS = self.rows_BTW.new_ones(B, D // 2)
-        self.zeros_BS = torch.zeros_like(self.ones_BS)
+        q_norm: Any = attn.q_norm
+        k_norm: Any = attn.k_norm
+        self.maps = TokenMaps(
+            q_norm_D=q_norm.weight.detach(),
+            k_norm_D=k_norm.weight.detach(),
+            eps=q_norm.variance_epsilon,
+            row_WE=folded.text.weight_WE,
+            bias_W=folded.text.bias_W,
+            query_HDW=folded.query_HDW,
+        )
 
     def weights(self) -> list[Tensor]:
         """As `Attend.weights`."""
-        text = self.folded.text
-        return [self.qkv.weight_NK, text.weight_WE, self.folded.query_HDW, self.v_up_KDR]
+        return [self.qkv.weight_NK, self.maps.row_WE, self.maps.query_HDW, self.v_up_KDR]
 
     def write(self, x_BX: Tensor, norm: Any, angles: tuple[Tensor, ...], slots_B: Tensor) -> Tensor:
-        """As `RowAttend.write`: four launches."""
-        K, q_norm, k_norm = self.attn.num_kv_heads, self.q_norm, self.k_norm
-        q_BHD = gqa_append(
-            self.qkv(x_BX, norm),
-            q_norm.weight,
-            k_norm.weight,
-            self.ones_BS,
-            self.zeros_BS,
-            self.nowhere_B,
-            self.kv_BJ1D[:, :K],
-            self.kv_BJ1D[:, K:],
-            eps=q_norm.variance_epsilon,
-        )
-        text = self.folded.text
-        row_BW = decode_linear(self.kv_BJ1D.flatten(1), text.weight_WE, bias_N=text.bias_W)
+        """As `RowAttend.write`: two launches."""
         cos_BS, sin_BS = angles
-        latent_append(row_BW, cos_BS, sin_BS, slots_B, self.rows_CW)
-        return absorb_query(q_BHD, self.folded.query_HDW, cos_BS, sin_BS)
+        return latent_token(self.qkv(x_BX, norm), self.maps, cos_BS, sin_BS, slots_B, self.rows_CW)
 
 
 class PreropeAttend:

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ from internvideo3.kernels.latent_decode import triton as latent
 from internvideo3.kernels.latent_prefill import cudnn
 from internvideo3.kernels.latent_prefill import naive as prefill_naive
 from internvideo3.kernels.latent_prefill import triton as prefill
+from internvideo3.kernels.latent_token import naive as token_naive
+from internvideo3.kernels.latent_token import triton as token
 from internvideo3.kernels.lse_merge.triton import lse_merge
 
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float32: 1e-5}
@@ -56,23 +58,33 @@ LATENT_TILES = {
 }
 GQA_TILES = (gqa.Tile(64, 4, 3), gqa.Tile(64, 4, 4), gqa.Tile(128, 4, 3), gqa.Tile(128, 8, 3))
 PREFILL_TILES = {256: (prefill.Tile(128, 64, 8, 3),), 128: (prefill.Tile(128, 128, 8, 2),)}
-LINEAR_TILES = (
-    linear.Tile(4, 1024, 4, 2048),
-    linear.Tile(4, 1024, 4, 0),
-    linear.Tile(2, 1024, 4, 2048),
-    linear.Tile(2, 1024, 4, 4096),
-    linear.Tile(2, 2048, 4, 4096),
-    linear.Tile(1, 4096, 4, 4096),
-    linear.Tile(8, 1024, 8, 1024),
-)
-LINEAR_SHAPES = {
-    "qkv": (6144, 4096, False),
-    "row": (1024, 2048, False),
-    "out": (4096, 4096, False),
-    "gate-up": (12288, 4096, True),
-    "down": (4096, 12288, False),
-    "lm-head": (151936, 4096, False),
+LINEAR_TILES = (linear.SHORT, linear.LONG, linear.Tile(1, 4096, 4, 4096))
+LONG_TILES = (linear.Tile(4, 2048, 8, 4096), linear.Tile(4, 512, 4, 2048))
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of the 8B model as a decode step calls it."""
+
+    rows: int
+    width: int
+    norm: bool = False
+    gated: bool = False
+    residual: bool = False
+
+
+LINEARS = {
+    "qkv": Linear(6144, 4096, norm=True),
+    "out": Linear(4096, 4096, residual=True),
+    "gate-up": Linear(12288, 4096, norm=True, gated=True),
+    "down": Linear(4096, 12288, residual=True),
+    "lm-head": Linear(151936, 4096, norm=True),
 }
+
+
+def tiles_of(shape: str) -> tuple[linear.Tile, ...]:
+    """Tiles that are tried for a layer."""
+    return LINEAR_TILES + (LONG_TILES if LINEARS[shape].width > linear.LONG_FROM else ())
 
 
 @dataclass(frozen=True)
@@ -246,23 +258,67 @@ def check_cudnn(width: int, device: torch.device) -> float:
     return worst(errors)
 
 
+def linear_inputs(shape: str, device: torch.device) -> tuple[torch.Tensor, dict[str, Any]]:
+    """An input, and what the layer needs besides its weights."""
+    sizes, about = sizes_of(device), LINEARS[shape]
+    rows, width = about.rows // sizes.shrink_linear, max(64, about.width // sizes.shrink_linear)
+    draw = functools.partial(make_random, like=sizes.dtype, device=device)
+    options: dict[str, Any] = {}
+    if about.norm:
+        options["norm_weight_K"] = draw(width)
+    if about.residual:
+        options["residual_BN"] = draw(1, rows)
+    return draw(1, width), options
+
+
+def linear_weights(shape: str, device: torch.device) -> torch.Tensor:
+    """Weights [1 or 2, N, K]: the second are the factor of a gated layer."""
+    sizes, about = sizes_of(device), LINEARS[shape]
+    rows, width = about.rows // sizes.shrink_linear, max(64, about.width // sizes.shrink_linear)
+    return make_random(1 + about.gated, rows, width, like=sizes.dtype, device=device)
+
+
 def check_linear(shape: str, tile: linear.Tile, device: torch.device) -> float:
     """Error of one fused linear layer."""
-    sizes, (rows, width, gated) = sizes_of(device), LINEAR_SHAPES[shape]
-    rows, width = rows // sizes.shrink_linear, max(64, width // sizes.shrink_linear)
-    x = make_random(1, width, like=sizes.dtype, device=device)
-    weight = make_random(rows, width, like=sizes.dtype, device=device)
-    options: dict[str, Any] = {"norm_weight_K": make_random(width, like=sizes.dtype, device=device)}
-    if gated:
-        options["factor_NK"] = make_random(rows, width, like=sizes.dtype, device=device)
-    else:
-        options["bias_N"] = make_random(rows, like=sizes.dtype, device=device)
-        options["residual_BN"] = make_random(1, rows, like=sizes.dtype, device=device)
+    x, options = linear_inputs(shape, device)
+    weights = linear_weights(shape, device)
+    if LINEARS[shape].gated:
+        options["factor_NK"] = weights[1]
     with poisoned():
-        out = linear.decode_linear(x, weight, tile=tile, **options)
+        out = linear.decode_linear(x, weights[0], tile=tile, **options)
     wide = {name: tensor.double() for name, tensor in options.items()}
-    expected = linear_naive.decode_linear(x.double(), weight.double(), **wide)
+    expected = linear_naive.decode_linear(x.double(), weights[0].double(), **wide)
     return relative_error(out, expected)
+
+
+def token_inputs(device: torch.device) -> tuple[torch.Tensor, token_naive.TokenMaps]:
+    """Projections of a token, and the maps of a layer."""
+    draw = functools.partial(make_random, like=sizes_of(device).dtype, device=device)
+    kv = 2 * KV_HEADS * HEAD_DIM
+    maps = token_naive.TokenMaps(
+        q_norm_D=draw(HEAD_DIM),
+        k_norm_D=draw(HEAD_DIM),
+        eps=1e-6,
+        row_WE=draw(1024, kv),
+        bias_W=draw(1024),
+        query_HDW=draw(HEADS, HEAD_DIM, 1024),
+    )
+    return draw(1, HEADS * HEAD_DIM + kv), maps
+
+
+def check_token(device: torch.device) -> float:
+    """Error of a token's row and of its queries."""
+    qkv, maps = token_inputs(device)
+    angle, slots = torch.randn(1, 64, device=device), torch.tensor([2], device=device)
+    rows = torch.zeros(3, 1024, dtype=qkv.dtype, device=device)
+    wide_rows = rows.double()
+    with poisoned():
+        q = token.latent_token(qkv, maps, angle.cos(), angle.sin(), slots, rows)
+    names = ("q_norm_D", "k_norm_D", "row_WE", "bias_W", "query_HDW")
+    wide = replace(maps, **{name: getattr(maps, name).double() for name in names})
+    cos, sin = angle.cos().double(), angle.sin().double()
+    expected = token_naive.latent_token(qkv.double(), wide, cos, sin, slots, wide_rows)
+    return worst([relative_error(q, expected), relative_error(rows, wide_rows)])
 
 
 def check_append(device: torch.device) -> float:
@@ -346,12 +402,13 @@ def all_checks(device: torch.device) -> dict[str, Callable[[torch.device], float
             checks[name] = functools.partial(check_prefill, width, prefill_tile)
         if device.type == "cuda":
             checks[f"prefill-{width}/cudnn"] = functools.partial(check_cudnn, width)
-    for shape in LINEAR_SHAPES:
-        for linear_tile in LINEAR_TILES:
+    for shape in LINEARS:
+        for linear_tile in tiles_of(shape):
             name = f"linear-{shape}/{tile_id(linear_tile)}"
             checks[name] = functools.partial(check_linear, shape, linear_tile)
     return checks | {
-        "append": check_append, "absorb": check_absorb, "gqa-append": check_gqa_append
+        "token": check_token, "append": check_append, "absorb": check_absorb,
+        "gqa-append": check_gqa_append,
     }  # fmt: skip
 
 
@@ -572,16 +629,12 @@ def sweep_gqa(results: Results, device: torch.device) -> None:
 
 def time_linear(shape: str, tile: linear.Tile | None, device: torch.device) -> dict[str, Any]:
     """Time one fused linear layer, or torch's plain one when no tile is given."""
-    sizes, (rows, width, gated) = sizes_of(device), LINEAR_SHAPES[shape]
-    rows, width = rows // sizes.shrink_linear, max(64, width // sizes.shrink_linear)
-    matrices = 2 if gated else 1
-    size = matrices * rows * width * sizes.dtype.itemsize
-    x = make_random(1, width, like=sizes.dtype, device=device)
-    norm = make_random(width, like=sizes.dtype, device=device)
-    weights = [
-        torch.empty(matrices, rows, width, dtype=sizes.dtype, device=device).normal_()
-        for _ in range(buffers_for(size) if device.type == "cuda" else 1)
-    ]
+    x, options = linear_inputs(shape, device)
+    first = linear_weights(shape, device)
+    size = first.nbytes
+    weights = [first]
+    if device.type == "cuda":
+        weights += [torch.empty_like(first).normal_() for _ in range(buffers_for(size) - 1)]
     calls: list[Callable[[], Any]]
     if tile is None:
         calls = [functools.partial(torch.nn.functional.linear, x, w.flatten(0, 1)) for w in weights]
@@ -591,9 +644,9 @@ def time_linear(shape: str, tile: linear.Tile | None, device: torch.device) -> d
                 linear.decode_linear,
                 x,
                 w[0],
-                norm_weight_K=norm,
-                factor_NK=w[1] if gated else None,
+                factor_NK=w[1] if LINEARS[shape].gated else None,
                 tile=tile,
+                **options,
             )
             for w in weights
         ]
@@ -603,12 +656,12 @@ def time_linear(shape: str, tile: linear.Tile | None, device: torch.device) -> d
 
 def sweep_linear(results: Results, device: torch.device) -> None:
     """Time every linear shape with every tile, and torch beside them."""
-    for shape in LINEAR_SHAPES:
+    for shape in LINEARS:
         key = f"linear/{shape}/torch"
         report_share(
             results, key, results.point(key, functools.partial(time_linear, shape, None, device))
         )
-        for tile in LINEAR_TILES:
+        for tile in tiles_of(shape):
             if is_green(results, f"linear-{shape}/{tile_id(tile)}"):
                 key = f"linear/{shape}/{tile_id(tile)}"
                 measure = functools.partial(time_linear, shape, tile, device)
@@ -677,21 +730,22 @@ def sweep_prefill(results: Results, device: torch.device, width: int, tokens: in
 def time_small(results: Results, device: torch.device) -> None:
     """Time the small kernels of a decode step, each alone in a graph of many."""
     dtype = sizes_of(device).dtype
-    x = make_random(1, 1024, like=dtype, device=device)
     cos = torch.ones(1, 64, device=device)
     slots = torch.zeros(1, dtype=torch.int64, device=device)
     rows = torch.zeros(8, 1024, dtype=dtype, device=device)
-    q = make_random(1, HEADS, 256, like=dtype, device=device)
     o = make_random(1, HEADS, 896, like=dtype, device=device)
     count = 40 if device.type == "cuda" else 1
+    qkv, _ = token_inputs(device)
+    maps = [token_inputs(device)[1] for _ in range(count)]
     ups = [make_random(HEADS, 128, 896, like=dtype, device=device) for _ in range(count)]
-    parts_lse = torch.randn(1, 132, HEADS, device=device)
+    lse = torch.randn(1, 132, HEADS, device=device)
     parts = [make_random(1, 132, 896, HEADS, like=dtype, device=device) for _ in range(count)]
-    merged = functools.partial(lse_merge, log2_lse_BSH=parts_lse, out_dtype=dtype, head_minor=True)
+    merge = functools.partial(lse_merge, log2_lse_BSH=lse, out_dtype=dtype)
     groups: dict[str, list[Callable[[], Any]]] = {
-        "small/merge": [functools.partial(merged, p) for p in parts],
-        "small/append": [lambda: append.latent_append(x, cos, cos, slots, rows)] * count,
-        "small/absorb": [functools.partial(absorb.absorb_query, q, w, cos, cos) for w in ups],
+        "small/token": [
+            functools.partial(token.latent_token, qkv, m, cos, cos, slots, rows) for m in maps
+        ],
+        "small/merge": [functools.partial(merge, p) for p in parts],
         "small/expand": [functools.partial(absorb.expand_output, o, w) for w in ups],
         "small/expand-bmm": [functools.partial(torch.einsum, "bhr,hvr->bhv", o, w) for w in ups],
     }
@@ -719,9 +773,9 @@ def main() -> None:
     )
     sweep_latent(results, device, "m2la-1024")
     sweep_gqa(results, device)
-    time_forms(results, device)
     time_small(results, device)
     sweep_linear(results, device)
+    time_forms(results, device)
     for tokens in sizes_of(device).prefill_tokens:
         for width in PREFILL_TILES:
             sweep_prefill(results, device, width, tokens)

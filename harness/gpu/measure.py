@@ -127,7 +127,7 @@ def _median_s(call: Callable[[], Any], device: torch.device, repeats: int = 20) 
         event.record()
     events[-1].synchronize()
     pairs = zip(events, events[1:], strict=False)
-    return statistics.median(a.elapsed_time(b) / 1e3 for a, b in pairs)
+    return float(statistics.median(a.elapsed_time(b) / 1e3 for a, b in pairs))
 
 
 def matmul_rate(device: torch.device, size: int) -> float:

@@ -66,23 +66,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--contexts", type=int, nargs="+", default=[32768, 131072])
+    parser.add_argument("--caches", nargs="+", default=["native", "fp8"], help="of M²LA")
     parser.add_argument("--budget-s", type=float, default=100.0)
     given = parser.parse_args()
     device = torch.device("cuda")
     results = Results(given.out, device, given.budget_s)
     results.ceilings(device)
     for name in MODELS:
-        measure(results, load(name, device, "bfloat16"), given.contexts)
+        measure(results, load(name, device, "bfloat16"), given.contexts, given.caches)
         release()
     results.close()
 
 
-def measure(results: Results, subject: Subject, contexts: Sequence[int]) -> None:
-    """Every length of one model, latents in both number formats."""
-    for fp8 in (False, True) if subject.attention == "m2la" else (False,):
+def measure(
+    results: Results, subject: Subject, contexts: Sequence[int], caches: Sequence[str]
+) -> None:
+    """Every length of one model, in every number format of its cache."""
+    for cache in caches if subject.attention == "m2la" else ("native",):
         for context in contexts:
-            key = f"{subject.name}{' fp8' if fp8 else ''}/{context}"
-            point = results.point(key, functools.partial(examine, subject, context, fp8=fp8))
+            key = f"{subject.name}{' fp8' if cache == 'fp8' else ''}/{context}"
+            run = functools.partial(examine, subject, context, fp8=cache == "fp8")
+            point = results.point(key, run)
             report(key, point, results.data["ceilings"]["copy_bytes_per_s"])
 
 

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, var-annotated"
 """Matrix-vector products for one token, with norm, gate and residual fused, in Triton.
 
 Axes: K input width, N output width.
@@ -22,12 +22,19 @@ class Tile:
     block_k: int
     """Input columns per step."""
     num_warps: int
-    ahead: int = 2048
+    ahead: int
     """Input columns whose weights are read before the input is there."""
 
 
-PLAIN = Tile(4, 1024, 4)
-GATED_TILE = Tile(2, 1024, 4)
+SHORT = Tile(2, 2048, 4, 4096)
+LONG = Tile(4, 1024, 4, 2048)
+LONG_FROM = 8192
+"""Input width from which rows are so long that more of them share an input (README)."""
+
+
+def tile_for(width: int) -> Tile:
+    """The tile shipped for an input width, gated or not."""
+    return SHORT if width < LONG_FROM else LONG
 
 
 @triton.jit

@@ -116,7 +116,7 @@ def gqa_kernel(
     )
     if end > start:
         tl.store(
-            parts_ptr + (slot * HEADS + head[:, None]) * WIDTH + column[None, :],
+            parts_ptr + slot * (WIDTH * HEADS) + column[None, :] * HEADS + head[:, None],
             (acc / divisor[:, None]).to(parts_ptr.dtype.element_ty),
             mask=here[:, None],
         )
@@ -214,7 +214,7 @@ def _launch(
     """One kernel for each run, all into one set of partial outputs, then the merge."""
     batch, heads, width = q_BHD.shape
     total = sum(n_splits for _, n_splits in launches)
-    parts_BSHD = torch.empty(batch, total, heads, width, dtype=parts_dtype, device=q_BHD.device)
+    parts_BSDH = torch.empty(batch, total, width, heads, dtype=parts_dtype, device=q_BHD.device)
     parts_lse_BSH = torch.empty(batch, total, heads, dtype=torch.float32, device=q_BHD.device)
     first = 0
     for run, n_splits in launches:
@@ -224,7 +224,7 @@ def _launch(
             run.keys_bKTD,
             run.values_bKTD,
             run.lengths_B,
-            parts_BSHD,
+            parts_BSDH,
             parts_lse_BSH,
             scale * LOG2_E,
             first,
@@ -236,7 +236,7 @@ def _launch(
             **overlap(q_BHD),
         )
         first += n_splits
-    return lse_merge(parts_BSHD, parts_lse_BSH, out_dtype=q_BHD.dtype)
+    return lse_merge(parts_BSDH, parts_lse_BSH, out_dtype=q_BHD.dtype)
 
 
 def _strides(tensor: torch.Tensor) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, var-annotated"
 """Split-KV absorbed decode for Hopper, in Gluon: both matrix products by warpgroups.
 
 Axes: B sequences, H query heads, W row width, V value width (the query's rank), R rank of a run,
@@ -134,12 +134,16 @@ def hopper_kernel(
     load: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
     q_head = gl.arange(0, HEADS, gl.SliceLayout(1, load))
     q_place = gl.arange(0, CHUNK, gl.SliceLayout(0, load))
+    queries = ()
     for c in gl.static_range(CHUNKS):
         column = c * CHUNK + q_place
         # Columns of a nested rank: the first of the query's latent ones, then its rotary ones.
         column = gl.where(column < RANK, column, column + (VALUE - RANK))
         source = q_ptr + batch * stride_qb + q_head[:, None] * stride_qh + column[None, :]
-        q_shared.index(c).store(gl.load(source))
+        queries = queries + (gl.load(source),)
+    # All are on their way before the first is stored: each store waits for its load.
+    for c in gl.static_range(CHUNKS):
+        q_shared.index(c).store(queries[c])
     fence_async_shared()
 
     token = gl.arange(0, TILE, gl.SliceLayout(1, scores_layout))
@@ -163,8 +167,8 @@ def hopper_kernel(
             fence_async_shared()
             cta_barrier()
             keys = ring.index((slot + p) % RING)
-            queries = q_shared.index((p + VALUES) % CHUNKS).permute((1, 0))
-            raw = warpgroup_mma(keys, queries, raw, is_async=True)
+            query = q_shared.index((p + VALUES) % CHUNKS).permute((1, 0))
+            raw = warpgroup_mma(keys, query, raw, is_async=True)
         scores = warpgroup_mma_wait(0, deps=[raw])
         cta_barrier()
         for p in gl.static_range(KEYS):

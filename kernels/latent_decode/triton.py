@@ -25,17 +25,15 @@ from internvideo3.kernels.lse_merge.triton import lse_merge
 from internvideo3.kernels.overlap import overlap, wait_for_inputs
 
 LOG2_E = 1.4426950408889634
-GROUP_WIDTH = 128
 
 
 @dataclass(frozen=True)
 class Tile:
     """How one program walks its tokens."""
 
-    form: Literal["transposed", "grouped", "warpgroups"]
+    form: Literal["transposed", "warpgroups"]
     """transposed: tokens and latent columns are the rows of the matrix products, heads the
-    columns. grouped: the row is cut into groups of 128 columns, one warp each. warpgroups: the
-    kernel of ``hopper``."""
+    columns. warpgroups: the same by the kernel of ``hopper``."""
     block_n: int
     """Tokens per step."""
     num_warps: int
@@ -212,90 +210,6 @@ def transposed_kernel(
         )
 
 
-@triton.jit
-def grouped_kernel(
-    q_ptr,
-    rows_ptr,
-    lengths_ptr,
-    parts_ptr,
-    parts_lse_ptr,
-    scale_log2,
-    stride_qb,
-    stride_qh,
-    stride_rb,
-    stride_rt,
-    HEADS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    VALUE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """The row cut into GROUPS x WIDTH columns, a batched product over groups; grid (S, B)."""
-    wait_for_inputs(OVERLAP)
-    split = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
-    n_splits = tl.num_programs(0)
-    start, end = token_range(tl.load(lengths_ptr + batch), split, n_splits, BLOCK_N)
-
-    group = tl.arange(0, GROUPS)
-    head = tl.arange(0, BLOCK_H)
-    column = tl.arange(0, WIDTH)
-    here = head < HEADS
-    q = tl.load(
-        q_ptr
-        + batch * stride_qb
-        + group[:, None, None] * WIDTH
-        + head[None, :, None] * stride_qh
-        + column[None, None, :],
-        mask=here[None, :, None],
-        other=0.0,
-    )
-    top = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_H], tl.float32)
-    acc = tl.zeros([GROUPS, BLOCK_H, WIDTH], tl.float32)
-    rows_ptr += batch * stride_rb
-    for first in range(start, end, BLOCK_N):
-        step = tl.arange(0, BLOCK_N)
-        valid = first + step < end
-        rows = tl.load(
-            rows_ptr
-            + tl.cast(first, tl.int64) * stride_rt
-            + group[:, None, None] * WIDTH
-            + step[None, :, None] * stride_rt
-            + column[None, None, :],
-            mask=valid[None, :, None],
-            other=0.0,
-        )
-        scores = tl.sum(tl.dot(q, tl.permute(rows, (0, 2, 1)), input_precision="ieee"), axis=0)
-        scores = tl.where(valid[None, :], scores * scale_log2, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        keep = tl.exp2(top - new_top)
-        weight = tl.exp2(scores - new_top[:, None])
-        total = total * keep + tl.sum(weight, axis=1)
-        acc = acc * keep[None, :, None]
-        shared = tl.broadcast_to(weight.to(rows.dtype)[None, :, :], (GROUPS, BLOCK_H, BLOCK_N))
-        acc = tl.dot(shared, rows, acc, input_precision="ieee")
-        top = new_top
-
-    slot = batch * n_splits + split
-    some = total > 0.0
-    divisor = tl.where(some, total, 1.0)
-    tl.store(
-        parts_lse_ptr + slot * HEADS + head,
-        tl.where(some, top + tl.log2(divisor), float("-inf")),
-        mask=here,
-    )
-    if end > start:
-        value = group[:, None, None] * WIDTH + column[None, None, :]
-        tl.store(
-            parts_ptr + slot * (VALUE * HEADS) + head[None, :, None] * VALUE + value,
-            (acc / divisor[None, :, None]).to(parts_ptr.dtype.element_ty),
-            mask=(value < VALUE) & here[None, :, None],
-        )
-
-
 def latent_decode(
     q_BHW: torch.Tensor,
     rows_BTW: torch.Tensor,
@@ -307,7 +221,7 @@ def latent_decode(
     tile: Tile,
     parts_dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend over one contiguous run of rows, in either form; see ``naive.latent_decode``.
+    """Attend over one contiguous run of rows; see ``naive.latent_decode``.
 
     Args:
         q_BHW: absorbed query, contiguous in W.
@@ -323,26 +237,7 @@ def latent_decode(
         Latent output ``[B, H, V]`` in the dtype of q, natural-log float32 log-sum-exp ``[B, H]``.
     """
     run = Rows(rows_bTW=rows_BTW, lengths_B=lengths_B, rank=value_width)
-    if tile.form != "grouped":
-        launches = [(run, tile, n_splits)]
-        return _launch(q_BHW, launches, scale, value_width, parts_dtype)
-    batch, heads, width = q_BHW.shape
-    shape = (batch, n_splits, heads)
-    parts = torch.empty(*shape, value_width, dtype=parts_dtype, device=q_BHW.device)
-    parts_lse_BSH = torch.empty(*shape, dtype=torch.float32, device=q_BHW.device)
-    grouped_kernel[(n_splits, batch)](
-        q_BHW,
-        rows_BTW,
-        lengths_B,
-        parts,
-        parts_lse_BSH,
-        scale * LOG2_E,
-        *q_BHW.stride()[:2],
-        *rows_BTW.stride()[:2],
-        **grouped_constants(tile, heads=heads, width=width, value_width=value_width),
-        **overlap(q_BHW),
-    )
-    return lse_merge(parts, parts_lse_BSH, out_dtype=q_BHW.dtype)
+    return _launch(q_BHW, [(run, tile, n_splits)], scale, value_width, parts_dtype)
 
 
 def decode_runs(
@@ -440,37 +335,13 @@ def _launch(
             **overlap(q_BHW),
         )
         first += n_splits
-    return lse_merge(parts_BSVH, parts_lse_BSH, out_dtype=q_BHW.dtype, head_minor=True)
+    return lse_merge(parts_BSVH, parts_lse_BSH, out_dtype=q_BHW.dtype)
 
 
 def _strides(run: Rows, tensor: torch.Tensor) -> tuple[int, int]:
     """Strides over sequences (or pages) and tokens; 0 over sequences that share one copy."""
     shared = run.pages_BN is None and tensor.shape[0] == 1
     return 0 if shared else tensor.stride(0), tensor.stride(1)
-
-
-def grouped_constants(tile: Tile, *, heads: int, width: int, value_width: int) -> dict[str, Any]:
-    """Compile-time arguments of a grouped launch.
-
-    Raises:
-        ValueError: if the row width does not fit the form.
-    """
-    groups, rest = divmod(width, GROUP_WIDTH)
-    if rest or groups & (groups - 1):
-        raise ValueError(
-            f"the grouped form needs a row of 128 x a power of two, got {width}: "
-            "use the transposed form"
-        )
-    return {
-        "HEADS": heads,
-        "BLOCK_H": max(16, triton.next_power_of_2(heads)),
-        "VALUE": value_width,
-        "BLOCK_N": tile.block_n,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-        "GROUPS": groups,
-        "WIDTH": GROUP_WIDTH,
-    }
 
 
 def launch_constants(tile: Tile, run: Rows, *, heads: int, value_width: int) -> dict[str, Any]:

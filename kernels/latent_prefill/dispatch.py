@@ -29,6 +29,5 @@ def latent_prefill(
         return fused.latent_prefill(q_BQHD, k_BTKD, v_BTKV, scale=scale, offset=offset)
     from internvideo3.kernels.latent_prefill import triton
 
-    return triton.latent_prefill(
-        q_BQHD, k_BTKD, v_BTKV, scale=scale, offset=offset, tile=triton.TILES[width]
-    )
+    tile = triton.WIDE_TILE if q_BQHD.dtype == torch.float32 else triton.TILES[width]
+    return triton.latent_prefill(q_BQHD, k_BTKD, v_BTKV, scale=scale, offset=offset, tile=tile)

@@ -30,6 +30,8 @@ class Tile:
 
 TILES = {256: Tile(128, 64, 8, 3), 128: Tile(128, 128, 8, 2)}
 """The tile shipped for a query/key width."""
+WIDE_TILE = Tile(64, 32, 8, 2)
+"""The tile for float32, which needs twice the shared memory."""
 
 
 @triton.jit

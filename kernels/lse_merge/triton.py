@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, misc"
 """The log-sum-exp merge as one Triton kernel, one pass over the partial outputs.
 
 Axes: B batch, S splits, H heads, V value width.
@@ -13,8 +13,8 @@ import triton.language as tl
 from internvideo3.kernels.overlap import overlap, wait_for_inputs
 
 LN2 = tl.constexpr(0.6931471805599453)
-MAX_SPLITS = 64
-"""Splits read at once: more would cost registers, and with them programs side by side."""
+BLOCK_S = 64
+"""Splits in one block of registers."""
 COLUMNS = 64
 """(Value, head) columns of a program."""
 
@@ -28,13 +28,17 @@ def merge_kernel(
     n_splits,
     HEADS: tl.constexpr,
     VALUE: tl.constexpr,
-    HEAD_MINOR: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Merge BLOCK_V values of BLOCK_H heads of one sequence; grid (V, H, B) in blocks."""
+    """Merge BLOCK_V values of BLOCK_H heads of one sequence; grid (V, H, B) in blocks.
+
+    Sums over splits cost barriers, so there are three in all: the largest log-sum-exp, the weights,
+    the weighted parts. Every load is issued before the first of them.
+    """
     wait_for_inputs(OVERLAP)
     value = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -43,95 +47,82 @@ def merge_kernel(
     parts_lse_ptr += batch * n_splits * HEADS
     real_head = head < HEADS
     inside = (value < VALUE)[:, None] & real_head[None, :]
-    if HEAD_MINOR:
-        column = value[:, None] * HEADS + head[None, :]
-    else:
-        column = head[None, :] * VALUE + value[:, None]
+    column = value[:, None] * HEADS + head[None, :]
 
-    top = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_H], tl.float32)
-    acc = tl.zeros([BLOCK_V, BLOCK_H], tl.float32)
-    for first in range(0, n_splits, BLOCK_S):
-        split = first + tl.arange(0, BLOCK_S)
-        here = split < n_splits
-        lse = tl.load(
-            parts_lse_ptr + split[:, None] * HEADS + head[None, :],
-            mask=here[:, None] & real_head[None, :],
-            other=float("-inf"),
-        )
-        part = tl.load(
-            parts_ptr + split[:, None, None] * (HEADS * VALUE) + column[None, :, :],
-            mask=here[:, None, None] & inside[None, :, :],
-            other=0.0,
-        )
+    lses = ()
+    parts = ()
+    for block in tl.static_range(BLOCKS):
+        split = (block * BLOCK_S + tl.arange(0, BLOCK_S))[:, None, None]
+        real = (split < n_splits) & inside[None, :, :]
+        # Once for each value as well: the same shape needs no exchange between threads.
+        place = split * HEADS + head[None, None, :] + 0 * value[None, :, None]
+        lses = lses + (tl.load(parts_lse_ptr + place, mask=real, other=float("-inf")),)
+        place = split * (HEADS * VALUE) + column[None, :, :]
+        parts = parts + (tl.load(parts_ptr + place, mask=real, other=0.0),)
+    highest = lses[0]
+    for block in tl.static_range(1, BLOCKS):
+        highest = tl.maximum(highest, lses[block])
+    top = tl.max(highest, axis=0)
+    safe = tl.where(top > float("-inf"), top, 0.0)[None, :, :]
+    weights = tl.zeros([BLOCK_S, BLOCK_V, BLOCK_H], tl.float32)
+    acc = tl.zeros([BLOCK_S, BLOCK_V, BLOCK_H], tl.float32)
+    for block in tl.static_range(BLOCKS):
+        weight = tl.exp2(lses[block] - safe)
+        weights += weight
         # A split without tokens never wrote its part: what lies there may be NaN.
-        part = tl.where((lse > float("-inf"))[:, None, :], part, 0.0).to(tl.float32)
-        new_top = tl.maximum(top, tl.max(lse, axis=0))
-        safe = tl.where(new_top > float("-inf"), new_top, 0.0)
-        keep = tl.exp2(top - safe)
-        weight = tl.exp2(lse - safe[None, :])
-        total = total * keep + tl.sum(weight, axis=0)
-        acc = acc * keep[None, :] + tl.sum(weight[:, None, :] * part, axis=0)
-        top = new_top
+        acc += weight * tl.where(weight > 0.0, parts[block].to(tl.float32), 0.0)
+    total = tl.sum(weights, axis=0)
 
     some = total > 0.0
     divisor = tl.where(some, total, 1.0)
-    out = acc / divisor[None, :]
     tl.store(
         out_ptr + batch * HEADS * VALUE + head[None, :] * VALUE + value[:, None],
-        out.to(out_ptr.dtype.element_ty),
+        (tl.sum(acc, axis=0) / divisor).to(out_ptr.dtype.element_ty),
         mask=inside,
     )
     lse = tl.where(some, (top + tl.log2(divisor)) * LN2, float("-inf"))
-    tl.store(
-        lse_ptr + batch * HEADS + head, lse, mask=real_head & (tl.program_id(0) == 0)
-    )  # fmt: skip
+    first = (value == 0)[:, None] & real_head[None, :]
+    tl.store(lse_ptr + batch * HEADS + head[None, :] + 0 * value[:, None], lse, mask=first)
 
 
-def launch_constants(
-    n_splits: int, *, heads: int, value_width: int, head_minor: bool
-) -> dict[str, Any]:
-    """Compile-time arguments of a launch; heads together only where they lie side by side."""
-    block_h = triton.next_power_of_2(heads) if head_minor else 1
+def launch_constants(n_splits: int, *, heads: int, value_width: int) -> dict[str, Any]:
+    """Compile-time arguments of a launch."""
+    block_s = min(BLOCK_S, triton.next_power_of_2(n_splits))
+    block_h = triton.next_power_of_2(heads)
     block_v = min(max(1, COLUMNS // block_h), triton.next_power_of_2(value_width))
     return {
         "HEADS": heads,
         "VALUE": value_width,
-        "HEAD_MINOR": head_minor,
-        "BLOCK_S": min(MAX_SPLITS, triton.next_power_of_2(n_splits)),
+        "BLOCKS": triton.cdiv(n_splits, block_s),
+        "BLOCK_S": block_s,
         "BLOCK_V": block_v,
         "BLOCK_H": block_h,
-        "num_warps": 4,
+        "num_warps": 8,
     }
 
 
 def lse_merge(
-    parts: torch.Tensor,
-    log2_lse_BSH: torch.Tensor,
-    *,
-    out_dtype: torch.dtype,
-    head_minor: bool = False,
+    parts_BSVH: torch.Tensor, log2_lse_BSH: torch.Tensor, *, out_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge partial attention outputs; see ``naive.lse_merge`` for the meaning.
 
     Args:
-        parts: contiguous ``[B, S, H, V]``, or ``[B, S, V, H]`` when ``head_minor``.
+        parts_BSVH: contiguous, heads innermost, as the decode kernels write them.
         log2_lse_BSH: contiguous float32 base-2 log-sum-exp.
         out_dtype: dtype of the merged output.
-        head_minor: the layout of ``parts``; the transposed decode kernel writes heads innermost.
 
     Returns:
         Output ``[B, H, V]`` and natural-log float32 log-sum-exp ``[B, H]``.
     """
     batch, n_splits, heads = log2_lse_BSH.shape
-    value = parts.shape[2] if head_minor else parts.shape[3]
-    out_BHV = torch.empty(batch, heads, value, dtype=out_dtype, device=parts.device)
-    lse_BH = torch.empty(batch, heads, dtype=torch.float32, device=parts.device)
-    constants = launch_constants(n_splits, heads=heads, value_width=value, head_minor=head_minor)
+    value = parts_BSVH.shape[2]
+    out_BHV = torch.empty(batch, heads, value, dtype=out_dtype, device=parts_BSVH.device)
+    lse_BH = torch.empty(batch, heads, dtype=torch.float32, device=parts_BSVH.device)
+    constants = launch_constants(n_splits, heads=heads, value_width=value)
     blocks = (
         triton.cdiv(value, constants["BLOCK_V"]), triton.cdiv(heads, constants["BLOCK_H"])
     )  # fmt: skip
     merge_kernel[(*blocks, batch)](
-        parts, log2_lse_BSH, out_BHV, lse_BH, n_splits, **constants, **overlap(parts)
+        parts_BSVH, log2_lse_BSH, out_BHV, lse_BH, n_splits, **constants, **overlap(parts_BSVH)
     )
     return out_BHV, lse_BH

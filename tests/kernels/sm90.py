@@ -160,9 +160,8 @@ def faults(case: Case, found: dict[str, Any]) -> list[str]:
 def latent_case(name: str, tile: Any, width: int, value: int, **options: Any) -> Case:
     from internvideo3.kernels.latent_decode import triton as latent
 
-    if tile.form == "grouped":
-        constants = latent.grouped_constants(tile, heads=32, width=width, value_width=value)
-        return Case(name, latent.grouped_kernel, constants, opcode="hmma", pipelined=True)
+    if tile == latent.WARPGROUPS:
+        return hopper_case(name, width, value, value)
     run = Rows(rows_bTW=torch.empty(1, 64, width), lengths_B=torch.empty(1), rank=value)
     return runs_case(name, tile, run, value, **options)
 
@@ -242,6 +241,7 @@ def shipped_cases() -> Iterator[Case]:
     from internvideo3.kernels.latent_append import triton as append
     from internvideo3.kernels.latent_decode import triton as latent
     from internvideo3.kernels.latent_prefill import triton as prefill
+    from internvideo3.kernels.latent_token import triton as token
     from internvideo3.kernels.lse_merge import triton as merge
 
     for width, plan in latent.PLANS.items():
@@ -270,9 +270,9 @@ def shipped_cases() -> Iterator[Case]:
     yield hopper_case("hopper-1024-paged", 1024, 896, 896, paged=True)
     yield hopper_case("hopper-512", 512, 384, 384)
     yield hopper_case("hopper-512-of-1024", 512, 384, 896)
-    for minor in (True, False):
-        constants = merge.launch_constants(132, heads=32, value_width=896, head_minor=minor)
-        yield Case(f"lse_merge-{minor}", merge.merge_kernel, constants)
+    for splits, value in ((132, 896), (49, 128)):
+        constants = merge.launch_constants(splits, heads=32, value_width=value)
+        yield Case(f"lse_merge-{value}", merge.merge_kernel, constants)
     heads: dict[str, Any] = {"HEADS": 32, "RANK": 896, "num_warps": 4}
     constants = {"RANK": 896, "ROTARY": 64, "BLOCK_R": 1024, "BLOCK_S": 64, "num_warps": 4}
     constants |= {"NORM": True, "AFFINE": True}
@@ -285,8 +285,11 @@ def shipped_cases() -> Iterator[Case]:
     yield Case("expand_output", absorb.expand_kernel, constants)
     constants = {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "num_warps": 1}
     yield Case("gqa_append", gqa_append.gqa_append_kernel, constants)
-    yield linear_case("linear-gate-up", linear.GATED_TILE, 12288, 4096, gated=True)
-    yield linear_case("linear-down", linear.PLAIN, 4096, 12288, gated=False)
+    yield linear_case("linear-gate-up", linear.SHORT, 12288, 4096, gated=True)
+    yield linear_case("linear-out", linear.SHORT, 4096, 4096, gated=False)
+    yield linear_case("linear-down", linear.LONG, 4096, 12288, gated=False)
+    constants = token.launch_constants(32, 8, 128, 1024, 64)
+    yield Case("latent_token", token.token_kernel, constants)
 
 
 def tried_cases() -> Iterator[Case]:
@@ -303,11 +306,10 @@ def tried_cases() -> Iterator[Case]:
         for prefill_tile in prefill_tiles:
             name = f"prefill-{width}/{bench.tile_id(prefill_tile)}"
             yield prefill_case(name, prefill_tile, width)
-    for shape, (rows, width, gated) in bench.LINEAR_SHAPES.items():
-        for linear_tile in bench.LINEAR_TILES:
+    for shape, about in bench.LINEARS.items():
+        for linear_tile in bench.tiles_of(shape):
             name = f"linear-{shape}/{bench.tile_id(linear_tile)}"
-            n_out = rows // 2 if gated else rows
-            yield linear_case(name, linear_tile, n_out, width, gated=gated)
+            yield linear_case(name, linear_tile, about.rows, about.width, gated=about.gated)
 
 
 def control_cases() -> Iterator[Case]:

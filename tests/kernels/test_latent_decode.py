@@ -8,16 +8,10 @@ import torch
 
 from internvideo3.kernels.latent_decode import naive
 from internvideo3.kernels.latent_decode.rows import Rows
-from internvideo3.kernels.latent_decode.triton import (
-    Tile,
-    grouped_constants,
-    latent_decode,
-    launch_constants,
-)
+from internvideo3.kernels.latent_decode.triton import Tile, latent_decode, launch_constants
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
 SMALL = Tile("transposed", 16, 4, 2)
-GROUPED = Tile("grouped", 16, 4, 2)
 
 
 def relative(out: torch.Tensor, reference: torch.Tensor) -> float:
@@ -52,28 +46,24 @@ def check(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("tile", [SMALL, GROUPED], ids=["transposed", "grouped"])
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 33, 100, 257])
-def test_lengths(length: int, tile: Tile, dtype: torch.dtype) -> None:
-    check([length], heads=8, width=256, value=224, splits=3, tile=tile, dtype=dtype)
+def test_lengths(length: int, dtype: torch.dtype) -> None:
+    check([length], heads=8, width=256, value=224, splits=3, tile=SMALL, dtype=dtype)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5, 40])
-@pytest.mark.parametrize("tile", [SMALL, GROUPED], ids=["transposed", "grouped"])
-def test_splits_may_be_empty(splits: int, tile: Tile) -> None:
-    check([70], heads=8, width=128, value=96, splits=splits, tile=tile)
+def test_splits_may_be_empty(splits: int) -> None:
+    check([70], heads=8, width=128, value=96, splits=splits, tile=SMALL)
 
 
 @pytest.mark.parametrize("lengths", [[0, 1], [5, 64, 33], [16, 0, 0, 31]])
-@pytest.mark.parametrize("tile", [SMALL, GROUPED], ids=["transposed", "grouped"])
-def test_ragged_batch(lengths: list[int], tile: Tile) -> None:
-    check(lengths, heads=8, width=128, value=128, splits=4, tile=tile)
+def test_ragged_batch(lengths: list[int]) -> None:
+    check(lengths, heads=8, width=128, value=128, splits=4, tile=SMALL)
 
 
 @pytest.mark.parametrize("heads", [1, 5, 16, 32])
-@pytest.mark.parametrize("tile", [SMALL, GROUPED], ids=["transposed", "grouped"])
-def test_heads(heads: int, tile: Tile) -> None:
-    check([41], heads=heads, width=128, value=112, splits=2, tile=tile)
+def test_heads(heads: int) -> None:
+    check([41], heads=heads, width=128, value=112, splits=2, tile=SMALL)
 
 
 @pytest.mark.slow
@@ -81,12 +71,11 @@ def test_heads(heads: int, tile: Tile) -> None:
     ("width", "value", "tile"),
     [
         (1024, 896, Tile("transposed", 32, 8, 3)),
-        (1024, 896, Tile("grouped", 16, 8, 3)),
         (512, 384, Tile("transposed", 64, 8, 2)),
         (576, 512, Tile("transposed", 64, 8, 2)),
         (576, 512, Tile("transposed", 32, 4, 3)),
     ],
-    ids=["1024t", "1024g", "512", "576n64", "576n32"],
+    ids=["1024", "512", "576n64", "576n32"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_shipped_widths(width: int, value: int, tile: Tile, dtype: torch.dtype) -> None:
@@ -106,8 +95,6 @@ def test_large_scores_do_not_overflow() -> None:
 
 
 def test_unfit_widths_are_refused() -> None:
-    with pytest.raises(ValueError, match="576"):
-        grouped_constants(GROUPED, heads=8, width=576, value_width=512)
     run = Rows(
         rows_bTW=torch.zeros(1, 4, 640), lengths_B=torch.ones(1, dtype=torch.int32), rank=600
     )

@@ -125,15 +125,14 @@ def test_append(rank: int, rotary: int, norm: bool, affine: bool, dtype: torch.d
 
 
 @DTYPES
-@pytest.mark.parametrize("minor", [False, True])
-@pytest.mark.parametrize("splits", [1, 31, 33, 70])
-def test_merge(splits: int, minor: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("splits", [1, 31, 33, 64, 70, 132, 300])
+def test_merge(splits: int, dtype: torch.dtype) -> None:
     parts = randn(2, splits, 4, 24).to(dtype)
     lse = 20 * randn(2, splits, 4)
     lse[:, splits // 2] = float("-inf")
     parts[:, splits // 2] = float("nan")
-    given = parts.transpose(2, 3).contiguous() if minor else parts
-    out, natural = merge.lse_merge(given, lse, out_dtype=torch.float32, head_minor=minor)
+    heads_last = parts.transpose(2, 3).contiguous()
+    out, natural = merge.lse_merge(heads_last, lse, out_dtype=torch.float32)
     expected, expected_lse = merge_naive.lse_merge(parts.double(), lse.double())
     if splits == 1:
         assert (out == 0).all() and natural.isinf().all()
@@ -183,7 +182,10 @@ def test_gqa_append(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("rows", "width"), [(16, 64), (10, 96), (6, 33)])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("added", ["nothing", "bias", "residual", "both", "gated"])
-def test_linear(rows: int, width: int, norm: bool, added: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("ahead", [0, 32, 4096])
+def test_linear(
+    rows: int, width: int, norm: bool, added: str, ahead: int, dtype: torch.dtype
+) -> None:
     x, weight = randn(1, width).to(dtype), randn(rows, width, seed=1).to(dtype)
     options: dict[str, Any] = {}
     if norm:
@@ -194,7 +196,7 @@ def test_linear(rows: int, width: int, norm: bool, added: str, dtype: torch.dtyp
         options["residual_BN"] = randn(1, rows, seed=4).to(dtype)
     if added == "gated":
         options["factor_NK"] = randn(rows, width, seed=5).to(dtype)
-    out = linear.decode_linear(x, weight, tile=linear.Tile(4, 32, 4), **options)
+    out = linear.decode_linear(x, weight, tile=linear.Tile(4, 32, 4, ahead), **options)
     expected = linear_naive.decode_linear(
         x.double(), weight.double(), **{k: v.double() for k, v in options.items()}
     )

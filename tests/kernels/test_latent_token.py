@@ -1,0 +1,84 @@
+"""A token's row and queries under the interpreter against float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from internvideo3.kernels.latent_token import naive
+from internvideo3.kernels.latent_token import triton as token
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
+
+
+def relative(out: torch.Tensor, reference: torch.Tensor) -> float:
+    assert not out.isnan().any()
+    return float((out.double() - reference).norm() / reference.norm())
+
+
+def maps_of(heads: int, kv_heads: int, dim: int, width: int, dtype: torch.dtype) -> naive.TokenMaps:
+    drawn = torch.Generator().manual_seed(heads * width)
+
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=drawn).to(dtype)
+
+    return naive.TokenMaps(
+        q_norm_D=randn(dim),
+        k_norm_D=randn(dim),
+        eps=1e-6,
+        row_WE=randn(width, 2 * kv_heads * dim),
+        bias_W=randn(width),
+        query_HDW=randn(heads, dim, width),
+    )
+
+
+def doubled(maps: naive.TokenMaps) -> naive.TokenMaps:
+    names = ("q_norm_D", "k_norm_D", "row_WE", "bias_W", "query_HDW")
+    return replace(maps, **{name: getattr(maps, name).double() for name in names})
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "rank", "rotary"),
+    [
+        (4, 2, 32, 96, 16),
+        (4, 4, 16, 50, 8),
+        (6, 2, 64, 70, 1),
+        (1, 1, 16, 3, 2),
+        (8, 8, 32, 65, 32),
+        (2, 1, 128, 448, 32),
+    ],
+)
+def test_row_and_queries(
+    heads: int, kv_heads: int, dim: int, rank: int, rotary: int, batch: int, dtype: torch.dtype
+) -> None:
+    width = rank + 2 * rotary
+    maps = maps_of(heads, kv_heads, dim, width, dtype)
+    drawn = torch.Generator().manual_seed(batch)
+    qkv = torch.randn(batch, (heads + 2 * kv_heads) * dim, generator=drawn).to(dtype)
+    angle = torch.randn(batch, rotary, generator=drawn)
+    slots = torch.tensor([4, 0, 2][:batch])
+    rows = torch.full((6, width), 7.0, dtype=dtype)
+    q = token.latent_token(qkv, maps, angle.cos(), angle.sin(), slots, rows)
+    wide = torch.full((6, width), 7.0, dtype=torch.float64)
+    cos, sin = angle.cos().double(), angle.sin().double()
+    expected = naive.latent_token(qkv.double(), doubled(maps), cos, sin, slots, wide)
+    assert q.dtype == dtype
+    assert relative(q, expected) <= TOLERANCE[dtype]
+    assert relative(rows[slots], wide[slots]) <= TOLERANCE[dtype]
+    assert (rows[[1, 3, 5]] == 7).all()
+
+
+def test_the_real_shape() -> None:
+    maps = maps_of(32, 8, 128, 1024, torch.float32)
+    drawn = torch.Generator().manual_seed(5)
+    qkv = torch.randn(1, 48 * 128, generator=drawn)
+    angle = torch.randn(1, 64, generator=drawn)
+    rows, wide = torch.zeros(2, 1024), torch.zeros(2, 1024, dtype=torch.float64)
+    slots = torch.tensor([1])
+    q = token.latent_token(qkv, maps, angle.cos(), angle.sin(), slots, rows)
+    cos, sin = angle.cos().double(), angle.sin().double()
+    expected = naive.latent_token(qkv.double(), doubled(maps), cos, sin, slots, wide)
+    assert relative(q, expected) <= 1e-5
+    assert relative(rows, wide) <= 1e-5
