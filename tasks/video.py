@@ -9,6 +9,7 @@ Axes: T frames, H rows, W columns, C colours (red, green, blue).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
@@ -64,6 +65,7 @@ def read_frames(
     end_s: float | None = None,
     steps_over_s: float | None = None,
     time_limit_s: float = TIME_LIMIT_S,
+    speak: bool = False,
 ) -> Frames:
     """Decode evenly spaced frames of a video, or of a clip of it.
 
@@ -81,6 +83,8 @@ def read_frames(
         steps_over_s: Length of the video as annotated, in seconds, for single pictures as
             LongVideoBench takes them (see `step_indices`); `fps` and the clip do not count then.
         time_limit_s: Longest wait for the decoders, in seconds.
+        speak: Whether decord writes what it finds damaged to standard error; it hides damage in a
+            picture and goes on.
 
     Returns:
         An even number of frames, at least 2; of single pictures any number from 1.
@@ -94,7 +98,7 @@ def read_frames(
     file = Path(path)
     _check_file(file)
     choice = _Choice(fps, max_frames, start_s, end_s, steps_over_s)
-    job = _Job(file, choice, time.monotonic() + time_limit_s)
+    job = _Job(file, choice, time.monotonic() + time_limit_s, speak)
     thread = threading.Thread(target=job.run, name=f"decode {file.name}", daemon=True)
     thread.start()
     # Half a second of grace, so that the thread's own look at the clock comes first.
@@ -212,6 +216,7 @@ class _Job:
     path: Path
     choice: _Choice
     deadline: float
+    speak: bool
     frames: Frames | None = None
     error: BaseException | None = None
     _failures: list[str] = field(default_factory=list)
@@ -224,7 +229,8 @@ class _Job:
 
     def _decode(self) -> Frames:
         first_error: Exception | None = None
-        for name, reader in (("decord", _read_decord), ("PyAV", _read_pyav)):
+        decord = functools.partial(_read_decord, speak=self.speak)
+        for name, reader in (("decord", decord), ("PyAV", _read_pyav)):
             try:
                 return reader(self.path, self.choice, self._check_clock)
             except VideoError:
@@ -243,10 +249,12 @@ class _Job:
             raise _too_slow(self.path)
 
 
-def _read_decord(path: Path, choice: _Choice, check_clock: Callable[[], None]) -> Frames:
+def _read_decord(
+    path: Path, choice: _Choice, check_clock: Callable[[], None], *, speak: bool
+) -> Frames:
     import decord  # here: 0.1 s that a run without videos need not pay
 
-    decord.logging.set_level(decord.logging.QUIET)
+    decord.logging.set_level(decord.logging.ERROR if speak else decord.logging.QUIET)
     threads = 1 if path.stat().st_size < _SMALL_FILE else 0
     reader = decord.VideoReader(str(path), num_threads=threads)
     total, source_fps = len(reader), float(reader.get_avg_fps())
@@ -283,6 +291,8 @@ def _pick(
     container: Any, wanted: set[int], check_clock: Callable[[], None]
 ) -> Iterator[NDArray[np.uint8]]:
     last = max(wanted)
+    # Damage in a picture is an error; otherwise the decoder would hide it.
+    container.streams.video[0].codec_context.options = {"err_detect": "explode"}
     for number, frame in enumerate(container.decode(video=0)):
         if number % _CHUNK == 0:
             check_clock()

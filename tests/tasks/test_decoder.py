@@ -150,6 +150,20 @@ def test_threads_take_turns(reader: IsolatedReader, tmp_path: Path) -> None:
     assert found == expected
 
 
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        ("[h264 @ 0x55d] error while decoding MB 3 4", "error while decoding MB 3 4"),
+        ("a line\n[vp9 @ 0x1] Tile size 9 is invalid\n", "Tile size 9 is invalid"),
+        ("[h264 @ 0xab] mmco: unref short failure", None),
+        ("[mov,mp4,m4a,3gp,3g2,mj2 @ 0xab] atom is invalid", None),
+        ("", None),
+    ],
+)
+def test_only_damaged_pictures_are_damage(written: str, found: str | None) -> None:
+    assert decoder.damage(written) == found
+
+
 def test_several_processes_decode_at_once_and_no_more(tmp_path: Path) -> None:
     videos = [a_video(tmp_path / f"{seed}.mp4", seed) for seed in range(6)]
     expected = [read_frames(video).digest for video in videos]

@@ -200,7 +200,7 @@ def test_a_decoder_that_never_returns_ends_at_the_limit(
     clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
-    monkeypatch.setattr(video, "_read_decord", lambda *_: release.wait(60))
+    monkeypatch.setattr(video, "_read_decord", lambda *_, **__: release.wait(60))
     started = time.monotonic()
     with pytest.raises(VideoError, match="reached its time limit"):
         read_frames(clip, time_limit_s=0.2)
@@ -216,7 +216,7 @@ def test_a_slow_decoder_notices_the_limit_itself(clip: Path) -> None:
 def test_an_interrupt_in_the_decoder_reaches_the_caller(
     clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(video, "_read_decord", interrupted)
