@@ -70,6 +70,26 @@ conversion-ablation: $(STAMP)  ## Convert the scale model with each part switche
 	$(BIN)/python -m internvideo3.harness.conversion_ablation --root .cache/conversion/world \
 		--work .cache/conversion/scale --out reports/results/conversion/scale_ablation.json
 
+# Direct answers see at most 64 frames; every agentic run has the same first look and budget.
+BRIEF := $(BIN)/internvideo3 eval --suite world_brief --root .cache/brief --max-frames 64 --limit 140
+AGENT := --mode agentic --tools none --zoom-frames 8 --turns 7 --tool-calls 4
+agent-report: $(STAMP)  ## Long videos with short events: direct, agentic, its ablations, Table 6 (an hour)
+	$(BIN)/python -m internvideo3.tasks.brief --root .cache/brief --videos 20
+	$(BRIEF) --model scale:base --out runs/agent/base-direct
+	$(BRIEF) --model scale:base $(AGENT) --out runs/agent/base-agentic
+	$(BRIEF) --model scale:base $(AGENT) --looks random --out runs/agent/base-random
+	$(BRIEF) --model scale:base $(AGENT) --looks none --out runs/agent/base-without-zoom
+	$(BRIEF) --model scale:base $(AGENT) --looks spread --out runs/agent/base-without-memory
+	$(BRIEF) --model scale:base $(AGENT) --no-verify --out runs/agent/base-without-verification
+	$(BIN)/internvideo3 table6 runs/agent/base-direct runs/agent/base-agentic \
+		runs/agent/base-random runs/agent/base-without-zoom runs/agent/base-without-memory \
+		runs/agent/base-without-verification --out reports/results/agent/base
+	$(BRIEF) --model scale:m2la --out runs/agent/m2la-direct
+	$(BRIEF) --model scale:m2la $(AGENT) --out runs/agent/m2la-agentic
+	$(BRIEF) --model scale:m2la $(AGENT) --looks random --out runs/agent/m2la-random
+	$(BIN)/internvideo3 table6 runs/agent/m2la-direct runs/agent/m2la-agentic \
+		runs/agent/m2la-random --out reports/results/agent/m2la
+
 # On a GPU machine, with its own Python (torch, triton, transformers); nothing is installed.
 gpu: gpu-kernels gpu-figure6  ## On a GPU: kernels against float64 and the roofline, whole decode steps
 

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from internvideo3.harness.agent.setting import TOOLS_OF_EVAL, AgentSettings, PolicyName
 from internvideo3.harness.settings import pixel_range
 
 if TYPE_CHECKING:
     from internvideo3.harness.agent.perception import Eye, Sight
-    from internvideo3.harness.agent.rollout import Outcome, Policy, State
+    from internvideo3.harness.agent.rollout import Outcome, State
     from internvideo3.harness.agent.tools.desk import Desk
 
 
@@ -32,7 +33,7 @@ class AskOptions:
     """Checkpoint folder, or e.g. scale:m2la."""
     mode: str = "agentic"
     """direct, or agentic."""
-    policy: str = "controller"
+    policy: PolicyName = "controller"
     """Who acts in agentic mode: controller (rules), or model (its own calls)."""
     turns: int = 8
     """Most turns."""
@@ -44,6 +45,10 @@ class AskOptions:
     """Frames a second of the first look."""
     max_frames: int = 64
     """Most frames of the first look."""
+    zoom_frames: int = 16
+    """Most frames of a further look."""
+    web: bool = False
+    """Whether the agent may search the web."""
     max_new_tokens: int = 256
     """Most tokens of one reply."""
     temperature: float = 0.0
@@ -114,18 +119,41 @@ def _run(options: AskOptions, eye: Eye, desk: Desk, watch: Watch) -> tuple[State
     """The rollout; a direct answer is one of a single turn without tools."""
     import torch
 
-    from internvideo3.harness.agent.rollout import rollout
+    from internvideo3.harness.agent.episode import Place, answer
     from internvideo3.model.checkpoint import load_model
-    from internvideo3.model.session import Session
+    from internvideo3.model.session import Limits
 
     torch.set_num_threads(options.threads)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # The video first: what is wrong with it is told before weights are read.
-    first = eye.first()
+    eye.first()
     model, processor = load_model(options.model, device, _dtype(options.dtype, device))
-    session = Session(model, processor, media_options={"do_resize": False})
-    state = _state(options, session, eye, desk, first.duration_s)
-    return state, rollout(state, _policy(options), first, watch)
+    place = Place(model=model, processor=processor, desk=desk, cache=desk.cache)
+    limits = Limits(
+        max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed
+    )
+    direct = options.mode == "direct"
+    return answer(
+        place, eye, options.question, agent_of(options), limits, direct=direct, watch=watch
+    )
+
+
+def agent_of(options: AskOptions) -> AgentSettings:
+    """The agent that a command asks for.
+
+    Raises:
+        ValueError: the budget is too small.
+    """
+    from internvideo3.harness.agent.budget import Budget
+
+    tools = (*TOOLS_OF_EVAL, "web_search") if options.web else TOOLS_OF_EVAL
+    return AgentSettings(
+        policy=options.policy,
+        budget=Budget(turns=options.turns, tool_calls=options.tool_calls, tokens=options.tokens),
+        zoom_frames=options.zoom_frames,
+        tools=tools,
+        seed=options.seed,
+    )
 
 
 def _dtype(asked: str, device: str) -> str:
@@ -145,52 +173,7 @@ def _sight(options: AskOptions) -> Sight:
         max_pixels=high,
         fps=options.fps,
         max_frames=options.max_frames,
-        zoom_frames=max(2, options.max_frames // 2),
-    )
-
-
-def _policy(options: AskOptions) -> Policy:
-    from internvideo3.harness.agent.policies import Controller, Direct, ModelPolicy
-    from internvideo3.model.session import Limits
-
-    limits = Limits(
-        max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed
-    )
-    if options.mode == "direct":
-        return Direct(limits)
-    return ModelPolicy(limits) if options.policy == "model" else Controller(limits)
-
-
-def _state(options: AskOptions, session: Any, eye: Eye, desk: Desk, duration_s: float) -> State:
-    from internvideo3.harness.agent.budget import Budget, Spending
-    from internvideo3.harness.agent.context import Context
-    from internvideo3.harness.agent.environment import Environment
-    from internvideo3.harness.agent.judging import options_of
-    from internvideo3.harness.agent.memory import Memory
-    from internvideo3.harness.agent.rollout import State
-    from internvideo3.harness.agent.routing import route
-
-    context, memory = Context(session), Memory(desk)
-    direct = options.mode == "direct"
-    budget = Budget(
-        turns=1 if direct else options.turns,
-        tool_calls=0 if direct else options.tool_calls,
-        tokens=options.tokens,
-    )
-    return State(
-        question=options.question,
-        options=options_of(options.question),
-        context=context,
-        environment=Environment(
-            video=options.video,
-            duration_s=duration_s,
-            desk=desk,
-            memory=memory,
-            context=context,
-        ),
-        eye=eye,
-        spending=Spending(budget=budget),
-        prior={} if direct else route(options.question, memory),
+        zoom_frames=options.zoom_frames,
     )
 
 

@@ -166,6 +166,39 @@ def evaluate_command(
     frame_cache_gb: Annotated[
         float, typer.Option(min=0, help="Most gigabytes that the folder takes.")
     ] = 50.0,
+    mode: Annotated[
+        str, typer.Option(help="direct: one look, one reply. agentic: a rollout a question.")
+    ] = "direct",
+    policy: Annotated[
+        str, typer.Option(help="Agentic: `controller` (rules), or `model` (its own tool calls).")
+    ] = "controller",
+    turns: Annotated[int, typer.Option(min=1, help="Agentic: most turns.")] = 16,
+    tool_calls: Annotated[
+        int, typer.Option(min=0, help="Agentic: most looks and tool calls.")
+    ] = 16,
+    tokens: Annotated[
+        int, typer.Option(min=512, help="Agentic: most tokens after the first look and question.")
+    ] = 8192,
+    looks: Annotated[
+        str,
+        typer.Option(
+            help="Agentic: where the controller looks again: `new` (what no look has shown), "
+            "`spread`, `random`, `none`."
+        ),
+    ] = "new",
+    zoom_frames: Annotated[
+        int, typer.Option(min=2, help="Agentic: most frames of a further look.")
+    ] = 16,
+    tools: Annotated[
+        str | None,
+        typer.Option(
+            help="Agentic: tools that may be called, with commas between, `none` for looks only. "
+            "Default: all but web_search, which makes the row open-web."
+        ),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option(help="Agentic: whether answers must pass verification.")
+    ] = True,
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="Answer samples again that failed before.")
     ] = False,
@@ -198,6 +231,8 @@ def evaluate_command(
 
       internvideo3 eval --model ./checkpoint --suite videomme,mvbench --data /data --check
 
+      internvideo3 eval --model scale:m2la --suite world_long --mode agentic --out runs/agent
+
       torchrun --nproc-per-node 8 -m internvideo3.harness.cli eval --processes 8
       --model ./checkpoint --suite long --data /data --out runs/long
     """
@@ -207,7 +242,16 @@ def evaluate_command(
         from internvideo3.harness.preflight import suite_names
         from internvideo3.harness.ranks import is_first
 
+        agent = None
+        if _one_of("--mode", mode, ("direct", "agentic")) == "agentic":
+            from internvideo3.harness.agentic_options import agent_options
+
+            agent = agent_options(
+                policy, (turns, tool_calls, tokens), looks, zoom_frames, tools, verify=verify,
+                direct_only={"--control shuffled": control == "shuffled", "--thinking": thinking},
+            )  # fmt: skip
         options = EvalOptions(
+            agent=agent,
             model=model,
             suites=tuple(
                 suite_names(suite, _one_of("--subtitles", subtitles, ("off", "on", "both")))
@@ -270,6 +314,12 @@ def ask_command(
     ] = 8192,
     fps: Annotated[float, typer.Option(help="Frames a second of the first look.")] = 2.0,
     max_frames: Annotated[int, typer.Option(min=4, help="Most frames of the first look.")] = 64,
+    zoom_frames: Annotated[
+        int, typer.Option(min=2, help="Most frames of a further look.")
+    ] = 16,
+    web: Annotated[
+        bool, typer.Option("--web", help="Let the agent search the web, if there is a network.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one reply.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 for the likeliest reply.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampled replies.")] = 0,
@@ -317,6 +367,8 @@ def ask_command(
             tokens=tokens,
             fps=fps,
             max_frames=max_frames,
+            zoom_frames=zoom_frames,
+            web=web,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
@@ -331,6 +383,32 @@ def ask_command(
             print(f"Note: {note}", file=sys.stderr)
         print(asked.answer)
         print(f"Page: {asked.page.resolve()}")
+
+
+@app.command("table6")
+def table6_command(
+    direct: Annotated[Path, typer.Argument(help="Run directory of `eval --mode direct`.")],
+    agentic: Annotated[
+        list[Path], typer.Argument(help="Run directories of `eval --mode agentic`, same model.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for table6.md, .tex, .csv, .html, .json.")] = (
+        Path("table6")
+    ),
+) -> None:
+    """Set agentic runs beside a direct one: score, paired difference, cost (the paper's table 6).
+
+    [bold]Example[/bold]
+
+      internvideo3 table6 runs/direct runs/agentic --out table6
+    """
+    with _errors_in_words(out):
+        from internvideo3.reports.load import load_run, load_runs
+        from internvideo3.reports.table6 import write
+
+        files = write(load_run(direct), load_runs(agentic), out)
+        print(files[0].read_text(encoding="utf-8"))
+        for file in files:
+            print(f"Wrote {file}")
 
 
 @app.command("suites")

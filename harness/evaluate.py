@@ -29,6 +29,7 @@ from internvideo3.model.checkpoint import (
 )
 from internvideo3.tasks.benchmarks.lmms import task_files
 from internvideo3.tasks.benchmarks.local import data_root
+from internvideo3.tasks.brief import EVALUABLE
 from internvideo3.tasks.scoring import aggregate, score
 from internvideo3.tasks.world.build import world_root
 from internvideo3.tasks.world.suites import SUITES
@@ -118,7 +119,7 @@ def _answer(
                 _finish(store, recorder)
     finally:
         if model is not None:
-            model.answerer.reader.close()
+            model.answerer.close()
     return recorders
 
 
@@ -159,7 +160,7 @@ def load_suite(suite: str, options: EvalOptions) -> Benchmark:
     Raises:
         PreflightError: it is not built or not there, or an id is unknown.
     """
-    if suite in SUITES:
+    if suite in EVALUABLE:
         return load_benchmark(
             suite,
             world_root(options.root),
@@ -192,7 +193,7 @@ def describe_run(options: EvalOptions, benchmarks: Sequence[Benchmark]) -> Row:
         "id": options.out.resolve().name,
         "created": provenance.now(),
         "command": list(options.command),
-        "mode": "direct",
+        "mode": "agentic" if options.agent else "direct",
         "model": model,
         "suites": {one.suite: _describe_suite(one, options) for one in benchmarks},
         "config": {
@@ -201,6 +202,7 @@ def describe_run(options: EvalOptions, benchmarks: Sequence[Benchmark]) -> Row:
             "limit": options.limit,
             "sample_ids": list(options.sample_ids),
             "control": options.control,
+            "agent": asdict(options.agent) if options.agent else None,
             "device": device,
             "dtype": dtype,
             "threads": options.threads,
@@ -253,6 +255,7 @@ def load_plugin(options: EvalOptions, share: Share = Share()) -> "InternVideo3":
     import torch
 
     from internvideo3.harness import lmms
+    from internvideo3.harness.agentic import AgenticAnswerer
     from internvideo3.harness.direct import Answerer
     from internvideo3.harness.frame_cache import FrameCache
     from internvideo3.model.checkpoint import load_model
@@ -266,7 +269,8 @@ def load_plugin(options: EvalOptions, share: Share = Share()) -> "InternVideo3":
     if options.frame_cache is not None:
         cache = FrameCache(options.frame_cache.expanduser(), options.frame_cache_bytes)
     loaded = load_model(options.model, device, dtype)
-    answerer = Answerer(*loaded, options.settings(), cache)
+    direct = Answerer(*loaded, options.settings(), cache)
+    answerer = AgenticAnswerer(direct, options.agent) if options.agent else direct
     return lmms.InternVideo3(answerer=answerer, name=options.model, control=options.control)
 
 

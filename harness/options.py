@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from internvideo3.harness.agent.setting import AgentSettings
 from internvideo3.harness.preflight import Benchmark
 from internvideo3.harness.settings import SYSTEM_PROMPT, THINKING_TOKENS, Settings, pixel_range
 from internvideo3.model.checkpoint import resolve_checkpoint
@@ -73,6 +74,8 @@ class EvalOptions:
     """How many processes the launcher must have started; None for any number."""
     frame_cache: Path | None = None
     """Folder that keeps decoded frames; None for none."""
+    agent: AgentSettings | None = None
+    """The agent that answers; None for direct answers."""
     frame_cache_bytes: int = 50 << 30
     """Most bytes that the folder takes."""
     command: tuple[str, ...] = ()
@@ -89,6 +92,9 @@ class EvalOptions:
             "the size of frames was given": (self.min_pixels or self.max_pixels) is not None,
             "the length of answers was given": self.max_new_tokens is not None,
             "the system prompt was given": self.system_prompt != SYSTEM_PROMPT,
+            "the answers are an agent's": self.agent is not None,
+            "it is open-web: the agent may search": self.agent is not None
+            and "web_search" in self.agent.tools,
         }
         return [reason for reason, holds in given.items() if holds]
 

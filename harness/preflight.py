@@ -16,6 +16,7 @@ from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS, SUBTITLED, suite
 from internvideo3.tasks.benchmarks.lmms import METRIC, task_name
 from internvideo3.tasks.benchmarks.local import DataError, Local, load_local
 from internvideo3.tasks.benchmarks.protocol import Preset, PresetName
+from internvideo3.tasks.brief import EVALUABLE
 from internvideo3.tasks.world.suites import SUITES
 
 Doc = dict[str, Any]
@@ -121,10 +122,10 @@ def suite_names(text: str, subtitles: Subtitles = "off") -> list[str]:
     for part in (part.strip() for part in text.split(",")):
         if part in groups:
             names.extend(groups[part])
-        elif part in SUITES or part.removesuffix(SUBTITLED) in BENCHMARKS:
+        elif part in EVALUABLE or part.removesuffix(SUBTITLED) in BENCHMARKS:
             names.append(part)
         else:
-            offer = nearest(part, [*SUITES, *BENCHMARKS, *groups])
+            offer = nearest(part, [*EVALUABLE, *BENCHMARKS, *groups])
             raise PreflightError(f"Unknown suite {part!r}. {offer}")
     return list(dict.fromkeys(one for name in names for one in _subtitled(name, subtitles)))
 
@@ -210,9 +211,12 @@ def load_benchmark(
     path, task = folder / f"{suite}.jsonl", folder / "lmms" / f"iv3_{suite}.yaml"
     absent = next((file for file in (path, task) if not file.is_file()), None)
     if absent:
+        building = f"internvideo3 world build {suite} --split {split} --root {root}"
+        if suite not in SUITES:
+            building = f"python -m internvideo3.tasks.brief --split {split} --root {root}"
         raise PreflightError(
             f"Suite {suite} is not built: {absent} is missing. "
-            f"Build it with `internvideo3 world build {suite} --split {split} --root {root}`."
+            f"Build it with `{building}`."
         )
     with path.open(encoding="utf-8") as lines:
         docs = [json.loads(line) for line in lines]

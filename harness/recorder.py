@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from internvideo3.harness.preflight import Benchmark
 from internvideo3.harness.store import Row, RunStore
+from internvideo3.harness.traces import write_trace
 from internvideo3.tasks.scoring import Score, aggregate, score
 from internvideo3.tasks.scoring.result import RULES
 
@@ -72,6 +73,9 @@ class SuiteRecorder:
             ErrorBudgetError: more samples failed than the command accepts.
         """
         pairs = [(self._docs[_key(doc)], outcome) for doc, outcome in answers]
+        for doc, outcome in pairs:
+            if outcome.trace is not None:
+                write_trace(self._store.root, str(doc["id"]), outcome.trace)
         rows = [self._row(doc, outcome) for doc, outcome in pairs]
         timings = [{"id": doc["id"], **asdict(outcome.seconds)} for doc, outcome in pairs]
         self._store.add(self.benchmark.suite, rows, timings)
@@ -114,6 +118,8 @@ class SuiteRecorder:
             },
             "error": outcome.error,
         }
+        if outcome.agent is not None:
+            row["agent"] = outcome.agent
         if self.benchmark.local is not None:
             row |= {"benchmark": self.benchmark.scorer, "doc": doc["doc"]}
         return row

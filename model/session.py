@@ -185,6 +185,26 @@ class Session:
         self.prefill()
         return len(ids)
 
+    def log_likelihood(self, ids: Sequence[int]) -> float:
+        """Natural logarithm of the probability that `ids` follow, in one pass on a fork.
+
+        Raises:
+            PromptError: the session is empty, there are no ids, or one is a vision token.
+        """
+        if not ids or {self.model.config.image_token_id, self.model.config.video_token_id} & {*ids}:
+            raise PromptError("give at least one id, and none of an image or a video.")
+        scores_TY = self.logits_last[None].float()
+        if len(ids) > 1:
+            fork = self.fork()
+            with torch.no_grad():
+                tokens, _ = fork._place(Piece(list(ids[:-1]), []))
+                fork.cache.expect(len(ids) - 1)
+                hidden_1TX = run(self.model, fork.cache, tokens)
+                following_TY = logits(self.model, hidden_1TX[0]).float()
+            scores_TY = torch.cat([scores_TY, following_TY])
+        logs_TY = torch.log_softmax(scores_TY, -1)
+        return float(logs_TY[torch.arange(len(ids)), list(ids)].sum())
+
     def prefill(self) -> None:
         """Caches deferred text now."""
         self._prefill([])

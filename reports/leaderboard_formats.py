@@ -80,33 +80,32 @@ def latex(tables: Sequence[Table]) -> str:
 def _latex_table(table: Table) -> Iterator[str]:
     yield f"% Rows of the paper: {source()}."
     yield r"\begin{table}\centering"
-    yield rf"\caption{{{_tex(table.title)} (the paper's table {table.number}, and ours)}}"
+    yield rf"\caption{{{tex(table.title)} (the paper's table {table.number}, and ours)}}"
     yield rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}"
     yield r"\toprule"
-    yield " & ".join(map(_tex, _head(table))) + r" \\"
+    yield " & ".join(map(tex, _head(table))) + r" \\"
     yield r"\midrule"
     for row in table.paper:
         scores = [number(row.scores[column]) for column in table.columns]
-        yield " & ".join(map(_tex, [row.model, *scores])) + r" \\"
+        yield " & ".join(map(tex, [row.model, *scores])) + r" \\"
     yield r"\midrule"
     for ours in table.ours:
         label = f" ({ours.system.label})" if ours.system.label else ""
-        name = rf"\textbf{{{_tex(ours.system.name)}}}{_tex(label)}"
+        name = rf"\textbf{{{tex(ours.system.name)}}}{tex(label)}"
         cells = [
-            _marked(table, ours, column, r"\textsuperscript{{{}}}", _tex)
-            for column in table.columns
+            _marked(table, ours, column, r"\textsuperscript{{{}}}", tex) for column in table.columns
         ]
         yield " & ".join([name, *cells]) + r" \\"
     yield r"\bottomrule"
     yield r"\end{tabular}"
     if table.reasons:
-        foot = "; ".join(f"({n}) {_tex(why)}" for why, n in table.reasons.items())
+        foot = "; ".join(f"({n}) {tex(why)}" for why, n in table.reasons.items())
         yield rf"\par\footnotesize Not comparable with the paper: {foot}."
     yield r"\end{table}"
     yield ""
 
 
-def _tex(text: str) -> str:
+def tex(text: str) -> str:
     return _LATEX_PATTERN.sub(lambda found: _LATEX[found.group()], text)
 
 

@@ -44,6 +44,10 @@ class Sample:
     """Name of the scorer; the suite's own for the scale world."""
     doc: Mapping[str, Any] | None
     """What of the document scoring reads, where the record keeps it apart."""
+    tokens: int = 0
+    """Tokens of prompt and reply."""
+    agent: Mapping[str, Any] | None = None
+    """How a rollout ended and what it cost; None for a direct answer."""
 
     @property
     def value(self) -> float | None:
@@ -205,6 +209,8 @@ def _sample(row: Mapping[str, Any], file: Path) -> Sample:
             error=f"{error.get('type')}: {error.get('message')}" if error else None,
             benchmark=str(row.get("benchmark") or file.stem),
             doc=row.get("doc"),
+            tokens=sum(int(n) for n in _mapping(row.get("tokens")).values()),
+            agent=row.get("agent"),
         )
     except (KeyError, TypeError, ValueError) as problem:
         raise RunError(f"{file}: sample {row.get('id')!r} cannot be read: {problem!r}") from problem

@@ -37,11 +37,22 @@ class _Part(Action):
         return self
 
 
+Also = Annotated[tuple[tuple[Seconds, Seconds], ...], Field(max_length=7)]
+
+
 class Zoom(_Part):
-    """Look again at a part of the video, with more frames a second."""
+    """Look again at a part of the video, or several, with more frames a second."""
 
     name: Literal["zoom"] = "zoom"
     fps: Annotated[float, Field(gt=0, le=30)] = 4.0
+    also: Also = ()
+
+    @model_validator(mode="after")
+    def _all_in_order(self) -> Zoom:
+        for start_s, end_s in self.also:
+            if end_s <= start_s:
+                raise ValueError(f"in also, {end_s} must be greater than {start_s}")
+        return self
 
 
 class Segment(_Part):

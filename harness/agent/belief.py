@@ -18,7 +18,7 @@ class Belief:
     turn: int
     hypothesis: str
     support: float
-    """Mean probability of the hypothesis over all looks, 0 to 1."""
+    """Probability of the hypothesis, 0 to 1, see `tally`."""
     rival: str
     """The answer next to it, empty if there is none."""
     rival_support: float
@@ -27,7 +27,7 @@ class Belief:
     candidates: tuple[Span, ...]
     """Parts to look at next, best first."""
     evidence: tuple[str, ...]
-    """Entries of the looks that gave the hypothesis, strongest first."""
+    """Entries of the looks that spoke for the hypothesis, strongest first."""
 
     def told(self) -> str:
         """The belief in words."""
@@ -39,13 +39,22 @@ class Belief:
 
 
 def tally(judgements: Sequence[Judgement], options: Sequence[str]) -> list[tuple[str, float]]:
-    """Mean support of every answer over all looks, best first; the first option wins a tie."""
+    """Support of every answer, best first; the first option wins a tie.
+
+    The context only grows: the last judgement within it has seen all that earlier ones had, and
+    replaces them. Beside it counts, with equal weight, the last one from the evidence alone.
+    """
     total: dict[str, float] = dict.fromkeys(options, 0.0)
-    for one in judgements:
+    counted = [
+        found[-1]
+        for alone in (False, True)
+        if (found := [one for one in judgements if one.alone == alone])
+    ]
+    for one in counted:
         shares = dict(zip(options, one.shares, strict=False)) or {one.answer: one.support}
         for answer, share in shares.items():
             total[answer] = total.get(answer, 0.0) + share
-    mean = [(answer, round(x / max(1, len(judgements)), 4)) for answer, x in total.items()]
+    mean = [(answer, round(x / max(1, len(counted)), 4)) for answer, x in total.items()]
     return sorted(mean, key=lambda pair: -pair[1])
 
 
@@ -65,15 +74,26 @@ def believe(
     """
     (hypothesis, support), *rest = tally(judgements, options)
     rival, rival_support = rest[0] if rest else ("", 0.0)
-    agreeing = [one for one in judgements if one.answer == hypothesis]
-    strongest = sorted(agreeing, key=lambda one: -one.support)
+    looks = [one for one in judgements if not one.alone]
     return Belief(
         turn=turn,
         hypothesis=hypothesis,
         support=support,
         rival=rival,
         rival_support=rival_support,
-        conflicts=tuple(one.span for one in judgements if one.answer != hypothesis),
+        conflicts=tuple(one.span for one in looks if one.answer != hypothesis),
         candidates=tuple(candidates),
-        evidence=tuple(dict.fromkeys(one.evidence for one in strongest))[:MOST_EVIDENCE],
+        evidence=_evidence(looks, hypothesis),
     )
+
+
+def _evidence(looks: Sequence[Judgement], hypothesis: str) -> tuple[str, ...]:
+    """Entries of the looks after which the hypothesis was held more than before, most first."""
+    gains: dict[str, float] = {}
+    before = 0.0
+    for one in looks:
+        held = one.share(hypothesis)
+        gains[one.evidence] = max(gains.get(one.evidence, 0.0), held - before)
+        before = held
+    ranked = sorted((e for e in gains if gains[e] > 0), key=lambda e: -gains[e])
+    return tuple(ranked or [looks[-1].evidence])[:MOST_EVIDENCE]

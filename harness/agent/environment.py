@@ -16,6 +16,8 @@ from internvideo3.harness.agent.tools.catalogue import SUBTITLES
 from internvideo3.harness.agent.tools.desk import Desk
 from internvideo3.harness.agent.verification import Check, check, told
 
+NAMED_TOOLS = ("video_segmentation", "asr", "ocr", "temporal_grounding", "web_search")
+"""Actions that a command can switch off."""
 SUBTITLE_SUFFIXES = (".srt", ".vtt", ".ass", ".ssa")
 
 
@@ -30,7 +32,9 @@ class Feedback:
     span: Span | None = None
     """The part of the video that it is about."""
     look: float | None = None
-    """Frames a second with which `span` is to be seen next, by δ."""
+    """Frames a second with which `parts` are to be seen next, by δ."""
+    parts: tuple[Span, ...] = ()
+    """What is to be seen, in order of time."""
     items: tuple[Item, ...] = ()
     """What memory keeps of it."""
     checks: tuple[Check, ...] = ()
@@ -47,9 +51,15 @@ class Environment:
     desk: Desk
     memory: Memory
     context: Context
+    start_s: float = 0.0
+    """Where the part of the video begins that may be seen; it ends at `duration_s`."""
+    tools: tuple[str, ...] | None = None
+    """What may be called beside looking and memory; None for all."""
 
     def available(self, name: str) -> bool:
         """Whether a tool can be called here."""
+        if self.tools is not None and name not in self.tools:
+            return False
         if name == "asr" and self.subtitles() is not None:
             return True
         return not self.desk.missing(name)
@@ -63,6 +73,8 @@ class Environment:
         """F_{i+1} ~ π(A_{i+1} | R_i, Q). Never raises for what an action or a tool did."""
         if isinstance(action, Malformed):
             return Feedback(ok=False, text=action.problem)
+        if action.name in NAMED_TOOLS and self.tools is not None and action.name not in self.tools:
+            return Feedback(ok=False, text=f"{action.name} is switched off here; do without it")
         handlers: dict[type[Action], Callable[[Any], Feedback]] = {
             actions.Zoom: self._zoom,
             actions.Segment: self._segment,
@@ -77,20 +89,31 @@ class Environment:
     def _part(self, action: Any) -> Span | Feedback:
         """The part that an action is about, within the video, or why there is none."""
         end_s = self.duration_s if action.end_s is None else min(action.end_s, self.duration_s)
-        if action.start_s < end_s:
-            return action.start_s, end_s
+        start_s = max(action.start_s, self.start_s)
+        if start_s < end_s:
+            return start_s, end_s
         return Feedback(
             ok=False,
-            text=f"nothing lies between {action.start_s:g} and {end_s:g} s: the video lasts "
+            text=f"nothing lies between {start_s:g} and {end_s:g} s: the video lasts "
             f"{self.duration_s:.2f} s. Give start_s and end_s within it.",
         )
 
     def _zoom(self, action: actions.Zoom) -> Feedback:
-        part = self._part(action)
-        if isinstance(part, Feedback):
-            return part
-        text = f"{part[0]:g}-{part[1]:g} s at {action.fps:g} frames a second:"
-        return Feedback(ok=True, text=text, kind=Kind.OBSERVATION, span=part, look=action.fps)
+        asked = [action, *(actions.Zoom(start_s=a, end_s=b) for a, b in action.also)]
+        found = [self._part(one) for one in asked]
+        for one in found:
+            if isinstance(one, Feedback):
+                return one
+        parts = tuple(sorted(one for one in found if not isinstance(one, Feedback)))
+        said = ", ".join(f"{a:g}-{b:g} s" for a, b in parts)
+        return Feedback(
+            ok=True,
+            text=f"{said} at {action.fps:g} frames a second:",
+            kind=Kind.OBSERVATION,
+            span=(parts[0][0], max(end_s for _, end_s in parts)),
+            look=action.fps,
+            parts=parts,
+        )
 
     def _call(self, tool: str, part: Span, **arguments: Any) -> dict[str, Any] | Feedback:
         result = self.desk.call(tool, {"path": str(self.video), **arguments})

@@ -30,23 +30,36 @@ class Sight:
     """Most frames of the first look."""
     zoom_frames: int = 32
     """Most frames of one further look."""
+    video_pixels: tuple[int, int] | None = None
+    """Fewest and most pixels of all frames of a look together; None for the bounds of a frame."""
+
+    def bounds(self, frames: int) -> tuple[int, int]:
+        """Fewest and most pixels of each of so many frames."""
+        if self.video_pixels is None:
+            return self.min_pixels, self.max_pixels
+        low, high = self.video_pixels
+        return low // frames, high // frames
 
 
 @dataclass(frozen=True)
 class Eye:
-    """Looks at one video."""
+    """Looks at one video, or at the part of it that a question is about."""
 
     video: Path
     sight: Sight
     reader: IsolatedReader
+    start_s: float | None = None
+    """Where the part begins; None for the video's beginning."""
+    end_s: float | None = None
+    """Where it ends; None for the video's end."""
 
     def first(self) -> Frames:
-        """V_init: the whole video, coarsely.
+        """V_init: all of it, coarsely.
 
         Raises:
             VideoError: the video cannot be read.
         """
-        return self._take(self.sight.fps, self.sight.max_frames, None, None)
+        return self._take(self.sight.fps, self.sight.max_frames, self.start_s, self.end_s)
 
     def again(self, part: Span, fps: float) -> Frames:
         """V_{i+1}: a part of it, with more frames a second.
@@ -68,10 +81,8 @@ class Eye:
         frames = self.reader.read(
             self.video, fps=fps, max_frames=max_frames, start_s=start_s, end_s=end_s
         )
-        sight = self.sight
-        return fit_frames(
-            frames, factor=sight.factor, min_pixels=sight.min_pixels, max_pixels=sight.max_pixels
-        )
+        low, high = self.sight.bounds(len(frames.indices))
+        return fit_frames(frames, factor=self.sight.factor, min_pixels=low, max_pixels=high)
 
 
 def seen_span(frames: Frames) -> Span:

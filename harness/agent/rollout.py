@@ -19,16 +19,19 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from internvideo3.harness.agent.actions import Action, Answer, Claim, Malformed, read_call
+from internvideo3.harness.agent.album import Album
 from internvideo3.harness.agent.belief import Belief, believe, tally
 from internvideo3.harness.agent.budget import RESERVE, Spending
 from internvideo3.harness.agent.context import CALL, Context, Control, Entry, Kind, Quoted, Span
 from internvideo3.harness.agent.environment import Environment, Feedback
-from internvideo3.harness.agent.judging import Judgement, shares, weigh
+from internvideo3.harness.agent.judging import Judgement, Weighed, shares
 from internvideo3.harness.agent.perception import Eye, interval_s, seen_span
-from internvideo3.harness.agent.verification import Check, check, told
+from internvideo3.harness.agent.verification import Check, check, joined, told, weigh_alone
 from internvideo3.model.session import Limits
 from internvideo3.tasks.video import Frames
 
+SUPPORTED = 0.5
+"""Probability of an answer, given the evidence alone, from which the evidence supports it."""
 MOST_REFUSALS = 2
 """Answers that verification may send back; one more is taken as it is."""
 
@@ -41,6 +44,10 @@ class View:
     interval_s: float
     """Seconds between two of its frames."""
     entry: str
+    times_s: tuple[float, ...] = ()
+    """Of its frames."""
+    frames: Frames | None = None
+    """What a closer look saw, kept for the evidence window; None for the first look."""
 
 
 @dataclass(kw_only=True)
@@ -63,6 +70,12 @@ class State:
     base_tokens: int = 0
     """Tokens of the first look and the question."""
     refusals: int = 0
+    album: Album | None = None
+    """Small pictures of the whole video, where memory has them."""
+    weak: Span | None = None
+    """A part whose look did not support the answer that cited it."""
+    proposed: str = ""
+    """The first answer that was given, before verification said anything."""
 
     def count(self) -> None:
         """Brings the spending up to date."""
@@ -108,6 +121,10 @@ class Outcome:
     answer: str
     support: float
     """Mean probability over all looks, see `Belief.support`; 0 where none could be taken."""
+    wording: str
+    """The answer as the model would write it: by letter or by text, as the question asks."""
+    proposed: str | None
+    """So worded, the answer before verification said anything; None if none was given."""
     reason: str
     """verified, unverified (sent back too often), direct, or budget."""
     evidence: tuple[str, ...]
@@ -150,46 +167,53 @@ def begin(state: State, policy: Policy, first: Frames) -> None:
     """C_1 = T_sys, V_1 = V_init, and the query Q: equation (5)."""
     context, span = state.context, seen_span(first)
     context.add(Kind.INSTRUCTION, "system", [Control(policy.system)], role="system")
-    entry = context.add(Kind.OBSERVATION, "frames", [first], span=span, data=_about(first))
+    entry = context.add(Kind.OBSERVATION, "frames", [first], span=span, data=_about([first]))
     context.add(Kind.INSTRUCTION, "user", [Quoted(state.question)])
-    state.views.append(View(span=span, interval_s=interval_s(first), entry=entry.id))
+    state.views.append(_view(first, entry))
     state.base_tokens = len(context)
 
 
 def reason(state: State, policy: Policy) -> Entry:
     """R_i ~ f(Q | V_i, A_i, F_i, C_i): equation (1), and how strongly it is held."""
     ahead = state.context.ahead()
-    given: list[float] = []
-    if state.options:
-        given, weighed = shares(state.context, ahead, state.options)
-        state.spending.side_tokens += weighed
+    weighed = shares(state.context, ahead, state.options) if state.options else None
+    if weighed is not None:
+        state.spending.side_tokens += weighed.tokens
     most = max(1, min(policy.limits.max_new_tokens, state.spending.tokens_left // 2))
     said = state.context.speak(replace(policy.limits, max_new_tokens=most))
     ids = said.data["ids"]
     calls = read_call(ids, state.context.session.processor.tokenizer) is not None
-    if given:
-        place = max(range(len(given)), key=lambda i: given[i])
-        _judge(state, said.text, state.options[place], given[place], given)
+    if weighed is not None:
+        state.judgements.append(judged(state, weighed, state.views[-1], said.text))
     elif not calls:
-        support = math.exp(weigh(ahead, ids) / len(ids))
+        support = round(math.exp(ahead.log_likelihood(ids) / len(ids)), 4)
         state.spending.side_tokens += len(ids)
-        _judge(state, said.text, said.text.strip(), round(support, 4), ())
+        view, words = state.views[-1], said.text.strip()
+        state.judgements.append(
+            Judgement(
+                turn=state.context.turn, said=said.text, answer=words, support=support, shares=(),
+                options=(), wordings=(words,), span=view.span, evidence=view.entry,
+            )
+        )  # fmt: skip
     state.count()
     return said
 
 
-def _judge(state: State, said: str, answer: str, support: float, given: Sequence[float]) -> None:
-    view = state.views[-1]
-    state.judgements.append(
-        Judgement(
-            turn=state.context.turn,
-            said=said,
-            answer=answer,
-            support=support,
-            shares=tuple(given),
-            span=view.span,
-            evidence=view.entry,
-        )
+def judged(
+    state: State, weighed: Weighed, view: View, said: str = "", *, alone: bool = False
+) -> Judgement:
+    """What is held of the options after a look."""
+    return Judgement(
+        turn=state.context.turn,
+        said=said,
+        answer=state.options[weighed.best],
+        support=weighed.shares[weighed.best],
+        shares=weighed.shares,
+        options=state.options,
+        wordings=weighed.wordings,
+        span=view.span,
+        evidence=view.entry,
+        alone=alone,
     )
 
 
@@ -223,31 +247,41 @@ def take(action: Action | Malformed, state: State) -> None:
 
 def perceive(state: State, feedback: Feedback, source: str) -> None:
     """V_{i+1} ~ δ(V_i | C_{i+1}): equation (4); new frames, not a caption of them."""
-    assert feedback.span is not None and feedback.look is not None
+    assert feedback.look is not None
     try:
-        frames = state.eye.again(feedback.span, feedback.look)
+        looks = [state.eye.again(part, feedback.look) for part in feedback.parts]
     except ValueError as error:
         _respond(state, Feedback(ok=False, text=str(error)), source)
         return
-    if state.eye.tokens(frames) > state.spending.tokens_left - RESERVE:
-        said = f"{len(frames.indices)} frames cost more than the tokens that are left; answer now"
+    if sum(map(state.eye.tokens, looks)) > state.spending.tokens_left - RESERVE:
+        count = sum(len(look.indices) for look in looks)
+        said = f"{count} frames cost more than the tokens that are left; answer now"
         _respond(state, Feedback(ok=False, text=said), source)
         return
-    span = seen_span(frames)
+    spans = [seen_span(look) for look in looks]
     entry = state.context.respond(
         Kind.OBSERVATION,
         source,
         [
             Quoted(f"{state.context.next_id}: {feedback.text}"),
             Control("\n"),
-            frames,
+            *joined(looks),
             Control("\n"),
             _left(state),
         ],
-        span=span,
-        data=_about(frames) | {"ok": True},
+        span=(spans[0][0], max(end_s for _, end_s in spans)),
+        data=_about(looks) | {"ok": True, "parts": spans},
     )
-    state.views.append(View(span=span, interval_s=interval_s(frames), entry=entry.id))
+    state.views += [replace(_view(look, entry), frames=look) for look in looks]
+
+
+def _view(frames: Frames, entry: Entry) -> View:
+    return View(
+        span=seen_span(frames),
+        interval_s=interval_s(frames),
+        entry=entry.id,
+        times_s=tuple(index / frames.source_fps for index in frames.indices),
+    )
 
 
 def _respond(state: State, feedback: Feedback, source: str) -> Entry:
@@ -271,33 +305,81 @@ def _left(state: State) -> Control:
 
 def settle(action: Answer, state: State, policy: Policy) -> Outcome | None:
     """Verification before the end: None, with feedback why, if the answer is sent back."""
+    state.proposed = state.proposed or action.text
     claim = Claim(text=action.text, evidence=action.evidence)
     checks = check([claim], state.context)
+    if checks[0].ok and policy.verifies:
+        checks = [_supported(checks[0], state, policy)]
     state.checks += checks
     if checks[0].ok or not policy.verifies or state.refusals >= MOST_REFUSALS:
         verdict = "verified" if checks[0].ok else "unverified"
-        return Outcome(
-            answer=action.text,
-            support=dict(tally(state.judgements, state.options)).get(action.text, 0.0),
-            reason=verdict if policy.verifies else "direct",
-            evidence=checks[0].evidence,
+        return _outcome(
+            state,
+            action.text,
+            dict(tally(state.judgements, state.options)).get(action.text, 0.0),
+            verdict if policy.verifies else "direct",
+            checks[0].evidence,
         )
     state.refusals += 1
     _respond(state, Feedback(ok=False, text=told(checks)), "verify")
     return None
 
 
+def _supported(found: Check, state: State, policy: Policy) -> Check:
+    """The model's own part of verification: does it give the answer from the evidence alone?
+
+    The evidence window, all closer looks in order of time, is shown again without anything else,
+    so that neither the first look nor what was said can speak for the answer. What the model then
+    holds counts from now on, and the weakest cited part is named for another look.
+    """
+    views = sorted(state.views[1:], key=lambda view: view.span)
+    if not state.options or not views or found.claim not in state.options:
+        return found
+    state.weak = None
+    looks = [view.frames for view in views if view.frames is not None]
+    weighed, tokens = weigh_alone(
+        state.context, policy.system, looks, state.question, state.options
+    )
+    state.spending.side_tokens += tokens
+    state.judgements.append(judged(state, weighed, state.views[-1], alone=True))
+    share = weighed.shares[state.options.index(found.claim)]
+    if share >= SUPPORTED:
+        return replace(found, support=share)
+    state.weak = next((v.span for v in state.views[1:] if v.entry in found.evidence), None)
+    other = state.options[weighed.best]
+    problem = f"the closer looks alone say {other} ({weighed.shares[weighed.best]:.2f})"
+    return replace(found, ok=False, support=share, problems=(problem,))
+
+
 def best(state: State, reason_: str) -> Outcome:
     """The best-supported answer so far."""
     if not state.judgements:
         said = [e.text.strip() for e in state.context.entries if e.kind is Kind.REASONING]
-        return Outcome(answer=said[-1] if said else "", support=0.0, reason=reason_, evidence=())
+        return _outcome(state, said[-1] if said else "", 0.0, reason_, ())
     held = believe(state.context.turn, state.judgements, state.options)
+    return _outcome(state, held.hypothesis, held.support, reason_, held.evidence)
+
+
+def _outcome(
+    state: State, text: str, support: float, reason_: str, evidence: tuple[str, ...]
+) -> Outcome:
     return Outcome(
-        answer=held.hypothesis, support=held.support, reason=reason_, evidence=held.evidence
+        answer=text,
+        wording=_worded(state, text),
+        proposed=_worded(state, state.proposed) if state.proposed else None,
+        support=support,
+        reason=reason_,
+        evidence=evidence,
     )
 
 
-def _about(frames: Frames) -> dict[str, object]:
-    times = [round(index / frames.source_fps, 3) for index in frames.indices]
-    return {"times_s": times, "digest": frames.digest}
+def _worded(state: State, text: str) -> str:
+    """An answer as the model would write it, e.g. by its letter."""
+    if text in state.options and state.judgements:
+        return state.judgements[-1].wordings[state.options.index(text)]
+    return text
+
+
+def _about(looks: Sequence[Frames]) -> dict[str, object]:
+    times = [round(index / look.source_fps, 3) for look in looks for index in look.indices]
+    return {"times_s": times, "digest": " ".join(look.digest for look in looks)}

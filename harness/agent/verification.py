@@ -1,17 +1,24 @@
 """Recursive verification: a claim must point to evidence that exists and is of its time (3.4).
 
 Code checks what code can: that the cited entries are there, can show something, and overlap the
-claim in time. Whether they support it, the model says, by the probability that it gives the answer.
+claim in time. Whether they support it, the model says: by the probability that it gives the answer
+when it is shown the closer looks and nothing else.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from internvideo3.harness.agent.actions import Claim
-from internvideo3.harness.agent.context import Context, Entry, Kind
+from internvideo3.harness.agent.context import Context, Control, Entry, Kind, Quoted
+from internvideo3.harness.agent.judging import Weighed, shares
 from internvideo3.harness.agent.memory import overlap_s
+from internvideo3.model.session import Session
+from internvideo3.tasks.video import Frames
 
 SHOWING = (Kind.OBSERVATION, Kind.FEEDBACK, Kind.MEMORY)
 """Entries that can be evidence: what the world said, never what the model said."""
@@ -27,6 +34,8 @@ class Check:
     """The cited entries that hold."""
     problems: tuple[str, ...]
     """What is wrong with the others, or with the claim."""
+    support: float | None = None
+    """Probability that the model gives the claim from the evidence alone; None: not asked."""
 
 
 def check(claims: Sequence[Claim], context: Context) -> list[Check]:
@@ -59,6 +68,58 @@ def _problem(claim: Claim, cited: str, entry: Entry | None) -> str:
     if overlap_s(span, entry.span) <= 0:
         return f"{cited} shows {entry.span[0]:g}-{entry.span[1]:g} s, the claim is of another time"
     return ""
+
+
+def weigh_alone(
+    context: Context,
+    system: str,
+    looks: Sequence[Frames],
+    question: str,
+    options: Sequence[str],
+) -> tuple[Weighed, int]:
+    """How likely each option is for a model that sees these looks only, and the tokens it took.
+
+    Args:
+        context: the rollout's, which is not touched.
+        system: the system prompt.
+        looks: frames of the cited evidence.
+        question: with its options.
+        options: their texts.
+    """
+    of = context.session
+    session = Session(
+        of.model, of.processor, features=of.features, media_options={"do_resize": False}
+    )
+    alone = Context(session)
+    alone.add(Kind.INSTRUCTION, "system", [Control(system)], role="system")
+    for look in joined(looks):
+        alone.add(Kind.OBSERVATION, "frames", [look])
+    alone.add(Kind.INSTRUCTION, "user", [Quoted(question)])
+    weighed = shares(alone, alone.ahead(), options)
+    return weighed, len(alone) + weighed.tokens
+
+
+def joined(looks: Sequence[Frames]) -> list[Frames]:
+    """Looks in order of time as one list of frames; those of another size begin a list anew."""
+    lists: list[list[Frames]] = []
+    for look in looks:
+        if lists and lists[-1][-1].pixels_THWC.shape[1:] == look.pixels_THWC.shape[1:]:
+            lists[-1].append(look)
+        else:
+            lists.append([look])
+    return [_one(parts) for parts in lists]
+
+
+def _one(parts: Sequence[Frames]) -> Frames:
+    if len(parts) == 1:
+        return parts[0]
+    digest = hashlib.sha256(" ".join(part.digest for part in parts).encode()).hexdigest()
+    return replace(
+        parts[0],
+        pixels_THWC=np.concatenate([part.pixels_THWC for part in parts]),
+        indices=tuple(index for part in parts for index in part.indices),
+        digest=digest,
+    )
 
 
 def told(checks: Sequence[Check]) -> str:

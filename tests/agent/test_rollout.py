@@ -265,7 +265,7 @@ def judgement(turn: int, shares: tuple[float, ...], options: tuple[str, ...]) ->
     top = max(range(len(shares)), key=lambda i: shares[i])
     return Judgement(
         turn=turn, said="", answer=options[top], support=shares[top], shares=shares,
-        span=(turn, turn + 1), evidence=f"e{turn}",
+        wordings=options, span=(turn, turn + 1), evidence=f"e{turn}",
     )  # fmt: skip
 
 
@@ -299,6 +299,7 @@ def test_windows_cover_the_video_and_first_ones_lie_apart(make: Make) -> None:
         ("What?\nA. one", ()),
         ("What?\n(B) two\nC. three", ()),
         ("What?\nA) one\nB) two", ("one", "two")),
+        ("What?\n(A) one\n(B) two\nAnswer with the letter.", ("one", "two")),
     ],
 )
 def test_options_are_read_from_the_question(text: str, options: tuple[str, ...]) -> None:

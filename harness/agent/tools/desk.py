@@ -91,6 +91,10 @@ class Desk:
 
     def __exit__(self, *_: object) -> None:
         """Kills every process."""
+        self.close()
+
+    def close(self) -> None:
+        """Kills every process; the next call starts one anew."""
         for name in list(self._running):
             self._kill(name)
 

@@ -1,0 +1,35 @@
+"""What decides a rollout beside the model, the question and how frames are sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from internvideo3.harness.agent.budget import Budget
+
+PolicyName = Literal["controller", "model"]
+Looks = Literal["new", "spread", "random", "none"]
+TOOLS_OF_EVAL = ("video_segmentation", "asr", "ocr", "temporal_grounding")
+"""What may be called unless the command says otherwise: nothing that leaves the machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentSettings:
+    """The agent of one command; equal settings and seeds give equal rollouts."""
+
+    policy: PolicyName = "controller"
+    """Who acts: rules, or the model by its own calls."""
+    budget: Budget = field(default_factory=Budget)
+    """What one question may cost."""
+    looks: Looks = "new"
+    """Where the controller looks again: `new` where small pictures of the whole video, kept in
+    memory, show what no look has shown; `spread` over the video, without that memory; `random`;
+    `none` to answer from the first look and tools."""
+    verifies: bool = True
+    """Whether an answer must pass verification."""
+    zoom_frames: int = 16
+    """Most frames of a further look."""
+    tools: tuple[str, ...] = TOOLS_OF_EVAL
+    """What may be called beside looking again and memory."""
+    seed: int = 0
+    """Of random looks and sampled words."""

@@ -1,0 +1,60 @@
+"""Rollouts of a run on disk: `runs/<id>/traces/<sample id>.json.gz`, one file a rollout.
+
+A file appears when it is whole, and before the sample's record, so that a record has its trace. No
+clock is in it: equal runs write equal bytes.
+"""
+
+import gzip
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+TRACES = "traces"
+
+
+class TraceError(ValueError):
+    """A trace that is not there or cannot be read."""
+
+
+def trace_path(run: Path, sample: str) -> Path:
+    """Where a sample's trace is; what a file name cannot hold is escaped."""
+    parts = [quote(part, safe=" ()+,=@") for part in sample.split("/")]
+    safe = [part.replace(".", "%2E") if set(part) == {"."} else part for part in parts]
+    return (run / TRACES).joinpath(*safe[:-1], f"{safe[-1]}.json.gz")
+
+
+def write_trace(run: Path, sample: str, trace: Mapping[str, Any]) -> None:
+    """Write a sample's trace, all or nothing.
+
+    Raises:
+        OSError: the disk is full or refuses.
+    """
+    path = trace_path(run, sample)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(trace, sort_keys=True, ensure_ascii=True, default=str)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False, suffix=".part") as file:
+        file.write(gzip.compress(text.encode(), compresslevel=6, mtime=0))
+    os.replace(file.name, path)  # noqa: PTH105
+
+
+def read_trace(path: Path) -> dict[str, Any]:
+    """A trace that `ask` or `eval` wrote.
+
+    Raises:
+        TraceError: there is none, or it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+        text = gzip.decompress(data) if path.suffix == ".gz" else data
+        trace = json.loads(text)
+    except FileNotFoundError:
+        raise TraceError(f"there is no trace at {path}; `ask` and `eval` write them.") from None
+    except (OSError, EOFError, ValueError) as error:
+        raise TraceError(f"{path} is no trace ({error}).") from None
+    if not isinstance(trace, dict) or "entries" not in trace:
+        raise TraceError(f"{path} is JSON, but no trace of a rollout.")
+    return trace

@@ -1,0 +1,317 @@
+"""Table 6 of the paper for any suite: direct answers beside agentic ones, and what both cost.
+
+Every agentic run is paired with the direct run on the samples that both answered; intervals are
+those of `stats`, over videos. What verification changed is scored anew from the answers that were
+proposed before it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from internvideo3.reports import wording
+from internvideo3.reports.export import inert
+from internvideo3.reports.leaderboard_formats import tex
+from internvideo3.reports.load import Run, Sample
+from internvideo3.reports.markdown import escape
+from internvideo3.reports.markdown import table as markdown_table
+from internvideo3.reports.stats import Difference, Interval, cluster_interval, paired_difference
+from internvideo3.tasks.scoring import score
+
+TEMPLATES = Path(__file__).parent / "templates"
+PAPER = ("Video-MME", 73.1, 75.8)
+"""The paper's only row: benchmark, direct QA, agentic MCR (table 6)."""
+NOTE = (
+    "Differences are paired, intervals 95 %, bootstrap over videos. Tokens are of the context and "
+    "of what was weighed aside; calls count looks and tools. The paper gives no cost."
+)
+HEAD = (
+    "system", "score", "− direct", "95 % interval", "n", "tokens", "seconds", "calls",
+    "without tools", "right → wrong", "wrong → right",
+)  # fmt: skip
+
+
+class Table6Error(ValueError):
+    """Runs that cannot be set beside each other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One system on one suite."""
+
+    name: str
+    suite: str
+    label: str
+    """`scale` for the scale model, `open-web` where the web was searched."""
+    score: Interval
+    difference: Difference | None
+    """To the direct run; None for that run itself."""
+    tokens: float
+    """Mean of a question."""
+    seconds: float
+    calls: float | None
+    without_tools: float | None
+    """Share of rollouts that ended without a call."""
+    spoilt: float | None
+    """Share of answers that verification made wrong."""
+    mended: float | None
+    """Share that it made right."""
+    run: str
+
+
+def lines(direct: Run, agentic: Sequence[Run]) -> list[Line]:
+    """The table's lines, suite by suite, the direct run first.
+
+    Raises:
+        Table6Error: a run is of the wrong mode or model, or shares no sample with the direct run.
+    """
+    _check(direct, agentic)
+    found: list[Line] = []
+    for suite, samples in direct.samples.items():
+        others = [run for run in agentic if suite in run.samples]
+        if others:
+            found.append(_line(direct, suite, samples, None))
+            found += [_line(run, suite, run.samples[suite], samples) for run in others]
+    if not found:
+        raise Table6Error("the runs share no suite; give runs of the same suites.")
+    return found
+
+
+def _check(direct: Run, agentic: Sequence[Run]) -> None:
+    if direct.meta.get("mode") != "direct":
+        raise Table6Error(f"{direct.path} is not a direct run; give that one first.")
+    for run in agentic:
+        if run.meta.get("mode") != "agentic":
+            raise Table6Error(
+                f"{run.path} is not an agentic run; `internvideo3 eval --mode agentic` makes one."
+            )
+        if run.model.get("digest") != direct.model.get("digest"):
+            raise Table6Error(f"{run.path} and {direct.path} are runs of different models.")
+
+
+def _line(run: Run, suite: str, samples: Sequence[Sample], base: Sequence[Sample] | None) -> Line:
+    before = {sample.id: sample for sample in base or samples}
+    both = [sample for sample in samples if sample.id in before]
+    if not both:
+        raise Table6Error(f"{run.path} shares no sample of {suite} with the direct run.")
+    values = [sample.value or 0.0 for sample in both]
+    videos = [sample.video_id for sample in both]
+    difference = None
+    if base is not None:
+        direct = [before[sample.id].value or 0.0 for sample in both]
+        difference = paired_difference(direct, values, videos)
+    agents = [sample.agent for sample in both if sample.agent is not None]
+    costs = [agent["cost"] for agent in agents]
+    changes = [change for sample in both if (change := _change(sample)) is not None]
+    label = " ".join(filter(None, [run.model.get("label"), _open_web(run)]))
+    return Line(
+        name=system_name(run), suite=suite, label=label,
+        score=cluster_interval(values, videos), difference=difference,
+        tokens=fmean(_tokens(sample) for sample in both), seconds=_seconds(run, suite, both),
+        calls=fmean(cost["tool_calls"] for cost in costs) if costs else None,
+        without_tools=fmean(cost["tool_calls"] == 0 for cost in costs) if costs else None,
+        spoilt=sum(change < 0 for change in changes) / len(both) if agents else None,
+        mended=sum(change > 0 for change in changes) / len(both) if agents else None,
+        run=run.id,
+    )  # fmt: skip
+
+
+def system_name(run: Run) -> str:
+    """Who answered, from the run's settings: `direct`, or the agent with what sets it apart."""
+    agent = run.config.get("agent")
+    if not agent:
+        return "direct QA"
+    apart = []
+    if agent["looks"] == "random":
+        apart.append("looks at random")
+    if agent["looks"] == "none":
+        apart.append("without zoom")
+    if agent["looks"] == "spread":
+        apart.append("without memory")
+    if not agent["verifies"]:
+        apart.append("without verification")
+    return ", ".join([f"agentic ({agent['policy']})", *apart])
+
+
+def _open_web(run: Run) -> str:
+    return "open-web" if "web_search" in (run.config.get("agent") or {}).get("tools", ()) else ""
+
+
+def _tokens(sample: Sample) -> float:
+    if sample.agent is None:
+        return float(sample.tokens)
+    cost = sample.agent["cost"]
+    return float(cost["context_tokens"] + cost["side_tokens"])
+
+
+def _seconds(run: Run, suite: str, samples: Sequence[Sample]) -> float:
+    wanted = {sample.id for sample in samples}
+    parts = ("decode_s", "encode_s", "prefill_s", "generate_s")
+    rows = [row for row in run.timings.get(suite, ()) if row.get("id") in wanted]
+    return sum(float(row.get(part, 0.0)) for row in rows for part in parts) / max(1, len(rows))
+
+
+def _change(sample: Sample) -> float | None:
+    """Score that verification added to an answer; None if the answer is the proposed one."""
+    proposed = (sample.agent or {}).get("proposed")
+    if proposed is None or proposed == sample.prediction:
+        return None
+    doc = sample.doc or {
+        "id": sample.id, "suite": sample.suite, "family": sample.family,
+        "length_s": sample.length_s, "question": sample.question, "options": list(sample.options),
+        "answer": sample.answer, "answer_type": sample.answer_type,
+    }  # fmt: skip
+    before = score(sample.benchmark, doc, proposed).value or 0.0
+    return (sample.value or 0.0) - before
+
+
+def cells(line: Line) -> list[str]:
+    """A line as texts, in the order of `HEAD`."""
+    found = line.difference
+    return [
+        line.name + (f" [{line.label}]" if line.label else ""),
+        f"{wording.percent(line.score.mean)} ({wording.span(line.score)})",
+        wording.points(found.interval.mean) if found else "–",
+        wording.signed_span(found.interval) if found else "–",
+        wording.count(line.score.n),
+        wording.count(round(line.tokens)),
+        f"{line.seconds:.2f}",
+        "–" if line.calls is None else f"{line.calls:.1f}",
+        *(wording.percent(one) for one in (line.without_tools, line.spoilt, line.mended)),
+    ]
+
+
+def _paper_cells() -> list[list[str]]:
+    benchmark, direct, agentic = PAPER
+    rest = ["–"] * (len(HEAD) - 3)
+    return [
+        [f"paper, {benchmark}: direct QA", f"{direct:.1f}", "–", *rest],
+        [f"paper, {benchmark}: agentic MCR", f"{agentic:.1f}", f"+{agentic - direct:.1f}", *rest],
+    ]
+
+
+def _by_suite(found: Sequence[Line]) -> Iterator[tuple[str, list[list[str]]]]:
+    for suite in dict.fromkeys(line.suite for line in found):
+        yield wording.suite_title(suite), [cells(one) for one in found if one.suite == suite]
+
+
+def markdown(found: Sequence[Line]) -> str:
+    """The table as Markdown."""
+    parts = ["# Direct and agentic (the paper's table 6)", NOTE]
+    for title, rows in (*_by_suite(found), ("The paper's row", _paper_cells())):
+        texts = [[escape(cell) for cell in row] for row in rows]
+        parts += [f"## {title}", markdown_table(list(HEAD), texts)]
+    return "\n\n".join(parts) + "\n"
+
+
+def latex(found: Sequence[Line]) -> str:
+    """The table for a document that loads booktabs."""
+    out = [
+        r"\begin{table}\centering\small",
+        rf"\caption{{Direct and agentic (the paper's table 6, and ours). {tex(NOTE)}}}",
+        rf"\begin{{tabular}}{{l{'r' * (len(HEAD) - 1)}}}",
+        r"\toprule",
+        " & ".join(map(tex, HEAD)) + r" \\",
+    ]
+    for title, rows in (*_by_suite(found), ("The paper's row", _paper_cells())):
+        out += [r"\midrule", rf"\multicolumn{{{len(HEAD)}}}{{l}}{{{tex(title)}}} \\"]
+        out += [" & ".join(map(tex, row)) + r" \\" for row in rows]
+    return "\n".join([*out, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+
+
+def rows(found: Sequence[Line]) -> list[dict[str, Any]]:
+    """The table's numbers, unrounded, as plain data."""
+    return [_row(line) for line in found]
+
+
+def _row(line: Line) -> dict[str, Any]:
+    found = line.difference
+    return {
+        "suite": line.suite, "system": line.name, "label": line.label, "run": line.run,
+        "score": line.score.mean, "low": line.score.low, "high": line.score.high,
+        "n": line.score.n, "videos": line.score.clusters,
+        "difference": found.interval.mean if found else None,
+        "difference_low": found.interval.low if found else None,
+        "difference_high": found.interval.high if found else None,
+        "won": found.wins if found else None, "lost": found.losses if found else None,
+        "p_mcnemar": found.p_mcnemar if found else None,
+        "tokens": line.tokens, "seconds": line.seconds, "calls": line.calls,
+        "without_tools": line.without_tools, "right_to_wrong": line.spoilt,
+        "wrong_to_right": line.mended,
+    }  # fmt: skip
+
+
+def as_csv(found: Sequence[Line]) -> str:
+    """The numbers as CSV."""
+    out = io.StringIO()
+    data = rows(found)
+    writer = csv.DictWriter(out, list(data[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(
+        {key: inert(value) if isinstance(value, str) else value for key, value in row.items()}
+        for row in data
+    )
+    return out.getvalue()
+
+
+def html(found: Sequence[Line], provenance: Sequence[Mapping[str, Any]]) -> str:
+    """The table as a page of its own, without script or network."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
+    return environment.get_template("table6.html.jinja").render(
+        style=Markup(style), head=HEAD, note=NOTE, runs=provenance,
+        tables=[*_by_suite(found), ("The paper's row", _paper_cells())],
+    )  # fmt: skip
+
+
+def provenance(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Command and commit of every run, and the agent's settings."""
+    return [
+        {
+            "run": run.id,
+            "command": " ".join(map(str, run.meta.get("command") or ())),
+            "commit": run.meta.get("commit"),
+            "dirty": run.meta.get("dirty"),
+            "model": run.model.get("name"),
+            "weights": run.model.get("digest"),
+            "data": {name: one.get("data_digest") for name, one in run.meta["suites"].items()},
+            "agent": run.config.get("agent"),
+            "max_frames": run.config.get("max_frames"),
+            "fps": run.config.get("fps"),
+        }
+        for run in runs
+    ]
+
+
+def write(direct: Run, agentic: Sequence[Run], out: Path) -> list[Path]:
+    """Write table6.md, .tex, .csv, .html and .json into a folder.
+
+    Raises:
+        Table6Error: the runs cannot be set beside each other.
+    """
+    found, told = lines(direct, agentic), provenance([direct, *agentic])
+    out.mkdir(parents=True, exist_ok=True)
+    data = {"rows": rows(found), "runs": told}
+    texts = {
+        "table6.md": markdown(found),
+        "table6.tex": latex(found),
+        "table6.csv": as_csv(found),
+        "table6.html": html(found, told),
+        "table6.json": json.dumps(data, indent=1, ensure_ascii=False) + "\n",
+    }
+    for name, text in texts.items():
+        (out / name).write_text(text, encoding="utf-8")
+    return [out / name for name in texts]

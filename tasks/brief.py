@@ -1,0 +1,193 @@
+"""`world_brief`: long videos of the scale world whose events are short, to measure looking again.
+
+Five minutes by the scale world's own generator, with every object on screen for two seconds and
+flashes of half a second or one: 64 frames over such a video lie 4.7 s apart and show fewer than
+half of the events. Nothing is said and there are no subtitles. The files are those of the world's
+suites (`tasks/world/build.py`), in the same folder layout.
+
+    python -m internvideo3.tasks.brief --root /data/world --videos 60
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from internvideo3.tasks.scoring import Score, aggregate, score
+from internvideo3.tasks.world import difficulty as d
+from internvideo3.tasks.world import media
+from internvideo3.tasks.world.files import digest, video_name, write_whole
+from internvideo3.tasks.world.paint import paint
+from internvideo3.tasks.world.questions import Question, questions
+from internvideo3.tasks.world.render import frame_times
+from internvideo3.tasks.world.scenes import Scene, VideoSpec, draw_video
+from internvideo3.tasks.world.suites import SPLIT_BASE, SUITES, Split, Suite
+
+BRIEF: Final = Suite(
+    name="world_brief",
+    profile="main",
+    families=("needle", "shape", "colour", "whereabouts", "motion", "depth", "attime"),
+    lengths={300: 1.0},
+    videos=80,
+    questions_per_video=7,
+    metric="accuracy",
+    seed_block=6,
+)
+EVALUABLE: Final[Mapping[str, Suite]] = SUITES | {BRIEF.name: BRIEF}
+"""All suites that `eval` can run; those of the scale world proper, and this one."""
+VISIT_S: Final = 2.0
+"""Seconds that an object is on screen."""
+
+_YAML: Final = """\
+# Made by `python -m internvideo3.tasks.brief`; the next build writes it again.
+task: iv3_{suite}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {docs}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function iv3_brief.doc_to_visual
+doc_to_text: !function iv3_brief.doc_to_text
+doc_to_target: answer
+process_results: !function iv3_brief.process_results
+generation_kwargs:
+  max_new_tokens: 32
+  temperature: 0
+  do_sample: false
+metric_list:
+  - metric: accuracy
+    aggregation: !function iv3_brief.mean_score
+    higher_is_better: true
+cluster_key: video_id
+metadata:
+  - version: {version}
+"""
+_FUNCTIONS: Final = '''\
+"""Functions of the iv3_world_brief task. Made by `python -m internvideo3.tasks.brief`."""
+
+from pathlib import Path
+
+from internvideo3.tasks.brief import mean_score, process_results
+from internvideo3.tasks.world.lmms import doc_to_text
+
+_FOLDER = Path(__file__).resolve().parent.parent
+
+
+def doc_to_visual(doc):
+    return [str(_FOLDER / doc["video"])]
+'''
+
+
+def draw_brief(seed: int, length_s: float) -> VideoSpec:
+    """The world's video of a seed, with every visit cut down to `VISIT_S` within its scene."""
+    spec = draw_video(seed, length_s)
+    rng = random.Random(f"brief/{seed}")
+    return replace(spec, scenes=tuple(_shortened(scene, rng) for scene in spec.scenes))
+
+
+def _shortened(scene: Scene, rng: random.Random) -> Scene:
+    # Not the first second of a scene: the one before may still shine through.
+    first, last = int(scene.start_s) + 1, int(scene.end_s - VISIT_S)
+    starts = [float(rng.randint(min(first, last), last)) for _ in scene.things]
+    things = (
+        replace(thing, enter_s=start, leave_s=start + VISIT_S)
+        for thing, start in zip(scene.things, starts, strict=True)
+    )
+    return replace(scene, things=tuple(things))
+
+
+def draw_suite(split: Split, videos: int) -> Iterator[tuple[VideoSpec, list[Question]]]:
+    """Videos in order, each with its questions; no pixels."""
+    (length_s,) = BRIEF.lengths
+    for index in range(videos):
+        seed = SPLIT_BASE[split] + BRIEF.seed_block * 10**6 + index
+        spec = draw_brief(seed, length_s)
+        rng = random.Random(f"questions/{seed}")
+        yield spec, questions(spec, rng, BRIEF.families, BRIEF.questions_per_video)
+
+
+def documents(split: Split, videos: int) -> Iterator[dict[str, Any]]:
+    """The rows of the documents, in order; needs no files."""
+    number = 0
+    for index, (spec, asked) in enumerate(draw_suite(split, videos)):
+        name = f"{BRIEF.name}-{index:04d}"
+        for one in asked:
+            yield {
+                "id": f"{BRIEF.name}/{number:06d}",
+                "video_id": name,
+                "video": video_name(name),
+                "suite": BRIEF.name,
+                "family": one.family,
+                "length_s": spec.length_s,
+                "question": one.question,
+                "options": list(one.options or ()),
+                "answer": one.answer,
+                "answer_letter": one.answer_letter,
+                "answer_type": one.answer_type,
+                "evidence": [list(span) for span in one.evidence],
+                "prompt": one.prompt,
+            }
+            number += 1
+
+
+def build_brief(root: Path, split: Split = "test", videos: int = BRIEF.videos) -> Path:
+    """Make the videos that are missing, then the documents and the task; returns the documents.
+
+    A video's file appears under its name only when it is whole, so that a build can be killed.
+
+    Raises:
+        ValueError: the number of videos makes no sense.
+        OSError: the disk is full or refuses.
+    """
+    if not 1 <= videos <= BRIEF.videos:
+        raise ValueError(f"videos must be 1 to {BRIEF.videos}, got {videos}.")
+    folder = root / split
+    (folder / "videos").mkdir(parents=True, exist_ok=True)
+    (folder / "lmms").mkdir(exist_ok=True)
+    for index, (spec, _) in enumerate(draw_suite(split, videos)):
+        path = folder / video_name(f"{BRIEF.name}-{index:04d}")
+        if not path.is_file():
+            write_whole(path, media.encode_video(paint(spec, frame_times(spec))))
+    docs = folder / f"{BRIEF.name}.jsonl"
+    lines = "".join(json.dumps(doc) + "\n" for doc in documents(split, videos))
+    where = json.dumps(str(docs.resolve()))
+    yaml = _YAML.format(suite=BRIEF.name, docs=where, version=d.VERSION)
+    write_whole(folder / "lmms" / "iv3_brief.py", _FUNCTIONS.encode())
+    write_whole(folder / "lmms" / f"iv3_{BRIEF.name}.yaml", yaml.encode())
+    write_whole(docs, lines.encode())
+    return docs
+
+
+def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Score one answer for lmms-eval, as the world's own suites are scored."""
+    official = score(BRIEF.name, doc, results[0])
+    kept = {key: doc[key] for key in ("id", "suite", "video_id", "family", "length_s")}
+    row = {**kept, "answer_type": doc["answer_type"], "score": official.value or 0.0}
+    return {BRIEF.metric: row | {"official": official.as_dict()}}
+
+
+def mean_score(rows: Sequence[Mapping[str, Any]]) -> float:
+    """The official aggregate, 0 to 1."""
+    scored = [(row, Score.from_dict(row["official"])) for row in rows]
+    return aggregate(BRIEF.name, scored).value or 0.0
+
+
+def main() -> None:
+    """Build the suite; the digest tells whether two builds ask the same."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path, required=True, help="where the world is built")
+    parser.add_argument("--split", choices=tuple(SPLIT_BASE), default="test")
+    parser.add_argument("--videos", type=int, default=BRIEF.videos)
+    given = parser.parse_args()
+    docs = build_brief(given.root, given.split, given.videos)
+    print(f"{docs}: {digest(docs.read_bytes())}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

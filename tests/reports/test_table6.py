@@ -1,0 +1,102 @@
+"""Table 6 from runs on disk: pairing, cost, what verification changed, every form of the table.
+
+pytest tests/reports/test_table6.py
+"""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internvideo3.reports.load import load_run
+from internvideo3.reports.table6 import Table6Error, html, lines, provenance, write
+
+SCORED = {True: {"value": 1.0, "parsed": "A", "outcome": "answered"},
+          False: {"value": 0.0, "parsed": "B", "outcome": "answered"}}  # fmt: skip
+
+
+def sample(number: int, said: str, agent: dict[str, Any] | None) -> dict[str, Any]:
+    scored = SCORED[said == "ring"]
+    return {
+        "id": f"world_long/{number:06d}", "suite": "world_long", "video_id": f"v{number // 2}",
+        "family": "shape", "length_s": 60.0, "question": "What?", "options": ["ring", "cross"],
+        "answer": "ring", "answer_type": "choice", "evidence": [], "video": None,
+        "prediction": said, "official": scored, "plain": scored, "error": None,
+        "tokens": {"prompt": 500, "new": 2},
+    } | ({"agent": agent} if agent else {})  # fmt: skip
+
+
+def agent(calls: int, proposed: str) -> dict[str, Any]:
+    cost = {"context_tokens": 900, "side_tokens": 100, "tool_calls": calls, "turns": calls + 1}
+    return {"cost": cost, "proposed": proposed, "ended": "verified", "first": "cross"}
+
+
+def run(folder: Path, said: list[str], agents: list[dict[str, Any]] | None = None) -> Path:
+    rows = [sample(n, text, agents[n] if agents else None) for n, text in enumerate(said)]
+    for name in ("samples", "timings"):
+        (folder / name).mkdir(parents=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "samples/world_long.jsonl").write_text(text)
+    times = [{"id": row["id"], "decode_s": 0.5, "encode_s": 0.25} for row in rows]
+    (folder / "timings/world_long.jsonl").write_text("".join(json.dumps(t) + "\n" for t in times))
+    settings = {"policy": "controller", "looks": "new", "verifies": True, "tools": ["asr"]}
+    meta = {
+        "schema": 1, "id": folder.name, "mode": "agentic" if agents else "direct",
+        "command": ["internvideo3", "eval", "<b>"], "commit": "abc", "dirty": False,
+        "model": {"name": "scale:base", "digest": "d", "label": "scale"},
+        "suites": {"world_long": {"n": len(said), "data_digest": "x"}},
+        "config": {"agent": settings if agents else None, "fps": 2.0, "max_frames": 64},
+    }  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> tuple[Path, Path]:
+    direct = run(tmp_path / "direct", ["cross"] * 6 + ["ring"] * 2)
+    said = ["ring"] * 5 + ["cross", "ring", "cross"]
+    proposed = ["cross", *said[1:7], "ring"]
+    agents = [agent(0 if n == 3 else 4, proposed[n]) for n in range(8)]
+    return direct, run(tmp_path / "agentic", said, agents)
+
+
+def test_the_table_pairs_runs_and_tells_their_cost(both: tuple[Path, Path]) -> None:
+    direct, agentic = (load_run(path) for path in both)
+    base, ours = lines(direct, [agentic])
+    assert (base.score.mean, ours.score.mean) == (0.25, 0.75)
+    assert ours.difference is not None and ours.difference.interval.mean == 0.5
+    assert (ours.difference.wins, ours.difference.losses) == (5, 1)
+    assert (base.tokens, ours.tokens, ours.seconds) == (502, 1000, 0.75)
+    assert (ours.calls, ours.without_tools) == (3.5, 0.125)
+    assert (ours.mended, ours.spoilt) == (0.125, 0.125)
+    assert base.calls is None and ours.label == "scale"
+
+
+def test_every_form_of_the_table_says_the_same(both: tuple[Path, Path], tmp_path: Path) -> None:
+    direct, agentic = (load_run(path) for path in both)
+    files = {file.suffix: file.read_text() for file in write(direct, [agentic], tmp_path / "out")}
+    for text in (files[".md"], files[".tex"], files[".html"]):
+        assert "75.0" in text and "75.8" in text and "73.1" in text and "+50.0" in text
+    (_, row) = csv.DictReader(io.StringIO(files[".csv"]))
+    assert float(row["difference"]) == 0.5 and float(row["tokens"]) == 1000
+    data = json.loads(files[".json"])
+    assert data["runs"][1]["commit"] == "abc" and data["rows"][1]["wrong_to_right"] == 0.125
+    assert "<b>" not in html(lines(direct, [agentic]), provenance([direct]))
+
+
+def test_runs_that_do_not_belong_together_are_refused(
+    both: tuple[Path, Path], tmp_path: Path
+) -> None:
+    direct, agentic = (load_run(path) for path in both)
+    with pytest.raises(Table6Error, match="not a direct run"):
+        lines(agentic, [agentic])
+    with pytest.raises(Table6Error, match="not an agentic run"):
+        lines(direct, [direct])
+    other = json.loads((both[1] / "run.json").read_text())
+    other["model"]["digest"] = "another"
+    (both[1] / "run.json").write_text(json.dumps(other))
+    with pytest.raises(Table6Error, match="different models"):
+        lines(direct, [load_run(both[1])])
