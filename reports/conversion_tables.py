@@ -94,16 +94,29 @@ def _concentration(report: Report) -> str:
 
 def _memory(report: Report) -> str:
     """Measured and planned on the small source, planned for 8B."""
-    measured = dict(report["measured_above_weights"])
-    large = report["qwen3_vl_8b"]
+    measured = report["measured_above_weights"]
+    plans = [report, report["qwen3_vl_8b"], report["qwen3_vl_8b_official"]]
     rows = [
-        [step, f"{measured[step] / 2**20:,.0f}", f"{planned / 2**20:,.0f}",
-         f"{large['planned_above_weights'][step] / 2**20:,.0f}"]
-        for step, planned in report["planned_above_weights"].items()
+        [
+            step,
+            *(_mib(found) for found in (measured[step], *(_above(plan, step) for plan in plans))),
+        ]
+        for step in report["planned_above_weights"]
+    ]
+    weights = [_mib(part["weights"]) for part in (report, *plans)]
+    head = [
+        "MiB above the weights", "small, measured", "small, planned", "8B `half`, planned",
+        "8B `official`, planned",
     ]  # fmt: skip
-    weights = [f"{part['weights'] / 2**20:,.0f}" for part in (report, large)]
-    head = ["MiB above the weights", "measured, small", "planned, small", "planned, 8B"]
-    return table(head, [*rows, ["weights themselves", weights[0], weights[0], weights[1]]])
+    return table(head, [*rows, ["weights themselves", *weights]])
+
+
+def _above(plan: Report, step: str) -> int:
+    return int(plan["planned_above_weights"][step])
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f}".replace("-", "−")
 
 
 def _ablation(part: str) -> Callable[[Report], str]:
