@@ -50,6 +50,7 @@ def collect(summary: Summary) -> Browser:
     camera.close()
     payload = {
         "systems": [{"name": s.name, "label": s.label or ""} for s in summary.systems],
+        "pairs": _pairs(summary),
         "suites": {s.name: wording.suite_title(s.name) for s in summary.suites},
         "families": {f: wording.family(f) for s in summary.suites for f in s.families},
         "samples": rows,
@@ -57,6 +58,13 @@ def collect(summary: Summary) -> Browser:
         "rightFrom": RIGHT_FROM,
     }
     return Browser(payload, len(rows), total, _notes(camera))
+
+
+def _pairs(summary: Summary) -> list[list[int]]:
+    """Places of the two systems of each comparison, the reference first."""
+    place = {system.name: number for number, system in enumerate(summary.systems)}
+    found = dict.fromkeys((c.a, c.b) for suite in summary.suites for c in suite.comparisons)
+    return [[place[a], place[b]] for a, b in found]
 
 
 def _notes(camera: Thumbnailer) -> tuple[str, ...]:

@@ -82,13 +82,13 @@ class Plot:
 
 
 def styles(names: Sequence[str], controls: Sequence[str]) -> dict[str, Style]:
-    """Give every system a style; controls are grey and hollow."""
+    """Give every system a style; controls are grey and hollow, each of a shape of its own."""
     given: dict[str, Style] = {}
     for name in names:
+        index = sum(s.hollow == (name in controls) for s in given.values()) % len(SERIES)
         if name in controls:
-            given[name] = Style(CONTROL, "o", hollow=True)
+            given[name] = Style(CONTROL, MARKERS[index], hollow=True)
         else:
-            index = sum(not s.hollow for s in given.values()) % len(SERIES)
             given[name] = Style(SERIES[index], MARKERS[index])
     return given
 

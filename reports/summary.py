@@ -33,6 +33,8 @@ SUITE_ORDER = (
     "world_spatial",
     "world_manyq",
 )
+HIDING = ("blind", "text")
+"""Controls that do not show the video: what a system scores without having seen it."""
 GROUP_RESAMPLES = 2_000
 """Resamples for families and length bands, which are many; whole suites take all."""
 TOLERATED_LOSS = 0.03
@@ -59,7 +61,7 @@ class System:
 
     @property
     def is_control(self) -> bool:
-        """Whether the run shows a floor, not a system."""
+        """Whether the run is a control, not a system."""
         return self.control is not None
 
 
@@ -83,7 +85,8 @@ class Cell:
     no_value: int
     """Answers without a score: their truth is not public, or only a judge could tell."""
     above_floor: bool | None
-    """Whether the whole interval lies above chance and every control; `None` for controls."""
+    """Whether the whole interval lies above chance and every control that hides the video; `None`
+    for controls."""
 
     @property
     def complete(self) -> bool:
@@ -366,9 +369,14 @@ def _aggregate_interval(value: float, samples: Sequence[Sample]) -> Interval:
 def _with_floor(
     cells: dict[str, Cell], systems: Sequence[System], chance: float | None
 ) -> dict[str, Cell]:
-    """Mark the cells whose whole interval lies above chance and above every control's mean."""
+    """Mark the cells whose whole interval lies above chance and above every floor's mean.
+
+    The shuffled control is no floor: it shows all of the video, and questions that need no order
+    are answered as well with it.
+    """
     controls = {s.name for s in systems if s.is_control}
-    floors = [cells[name].value for name in controls & cells.keys()]
+    hiding = {s.name for s in systems if s.control in HIDING}
+    floors = [cells[name].value for name in hiding & cells.keys()]
     floors += [chance] if chance is not None else []
     if not floors:
         return cells

@@ -103,12 +103,18 @@ def _difference(comparison: Comparison) -> list[str]:
 
 def footnotes(summary: Summary) -> list[str]:
     """Return what a reader must know beside the tables: counts, labels, damage."""
-    lines = ["Intervals: 95 %, bootstrap over videos. ≈: not above chance and the controls."]
+    lines = [
+        "Intervals: 95 %, bootstrap over videos. "
+        "≈: not above chance and the controls that hide the video."
+    ]
     for system in summary.systems:
         cells = [s.cells[system.name] for s in summary.suites if system.name in s.cells]
         unreadable, errors = sum(c.unreadable for c in cells), sum(c.errors for c in cells)
         n, missing = sum(c.n for c in cells), [c for c in cells if not c.complete]
         line = f"{system.name}: {n} answers, {unreadable} unreadable, {errors} failed"
+        results = [system.run.results.get(s.name, {}) for s in summary.suites]
+        judge = sum(int(result.get("judge_needed") or 0) for result in results)
+        line += f"; judge needed: {judge} (`internvideo3 judge`)" if judge else ""
         lines.append(line + (f"; {len(missing)} suites incomplete" if missing else ""))
     return lines + list(summary.notes)
 

@@ -53,8 +53,20 @@
   data.systems.forEach((system, i) => {
     results.push([`right${i}`, `${system.name} right`], [`wrong${i}`, `${system.name} wrong`]);
   });
+  /* Won and lost as the table of paired differences counts them. */
+  data.pairs.forEach(([a, b]) => {
+    const [first, second] = [data.systems[a].name, data.systems[b].name];
+    results.push([`pair${b}-${a}`, `${second} better than ${first}`]);
+    results.push([`pair${a}-${b}`, `${first} better than ${second}`]);
+  });
+  const better = (sample, pair) => {
+    const [one, other] = pair.split("-").map((i) => sample.answers[Number(i)]);
+    const scored = [one, other].every((answer) => answer && answer.value !== null);
+    return scored && one.value > other.value;
+  };
   const matches = (sample, result) => {
     if (!result) return true;
+    if (result.startsWith("pair")) return better(sample, result.slice(4));
     if (result === "unread") return sample.answers.some(isUnread);
     if (result === "differ") {
       const marks = sample.answers.filter(Boolean).map((a) => Boolean(isRight(a)));

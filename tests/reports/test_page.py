@@ -205,6 +205,20 @@ def test_filters_narrow_the_list(visit: Callable[..., Visit]) -> None:
     page.select_option("#filter-family", "needle")
     marks = page.locator("#list .item").first.locator(".mark").all_inner_texts()
     assert len(set(marks)) > 1
+    page.select_option("#filter-family", "")
+    values = page.locator("#filter-result option").evaluate_all(
+        "options => options.filter(o => o.text.includes(' better than ')).map(o => o.value)"
+    )
+    # Each pair of the table of differences, both ways.
+    assert len(values) == 6
+    counts = []
+    for value in values[:2]:
+        page.select_option("#filter-result", value)
+        counts.append(page.locator("#list .item").count())
+        for item in page.locator("#list .item").all()[:5]:
+            first, second = item.locator(".mark").all_inner_texts()[:2]
+            assert (first, second) != ("✓", "✓") or "Grounding" in item.inner_text()
+    assert sum(counts) > 0
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,22 @@ def test_controls_come_last_and_set_the_floor(summary: Summary) -> None:
         assert long.cells[name].above_floor == (long.cells[name].interval.low > floor)
     assert long.cells["GQA base, blind"].above_floor is None
     assert summary.suites[1].chance is None
+
+
+def test_the_shuffled_control_is_no_floor(runs: list[Path], tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    shutil.copytree(runs[3], mixed)
+    meta = json.loads((mixed / "run.json").read_text())
+    meta["config"]["control"] = "shuffled"
+    (mixed / "run.json").write_text(json.dumps(meta))
+    got = summarise_paths([*runs[:2], mixed])
+    (control,) = (s for s in got.systems if s.is_control)
+    for suite in got.suites:
+        assert suite.cells[control.name].above_floor is None
+        for name in ("GQA base", "M²LA"):
+            cell = suite.cells[name]
+            expected = None if suite.chance is None else cell.interval.low > suite.chance
+            assert cell.above_floor == expected
 
 
 def test_pairs_are_latent_against_gqa_and_never_the_control(summary: Summary) -> None:
