@@ -6,7 +6,9 @@ Run: .venv/bin/python -m pytest tests/harness/test_convert.py -q
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from internvideo3.harness.calibration import (
@@ -102,17 +105,26 @@ def test_a_linear_norm_is_judged_alone(given: ConvertCommand) -> None:
     assert "text, norm alone" in (given.out / "conversion.html").read_text()
 
 
-def test_a_stopped_conversion_continues(given: ConvertCommand) -> None:
-    """Stopped after a layer, the same command ends with the weights of an unbroken run."""
+def killed(given: ConvertCommand, when: tuple[str, int]) -> None:
+    """Converts in a child process that is killed at a step."""
+    child = os.fork()
+    if child == 0:
+
+        def kill(step: str, done: int, total: int) -> None:
+            if (step, done) == when:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        convert_checkpoint(given, kill)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def test_a_killed_conversion_continues(given: ConvertCommand) -> None:
+    """Killed after a layer, the same command ends with the weights of an unbroken run."""
     unbroken = replace(given, out=given.out.with_name("unbroken"))
     convert_checkpoint(unbroken)
-
-    def stop(step: str, done: int, total: int) -> None:
-        if (step, done) == ("layers", 2):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert_checkpoint(given, stop)
+    killed(given, ("layers", 2))
     assert not given.out.exists() and len(list(given.work.glob("result-*/*.json"))) == 3
     # The source may have been moved, and be named by another path.
     moved = given.out.with_name("source")
@@ -127,6 +139,23 @@ def test_a_stopped_conversion_continues(given: ConvertCommand) -> None:
     convert_checkpoint(given, watch)
     assert touched == [] and before
     assert weights_digest(given.out) == weights_digest(unbroken.out)
+
+
+def test_an_output_appears_when_it_is_whole(
+    given: ConvertCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while the output is written: weights are there, the tokenizer is not."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("internvideo3.harness.convert.shutil.copy2", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert_checkpoint(given)
+    assert (given.work / "output" / "model.safetensors").is_file() and not given.out.exists()
+    convert_checkpoint(given)
+    load_model(given.out, "cpu")
 
 
 def test_a_full_disk_is_explained_and_the_command_repeated(
@@ -144,14 +173,20 @@ def test_a_full_disk_is_explained_and_the_command_repeated(
     assert (given.out / "config.json").is_file()
 
 
-def test_a_work_folder_of_another_calibration_set_is_refused(
-    given: ConvertCommand, text: Path
+def test_a_work_folder_of_another_calibration_set_or_source_is_refused(
+    given: ConvertCommand, text: Path, tmp_path: Path
 ) -> None:
     def stop(step: str, done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         convert_checkpoint(given, stop)
+    tuned = edited(tmp_path / "tuned")
+    weights = load_file(tuned / "model.safetensors")
+    weights["model.language_model.layers.3.mlp.up_proj.weight"] *= 1.1
+    save_file(weights, tuned / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="made with another weights; delete it"):
+        convert_checkpoint(replace(given, source=str(tuned)))
     text.write_text("Other words that fill more than sixteen tokens, all of them new. " * 4)
     with pytest.raises(ValueError, match="made with another calibration; delete it"):
         convert_checkpoint(given)
