@@ -4,7 +4,7 @@ Reads annotations, names of files and headers of a checkpoint; opens no video, i
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +50,10 @@ class SuiteCheck:
     """Different videos, present or not."""
     missing: tuple[str, ...] = ()
     """Paths of files that are not there."""
+    files_here: int = 0
+    """Files that are there."""
     bytes_here: int = 0
-    """Bytes of the files that are there."""
+    """Their bytes."""
     frames: int = 0
     """Most frames that are decoded: each video once."""
     tokens: int = 0
@@ -115,6 +117,7 @@ def _check(suite: str, options: EvalOptions) -> SuiteCheck:
         questions=len(one.docs),
         videos=len(lengths),
         missing=missing,
+        files_here=len(paths) - len(missing),
         bytes_here=sum(path.stat().st_size for path in paths if path.is_file()),
         frames=sum(frames_of(settings, length) for length in lengths.values()),
         tokens=sum(map(image_tokens, lengths.values()))
@@ -244,16 +247,23 @@ def _missing(one: SuiteCheck) -> Iterator[str]:
         yield from (f"  {path}" for path in one.missing[:_SHOWN])
         if len(one.missing) > _SHOWN:
             yield f"  and {len(one.missing) - _SHOWN:,} more"
+        if one.files_here:
+            need = one.bytes_here / one.files_here * len(one.missing)
+            yield f"they need about {need / GIB:.2f} GiB, if they are as large as those here"
 
 
 def _disk(options: EvalOptions) -> Iterator[str]:
-    needs: Mapping[str, float] = {
-        known.title: known.data.gigabytes
-        for suite in options.suites
-        if (known := BENCHMARKS.get(suite.removesuffix(SUBTITLED))) and known.data.gigabytes
-    }
+    known = [BENCHMARKS.get(suite.removesuffix(SUBTITLED)) for suite in options.suites]
+    data = {one.home: one for one in known if one is not None}.values()
     root = data_root(options.data)
     there = next(path for path in (root, *root.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
-    known_needs = "".join(f"; {title}'s videos take {size:g} GB" for title, size in needs.items())
-    yield f"{root}: {free / GIB:,.0f} GiB free{known_needs}"
+    needs = "".join(
+        f"; {one.title}'s videos take {one.data.gigabytes:g} GB"
+        for one in data
+        if one.data.gigabytes
+    )
+    yield f"{root}: {free / GIB:,.0f} GiB free{needs}"
+    unknown = [one.title for one in data if not one.data.gigabytes]
+    if unknown and needs:
+        yield f"how much the videos of the others take is not known: {', '.join(unknown)}"

@@ -183,6 +183,7 @@ def _longvideobench(name: str, title: str, paper: Preset, official: Preset) -> B
             counted="stated",
             licence="CC BY-NC-SA 4.0, gated",
             get="Hugging Face longvideobench/LongVideoBench, after accepting its terms",
+            gigabytes=161,
             annotations=("annotations.*", "lvb_val.json"),
             read=layouts.longvideobench,
         ),

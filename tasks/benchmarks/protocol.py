@@ -71,7 +71,7 @@ class Data:
     get: str
     """Where annotations and videos come from, for a reader who has neither."""
     gigabytes: float | None = None
-    """Size of the videos, where it is published."""
+    """Size of the published archive of videos of all splits; None where it is not known."""
     annotations: tuple[str, ...] = ("annotations.*",)
     """Names of the annotation files below the folder, as patterns; json, jsonl, csv or parquet."""
     read: Callable[[str, Any], Iterator[Raw]] | None = None

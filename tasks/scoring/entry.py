@@ -1,7 +1,7 @@
 """`score` and `aggregate`: find the benchmark by name and apply its rule."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from . import (
@@ -124,7 +124,7 @@ def score(benchmark: str, doc: Doc, prediction: Any, *, rule: Rule = "official")
         ) from error
 
 
-def aggregate(benchmark: str, scored_rows: Sequence[Row], rule: Rule = "official") -> TaskResult:
+def aggregate(benchmark: str, scored_rows: Iterable[Row], rule: Rule = "official") -> TaskResult:
     """Average scored rows by the benchmark's official averages.
 
     Args:
@@ -138,7 +138,7 @@ def aggregate(benchmark: str, scored_rows: Sequence[Row], rule: Rule = "official
     Raises:
         ScoringError: Unknown benchmark or rule, or a document without the fields that it needs.
     """
-    return _find(benchmark, rule).aggregate(benchmark, scored_rows, rule)
+    return _find(benchmark, rule).aggregate(benchmark, list(scored_rows), rule)
 
 
 def _find(benchmark: str, rule: Rule) -> Benchmark:

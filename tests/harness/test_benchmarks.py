@@ -377,6 +377,8 @@ def test_check_lists_what_is_missing_and_what_it_will_cost(
     assert "with the vision tower" in " ".join(whole.output.split())
     assert "VRBench (vrbench): NOT READY" in done.output
     assert "VRBench's videos take 421 GB" in done.output
+    assert "the others take is not known: Video-MME, EgoSchema" in " ".join(done.output.split())
+    assert "if they are as large as those here" in " ".join(done.output.split())
     assert "1 of 3 suites are ready." in done.output
 
 

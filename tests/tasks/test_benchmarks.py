@@ -24,6 +24,7 @@ from internvideo3.tasks.scoring import (
     score,
     sources,
 )
+from internvideo3.tasks.scoring.text import strip_thinking
 
 OPTIONS = ["a dog", "red circle", "blue square", "green star"]
 LETTERED = [f"{letter}. {text}" for letter, text in zip("ABCD", OPTIONS, strict=True)]
@@ -524,6 +525,59 @@ PIECES = st.lists(
     ),
     max_size=24,
 ).map("".join)  # fmt: skip
+
+
+THINKING = ["{}", "<think>It is A or C.</think>{}", "<think>\nA\n</think>\n\n{}", "C?</think> {}"]
+STATED = ["{}", "The answer is {}", "the answer is {}.", "Answer: {}", "Final answer: ({})", "({})"]
+MARKED = [
+    "{}",
+    "**{}**",
+    r"\boxed{{{}}}",
+    r"$\boxed{{\text{{{}}}}}$",
+    "<answer>{}</answer>",
+    "`{}`",
+]
+PROSE = ["", ".", "\n", ".\n\nThe picture shows why.", "<|im_end|>", "</s>", " "]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    letter=st.sampled_from("ABCD"),
+    thinking=st.sampled_from(THINKING),
+    stated=st.sampled_from(STATED),
+    marked=st.sampled_from(MARKED),
+    prose=st.sampled_from(PROSE),
+    lower=st.booleans(),
+)
+def test_any_dress_of_a_letter_is_that_letter_to_a_plain_reader(
+    letter: str, thinking: str, stated: str, marked: str, prose: str, lower: bool
+) -> None:
+    said = letter.lower() if lower else letter
+    # A bare lower-case a before prose is a word, not an answer.
+    if lower and stated == marked == "{}" and "picture" in prose:
+        return
+    reply = thinking.format(stated.format(marked.format(said)) + prose)
+    for benchmark in ("videomme", "mlvu", "mmsi_bench", "tomato", "nextqa"):
+        found = score(benchmark, DOCS[benchmark], reply, rule="plain")
+        assert found.parsed == letter, (benchmark, reply)
+        assert found.value == float(letter == "B")
+
+
+@settings(max_examples=400, deadline=None)
+@given(reply=PIECES)
+def test_vrbench_and_timelens_read_what_lmms_evals_ports_of_the_official_code_read(
+    reply: str,
+) -> None:
+    from lmms_eval.tasks.timelens.utils import extract_time
+    from lmms_eval.tasks.vrbench.utils import extract_mcq_answer
+
+    text = strip_thinking(reply)
+    if text is None:
+        return
+    assert score("vrbench", DOCS["vrbench"], reply).parsed == extract_mcq_answer(text)
+    spans = extract_time(text)
+    found = score("timelens", DOCS["timelens"], reply).parsed
+    assert found == (list(spans[0]) if spans else None)
 
 
 @settings(max_examples=250, deadline=None)
