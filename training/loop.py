@@ -22,10 +22,13 @@ import torch
 from torch import Tensor
 
 from internvideo3.training import checkpoints
+from internvideo3.training.curves import Curves
+from internvideo3.training.endpoint import EndpointError
 from internvideo3.training.packing import Pack
 from internvideo3.training.policy import Policy
 from internvideo3.training.processes import Processes
 from internvideo3.training.recipe import Convert, Optimiser, StageOptions, require
+from internvideo3.training.throughput import pass_flops, peak_flops
 
 Progress = Callable[[str, int, int], None]
 Totals = dict[str, tuple[float, float]]
@@ -87,6 +90,7 @@ class Loop:
         ]  # fmt: skip
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optimiser.betas, foreach=False)
         self.stopping = False
+        self.curves: Curves | None = None
 
     def run(self) -> bool:
         """Train from the newest state to the last step; False if a signal asked to stop."""
@@ -94,9 +98,15 @@ class Loop:
         step = checkpoints.resume(states, self.policy, self.optimizer, self.digest, self.group)
         self._forget_metrics_after(step)
         self.progress(self.name, step, self.steps)
-        with _graceful(self):
+        self.curves = Curves(self.folder, step) if self.group.first else None
+        with _graceful(self), self._closing():
             while step < self.steps:
-                self._train(step)
+                try:
+                    self._train(step)
+                except EndpointError:
+                    # Steps since the last state would be lost to a server that is down.
+                    self._save(states, step)
+                    raise
                 step += 1
                 self.progress(self.name, step, self.steps)
                 stop = bool(self.group.most(int(self.stopping)))
@@ -105,6 +115,14 @@ class Loop:
                 if stop:
                     return step == self.steps
         return True
+
+    @contextmanager
+    def _closing(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self.curves is not None:
+                self.curves.close()
 
     def _save(self, states: Path, step: int) -> None:
         reached = checkpoints.Progress(step=step, digest=self.digest)
@@ -122,7 +140,11 @@ class Loop:
         for _ in range(self.stage.updates):
             loss, norm = self._update(works, step)
         tokens = sum(len(work.pack.ids_T) for work in works if work.scale)
-        totals = {**totals, "tokens": (tokens, 0.0), "loss": (loss, 0.0)}
+        flops = sum(pass_flops(self.policy.model, work.pack) for work in works if work.scale)
+        totals = {
+            **totals, "tokens": (tokens, 0.0), "loss": (loss, 0.0),
+            "flops": (self.stage.updates * flops, 0.0),
+        }  # fmt: skip
         self._note(step, totals, {"norm": norm, "rate": rate}, time.perf_counter() - started)
 
     def _update(self, works: Sequence[Work], step: int) -> tuple[float, float]:
@@ -173,9 +195,14 @@ class Loop:
         for name, total, count in zip(names, *sums, strict=True):
             row[name] = total / count if count else total
         row |= shown | {"seconds": seconds, "tokens_per_s": row["tokens"] / seconds}
+        peak = peak_flops(self.group.device)
+        if peak is not None:
+            row["mfu"] = row["flops"] / (seconds * peak * self.group.count)
         if self.group.first:
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
+            if self.curves is not None:
+                self.curves.add(row)
 
     def _forget_metrics_after(self, step: int) -> None:
         """Steps after the newest state are taken again, and noted again."""

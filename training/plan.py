@@ -1,9 +1,11 @@
 """What memory a stage needs, before anything is bought or started.
 
-The activations are not estimated by formula: one pass of the model's own code runs on fake tensors
+The activations are not estimated by formula: passes of the model's own code run on fake tensors
 (shapes without storage) and an accountant of torch follows every allocation, so the 8B model at
-256K tokens is planned on a laptop. States are counted: weights, gradients and two moments in
-float32, divided among the GPUs (FSDP2), and the layer that is gathered at a time.
+256K tokens is planned on a laptop in seconds. Of a deep model two shallow ones are followed: every
+layer adds the same (a test compares with following all layers). States are counted: weights,
+gradients and two moments in float32, divided among the GPUs (FSDP2), and the layer that is gathered
+at a time.
 
 Letters: T tokens of a pass, W text width.
 """
@@ -11,7 +13,7 @@ Letters: T tokens of a pass, W text width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +22,12 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from internvideo3.model.config import InternVideo3Config
 from internvideo3.model.modeling import InternVideo3ForConditionalGeneration
+from internvideo3.training.attention import PackedAttention, Segment
 from internvideo3.training.objectives.linear_cross_entropy import told_cross_entropy
 
 GIB = 1 << 30
+FOLLOWED = (2, 3)
+"""Layers of the two shallow models that are followed for a deep one."""
 STATE_BYTES = 16
 """Of one weight: itself, its gradient and AdamW's two moments in float32."""
 
@@ -85,7 +90,9 @@ def plan_step(config: Any, tokens: int, gpus: int, *, recompute: bool, bfloat16:
         recompute: Whether layers recompute their activations.
         bfloat16: Whether products run in bf16.
     """
-    model, peak = fake_peak(config, tokens, recompute=recompute, bfloat16=bfloat16)
+    activations = activation_bytes(config, tokens, recompute=recompute, bfloat16=bfloat16)
+    with torch.device("meta"):
+        model = InternVideo3ForConditionalGeneration(config)
     weights = sum(p.numel() for p in model.parameters())
     largest = sum(p.numel() for p in model.model.language_model.layers[0].parameters())
     ends = model.model.language_model.embed_tokens.weight.numel()
@@ -97,19 +104,46 @@ def plan_step(config: Any, tokens: int, gpus: int, *, recompute: bool, bfloat16:
         weights=weights,
         states=STATE_BYTES * weights // gpus,
         gathered=gathered,
-        activations=peak.activations,
+        activations=activations,
     )
+
+
+def activation_bytes(config: Any, tokens: int, *, recompute: bool, bfloat16: bool) -> int:
+    """Most bytes of activations at once, from two shallow models where the model is deep."""
+    depth = config.text_config.num_hidden_layers
+    if depth <= FOLLOWED[1]:
+        return fake_peak(config, tokens, recompute=recompute, bfloat16=bfloat16)
+    few, more = (
+        fake_peak(shallow(config, n), tokens, recompute=recompute, bfloat16=bfloat16)
+        for n in FOLLOWED
+    )
+    return few + (more - few) * (depth - FOLLOWED[0]) // (FOLLOWED[1] - FOLLOWED[0])
+
+
+def shallow(config: Any, layers: int) -> Any:
+    """The same model with fewer layers, of the same widths."""
+    told = config.to_dict()
+    text = told["text_config"]
+    text["num_hidden_layers"] = layers
+    for name, value in text.items():
+        if isinstance(value, list) and len(value) == config.text_config.num_hidden_layers:
+            text[name] = value[:layers]
+    return type(config).from_dict(told)
 
 
 def run_pass(model: Any, embeds_1TW: Tensor, bfloat16: bool) -> None:
     """Forward and backward of the text model and the chunked loss; every token supervised."""
     tokens = embeds_1TW.shape[1]
     text, device = model.model.language_model, embeds_1TW.device
+    packed = PackedAttention(*(torch.zeros(tokens, dtype=torch.long) for _ in range(2)))
+    object.__setattr__(packed, "segments", (Segment(0, tokens, (0, 0)),))
     with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
         hidden_1TW = text(
             inputs_embeds=embeds_1TW,
             position_ids=torch.arange(tokens, device=device).expand(3, 1, -1),
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
             use_cache=False,
+            packed=packed,
         ).last_hidden_state
         labels_T = torch.zeros(tokens, dtype=torch.long, device=device)
         weight_T = torch.ones(tokens, device=device)
@@ -117,19 +151,15 @@ def run_pass(model: Any, embeds_1TW: Tensor, bfloat16: bool) -> None:
     loss.backward()
 
 
-class Peak(NamedTuple):
-    """Bytes at the worst moment of a pass, beside the weights."""
-
-    activations: int
-    gradients: int
-
-
-def fake_peak(config: Any, tokens: int, *, recompute: bool, bfloat16: bool) -> tuple[Any, Peak]:
-    """A model without storage, and the peak of a pass of it."""
+def fake_peak(config: Any, tokens: int, *, recompute: bool, bfloat16: bool) -> int:
+    """Most bytes at once, beside weights and gradients, in a pass of a model without storage."""
     with FakeTensorMode():
         model = InternVideo3ForConditionalGeneration(config).train()
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        for parameter in model.parameters():
+            # There from the start, so that the worst moment is that of the activations.
+            parameter.grad = torch.empty_like(parameter)
         width = config.text_config.hidden_size
         embeds_1TW = torch.empty(1, tokens, width, requires_grad=True)
         tracker: Any = MemTracker()
@@ -137,5 +167,5 @@ def fake_peak(config: Any, tokens: int, *, recompute: bool, bfloat16: bool) -> t
         with tracker:
             run_pass(model, embeds_1TW, bfloat16)
     (peak,) = tracker.get_tracker_snapshot("peak").values()
-    rest = peak["Total"] - peak["Parameter"] - peak["Gradient"]
-    return model, Peak(int(rest), int(peak["Gradient"]))
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    return int(peak["Total"]) - 2 * held

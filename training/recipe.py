@@ -200,7 +200,10 @@ class Opd(StageOptions):
 
     kind: Literal["opd"]
     teacher: str
-    """Checkpoint folder or name; it must have the student's token ids."""
+    """Checkpoint folder or name, or the address of a server of OpenAI's form; it must have the
+    student's token ids."""
+    teacher_model: str = "teacher"
+    """Name of the teacher at the server."""
     group: Annotated[int, Field(ge=1)] = 1
     """Responses sampled for each prompt."""
     max_new_tokens: Annotated[int, Field(ge=1)]

@@ -21,6 +21,7 @@ from internvideo3.model.checkpoint import load_model, resolve_checkpoint, weight
 from internvideo3.training.captions import WorldCaptions
 from internvideo3.training.chat import ChatDocuments
 from internvideo3.training.checkpoints import CheckpointMismatchError
+from internvideo3.training.endpoint import Endpoint
 from internvideo3.training.loop import Loop, Progress, Stage, describe
 from internvideo3.training.policy import Policy, vision_ids
 from internvideo3.training.probe import modality_losses, note_losses
@@ -37,6 +38,7 @@ from internvideo3.training.recipe import (
     require,
     stage_digest,
 )
+from internvideo3.training.remote import RemoteTeacher
 from internvideo3.training.rollouts import Sampler
 from internvideo3.training.sources import documents_of
 from internvideo3.training.stages.convert import convert
@@ -203,6 +205,10 @@ def build_stage(
     if isinstance(options, Gspo):
         reference = policy.copied()
         return GspoStage(options, documents, reference, sampler_of, seed, group)
+    if options.teacher.startswith(("http://", "https://")):
+        endpoint = Endpoint(url=options.teacher, model=options.teacher_model)
+        remote = RemoteTeacher(endpoint, processor.tokenizer)
+        return OpdStage(options, documents, remote, sampler_of, seed, group)
     teacher, theirs = load_model(options.teacher, group.device, torch.float32)
     check_teacher(processor, theirs)
     return OpdStage(options, documents, policy.beside(teacher), sampler_of, seed, group)

@@ -102,6 +102,26 @@ def test_training_writes_what_evaluation_loads(plain: Path) -> None:
     assert all(row["documents"] == 8 and row["answers"] == 24 for row in rows)
 
 
+def test_metrics_say_how_much_arithmetic_and_tensorboard_reads_them(plain: Path) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
+
+    rows = metrics(plain)
+    assert all(row["flops"] > 6 * 5e5 * row["tokens"] for row in rows)
+    assert all(row["tokens_per_s"] == row["tokens"] / row["seconds"] for row in rows)
+    assert "mfu" not in rows[0], "no peak is known of a CPU"
+    (path,) = (plain / "1-sft" / "tensorboard").glob("events.*")
+    data, told = path.read_bytes(), []
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        assert int.from_bytes(data[8:12], "little") == masked_crc32c(data[:8])
+        event = Event.FromString(data[12 : 12 + length])
+        told += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+        data = data[16 + length :]
+    losses = [value for _, tag, value in told if tag == "loss"]
+    assert losses == pytest.approx([row["loss"] for row in rows])
+
+
 def test_accumulating_eight_passes_equals_one_pass(plain: Path, tmp_path: Path) -> None:
     train(recipe(sft(micro_documents=1)), tmp_path)
     for ours, theirs in zip(metrics(tmp_path), metrics(plain), strict=True):

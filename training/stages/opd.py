@@ -4,12 +4,16 @@ The student samples responses; on them the full-vocabulary reverse KL towards th
 minimised, a chunk of logits at a time, 1/T of each response's tokens as in eq. 8. (Eq. 8
 differentiated as it stands has no useful gradient: see `objectives/distillation.py`.)
 
+A teacher behind a server says only how likely it finds the sampled ids; then the sampled form is
+minimised, with its advantage detached.
+
 Letters: N response tokens of a row, C those of a chunk, W text width, X the teacher's,
 V vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,16 +21,26 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from internvideo3.training.documents import Document, Source
+from internvideo3.training.documents import Document, Prompt, Source
 from internvideo3.training.loop import Stage, Totals, Work, own_indices
-from internvideo3.training.objectives.distillation import full_kl
+from internvideo3.training.objectives.distillation import full_kl, sampled_kl
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE
-from internvideo3.training.packing import pack, packs
-from internvideo3.training.policy import Policy, barred_logits
+from internvideo3.training.packing import Pack, pack, packs
+from internvideo3.training.policy import Policy, barred_logits, token_logps
 from internvideo3.training.processes import Processes
 from internvideo3.training.recipe import Opd, RecipeError
-from internvideo3.training.rollouts import answered
+from internvideo3.training.remote import RemoteTeacher
+from internvideo3.training.rollouts import Response, answered
 from internvideo3.training.stages.gspo import SamplerOf
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt and the student's responses, laid out for training."""
+
+    document: Document
+    prompt: Prompt
+    responses: tuple[Response, ...]
 
 
 class OpdStage(Stage):
@@ -36,14 +50,16 @@ class OpdStage(Stage):
         self,
         options: Opd,
         documents: Source,
-        teacher: Policy,
+        teacher: Policy | RemoteTeacher,
         sampler_of: SamplerOf,
         seed: int,
         group: Processes,
     ) -> None:
         self.options = options
         self.documents = documents
-        self.teacher = teacher.requires_grad_(False)
+        self.teacher = teacher
+        if isinstance(teacher, Policy):
+            teacher.requires_grad_(False)
         self.sampler_of = sampler_of
         self.seed = seed
         self.group = group
@@ -51,21 +67,57 @@ class OpdStage(Stage):
     def works(self, step: int, policy: Policy) -> tuple[list[Work], Totals]:
         """Sample; let the teacher read; rows of prompts with their responses."""
         sampler = self.sampler_of(policy)
-        documents: list[Document] = []
-        lengths: list[int] = []
+        asked: list[Asked] = []
         for index in own_indices(self.options, step, self.group):
             prompt = self.documents.prompt(index)
             seed = self.seed * 1_000_003 + index
             responses = sampler.sample(prompt, self.options.group, seed)
-            documents.append(answered(prompt, responses, self.documents.prompter))
-            lengths += [len(one.ids) for one in responses]
-        rows = packs(documents, self.options.pack_tokens, self.options.micro_documents)
-        works = [self._work(row, policy, sampler.barred) for row in rows]
+            document = answered(prompt, responses, self.documents.prompter)
+            asked.append(Asked(document, prompt, tuple(responses)))
+        rows = packs(
+            [one.document for one in asked], self.options.pack_tokens, self.options.micro_documents
+        )
+        works: list[Work] = []
+        first = 0
+        for row in rows:
+            works.append(self._work(asked[first : first + len(row)], policy, sampler.barred))
+            first += len(row)
+        lengths = [len(one.ids) for group in asked for one in group.responses]
         return works, {"response_tokens": (sum(lengths), len(lengths))}
 
-    def _work(self, row: list[Document], policy: Policy, barred: tuple[int, ...]) -> Work:
-        laid = pack(row, policy.model)
-        laid = laid.to(self.group.device)
+    def _work(self, row: list[Asked], policy: Policy, barred: tuple[int, ...]) -> Work:
+        laid = pack([one.document for one in row], policy.model).to(self.group.device)
+        told = laid.labels_T != IGNORE
+        responses = self.options.documents * self.options.group
+        weight_N = 1.0 / (laid.said_lengths()[laid.response_T[told]] * responses)
+        if isinstance(self.teacher, RemoteTeacher):
+            return self._remote_work(self.teacher, row, laid, weight_N, barred)
+        return self._own_work(self.teacher, laid, weight_N, barred)
+
+    def _remote_work(
+        self, teacher: RemoteTeacher, row: list[Asked], laid: Pack, weight_N: Tensor,
+        barred: tuple[int, ...],
+    ) -> Work:  # fmt: skip
+        """The sampled form, from the teacher's log-probabilities of the sampled ids."""
+        labels_N = laid.labels_T[laid.labels_T != IGNORE]
+        taught_N = torch.cat(
+            [
+                teacher.logps(one.prompt, [*one.document.trunk_ids, branch.ids[0]], response)
+                for one in row
+                for branch, response in zip(one.document.branches, one.responses, strict=True)
+            ]
+        ).to(weight_N)
+
+        def loss(hidden_NW: Tensor, head_VW: Tensor) -> Tensor:
+            logp_N = token_logps(hidden_NW, head_VW, labels_N, barred, self.options.chunk)
+            return sampled_kl(logp_N, taught_N, weight_N)
+
+        return Work(laid, loss)
+
+    def _own_work(
+        self, teacher: Policy, laid: Pack, weight_N: Tensor, barred: tuple[int, ...]
+    ) -> Work:
+        """The divergence over the whole vocabulary, from a teacher in this process."""
         taught: list[Tensor] = []
 
         def keep(hidden_NX: Tensor, head_VX: Tensor) -> Tensor:
@@ -73,11 +125,8 @@ class OpdStage(Stage):
             return hidden_NX.new_zeros(())
 
         with torch.no_grad():
-            self.teacher(laid, keep)
+            teacher(laid, keep)
         hidden_NX, head_VX = taught
-        told = laid.labels_T != IGNORE
-        responses = self.options.documents * self.options.group
-        weight_N = 1.0 / (laid.said_lengths()[laid.response_T[told]] * responses)
 
         def some(s_CW: Tensor, head_VW: Tensor, t_CX: Tensor, weight_C: Tensor) -> Tensor:
             return full_kl(
