@@ -106,6 +106,7 @@ def _latex_table(table: Table) -> Iterator[str]:
 
 
 def tex(text: str) -> str:
+    """Text with what LaTeX would read as commands made plain."""
     return _LATEX_PATTERN.sub(lambda found: _LATEX[found.group()], text)
 
 
@@ -115,10 +116,16 @@ def _marked(
     """A score of ours with its interval, and the numbers of the reasons in the foot."""
     one = row.cells.get(column)
     if one is None:
-        return quote(wording.percent(row.average if column == AVERAGE else None))
+        return quote(without_score(row, column))
     numbers = ",".join(map(str, sorted(table.reasons[why] for why in one.reasons)))
     score = quote(f"{wording.percent(one.cell.value)} ({interval(one)})")
     return score + (mark.format(numbers) if numbers else "")
+
+
+def without_score(row: OurRow, column: str) -> str:
+    """What stands in a column in which a row of ours has no score of its own."""
+    average = wording.percent(row.average if column == AVERAGE else None)
+    return row.instead.get(column, average)
 
 
 def number(percent: float | None) -> str:

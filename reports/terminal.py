@@ -112,8 +112,7 @@ def footnotes(summary: Summary) -> list[str]:
         unreadable, errors = sum(c.unreadable for c in cells), sum(c.errors for c in cells)
         n, missing = sum(c.n for c in cells), [c for c in cells if not c.complete]
         line = f"{system.name}: {n} answers, {unreadable} unreadable, {errors} failed"
-        results = [system.run.results.get(s.name, {}) for s in summary.suites]
-        judge = sum(int(result.get("judge_needed") or 0) for result in results)
+        judge = sum(int(one.get("judge_needed") or 0) for one in system.run.results.values())
         line += f"; judge needed: {judge} (`internvideo3 judge`)" if judge else ""
         lines.append(line + (f"; {len(missing)} suites incomplete" if missing else ""))
     return lines + list(summary.notes)

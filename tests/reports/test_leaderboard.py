@@ -145,6 +145,15 @@ def test_only_tables_with_a_column_of_ours_are_shown(summary: Summary, paths: li
     assert leaderboard.tables(summarise_paths(paths[1:]))[0].number == 4
 
 
+def test_what_has_no_score_here_says_what_it_has_instead(tmp_path: Path) -> None:
+    texts = {"tempcompass": ["It is red."] * 6, "tomato": ["B"] * 6}
+    found = summarise_paths([write_run(tmp_path / "open", "open-8B", texts, paper=True)])
+    (row,) = table(found, 3).ours
+    assert row.instead == {"TempCompass": "judge needed: 6"} and row.average is None
+    for form, text in leaderboard_formats.FORMS.items():
+        assert ("judge needed: 6" in text(leaderboard.tables(found))) == (form != "csv")
+
+
 def test_a_cell_says_why_it_is_not_comparable(summary: Summary) -> None:
     (row,) = table(summary, 3).ours
     reasons = {column: one.reasons for column, one in row.cells.items()}
