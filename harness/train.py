@@ -11,7 +11,7 @@ from internvideo3.model.checkpoint import read_config, resolve_checkpoint
 from internvideo3.model.config import InternVideo3Config
 from internvideo3.training.plan import GIB, Plan, plan_step, released_config
 from internvideo3.training.processes import Processes
-from internvideo3.training.recipe import Sft, load_recipe
+from internvideo3.training.recipe import Convert, Cpt, Sft, load_recipe
 from internvideo3.training.train import Trained, quiet, train
 
 WHOLE_TOKENS = 65536
@@ -50,13 +50,15 @@ def plan_lines(recipe: str, model: str, gpus: int) -> list[str]:
     config = released_config() if model == "8b" else _latent_config(model)
     lines = ["GiB on each GPU; the vision tower's activations are not in it."]
     for name, stage in load_recipe(recipe).stages.items():
+        if isinstance(stage, Convert):
+            continue
         for parts in SPLITS if stage.pack_tokens > WHOLE_TOKENS else (1,):
             planned = plan_step(
                 config,
                 stage.pack_tokens // parts,
                 gpus,
                 recompute=stage.recompute,
-                bfloat16=isinstance(stage, Sft) and stage.bfloat16,
+                bfloat16=isinstance(stage, Cpt | Sft) and stage.bfloat16,
             )
             lines.append(_plan_line(name, planned, gpus))
     return lines

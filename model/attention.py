@@ -139,9 +139,7 @@ class RowAttention(nn.Module, ABC):
         q_BKGTW = q_BHTW.unflatten(1, (self.num_kv_heads, -1))
         return attend(q_BKGTW, rebuilt, self.scale).flatten(1, 2)
 
-    def rebuild(
-        self, row_bNW: Tensor, heads: slice = slice(None)
-    ) -> tuple[Tensor, Tensor]:
+    def rebuild(self, row_bNW: Tensor, heads: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Keys [b, K, N, D + 2 S] (rotary part shared by all heads) and values [b, K, N, D].
 
         `heads` chooses among the key/value heads.

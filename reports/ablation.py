@@ -360,6 +360,11 @@ def reading(made: Mapping[str, Any]) -> list[str]:
         if step is not None:
             known = "significant" if step["significant"] else "not significant"
             lines.append(f"{name}: {100 * step['mean']:+.1f}, {known}.")
+    compared = sum(len(changes) for changes in made["changes"].values())
+    lines.append(
+        f"{compared} changes are tested at 95 % each, without a correction for their number: one "
+        "in twenty would come out by chance."
+    )
     return [*lines, *unmet(made)]
 
 
@@ -372,12 +377,13 @@ def unmet(made: Mapping[str, Any]) -> list[str]:
     if seeds < ENOUGH_SEEDS:
         lines.append(f"Bar not met: {seeds} seed(s), {ENOUGH_SEEDS} are asked.")
     told = [t for changes in made["changes"].values() for t in changes.values() if t]
-    widths = [(high - low) / 2 for low, high in (one["over_questions"] for one in told)]
-    if widths and max(widths) > NARROW:
-        lines.append(
-            f"Bar not met: the widest half-width over questions is {100 * max(widths):.1f} points, "
-            f"{100 * NARROW:g} are asked."
-        )
+    for what in ("over_questions", "over_seeds"):
+        widths = [(high - low) / 2 for low, high in (t[what] for t in told if t[what])]
+        if widths and max(widths) > NARROW:
+            lines.append(
+                f"Bar not met: the widest half-width {what.replace('_', ' ')} is "
+                f"{100 * max(widths):.1f} points, {100 * NARROW:g} are asked."
+            )
     return lines
 
 

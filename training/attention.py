@@ -238,8 +238,8 @@ def packed_gqa(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Transformers' attention interface; what is not packed goes to its own sdpa."""
     if packed is None:
-        out: Any = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return out
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return out, None
     return packed.plain(query, key, value, kwargs["scaling"]).transpose(1, 2), None
 
 

@@ -6,7 +6,7 @@ story of a video told in words alone, one frame with what it shows, and a video 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from PIL import Image
@@ -18,7 +18,7 @@ from internvideo3.tasks.world.questions import narration
 from internvideo3.tasks.world.scenes import VideoSpec
 from internvideo3.training.documents import Branch, Document, WorldDocuments, replied
 from internvideo3.training.mixture import dealt
-from internvideo3.training.recipe import Modality, Shares, WorldData
+from internvideo3.training.recipe import Modality, WorldData
 
 BLOCK = 1000
 """Samples after which the shares of a mixture are exact."""
@@ -28,7 +28,9 @@ ASKED: dict[Modality, str] = {"image": "Describe the picture.", "video": "Descri
 class WorldCaptions:
     """The documents of continued pretraining, by index."""
 
-    def __init__(self, data: WorldData, processor: Any, seed: int, shares: Shares) -> None:
+    def __init__(
+        self, data: WorldData, processor: Any, seed: int, shares: Mapping[Modality, float]
+    ) -> None:
         """Checks the shares.
 
         Raises:

@@ -77,11 +77,13 @@ class ChatDocuments:
 
     def taught(self, index: int) -> Document:
         """A row and its last reply, which is what is learnt."""
-        return self._usable(index, self._taught)
+        made: Document = self._usable(index, self._taught)
+        return made
 
     def prompt(self, index: int) -> Prompt:
         """A row to answer, with what scores the answer."""
-        return self._usable(index, self._prompt)
+        made: Prompt = self._usable(index, self._prompt)
+        return made
 
     def _usable(self, index: int, make: Any) -> Any:
         """What can be made of the row of an index, or of the next one that can be used.

@@ -116,6 +116,7 @@ def _trunk_positions(document: Document, model: Any) -> Tensor:
     grids = {kind: [m.grid_thw for m in document.media if m.kind == kind]
              for kind in ("image", "video")}  # fmt: skip
     told = {f"{kind}_grid_thw": torch.stack(found) for kind, found in grids.items() if found}
+    positions_31P: Tensor
     positions_31P, _ = model.model.get_rope_index(ids_1P, mm_token_type_ids=kinds_1P, **told)
     return positions_31P[:, 0]
 

@@ -80,8 +80,7 @@ def released_config() -> InternVideo3Config:
 def plan_step(config: Any, tokens: int, gpus: int, *, recompute: bool, bfloat16: bool) -> Plan:
     """Plan a pass of the text model over one document of so many tokens.
 
-    Not in it: the vision tower's activations (frames pass through it in turns) and the
-    mask of a row of several documents, tokens² numbers, without which a long row must do.
+    Not in it: the vision tower's activations (frames pass through it in turns).
 
     Args:
         config: An InternVideo3 configuration.
@@ -117,7 +116,8 @@ def activation_bytes(config: Any, tokens: int, *, recompute: bool, bfloat16: boo
         fake_peak(shallow(config, n), tokens, recompute=recompute, bfloat16=bfloat16)
         for n in FOLLOWED
     )
-    return few + (more - few) * (depth - FOLLOWED[0]) // (FOLLOWED[1] - FOLLOWED[0])
+    layers_between = FOLLOWED[1] - FOLLOWED[0]
+    return int(few + (more - few) * (depth - FOLLOWED[0]) // layers_between)
 
 
 def shallow(config: Any, layers: int) -> Any:
@@ -135,7 +135,9 @@ def run_pass(model: Any, embeds_1TW: Tensor, bfloat16: bool) -> None:
     """Forward and backward of the text model and the chunked loss; every token supervised."""
     tokens = embeds_1TW.shape[1]
     text, device = model.model.language_model, embeds_1TW.device
-    packed = PackedAttention(*(torch.zeros(tokens, dtype=torch.long) for _ in range(2)))
+    zeros_T = torch.zeros(tokens, dtype=torch.long)
+    packed = PackedAttention(zeros_T, zeros_T)
+    # One document; fake tensors have no values to find it by.
     object.__setattr__(packed, "segments", (Segment(0, tokens, (0, 0)),))
     with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
         hidden_1TW = text(
@@ -168,4 +170,4 @@ def fake_peak(config: Any, tokens: int, *, recompute: bool, bfloat16: bool) -> i
             run_pass(model, embeds_1TW, bfloat16)
     (peak,) = tracker.get_tracker_snapshot("peak").values()
     held = sum(p.numel() * p.element_size() for p in model.parameters())
-    return int(peak["Total"]) - 2 * held
+    return int(peak["Total"]) - 2 * int(held)

@@ -77,7 +77,8 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     def forward(self, pack: Pack, objective: Objective) -> Tensor:
         """Run a row and apply an objective to what predicts its supervised tokens."""

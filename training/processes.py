@@ -45,7 +45,7 @@ class Processes:
         if parts > 1 and parts not in self._sharings:
             # Every process must take part in making every group.
             for first in range(0, self.count, parts):
-                group = dist.new_group(list(range(first, first + parts)))
+                group: Any = dist.new_group(list(range(first, first + parts)))
                 if first <= self.rank < first + parts:
                     self._sharings[parts] = Sharing(group, self.rank - first, parts)
         self.sharing = self._sharings[parts] if parts > 1 else None

@@ -32,7 +32,7 @@ def pass_flops(model: Any, pack: Pack) -> float:
     channels = text.num_attention_heads * (key_width(text) + text.head_dim)
     attention = channels * text.num_hidden_layers * attending_pairs(pack)
     vision = sum(p.numel() for p in model.model.visual.parameters()) * len(pack.pixels)
-    return 3 * 2.0 * (dense + attention) + 2.0 * vision
+    return float(3 * 2.0 * (dense + attention) + 2.0 * vision)
 
 
 def attending_pairs(pack: Pack) -> float:
