@@ -51,6 +51,17 @@ def fetch(buffer, base_ptr, remaining, column, stride_rt):
 
 
 @gluon.jit
+def splits_of(length, split, n_splits):
+    """Tokens [start, end) of a split: whole tiles, dealt out evenly."""
+    tiles = gl.cdiv(length, TILE)
+    base = tiles // n_splits
+    extra = tiles % n_splits
+    start = (split * base + gl.minimum(split, extra)) * TILE
+    end = start + (base + gl.where(split < extra, 1, 0)) * TILE
+    return start, gl.minimum(end, length)
+
+
+@gluon.jit
 def refill(
     buffer, ahead_1, ahead_2, remaining,
     POSITION: gl.constexpr, CHUNKS: gl.constexpr, VALUES: gl.constexpr, stride_rt,
@@ -110,13 +121,7 @@ def hopper_kernel(
 
     split = gl.program_id(0)
     batch = gl.program_id(1).to(gl.int64)
-    blocks = gl.cdiv(gl.load(lengths_ptr + batch), TILE)
-    n_splits = gl.num_programs(0)
-    base = blocks // n_splits
-    extra = blocks % n_splits
-    start = (split * base + gl.minimum(split, extra)) * TILE
-    end = start + (base + gl.where(split < extra, 1, 0)) * TILE
-    end = gl.minimum(end, gl.load(lengths_ptr + batch))
+    start, end = splits_of(gl.load(lengths_ptr + batch), split, gl.num_programs(0))
 
     ring = gl.allocate_shared_memory(dtype, [RING, TILE, CHUNK], swizzled)
     q_shared = gl.allocate_shared_memory(dtype, [CHUNKS, HEADS, CHUNK], swizzled)

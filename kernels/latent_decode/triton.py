@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from internvideo3.kernels.latent_decode import hopper
+from internvideo3.kernels.latent_decode import hopper, hopper_fp8
 from internvideo3.kernels.latent_decode.rows import Rows
 from internvideo3.kernels.lse_merge.triton import lse_merge
 from internvideo3.kernels.overlap import overlap, wait_for_inputs
@@ -273,7 +273,7 @@ def decode_runs(
 
 def plan_of(run: Rows, heads: int) -> Plan:
     """The tile shipped for a run's kind and width."""
-    if hopper.fits(run, heads):
+    if hopper.fits(run, heads) or hopper_fp8.fits(run, heads):
         return HOPPER_PLAN
     if run.scale_bT is not None:
         return FP8_PLANS[run.width]
@@ -299,7 +299,8 @@ def _launch(
         if run.rank < value_width:
             parts_BSVH[:, first : first + n_splits, run.rank :].zero_()
         if tile == WARPGROUPS:
-            hopper.launch(
+            by_warpgroups = hopper if run.scale_bT is None else hopper_fp8
+            by_warpgroups.launch(
                 q_BHW,
                 run,
                 parts_BSVH,

@@ -13,10 +13,12 @@ import triton.language as tl
 from internvideo3.kernels.overlap import overlap, wait_for_inputs
 
 LN2 = tl.constexpr(0.6931471805599453)
-BLOCK_S = 64
-"""Splits in one block of registers."""
-COLUMNS = 64
+BLOCK_S = 16
+"""Fewest splits in one block of registers."""
+MAX_BLOCKS = 9
+COLUMNS = 32
 """(Value, head) columns of a program."""
+NUM_WARPS = 4
 
 
 @triton.jit
@@ -49,25 +51,28 @@ def merge_kernel(
     inside = (value < VALUE)[:, None] & real_head[None, :]
     column = value[:, None] * HEADS + head[None, :]
 
-    lses = ()
+    # The log-sum-exps are read once for each value as well, since equal shapes need no exchange
+    # between threads, and once more for the weights, since kept they would take half of all
+    # registers, and with them half of the programs that run side by side.
+    lse_ptr_VH = parts_lse_ptr + head[None, None, :] + 0 * value[None, :, None]
+    split = tl.arange(0, BLOCK_S)[:, None, None]
     parts = ()
+    highest = tl.full([BLOCK_S, BLOCK_V, BLOCK_H], float("-inf"), tl.float32)
     for block in tl.static_range(BLOCKS):
-        split = (block * BLOCK_S + tl.arange(0, BLOCK_S))[:, None, None]
-        real = (split < n_splits) & inside[None, :, :]
-        # Once for each value as well: the same shape needs no exchange between threads.
-        place = split * HEADS + head[None, None, :] + 0 * value[None, :, None]
-        lses = lses + (tl.load(parts_lse_ptr + place, mask=real, other=float("-inf")),)
-        place = split * (HEADS * VALUE) + column[None, :, :]
+        real = (block * BLOCK_S + split < n_splits) & inside[None, :, :]
+        place = (block * BLOCK_S + split) * (HEADS * VALUE) + column[None, :, :]
         parts = parts + (tl.load(parts_ptr + place, mask=real, other=0.0),)
-    highest = lses[0]
-    for block in tl.static_range(1, BLOCKS):
-        highest = tl.maximum(highest, lses[block])
+        place = (block * BLOCK_S + split) * HEADS
+        lse = tl.load(lse_ptr_VH + place, mask=real, other=float("-inf"))
+        highest = tl.maximum(highest, lse)
     top = tl.max(highest, axis=0)
     safe = tl.where(top > float("-inf"), top, 0.0)[None, :, :]
     weights = tl.zeros([BLOCK_S, BLOCK_V, BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_S, BLOCK_V, BLOCK_H], tl.float32)
     for block in tl.static_range(BLOCKS):
-        weight = tl.exp2(lses[block] - safe)
+        real = (block * BLOCK_S + split < n_splits) & inside[None, :, :]
+        place = (block * BLOCK_S + split) * HEADS
+        weight = tl.exp2(tl.load(lse_ptr_VH + place, mask=real, other=float("-inf")) - safe)
         weights += weight
         # A split without tokens never wrote its part: what lies there may be NaN.
         acc += weight * tl.where(weight > 0.0, parts[block].to(tl.float32), 0.0)
@@ -80,14 +85,14 @@ def merge_kernel(
         (tl.sum(acc, axis=0) / divisor).to(out_ptr.dtype.element_ty),
         mask=inside,
     )
-    lse = tl.where(some, (top + tl.log2(divisor)) * LN2, float("-inf"))
+    total_lse = tl.where(some, (top + tl.log2(divisor)) * LN2, float("-inf"))
     first = (value == 0)[:, None] & real_head[None, :]
-    tl.store(lse_ptr + batch * HEADS + head[None, :] + 0 * value[:, None], lse, mask=first)
+    tl.store(lse_ptr + batch * HEADS + head[None, :] + 0 * value[:, None], total_lse, mask=first)
 
 
 def launch_constants(n_splits: int, *, heads: int, value_width: int) -> dict[str, Any]:
     """Compile-time arguments of a launch."""
-    block_s = min(BLOCK_S, triton.next_power_of_2(n_splits))
+    block_s = max(BLOCK_S, triton.next_power_of_2(triton.cdiv(n_splits, MAX_BLOCKS)))
     block_h = triton.next_power_of_2(heads)
     block_v = min(max(1, COLUMNS // block_h), triton.next_power_of_2(value_width))
     return {
@@ -97,7 +102,7 @@ def launch_constants(n_splits: int, *, heads: int, value_width: int) -> dict[str
         "BLOCK_S": block_s,
         "BLOCK_V": block_v,
         "BLOCK_H": block_h,
-        "num_warps": 8,
+        "num_warps": NUM_WARPS,
     }
 
 
