@@ -256,7 +256,7 @@ def load_plugin(options: EvalOptions, share: Share = Share()) -> "InternVideo3":
 
     from internvideo3.harness import lmms
     from internvideo3.harness.agentic import AgenticAnswerer
-    from internvideo3.harness.direct import Answerer
+    from internvideo3.harness.direct import Answerer, decoders
     from internvideo3.harness.frame_cache import FrameCache
     from internvideo3.model.checkpoint import load_model
 
@@ -269,7 +269,8 @@ def load_plugin(options: EvalOptions, share: Share = Share()) -> "InternVideo3":
     if options.frame_cache is not None:
         cache = FrameCache(options.frame_cache.expanduser(), options.frame_cache_bytes)
     loaded = load_model(options.model, device, dtype)
-    direct = Answerer(*loaded, options.settings(), cache)
+    ahead = decoders(share.beside)
+    direct = Answerer(*loaded, options.settings(), cache, ahead=ahead)
     answerer = AgenticAnswerer(direct, options.agent) if options.agent else direct
     return lmms.InternVideo3(answerer=answerer, name=options.model, control=options.control)
 
