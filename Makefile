@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 # One thread a process: on a shared machine more threads are slower (model/scale/MODEL_CARD.md).
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check scale-model clean
+.PHONY: help demo test check scale-model gpu gpu-kernels gpu-step gpu-figure6 clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
@@ -91,15 +91,19 @@ agent-report: $(STAMP)  ## Long videos with short events: direct, agentic, its a
 		runs/agent/m2la-random --out reports/results/agent/m2la
 
 # On a GPU machine, with its own Python (torch, triton, transformers); nothing is installed.
-gpu: gpu-kernels gpu-figure6  ## On a GPU: kernels against float64 and the roofline, whole decode steps
+gpu: gpu-kernels gpu-step gpu-figure6  ## On a GPU: kernels against float64 and the roofline, whole decode steps
 
 gpu-kernels:  ## On a GPU: the kernels only
 	PYTHONPATH=src $(PYTHON) -m internvideo3.harness.gpu.kernels \
-		--out reports/results/gpu_kernels.json --budget-s 180
+		--out runs/gpu/kernels.json --budget-s 120
+
+gpu-step:  ## On a GPU: where a decode step's time goes
+	PYTHONPATH=src $(PYTHON) -m internvideo3.harness.gpu.step \
+		--out runs/gpu/step.json --budget-s 60
 
 gpu-figure6:  ## On a GPU: Figure 6 in its quick form, an 8B shape with random weights
 	PYTHONPATH=src $(PYTHON) -m internvideo3.harness.gpu.figure6 \
-		--out runs/gpu-figure6 --budget-s 300
+		--out runs/gpu/figure6 --budget-s 240
 
 clean:  ## Remove caches; keeps .venv and runs
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

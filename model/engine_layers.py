@@ -25,10 +25,10 @@ from internvideo3.kernels.decode_linear.dispatch import decode_linear
 from internvideo3.kernels.gqa_append.dispatch import gqa_append
 from internvideo3.kernels.gqa_decode.dispatch import decode_runs as gqa_decode
 from internvideo3.kernels.gqa_decode.naive import KeysValues
-from internvideo3.kernels.latent_absorb.dispatch import expand_output
 from internvideo3.kernels.latent_decode.dispatch import KERNEL_WIDTHS
 from internvideo3.kernels.latent_decode.dispatch import decode_runs as latent_decode
 from internvideo3.kernels.latent_decode.rows import Rows
+from internvideo3.kernels.latent_expand.dispatch import expand_output
 from internvideo3.kernels.latent_token.dispatch import latent_token
 from internvideo3.kernels.latent_token.naive import TokenMaps
 from internvideo3.model.attention import LatentAttention, RowAttention

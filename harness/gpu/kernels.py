@@ -32,12 +32,12 @@ from internvideo3.kernels.gqa_append import naive as gqa_append_naive
 from internvideo3.kernels.gqa_append import triton as gqa_append
 from internvideo3.kernels.gqa_decode import naive as gqa_naive
 from internvideo3.kernels.gqa_decode import triton as gqa
-from internvideo3.kernels.latent_absorb import naive as absorb_naive
-from internvideo3.kernels.latent_absorb import triton as absorb
 from internvideo3.kernels.latent_append import naive as append_naive
 from internvideo3.kernels.latent_append import triton as append
 from internvideo3.kernels.latent_decode import naive as latent_naive
 from internvideo3.kernels.latent_decode import triton as latent
+from internvideo3.kernels.latent_expand import naive as expand_naive
+from internvideo3.kernels.latent_expand import triton as expand
 from internvideo3.kernels.latent_prefill import cudnn
 from internvideo3.kernels.latent_prefill import naive as prefill_naive
 from internvideo3.kernels.latent_prefill import triton as prefill
@@ -344,22 +344,14 @@ def check_append(device: torch.device) -> float:
     return relative_error(rows, expected)
 
 
-def check_absorb(device: torch.device) -> float:
-    """Worst error of the absorbed query and the expanded output."""
+def check_expand(device: torch.device) -> float:
+    """Error of the expanded output."""
     dtype = sizes_of(device).dtype
-    q = make_random(2, HEADS, 256, like=dtype, device=device)
-    w_uk = make_random(HEADS, 128, 896, like=dtype, device=device)
-    w_uv = make_random(HEADS, 128, 896, like=dtype, device=device)
-    angle = torch.randn(2, 64, device=device)
+    w_uv = make_random(KV_HEADS, 128, 896, like=dtype, device=device)
     o = make_random(2, HEADS, 896, like=dtype, device=device)
     with poisoned():
-        query = absorb.absorb_query(q, w_uk, angle.cos(), angle.sin())
-        output = absorb.expand_output(o, w_uv)
-    cos, sin = angle.cos().double(), angle.sin().double()
-    expected = absorb_naive.absorb_query(q.double(), w_uk.double(), cos, sin)
-    errors = [relative_error(query, expected)]
-    errors.append(relative_error(output, absorb_naive.expand_output(o.double(), w_uv.double())))
-    return worst(errors)
+        output = expand.expand_output(o, w_uv)
+    return relative_error(output, expand_naive.expand_output(o.double(), w_uv.double()))
 
 
 def check_gqa_append(device: torch.device) -> float:
@@ -407,7 +399,7 @@ def all_checks(device: torch.device) -> dict[str, Callable[[torch.device], float
             name = f"linear-{shape}/{tile_id(linear_tile)}"
             checks[name] = functools.partial(check_linear, shape, linear_tile)
     return checks | {
-        "token": check_token, "append": check_append, "absorb": check_absorb,
+        "token": check_token, "append": check_append, "expand": check_expand,
         "gqa-append": check_gqa_append,
     }  # fmt: skip
 
@@ -746,7 +738,7 @@ def time_small(results: Results, device: torch.device) -> None:
             functools.partial(token.latent_token, qkv, m, cos, cos, slots, rows) for m in maps
         ],
         "small/merge": [functools.partial(merge, p) for p in parts],
-        "small/expand": [functools.partial(absorb.expand_output, o, w) for w in ups],
+        "small/expand": [functools.partial(expand.expand_output, o, w) for w in ups],
         "small/expand-bmm": [functools.partial(torch.einsum, "bhr,hvr->bhv", o, w) for w in ups],
     }
     for key, calls in groups.items():

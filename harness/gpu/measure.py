@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from internvideo3.harness import provenance
+
 SCHEMA = 1
 NVIDIA_FIELDS = (
     "name,driver_version,memory.total,clocks.sm,clocks.mem,temperature.gpu,power.draw,"
@@ -191,6 +193,8 @@ class Results:
             old = json.loads(path.read_text())
             if old.get("schema") == SCHEMA and old["device"] == about:
                 self.data = old
+        commit, dirty = provenance.revision()
+        self.data |= {"command": sys.argv, "commit": commit, "dirty": dirty}
         self.data["state_at_start"] = device_state()
         self.write()
 

@@ -19,6 +19,7 @@ import torch
 from torch.profiler import DeviceType, ProfilerActivity
 
 from internvideo3.harness.gpu.measure import Results, release, say
+from internvideo3.harness.profile.plan import fp8_bytes
 from internvideo3.harness.profile.runners import Clock, EngineRunner
 from internvideo3.harness.profile.subjects import Subject, load
 
@@ -47,6 +48,9 @@ def examine(subject: Subject, context: int, *, fp8: bool) -> dict[str, Any]:
             seconds[event.name] += event.device_time_total / 1e6 / RECORDED
             launches[event.name] += 1
     step_s = statistics.median(clock.seconds())
+    per_token = subject.bytes_per_token
+    if fp8:
+        per_token = fp8_bytes(subject.model.config, "bfloat16")
     kernels = [
         {"name": name[:80], "seconds": seconds[name], "launches": launches[name] // RECORDED}
         for name in sorted(seconds, key=lambda n: -seconds[n])
@@ -56,7 +60,7 @@ def examine(subject: Subject, context: int, *, fp8: bool) -> dict[str, Any]:
         "kernels_s": sum(seconds.values()),
         "launches": sum(launches.values()) // RECORDED,
         "weight_bytes": runner.step_bytes(),
-        "cache_bytes": subject.bytes_per_token * context,
+        "cache_bytes": per_token * context,
         "kernels": kernels,
     }
 

@@ -1,10 +1,11 @@
 """`internvideo3 profile`: the gate, then every point of a workload, each written when it is done.
 
 The gate comes first: logits of the engine, which prefills in pieces and decodes token by token,
-against one forward pass over the same tokens, in float32. No rate is written for a model whose gate is red. On
-a CPU models take turns within each repeat, so that a change in the machine's load falls on all of
-them alike; a GPU holds one model at a time. A point that is in the file already is not measured
-again, a point that does not fit the device or fails is a row that says so, and the others go on.
+against one forward pass over the same tokens, in float32. No rate is written for a model whose gate
+is red. On a CPU models take turns within each repeat, so that a change in the machine's load falls
+on all of them alike; a GPU holds one model at a time. A point that is in the file already is not
+measured again, a point that does not fit the device or fails is a row that says so, and the others
+go on.
 
 Contexts are random token ids: prefill and decode cost depends on how many tokens there are and not
 on which. Decoding a video and encoding its frames are stages of their own.

@@ -77,7 +77,6 @@ def hopper_fp8_kernel(
     OVERLAP: gl.constexpr,
 ):
     """Scores [tokens, heads], output [columns, heads] in VALUES chunks; grid (S, B)."""
-    RANK: gl.constexpr = VALUES * CHUNK
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, HEADS // 2, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, HEADS, 16])
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)

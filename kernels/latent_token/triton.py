@@ -28,7 +28,7 @@ def normalised(x, gain_ptr, normed, eps, D: tl.constexpr):
 
 @triton.jit
 def columns_of_row(weights, bias, kv):
-    """weights [N, 2 K, D] times kv [2 K, D], plus the bias [N]."""
+    """Weights [N, 2 K, D] times kv [2 K, D], plus the bias [N]."""
     return tl.sum(tl.sum(weights.to(tl.float32) * kv[None, :, :], axis=2), axis=1) + bias
 
 

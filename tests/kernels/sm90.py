@@ -229,6 +229,24 @@ def hopper_case(name: str, width: int, rank: int, value: int, *, paged: bool = F
     return Case(name, hopper.hopper_kernel, constants, opcode="hgmma", pipelined=True)
 
 
+def hopper_fp8_case(name: str, rank: int) -> Case:
+    from internvideo3.kernels.latent_decode import hopper_fp8
+
+    run = Rows(rows_bTW=torch.empty(8, 128, rank), lengths_B=torch.empty(1), rank=rank)
+    constants = hopper_fp8.launch_constants(run, heads=32, value_width=rank)
+    kernel, types = hopper_fp8.hopper_fp8_kernel, {"rows_ptr": "*fp8e4nv"}
+    return Case(name, kernel, constants, types=types, opcode="hgmma", pipelined=True)
+
+
+def hopper_cases() -> Iterator[Case]:
+    yield hopper_case("hopper-1024", 1024, 896, 896)
+    yield hopper_case("hopper-1024-paged", 1024, 896, 896, paged=True)
+    yield hopper_case("hopper-512", 512, 384, 384)
+    yield hopper_case("hopper-512-of-1024", 512, 384, 896)
+    for rank in (896, 384):
+        yield hopper_fp8_case(f"hopper-fp8-{rank}", rank)
+
+
 WIDTHS = {1024: 896, 576: 512, 512: 384}
 
 
@@ -237,9 +255,9 @@ def shipped_cases() -> Iterator[Case]:
     from internvideo3.kernels.decode_linear import triton as linear
     from internvideo3.kernels.gqa_append import triton as gqa_append
     from internvideo3.kernels.gqa_decode import triton as gqa
-    from internvideo3.kernels.latent_absorb import triton as absorb
     from internvideo3.kernels.latent_append import triton as append
     from internvideo3.kernels.latent_decode import triton as latent
+    from internvideo3.kernels.latent_expand import triton as expand
     from internvideo3.kernels.latent_prefill import triton as prefill
     from internvideo3.kernels.latent_token import triton as token
     from internvideo3.kernels.lse_merge import triton as merge
@@ -266,10 +284,7 @@ def shipped_cases() -> Iterator[Case]:
     yield gqa_case("gqa_decode", gqa.TILE)
     for width, tile in prefill.TILES.items():
         yield prefill_case(f"latent_prefill-{width}", tile, width)
-    yield hopper_case("hopper-1024", 1024, 896, 896)
-    yield hopper_case("hopper-1024-paged", 1024, 896, 896, paged=True)
-    yield hopper_case("hopper-512", 512, 384, 384)
-    yield hopper_case("hopper-512-of-1024", 512, 384, 896)
+    yield from hopper_cases()
     for splits, value in ((132, 896), (49, 128)):
         constants = merge.launch_constants(splits, heads=32, value_width=value)
         yield Case(f"lse_merge-{value}", merge.merge_kernel, constants)
@@ -277,12 +292,8 @@ def shipped_cases() -> Iterator[Case]:
     constants = {"RANK": 896, "ROTARY": 64, "BLOCK_R": 1024, "BLOCK_S": 64, "num_warps": 4}
     constants |= {"NORM": True, "AFFINE": True}
     yield Case("latent_append", append.append_kernel, constants)
-    for mapped in (False, True):
-        constants = heads | {"CONTENT": 128, "ROTARY": 64, "BLOCK_R": absorb.BLOCK_R}
-        constants |= {"MAPPED": mapped}
-        yield Case(f"absorb_query-{mapped}", absorb.absorb_kernel, constants)
-    constants = heads | {"VALUE": 128, "POW2_R": 1024, "BLOCK_V": absorb.BLOCK_V, "SHARE": 4}
-    yield Case("expand_output", absorb.expand_kernel, constants)
+    constants = heads | {"VALUE": 128, "POW2_R": 1024, "BLOCK_V": expand.BLOCK_V, "SHARE": 4}
+    yield Case("expand_output", expand.expand_kernel, constants)
     constants = {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "num_warps": 1}
     yield Case("gqa_append", gqa_append.gqa_append_kernel, constants)
     yield linear_case("linear-gate-up", linear.SHORT, 12288, 4096, gated=True)

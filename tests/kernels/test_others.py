@@ -1,4 +1,4 @@
-"""Append, absorb, prefill, GQA, merge and linear kernels under the interpreter against float64.
+"""Append, expand, prefill, GQA, merge and linear kernels under the interpreter against float64.
 
 .venv/bin/python -m pytest tests/kernels/test_others.py -q
 """
@@ -15,10 +15,10 @@ from internvideo3.kernels.gqa_append import naive as gqa_append_naive
 from internvideo3.kernels.gqa_append import triton as gqa_append
 from internvideo3.kernels.gqa_decode import naive as gqa_naive
 from internvideo3.kernels.gqa_decode import triton as gqa
-from internvideo3.kernels.latent_absorb import naive as absorb_naive
-from internvideo3.kernels.latent_absorb import triton as absorb
 from internvideo3.kernels.latent_append import naive as append_naive
 from internvideo3.kernels.latent_append import triton as append
+from internvideo3.kernels.latent_expand import naive as expand_naive
+from internvideo3.kernels.latent_expand import triton as expand
 from internvideo3.kernels.latent_prefill import naive as prefill_naive
 from internvideo3.kernels.latent_prefill import triton as prefill
 from internvideo3.kernels.lse_merge import naive as merge_naive
@@ -142,22 +142,14 @@ def test_merge(splits: int, dtype: torch.dtype) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize(("rank", "rotary"), [(896, 64), (384, 64), (200, 16)])
-@pytest.mark.parametrize("mapped", [False, True], ids=["own tail", "mapped tail"])
+@pytest.mark.parametrize("rank", [896, 384, 200, 7])
+@pytest.mark.parametrize("values", [20, 64])
 @pytest.mark.parametrize("share", [1, 3])
-def test_absorb_and_expand(
-    rank: int, rotary: int, mapped: bool, share: int, dtype: torch.dtype
-) -> None:
-    q = randn(2, 3, 32 if mapped else 32 + 2 * rotary).to(dtype)
-    w = randn(3, 32, rank + 2 * rotary if mapped else rank, seed=1).to(dtype)
-    angle = randn(2, rotary)
-    out = absorb.absorb_query(q, w, angle.cos(), angle.sin())
-    expected = absorb_naive.absorb_query(*doubled(q, w, angle.cos(), angle.sin()))
-    close(out, expected, dtype)
-    latent, w_uv = randn(2, 3, rank).to(dtype), randn(3 // share, 20, rank, seed=1).to(dtype)
+def test_expand(rank: int, values: int, share: int, dtype: torch.dtype) -> None:
+    latent, w_uv = randn(2, 3, rank).to(dtype), randn(3 // share, values, rank, seed=1).to(dtype)
     close(
-        absorb.expand_output(latent, w_uv),
-        absorb_naive.expand_output(*doubled(latent, w_uv)),
+        expand.expand_output(latent, w_uv),
+        expand_naive.expand_output(*doubled(latent, w_uv)),
         dtype,
     )
 
