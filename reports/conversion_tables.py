@@ -39,7 +39,7 @@ def written(page: str, results: Path = RESULTS) -> str:
         return f"<!-- {match['name']} -->\n{draw(report)}\n<!-- end {match['name']} -->"
 
     return re.sub(
-        r"<!-- (?P<name>[a-z ]+) -->\n.*?<!-- end (?P=name) -->", fill, page, flags=re.DOTALL
+        r"<!-- (?P<name>[a-z0-9 ]+) -->\n.*?<!-- end (?P=name) -->", fill, page, flags=re.DOTALL
     )
 
 
