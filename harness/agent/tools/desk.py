@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -46,6 +46,8 @@ class Tool:
     """Resident memory of the process."""
     output_bytes: int = 2 << 20
     """Size of the reply."""
+    recorded: bool = True
+    """Whether traces keep its results, so that a rollout can be replayed without it."""
     cached: bool = True
     """Whether equal calls on equal files give equal results, which are kept on disk."""
     version: int = 1
@@ -82,6 +84,9 @@ class Desk:
     cache: Path | None = None
     timings: list[dict[str, Any]] = field(default_factory=list)
     """Seconds of every call, in order."""
+    results: list[dict[str, Any]] = field(default_factory=list)
+    """What every call of the policy's tools came to, in order, for a trace; emptied by
+    `begin_rollout`."""
     _running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _digests: dict[tuple[str, int, int], str] = field(default_factory=dict)
 
@@ -103,6 +108,10 @@ class Desk:
         needs = self.tools[name].needs
         return tuple(one for one in needs if importlib.util.find_spec(one) is None)
 
+    def begin_rollout(self) -> None:
+        """Begins a new record of results."""
+        self.results = []
+
     def call(self, name: str, arguments: Mapping[str, Any]) -> Result:
         """Runs a tool, or gives what is known of the same call on the same file.
 
@@ -110,6 +119,16 @@ class Desk:
             name: a key of `tools`.
             arguments: JSON data; `path`, if there, is a file and stands for its content.
         """
+        result = self._result(name, arguments)
+        if self.tools[name].recorded:
+            told = {key: value for key, value in arguments.items() if key != "path"}
+            self.results.append(
+                {"tool": name, "arguments": told, "ok": result.ok, "data": result.data,
+                 "error": result.error, "message": result.message}
+            )  # fmt: skip
+        return result
+
+    def _result(self, name: str, arguments: Mapping[str, Any]) -> Result:
         tool = self.tools[name]
         missing = self.missing(name)
         if missing:
@@ -138,11 +157,12 @@ class Desk:
             return None
         content = dict(arguments)
         if "path" in content:
-            content["path"] = self._digest(Path(content["path"]))
+            content["path"] = self.digest(Path(content["path"]))
         key = json.dumps([tool.name, tool.module, tool.version, content], sort_keys=True)
         return self.cache / tool.name / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
-    def _digest(self, path: Path) -> str:
+    def digest(self, path: Path) -> str:
+        """SHA-256 of a file; read once while size and time stay the same."""
         stat = path.stat()
         key = (str(path), stat.st_size, stat.st_mtime_ns)
         if key not in self._digests:
@@ -219,6 +239,38 @@ class Desk:
                 # A request may be left that a dead process did not read.
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
+
+
+@dataclass
+class RecordedDesk(Desk):
+    """Gives what a trace has recorded instead of running tools.
+
+    Args:
+        recorded: `tool_results` of a trace.
+        absent: `tools` of it: what each tool lacked where the trace was made.
+    """
+
+    recorded: list[dict[str, Any]] = field(default_factory=list)
+    absent: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def missing(self, name: str) -> tuple[str, ...]:
+        """What was missing then; what is recorded needs no package now."""
+        if self.tools[name].recorded:
+            return tuple(self.absent.get(name, ()))
+        return super().missing(name)
+
+    def _result(self, name: str, arguments: Mapping[str, Any]) -> Result:
+        if not self.tools[name].recorded:
+            return super()._result(name, arguments)
+        told = {key: value for key, value in arguments.items() if key != "path"}
+        for number, row in enumerate(self.recorded):
+            if (row["tool"], row["arguments"]) == (name, told):
+                del self.recorded[number]
+                kept = {key: row[key] for key in ("ok", "data", "error", "message")}
+                return Result(**kept)
+        return Result(
+            ok=False, error="unrecorded", message=f"the trace has no result of this call of {name}"
+        )
 
 
 def _over(
