@@ -4,14 +4,12 @@ What has no video to look at again (questions about pictures, several videos at 
 without media) is answered directly, and its record says so.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from internvideo3.harness.agent.episode import Place, answer
+from internvideo3.harness.agent.episode import Place, about, answer
 from internvideo3.harness.agent.perception import Eye, Sight
 from internvideo3.harness.agent.rollout import Outcome as Ended
 from internvideo3.harness.agent.rollout import State
@@ -33,10 +31,13 @@ class AgenticAnswerer:
     Args:
         direct: the model, and how frames are sampled.
         agent: the agent's settings.
+        name: what the model is called in traces.
         cache: folder of tools' results and of videos' memory; None for the user's.
     """
 
-    def __init__(self, direct: Answerer, agent: AgentSettings, cache: Path | None = None) -> None:
+    def __init__(
+        self, direct: Answerer, agent: AgentSettings, *, name: str = "", cache: Path | None = None
+    ) -> None:
         self.direct = direct
         self.agent = agent
         self.reader = direct.reader
@@ -45,6 +46,7 @@ class AgenticAnswerer:
             model=direct.model,
             processor=direct.processor,
             desk=Desk(TOOLS, folder),
+            name=name,
             cache=folder,
         )
 
@@ -94,14 +96,15 @@ class AgenticAnswerer:
 
     def _roll(self, question: Question) -> Outcome:
         started = time.perf_counter()
+        limits = self._limits(question)
         try:
-            state, ended = answer(
-                self.place, self._eye(question), asked(question), self.agent,
-                self._limits(question),
-            )  # fmt: skip
+            eye = self._eye(question)
+            state, ended = answer(self.place, eye, asked(question), self.agent, limits)
+            told = about(self.place, eye, self.agent, limits, direct=False)
         except Exception as error:  # an outcome of this sample, recorded with its reason
             return failed(question, error)
-        return _outcome(question, state, ended, self.agent, time.perf_counter() - started)
+        trace = trace_of(state, ended, told)
+        return _outcome(question, state, ended, trace, time.perf_counter() - started)
 
     def _eye(self, question: Question) -> Eye:
         (clip,), settings = question.clips, self.settings
@@ -154,15 +157,8 @@ def _with(outcome: Outcome, agent: dict[str, Any], trace: dict[str, Any] | None)
 
 
 def _outcome(
-    question: Question, state: State, ended: Ended, agent: AgentSettings, seconds: float
+    question: Question, state: State, ended: Ended, trace: dict[str, Any], seconds: float
 ) -> Outcome:
-    video = question.clips[0].path
-    about = {
-        "mode": "agentic",
-        "video": {"name": os.fsencode(Path(video).name).decode("utf-8", "replace")},
-        "settings": {**asdict(agent), "tools": list(agent.tools)},
-    }
-    trace = trace_of(state, ended, about)
     reply = Reply(
         text=ended.wording,
         token_ids=(),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +12,9 @@ from internvideo3.harness.agent.setting import TOOLS_OF_EVAL, AgentSettings, Pol
 from internvideo3.harness.settings import pixel_range
 
 if TYPE_CHECKING:
+    from internvideo3.harness.agent.episode import Place
     from internvideo3.harness.agent.perception import Eye, Sight
-    from internvideo3.harness.agent.rollout import Outcome, State
+    from internvideo3.harness.agent.rollout import State
     from internvideo3.harness.agent.tools.desk import Desk
 
 
@@ -93,19 +92,18 @@ def ask(options: AskOptions, watch: Watch = lambda _: None) -> Asked:
     from internvideo3.harness.agent.perception import Eye
     from internvideo3.harness.agent.tools.catalogue import TOOLS, cache_folder
     from internvideo3.harness.agent.tools.desk import Desk
-    from internvideo3.harness.agent.trace import trace_of, write_json
+    from internvideo3.harness.agent.trace import write_json
     from internvideo3.reports.trace import write_page
     from internvideo3.tasks.decoder import IsolatedReader
 
     reader = IsolatedReader()
     with closing(reader), Desk(TOOLS, options.cache or cache_folder()) as desk:
         eye = Eye(options.video, _sight(options), reader)
-        state, outcome = _run(options, eye, desk, watch)
-        trace = trace_of(state, outcome, _about(options))
+        trace = _run(options, eye, desk, watch)
     write_json(options.out / "trace.json", trace)
     write_json(options.out / "timings.json", desk.timings)
     page = write_page(trace, options.out / "trace.html", video=options.video)
-    return Asked(answer=outcome.answer, trace=trace, page=page, notes=_notes(trace))
+    return Asked(answer=trace["answer"]["answer"], trace=trace, page=page, notes=_notes(trace))
 
 
 def _check(options: AskOptions) -> None:
@@ -115,27 +113,38 @@ def _check(options: AskOptions) -> None:
         raise ValueError(f"there is no video at {options.video}. Check the path.")
 
 
-def _run(options: AskOptions, eye: Eye, desk: Desk, watch: Watch) -> tuple[State, Outcome]:
-    """The rollout; a direct answer is one of a single turn without tools."""
-    import torch
-
-    from internvideo3.harness.agent.episode import Place, answer
-    from internvideo3.model.checkpoint import load_model
+def _run(options: AskOptions, eye: Eye, desk: Desk, watch: Watch) -> dict[str, Any]:
+    """The rollout's trace; a direct answer is a rollout of a single turn without tools."""
+    from internvideo3.harness.agent.episode import about, answer
+    from internvideo3.harness.agent.trace import trace_of
     from internvideo3.model.session import Limits
 
-    torch.set_num_threads(options.threads)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # The video first: what is wrong with it is told before weights are read.
     eye.first()
-    model, processor = load_model(options.model, device, _dtype(options.dtype, device))
-    place = Place(model=model, processor=processor, desk=desk, cache=desk.cache)
+    place = load_place(options, desk)
     limits = Limits(
         max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed
     )
-    direct = options.mode == "direct"
-    return answer(
-        place, eye, options.question, agent_of(options), limits, direct=direct, watch=watch
-    )
+    direct, agent = options.mode == "direct", agent_of(options)
+    state, outcome = answer(place, eye, options.question, agent, limits, direct=direct, watch=watch)
+    return trace_of(state, outcome, about(place, eye, agent, limits, direct=direct))
+
+
+def load_place(options: AskOptions, desk: Desk) -> Place:
+    """The model of a command beside its tools.
+
+    Raises:
+        ValueError: the model cannot be read.
+    """
+    import torch
+
+    from internvideo3.harness.agent.episode import Place
+    from internvideo3.model.checkpoint import load_model
+
+    torch.set_num_threads(options.threads)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, processor = load_model(options.model, device, _dtype(options.dtype, device))
+    return Place(model=model, processor=processor, desk=desk, name=options.model, cache=desk.cache)
 
 
 def agent_of(options: AskOptions) -> AgentSettings:
@@ -175,23 +184,6 @@ def _sight(options: AskOptions) -> Sight:
         max_frames=options.max_frames,
         zoom_frames=options.zoom_frames,
     )
-
-
-def _about(options: AskOptions) -> dict[str, Any]:
-    with options.video.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    settings = asdict(options)
-    for name in ("video", "question", "out", "cache", "model", "mode"):
-        del settings[name]
-    return {
-        "mode": options.mode,
-        "model": options.model,
-        "video": {
-            "name": os.fsencode(options.video.name).decode("utf-8", "replace"),
-            "sha256": digest,
-        },
-        "settings": settings,
-    }
 
 
 def _notes(trace: dict[str, Any]) -> tuple[str, ...]:

@@ -50,6 +50,8 @@ app = typer.Typer(
 )
 world_app = typer.Typer(help="The scale world: small videos with questions.", no_args_is_help=True)
 app.add_typer(world_app, name="world")
+trace_app = typer.Typer(help="Rollouts from their files.", no_args_is_help=True)
+app.add_typer(trace_app, name="trace")
 data_app = typer.Typer(help="Training data: curate, filter, check, mix.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
@@ -314,9 +316,7 @@ def ask_command(
     ] = 8192,
     fps: Annotated[float, typer.Option(help="Frames a second of the first look.")] = 2.0,
     max_frames: Annotated[int, typer.Option(min=4, help="Most frames of the first look.")] = 64,
-    zoom_frames: Annotated[
-        int, typer.Option(min=2, help="Most frames of a further look.")
-    ] = 16,
+    zoom_frames: Annotated[int, typer.Option(min=2, help="Most frames of a further look.")] = 16,
     web: Annotated[
         bool, typer.Option("--web", help="Let the agent search the web, if there is a network.")
     ] = False,
@@ -383,6 +383,67 @@ def ask_command(
             print(f"Note: {note}", file=sys.stderr)
         print(asked.answer)
         print(f"Page: {asked.page.resolve()}")
+
+
+@trace_app.command("show")
+def trace_show_command(
+    trace: Annotated[Path, typer.Argument(help="A trace: trace.json, or runs/.../*.json.gz.")],
+    video: Annotated[
+        Path | None, typer.Option(help="The video, for pictures of what was seen.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("trace.html"),
+) -> None:
+    """Write the page of a rollout.
+
+    [bold]Example[/bold]
+
+      internvideo3 trace show runs/agent/traces/world_long/000007.json.gz --video clip.mp4
+    """
+    with _errors_in_words(out):
+        from internvideo3.harness.replay import show
+
+        print(f"Page: {show(trace, video, out).resolve()}")
+
+
+@trace_app.command("replay")
+def trace_replay_command(
+    trace: Annotated[Path, typer.Argument(help="A trace: trace.json, or runs/.../*.json.gz.")],
+    video: Annotated[Path, typer.Argument(help="The video that it is about.")],
+    model: Annotated[
+        str, typer.Option(help="Checkpoint folder, or e.g. scale:m2la. Default: the trace's.")
+    ] = "",
+    tools: Annotated[
+        str, typer.Option(help="recorded: as the trace has their results. live: run them.")
+    ] = "recorded",
+    out: Annotated[Path, typer.Option(help="Folder for the new trace and page.")] = Path("replay"),
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1. Default: cuda if there is one.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, or auto (float32 on cpu).")
+    ] = "auto",
+    threads: ThreadsOption = 1,
+) -> None:
+    """Run a rollout again from its file, and say whether it came out the same.
+
+    [bold]Example[/bold]
+
+      internvideo3 trace replay ask/trace.json film.mp4
+    """
+    with _errors_in_words(out):
+        from internvideo3.harness.ask import AskOptions
+        from internvideo3.harness.replay import replay
+
+        live = _one_of("--tools", tools, ("recorded", "live")) == "live"
+        options = AskOptions(
+            video=video, question="", out=out, model=model, device=device,
+            dtype=_one_of("--dtype", dtype, ("auto", "float32", "bfloat16")), threads=threads,
+        )  # fmt: skip
+        done = replay(trace, options, live=live)
+        print(done.trace["answer"]["answer"])
+        differing = ", ".join(done.differing)
+        print(f"Other than in the trace: {differing}" if differing else "The same rollout.")
+        print(f"Page: {done.page.resolve()}")
 
 
 @app.command("table6")
@@ -907,7 +968,7 @@ def ablate_command(
 
     [bold]Examples[/bold]
 
-      internvideo3 world build --suite world_long,world_grounding,world_ego,world_manyq
+      internvideo3 world build world_long world_grounding world_ego world_manyq
 
       internvideo3 ablate --out runs/ablation
 

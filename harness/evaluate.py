@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from internvideo3.harness import provenance
 from internvideo3.harness.comparable import comparable
@@ -32,7 +32,6 @@ from internvideo3.tasks.benchmarks.local import data_root
 from internvideo3.tasks.brief import EVALUABLE
 from internvideo3.tasks.scoring import aggregate, score
 from internvideo3.tasks.world.build import world_root
-from internvideo3.tasks.world.suites import SUITES
 
 if TYPE_CHECKING:
     from internvideo3.harness.lmms import InternVideo3
@@ -271,7 +270,9 @@ def load_plugin(options: EvalOptions, share: Share = Share()) -> "InternVideo3":
     loaded = load_model(options.model, device, dtype)
     ahead = decoders(share.beside)
     direct = Answerer(*loaded, options.settings(), cache, ahead=ahead)
-    answerer = AgenticAnswerer(direct, options.agent) if options.agent else direct
+    answerer: Any = direct
+    if options.agent is not None:
+        answerer = AgenticAnswerer(direct, options.agent, name=options.model)
     return lmms.InternVideo3(answerer=answerer, name=options.model, control=options.control)
 
 
@@ -310,6 +311,7 @@ def _run(model: "InternVideo3", recorder: SuiteRecorder, options: EvalOptions) -
     part = len(recorder.mine) < benchmark.whole
     model.recorder = recorder
     model.answerer = model.answerer.at(options.settings(benchmark))
+    model.fps_of_documents = options.fps is None and options.max_frames is None
     numbers = run_benchmark(
         model,
         benchmark.task,
@@ -317,7 +319,6 @@ def _run(model: "InternVideo3", recorder: SuiteRecorder, options: EvalOptions) -
         [str(doc["id"]) for doc in recorder.mine] if part else None,
     )
     _compare(benchmark, [recorder.answered[doc["id"]] for doc in recorder.mine], numbers)
-    model.fps_of_documents = options.fps is None and options.max_frames is None
 
 
 def _write_tasks(benchmark: Benchmark) -> None:
@@ -350,7 +351,8 @@ def _compare(benchmark: Benchmark, rows: Sequence[Row], numbers: Mapping[str, fl
         (scored_doc(row), score(benchmark.scorer, scored_doc(row), _stripped(row))) for row in rows
     ]
     ours = aggregate(benchmark.scorer, scored)
-    metric = benchmark.metric or ours.metric
+    # A part of a mixed suite may be of one kind, whose mean has another name but the same value.
+    metric = benchmark.metric or (ours.metric if ours.metric in numbers else "score")
     theirs = numbers[metric]
     value = math.nan if ours.value is None else ours.value
     if abs(theirs - value) > 1e-9 or math.isnan(theirs) != math.isnan(value):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,15 @@ from internvideo3.harness.agent.context import Context
 from internvideo3.harness.agent.environment import Environment
 from internvideo3.harness.agent.judging import options_of
 from internvideo3.harness.agent.memory import Memory
-from internvideo3.harness.agent.perception import Eye, seen_span
+from internvideo3.harness.agent.perception import Eye, Sight, seen_span
 from internvideo3.harness.agent.policies import Controller, Direct, ModelPolicy
 from internvideo3.harness.agent.rollout import Outcome, Policy, State, Watch, rollout
 from internvideo3.harness.agent.routing import route
 from internvideo3.harness.agent.setting import AgentSettings
 from internvideo3.harness.agent.tools.desk import Desk
+from internvideo3.harness.agent.trace import SCHEMA, trace_of
 from internvideo3.model.session import Limits, Session
+from internvideo3.tasks.decoder import IsolatedReader
 from internvideo3.tasks.video import Frames
 
 
@@ -29,6 +33,8 @@ class Place:
     model: Any
     processor: Any
     desk: Desk
+    name: str = ""
+    """What the model is called."""
     cache: Path | None = None
     """Folder of what is kept of videos; None to keep nothing."""
 
@@ -48,10 +54,7 @@ def policy_of(settings: AgentSettings, limits: Limits, *, direct: bool = False) 
     return Controller(limits, looks=settings.looks, verifies=settings.verifies, seed=settings.seed)
 
 
-def prepare(
-    place: Place, eye: Eye, first: Frames, question: str, settings: AgentSettings,
-    prior: dict[str, float] | None = None,
-) -> State:  # fmt: skip
+def prepare(place: Place, eye: Eye, first: Frames, question: str, settings: AgentSettings) -> State:
     """A state that holds nothing yet.
 
     Args:
@@ -60,29 +63,85 @@ def prepare(
         first: the first look.
         question: with its options, as the user wrote it.
         settings: the agent's.
-        prior: probability of each kind of question; None to estimate it.
 
     Raises:
         VideoError: the video cannot be read.
     """
+    place.desk.begin_rollout()
     session = Session(place.model, place.processor, media_options={"do_resize": False})
     context, memory = Context(session), Memory(place.desk)
     start_s, end_s = eye.start_s or 0.0, seen_span(first)[1]
     if eye.end_s is None:
         end_s = first.duration_s
-    album = None
+    album, prior = None, dict[str, float]()
     if settings.looks == "new" and settings.budget.tool_calls:
         album = open_album(eye.video, start_s, end_s, eye.reader, place.cache)
-    if prior is None:
-        prior = route(question, memory) if settings.budget.tool_calls and settings.tools else {}
+    if settings.budget.tool_calls and settings.tools:
+        prior = route(question, memory, settings.route)
+    spending = Spending(budget=settings.budget)
     environment = Environment(
         video=eye.video, duration_s=end_s, desk=place.desk, memory=memory, context=context,
-        start_s=start_s, tools=settings.tools,
+        start_s=start_s, tools=settings.tools, eye=eye,
+        most_tokens=lambda: spending.tokens_left // 2,
     )  # fmt: skip
     return State(
         question=question, options=options_of(question), context=context, environment=environment,
-        eye=eye, spending=Spending(budget=settings.budget), prior=prior, album=album,
+        eye=eye, spending=spending, prior=prior, album=album,
     )  # fmt: skip
+
+
+def about(
+    place: Place, eye: Eye, settings: AgentSettings, limits: Limits, *, direct: bool
+) -> dict[str, Any]:
+    """The command's side of a trace: enough to run the rollout again, and no path."""
+    name = os.fsencode(eye.video.name).decode("utf-8", "replace")
+    return {
+        "mode": "direct" if direct else "agentic",
+        "model": place.name,
+        "video": {"name": name, "sha256": place.desk.digest(eye.video)},
+        "settings": {
+            "agent": asdict(settings),
+            "sight": asdict(eye.sight),
+            "limits": {
+                "max_new_tokens": limits.max_new_tokens,
+                "temperature": limits.temperature,
+                "seed": limits.seed,
+            },
+            "part": [eye.start_s, eye.end_s],
+        },
+    }
+
+
+def again(trace: Mapping[str, Any], video: Path, place: Place, reader: IsolatedReader) -> Any:
+    """The rollout of a trace, run anew.
+
+    Args:
+        trace: what `ask` or `eval` wrote.
+        video: the file; its content must be that of the trace.
+        place: a model, and the tools: live, or a `RecordedDesk`.
+        reader: decodes the video.
+
+    Returns:
+        The new trace.
+
+    Raises:
+        ValueError: the video is another one, or the trace is of another version.
+    """
+    settings = trace.get("settings", {})
+    if trace.get("schema") != SCHEMA or "sight" not in settings:
+        raise ValueError("this trace is of another version; make it again with `ask` or `eval`.")
+    if place.desk.digest(video) != trace["video"]["sha256"]:
+        raise ValueError(f"{video} is not the video of the trace, {trace['video']['name']}.")
+    given = dict(settings["agent"])
+    agent = AgentSettings(
+        **given | {"budget": Budget(**given["budget"]), "tools": tuple(given["tools"])}
+    )
+    pixels = settings["sight"]["video_pixels"]
+    sight = Sight(**settings["sight"] | {"video_pixels": tuple(pixels) if pixels else None})
+    eye = Eye(video, sight, reader, *settings["part"])
+    limits, direct = Limits(**settings["limits"]), trace["mode"] == "direct"
+    state, ended = answer(place, eye, trace["question"], agent, limits, direct=direct)
+    return trace_of(state, ended, about(place, eye, agent, limits, direct=direct))
 
 
 def answer(

@@ -31,5 +31,7 @@ class AgentSettings:
     """Most frames of a further look."""
     tools: tuple[str, ...] = TOOLS_OF_EVAL
     """What may be called beside looking again and memory."""
+    route: str | None = None
+    """Kind of the questions, where the command says it instead of the embedding's estimate."""
     seed: int = 0
     """Of random looks and sampled words."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from internvideo3.harness.agent.rollout import Outcome, State
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def trace_of(state: State, outcome: Outcome, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,6 +37,7 @@ def trace_of(state: State, outcome: Outcome, about: Mapping[str, Any]) -> dict[s
         "beliefs": [asdict(one) for one in state.beliefs],
         "checks": [asdict(one) for one in state.checks],
         "memory": [asdict(one) for one in memory.items],
+        "tool_results": state.environment.desk.results,
         "answer": asdict(outcome),
         "cost": {
             "turns": spending.turns,
