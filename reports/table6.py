@@ -1,8 +1,8 @@
 """Table 6 of the paper for any suite: direct answers beside agentic ones, and what both cost.
 
-Every agentic run is paired with the direct run on the samples that both answered; intervals are
-those of `stats`, over videos. What verification changed is scored anew from the answers that were
-proposed before it.
+Every agentic run is paired with the direct run, and with the one whose looks are at random if there
+is one, on the samples that both answered; intervals are those of `stats`, over videos. What
+verification changed is scored anew from the answers that were proposed before it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ NOTE = (
     "of what was weighed aside; calls count looks and tools. The paper gives no cost."
 )
 HEAD = (
-    "system", "score", "− direct", "95 % interval", "n", "tokens", "seconds", "calls",
-    "without tools", "right → wrong", "wrong → right",
+    "system", "score", "− direct", "95 % interval", "− random looks", "n", "tokens", "seconds",
+    "calls", "without tools", "right → wrong", "wrong → right",
 )  # fmt: skip
 
 
@@ -56,6 +56,8 @@ class Line:
     score: Interval
     difference: Difference | None
     """To the direct run; None for that run itself."""
+    over_random: Difference | None
+    """To the run whose looks are at random; None for that run, the direct one, and without it."""
     tokens: float
     """Mean of a question."""
     seconds: float
@@ -81,7 +83,12 @@ def lines(direct: Run, agentic: Sequence[Run]) -> list[Line]:
         others = [run for run in agentic if suite in run.samples]
         if others:
             found.append(_line(direct, suite, samples, None))
-            found += [_line(run, suite, run.samples[suite], samples) for run in others]
+            random = next((run for run in others if _looks(run) == "random"), None)
+            chance = random.samples[suite] if random is not None else None
+            found += [
+                _line(run, suite, run.samples[suite], samples, None if run is random else chance)
+                for run in others
+            ]
     if not found:
         raise Table6Error("the runs share no suite; give runs of the same suites.")
     return found
@@ -99,24 +106,44 @@ def _check(direct: Run, agentic: Sequence[Run]) -> None:
             raise Table6Error(f"{run.path} and {direct.path} are runs of different models.")
 
 
-def _line(run: Run, suite: str, samples: Sequence[Sample], base: Sequence[Sample] | None) -> Line:
+def _looks(run: Run) -> str:
+    return str((run.config.get("agent") or {}).get("looks", ""))
+
+
+def _paired(other: Sequence[Sample] | None, samples: Sequence[Sample]) -> Difference | None:
+    """What `samples` score above another run, on those that it answered too."""
+    before = {sample.id: sample.value or 0.0 for sample in other or ()}
+    both = [sample for sample in samples if sample.id in before]
+    if not both:
+        return None
+    return paired_difference(
+        [before[sample.id] for sample in both],
+        [sample.value or 0.0 for sample in both],
+        [sample.video_id for sample in both],
+    )
+
+
+def _line(
+    run: Run,
+    suite: str,
+    samples: Sequence[Sample],
+    base: Sequence[Sample] | None,
+    chance: Sequence[Sample] | None = None,
+) -> Line:
     before = {sample.id: sample for sample in base or samples}
     both = [sample for sample in samples if sample.id in before]
     if not both:
         raise Table6Error(f"{run.path} shares no sample of {suite} with the direct run.")
     values = [sample.value or 0.0 for sample in both]
     videos = [sample.video_id for sample in both]
-    difference = None
-    if base is not None:
-        direct = [before[sample.id].value or 0.0 for sample in both]
-        difference = paired_difference(direct, values, videos)
     agents = [sample.agent for sample in both if sample.agent is not None]
     costs = [agent["cost"] for agent in agents]
     changes = [change for sample in both if (change := _change(sample)) is not None]
     label = " ".join(filter(None, [run.model.get("label"), _open_web(run)]))
     return Line(
         name=system_name(run), suite=suite, label=label,
-        score=cluster_interval(values, videos), difference=difference,
+        score=cluster_interval(values, videos), difference=_paired(base, both),
+        over_random=_paired(chance, both),
         tokens=fmean(_tokens(sample) for sample in both), seconds=_seconds(run, suite, both),
         calls=fmean(cost["tool_calls"] for cost in costs) if costs else None,
         without_tools=fmean(cost["tool_calls"] == 0 for cost in costs) if costs else None,
@@ -177,12 +204,15 @@ def _change(sample: Sample) -> float | None:
 
 def cells(line: Line) -> list[str]:
     """A line as texts, in the order of `HEAD`."""
-    found = line.difference
+    found, above = line.difference, line.over_random
     return [
         line.name + (f" [{line.label}]" if line.label else ""),
         f"{wording.percent(line.score.mean)} ({wording.span(line.score)})",
         wording.points(found.interval.mean) if found else "–",
         wording.signed_span(found.interval) if found else "–",
+        f"{wording.points(above.interval.mean)} ({wording.signed_span(above.interval)})"
+        if above
+        else "–",
         wording.count(line.score.n),
         wording.count(round(line.tokens)),
         f"{line.seconds:.2f}",
@@ -235,7 +265,7 @@ def rows(found: Sequence[Line]) -> list[dict[str, Any]]:
 
 
 def _row(line: Line) -> dict[str, Any]:
-    found = line.difference
+    found, above = line.difference, line.over_random
     return {
         "suite": line.suite, "system": line.name, "label": line.label, "run": line.run,
         "score": line.score.mean, "low": line.score.low, "high": line.score.high,
@@ -245,6 +275,9 @@ def _row(line: Line) -> dict[str, Any]:
         "difference_high": found.interval.high if found else None,
         "won": found.wins if found else None, "lost": found.losses if found else None,
         "p_mcnemar": found.p_mcnemar if found else None,
+        "over_random": above.interval.mean if above else None,
+        "over_random_low": above.interval.low if above else None,
+        "over_random_high": above.interval.high if above else None,
         "tokens": line.tokens, "seconds": line.seconds, "calls": line.calls,
         "without_tools": line.without_tools, "right_to_wrong": line.spoilt,
         "wrong_to_right": line.mended,

@@ -34,7 +34,9 @@ def agent(calls: int, proposed: str) -> dict[str, Any]:
     return {"cost": cost, "proposed": proposed, "ended": "verified", "first": "cross"}
 
 
-def run(folder: Path, said: list[str], agents: list[dict[str, Any]] | None = None) -> Path:
+def run(
+    folder: Path, said: list[str], agents: list[dict[str, Any]] | None = None, looks: str = "new"
+) -> Path:
     rows = [sample(n, text, agents[n] if agents else None) for n, text in enumerate(said)]
     for name in ("samples", "timings"):
         (folder / name).mkdir(parents=True)
@@ -42,7 +44,7 @@ def run(folder: Path, said: list[str], agents: list[dict[str, Any]] | None = Non
     (folder / "samples/world_long.jsonl").write_text(text)
     times = [{"id": row["id"], "decode_s": 0.5, "encode_s": 0.25} for row in rows]
     (folder / "timings/world_long.jsonl").write_text("".join(json.dumps(t) + "\n" for t in times))
-    settings = {"policy": "controller", "looks": "new", "verifies": True, "tools": ["asr"]}
+    settings = {"policy": "controller", "looks": looks, "verifies": True, "tools": ["asr"]}
     meta = {
         "schema": 1, "id": folder.name, "mode": "agentic" if agents else "direct",
         "command": ["internvideo3", "eval", "<b>"], "commit": "abc", "dirty": False,
@@ -73,6 +75,21 @@ def test_the_table_pairs_runs_and_tells_their_cost(both: tuple[Path, Path]) -> N
     assert (ours.calls, ours.without_tools) == (3.5, 0.125)
     assert (ours.mended, ours.spoilt) == (0.125, 0.125)
     assert base.calls is None and ours.label == "scale"
+
+
+def test_looks_that_are_chosen_are_paired_with_looks_at_random(
+    both: tuple[Path, Path], tmp_path: Path
+) -> None:
+    said, agents = ["ring"] * 3 + ["cross"] * 5, [agent(4, "cross")] * 8
+    random = load_run(run(tmp_path / "random", said, agents, looks="random"))
+    direct, agentic = (load_run(path) for path in both)
+    base, ours, chance = lines(direct, [agentic, random])
+    assert base.over_random is None and chance.over_random is None
+    assert ours.over_random is not None and ours.over_random.interval.mean == 0.375
+    assert (ours.over_random.wins, ours.over_random.losses) == (3, 0)
+    assert chance.name == "agentic (controller), looks at random"
+    (alone,) = lines(direct, [agentic])[1:]
+    assert alone.over_random is None
 
 
 def test_every_form_of_the_table_says_the_same(both: tuple[Path, Path], tmp_path: Path) -> None:
