@@ -67,8 +67,8 @@ def ablate(options: AblateOptions, progress: Progress) -> Path | None:
             trained = _train(options, name, seed, progress)
             if trained.checkpoint is None:
                 return None
-            plan["runs"][f"{name}-s{seed}"] = {
-                "recipe": name,
+            plan["runs"][f"{label(name)}-s{seed}"] = {
+                "recipe": label(name),
                 "seed": seed,
                 "stages": [os.path.relpath(folder, options.out) for folder in trained.folders],
             }
@@ -82,8 +82,11 @@ def _plan(options: AblateOptions) -> Row:
     """What `ablation.json` says; runs of an earlier command stay in it."""
     commit, dirty = provenance.revision()
     path = options.out / "ablation.json"
-    runs = json.loads(path.read_text())["runs"] if path.is_file() else {}
-    about = variants()
+    before = json.loads(path.read_text()) if path.is_file() else {"runs": {}, "about": {}}
+    told = variants()
+    about = {
+        label(name): told.get(name) or _recipe(options, name).about for name in options.recipes
+    }
     return {
         "created": provenance.now(),
         "command": list(options.command),
@@ -94,9 +97,14 @@ def _plan(options: AblateOptions) -> Row:
         "preset": options.preset,
         "suites": list(options.suites),
         "limit": options.limit,
-        "about": {name: about.get(name, "") for name in options.recipes},
-        "runs": runs,
+        "about": before["about"] | about,
+        "runs": before["runs"],
     }
+
+
+def label(name: str) -> str:
+    """What the table calls a variant or a recipe file."""
+    return Path(name).stem
 
 
 def _recipe(options: AblateOptions, name: str) -> Recipe:
@@ -122,7 +130,7 @@ def _evaluate(
         EvalOptions(
             model=str(checkpoint),
             suites=options.suites,
-            out=options.out / "runs" / f"{Path(name).stem}-s{seed}",
+            out=options.out / "runs" / f"{label(name)}-s{seed}",
             root=options.root,
             limit=options.limit,
             threads=options.threads,

@@ -75,7 +75,7 @@ def curate(options: CurateOptions, progress: Callable[[str, int, int], None]) ->
         changes=options.changes,
         read=reader.read,
         write=options.writer.write,
-        guess=None if guesser is None else lambda p, _: guesser.write(p, temperature=1.0),
+        guess=None if guesser is None else lambda p, n: guesser.write(p, temperature=1.0, seed=n),
         per_video=options.per_video,
         most_failures=options.most_failures,
     )
@@ -149,10 +149,7 @@ def check_rows(
     finally:
         reader.close()
     names = named(prints)
-    by_row = {
-        str(row["id"]): " ".join(names[video] for video in videos_of(row)) or str(row["id"])
-        for row in rows
-    }
+    by_row = {str(row["id"]): tuple(names[video] for video in videos_of(row)) for row in rows}
     unique = filters.without_repeats(rows, by_row)
     asked = {} if benchmark_questions is None else _questions(benchmark_questions)
     held = {names[key]: key for key in prints if key.startswith("benchmark ")}

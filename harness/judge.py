@@ -9,6 +9,7 @@ The endpoint is asked at temperature 0 and without a penalty, so that a verdict 
 """
 
 import hashlib
+import http.client
 import json
 import os
 import urllib.error
@@ -82,7 +83,7 @@ class Judge:
         except urllib.error.HTTPError as error:
             said = error.read(300).decode(errors="replace")
             raise JudgeError(f"{address} answered {error.code}: {said}") from error
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise JudgeError(f"{address} cannot be reached: {error}") from error
         except (ValueError, LookupError, TypeError) as error:
             raise JudgeError(f"{address} answers in another form: {error!r}") from error

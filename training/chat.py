@@ -67,7 +67,8 @@ class ChatDocuments:
                 raise DataError(f"{name} has no rows; leave it out of the recipe")
         self.order = dealt(data.files, BLOCK)
         self.seen = 0
-        self.bad: dict[str, str] = {}
+        self.bad: dict[tuple[str, int], str] = {}
+        """File and number of a row (ids may be missing, or repeat) → why it cannot be used."""
 
     def kind(self, index: int) -> Modality:
         """What the row of an index shows."""
@@ -92,16 +93,17 @@ class ChatDocuments:
             DataError: There are too many bad rows.
         """
         for step in range(len(self.rows[self.order[index % BLOCK]])):
-            name, row = self._row(index, step)
-            key = f"{name}: {row.get('id')}"
-            if key in self.bad:
+            name, number = self._place(index, step)
+            if (name, number) in self.bad:
                 continue
             self.seen += 1
+            row = self.rows[name][number]
             try:
                 return make(row, Path(name).parent)
             except (ValueError, LookupError, TypeError, OSError) as error:
-                self.bad[key] = str(error)
-                log.warning("row %s is left out: %s", key, error)
+                self.bad[name, number] = str(error)
+                what = f"{name}, row {number + 1} (id {row.get('id')})"
+                log.warning("%s is left out: %s", what, error)
                 self._check_budget(error)
         raise DataError(f"no row of {self.order[index % BLOCK]} can be used; see the log")
 
@@ -114,15 +116,20 @@ class ChatDocuments:
                 "finished steps are kept."
             ) from error
 
-    def _row(self, index: int, step: int = 0) -> tuple[str, Row]:
-        """Name of the file and row of an index; `step` rows on."""
+    def _row(self, index: int) -> tuple[str, Row]:
+        """File and row of an index."""
+        name, number = self._place(index)
+        return name, self.rows[name][number]
+
+    def _place(self, index: int, step: int = 0) -> tuple[str, int]:
+        """File of an index and number of its row there, from 0; `step` rows on."""
         block, place = divmod(index, BLOCK)
         name = self.order[place]
         before = _before(tuple(self.order))[place] + block * Counter(self.order)[name]
-        rows = self.rows[name]
-        epoch, at = divmod(before, len(rows))
-        chosen = _shuffled(len(rows), self.seed, f"{name}/{epoch}")
-        return name, rows[chosen[(at + step) % len(rows)]]
+        count = len(self.rows[name])
+        epoch, at = divmod(before, count)
+        chosen = _shuffled(count, self.seed, f"{name}/{epoch}")
+        return name, chosen[(at + step) % count]
 
     def _taught(self, row: Row, folder: Path) -> Document:
         messages = row["messages"]
@@ -137,7 +144,7 @@ class ChatDocuments:
         if len(media.frames) != 1 or media.images:
             raise DataError("a rollout needs exactly one video")
         doc = {
-            "id": str(row["id"]), "family": row.get("category", "all"),
+            "id": str(row.get("id")), "family": row.get("category", "all"),
             "options": row.get("options"), "answer": row["answer"],
             "answer_type": row.get("answer_type", "choice" if row.get("options") else "span"),
             "length_s": media.frames[0].duration_s,

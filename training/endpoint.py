@@ -8,6 +8,7 @@ wait that doubles; one that says the request is wrong is not.
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import logging
@@ -115,9 +116,9 @@ class Endpoint:
             if error.code in AGAIN:
                 raise _TryAgainError(said) from error
             raise EndpointError(f"{self.url} refused the request, {said}") from error
-        except (OSError, ValueError) as error:
-            # A reply cut off in the middle is no JSON: the server went away while it spoke.
-            raise _TryAgainError(str(error)) from error
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            # Also a reply cut off in the middle: the server went away while it spoke.
+            raise _TryAgainError(str(error) or repr(error)) from error
 
 
 class _TryAgainError(Exception):

@@ -103,7 +103,7 @@ class Loop:
             while step < self.steps:
                 try:
                     self._train(step)
-                except EndpointError:
+                except EndpointError:  # in all processes, see _works
                     # Steps since the last state would be lost to a server that is down.
                     self._save(states, step)
                     raise
@@ -131,7 +131,7 @@ class Loop:
     def _train(self, step: int) -> None:
         started = time.perf_counter()
         torch.manual_seed((self.seed * 1_000_003 + step) % 2**63)
-        works, totals = self.stage.works(step, self.policy)
+        works, totals = self._works(step)
         works = self._in_step(works)
         rate = rate_at(self.options.optimiser, step, self.steps)
         for group in self.optimizer.param_groups:
@@ -146,6 +146,18 @@ class Loop:
             "flops": (self.stage.updates * flops, 0.0),
         }  # fmt: skip
         self._note(step, totals, {"norm": norm, "rate": rate}, time.perf_counter() - started)
+
+    def _works(self, step: int) -> tuple[list[Work], Totals]:
+        """The stage's passes; a server that fails one process fails all, which save together."""
+        made: tuple[list[Work], Totals] = ([], {})
+        failure: EndpointError | None = None
+        try:
+            made = self.stage.works(step, self.policy)
+        except EndpointError as error:
+            failure = error
+        if self.group.most(int(failure is not None)):
+            raise failure or EndpointError("the server failed another process; see its message")
+        return made
 
     def _update(self, works: Sequence[Work], step: int) -> tuple[float, float]:
         """One optimiser update; returns this process's loss and the norm of all gradients."""

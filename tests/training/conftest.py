@@ -51,6 +51,8 @@ class Teacher:
         self.requests: list[dict[str, Any]] = []
         self.failures: list[int | None] = []
         """Status of the next answers; None: the connection is dropped."""
+        self.missing: list[int] = []
+        """Bytes by which the next replies are shorter than they say."""
         self.answer: Callable[[str, list[Any]], str] = told
         teacher = self
 
@@ -64,7 +66,8 @@ class Teacher:
                     return
                 reply = json.dumps(teacher.reply(body)).encode()
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(reply)))
+                missing = teacher.missing.pop(0) if teacher.missing else 0
+                self.send_header("Content-Length", str(len(reply) + missing))
                 self.end_headers()
                 self.wfile.write(reply)
 

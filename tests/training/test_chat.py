@@ -142,9 +142,18 @@ def test_a_broken_video_is_skipped_counted_and_logged(
     source = ChatDocuments(data(corpus, some_bad__jsonl=1.0), loaded[1], 0)
     documents = [source.taught(index) for index in range(12)]
     assert len(documents) == 12 and len(source.bad) == 1
-    assert "some_bad.jsonl: bad is left out" in caplog.text
+    assert "some_bad.jsonl, row 1 (id bad) is left out" in caplog.text
     again = ChatDocuments(data(corpus, some_bad__jsonl=1.0), loaded[1], 0)
     assert alike(again.taught(7), documents[7]), "an index depends on nothing before it"
+
+
+def test_a_bad_row_condemns_no_other_where_rows_have_no_ids(corpus: Path, loaded: Any) -> None:
+    rows = [video_row("", "broken.mp4"), video_row("", "v0.mp4"), video_row("", "v1.mp4")]
+    path = corpus / "nameless.jsonl"
+    write_rows(path, [{k: v for k, v in row.items() if k != "id"} for row in rows])
+    source = ChatDocuments(ChatData(files={str(path): 1.0}, **SIZE), loaded[1], 0)
+    taught = [source.taught(index) for index in range(6)]
+    assert len(source.bad) == 1 and not all(alike(one, taught[0]) for one in taught)
 
 
 def test_too_many_broken_videos_end_the_run_with_states_kept(

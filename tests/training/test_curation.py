@@ -254,6 +254,13 @@ class TestFingerprints:
         assert not any(same(copied, prints[f"v{n}.mp4"]) for n in (1, 2, 3))
         assert named(prints | {"copy": copied})["copy"] == "v0.mp4"
 
+    def test_a_blank_video_is_like_blank_ones_only(self) -> None:
+        blank = fingerprint(np.zeros((8, 32, 32, 3), np.uint8))
+        grey = fingerprint(np.full((8, 32, 32, 3), 90, np.uint8))
+        shown = fingerprint(np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3), np.uint8))
+        assert same(blank, grey) and not same(blank, shown)
+        assert named({"blank": blank, "shown": shown, "grey": grey})["grey"] == "blank"
+
 
 class TestCommands:
     def options(self, videos: Path, out: Path, teacher: Any, **changed: Any) -> CurateOptions:
@@ -276,7 +283,8 @@ class TestCommands:
             for clip in json.loads(path.read_text())["clips"]
         }
         assert len(captions) > 4, "captions depend on the pixels that were sent"
-        assert all(row["messages"][0]["content"][0]["type"] == "video_url" for row in rows)
+        shown = [row["messages"][0]["content"][0]["video_url"]["url"] for row in rows]
+        assert all(Path(one).is_absolute() and Path(one).is_file() for one in shown)
         assert "Action Recognition" in (tmp_path / "table1.md").read_text()
         card = (tmp_path / "card.md").read_text()
         assert "8 rows about 4 videos" in card and "internvideo3 data curate" in card
@@ -311,6 +319,8 @@ class TestCommands:
             curate(self.options(videos, tmp_path, teacher), lambda *_: None)
         reasons = [row["reason"] for row in read_rows(tmp_path / "dropped.jsonl")]
         assert len(reasons) == 8
+        seeds = Counter(one["seed"] for one in teacher.requests if one["temperature"] == 1.0)
+        assert seeds == {0: 8, 1: 8, 2: 8}, "three samples, not one three times"
         assert all("can be answered without the video" in reason for reason in reasons)
 
     def test_a_server_that_fails_stops_it_and_the_same_command_goes_on(
@@ -359,12 +369,18 @@ class TestCommands:
                           options=("a", "b"), answer="a")  # fmt: skip
             return chat_row(key, replace(STORY, video=str(videos / video)), asked)
 
+        def beside(first: Any, video: str) -> Any:
+            part = {"type": "video_url", "video_url": {"url": str(videos / video)}}
+            first["messages"][0]["content"].insert(1, part)
+            return first
+
         long = "Which of the shapes enters the striped room before the blue light flashes twice?"
         write_rows(tmp_path / "rows.jsonl", [
             row("good", "v1.mp4", "What moves through the room after the first light?"),
             row("again", "v1.mp4", "What moves through the room after the first light??"),
             row("seen", "v0.mp4", "Where does the circle go?"),
             row("copied", "v2.mp4", f"Tell me. {long}"),
+            beside(row("pair", "v3.mp4", "Which room is larger?"), "v0.mp4"),
         ])  # fmt: skip
         held = tmp_path / "benchmark"
         held.mkdir()
@@ -374,7 +390,7 @@ class TestCommands:
             tmp_path / "rows.jsonl", tmp_path / "clean.jsonl", held, tmp_path / "asked.jsonl"
         )
         assert kept == 1 and dropped["again"] == "asks what good asks of the same video"
-        assert "other-name.mp4" in dropped["seen"]
+        assert "other-name.mp4" in dropped["seen"] and "other-name.mp4" in dropped["pair"]
         assert dropped["copied"] == "repeats the question videomme/7"
         assert {r["id"] for r in read_rows(tmp_path / "clean.dropped.jsonl")} == set(dropped)
 
@@ -398,6 +414,11 @@ class TestEndpoint:
         )
         assert endpoint.waits == [1.0, 2.0, 4.0]  # type: ignore[attr-defined]
 
+    def test_a_reply_that_breaks_off_is_asked_for_again(self, teacher: Any) -> None:
+        teacher.missing = [10_000, 0]
+        assert patient(teacher).write("x") == "I cannot know."
+        assert not teacher.missing and len(teacher.requests) == 2
+
     def test_a_refusal_is_final_and_silence_ends(self, teacher: Any) -> None:
         teacher.failures = [400]
         with pytest.raises(EndpointError, match="refused the request, 400"):
@@ -417,6 +438,9 @@ def test_parquet_and_jsonl_hold_the_same_chat(tmp_path: Path) -> None:
     for name in ("x.jsonl", "x.parquet"):
         write_rows(tmp_path / name, rows)
         assert read_rows(tmp_path / name) == rows
+    rollouts = [{"id": "r", "predictions": ["a", "b"]}]
+    write_rows(tmp_path / "rollouts.parquet", rollouts)
+    assert read_rows(tmp_path / "rollouts.parquet") == rollouts
     (tmp_path / "bad.jsonl").write_text('{"id": 1}\n{"id": \n')
     with pytest.raises(DataError, match="line 2, is no JSON"):
         read_rows(tmp_path / "bad.jsonl")

@@ -53,6 +53,7 @@ def allocated_peak(work: Any) -> int:
     return peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [True, False])
 def test_the_plan_is_within_15_percent_of_what_is_allocated(recompute: bool) -> None:
     config = middle_config()

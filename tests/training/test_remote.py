@@ -114,6 +114,25 @@ def test_the_teachers_log_probabilities_cross_the_wire_and_its_pixels_are_the_ro
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.parameters())
 
 
+@pytest.mark.parametrize("form", ["text", "token_id"])
+def test_tokens_may_be_told_as_text_or_as_ids(scoring: Any, loaded: Any, form: str) -> None:
+    server, served = scoring
+    usual, decode = served.reply, loaded[1].tokenizer.decode
+
+    def told(body: dict[str, Any]) -> dict[str, Any]:
+        reply = usual(body)
+        reply["choices"][0]["logprobs"]["tokens"] = [
+            f"token_id:{one}" if form == "token_id" else decode([one]) for one in body["prompt"]
+        ]
+        return reply
+
+    server.reply = told
+    policy = Policy(deepcopy(loaded[0]))
+    stage: Any = build_stage(options(server.url), loaded[1], policy, 0, Processes())
+    works, _ = stage.works(0, policy)
+    assert len(works) == 1
+
+
 def test_another_tokenizer_behind_the_server_is_refused(scoring: Any, loaded: Any) -> None:
     server, served = scoring
     usual = served.reply

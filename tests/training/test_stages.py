@@ -19,6 +19,7 @@ from internvideo3.training.packing import pack
 from internvideo3.training.policy import Policy, token_logps, vision_ids
 from internvideo3.training.processes import Processes
 from internvideo3.training.recipe import (
+    Cpt,
     Gspo,
     Opd,
     Optimiser,
@@ -103,6 +104,24 @@ def test_supervised_passes_see_the_videos(loaded: Any) -> None:
     assert torch.equal(eye.rows(), shown)
     blind = replace(works[0].pack, pixels=torch.zeros_like(works[0].pack.pixels))
     assert abs(float(policy(blind, works[0].loss)) - losses[0]) > 1e-3
+
+
+def test_continued_pretraining_sees_pictures_and_videos(loaded: Any) -> None:
+    """And a row of text alone shows the tower nothing that is used."""
+    model, processor = deepcopy(loaded[0]), loaded[1]
+    options = Cpt(kind="cpt", **(COMMON | {"documents": 20}))
+    policy, eye = Policy(model), Eye(model.model.visual)
+    stage: Any = build_stage(options, processor, policy, 0, Processes())
+    works, noted = stage.works(0, policy)
+    losses = [float(policy(work.pack, work.loss).detach()) for work in works]
+    taught = [stage.captions.taught(n) for n in range(20)]
+    shown = [m.pixels for one in taught for m in one.media]
+    assert torch.equal(eye.rows(), torch.cat(shown))
+    samples = {k: noted[f"{k}_samples"][0] for k in ("text", "image", "video")}
+    assert samples == {"text": 6, "image": 11, "video": 3} and sum(losses) > 0
+    kinds = [stage.captions.kind(n) for n in range(20)]
+    words = next(taught[n] for n in range(20) if kinds[n] == "text")
+    assert not words.media and not len(pack([words], model).grid_thw)
 
 
 def test_training_recomputes_the_log_probabilities_of_the_rollout(loaded: Any) -> None:

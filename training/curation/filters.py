@@ -128,22 +128,22 @@ def sampled(rows: Sequence[Row], count: int, seed: int) -> Kept:
     )
 
 
-def without_repeats(rows: Sequence[Row], prints: Mapping[str, str]) -> Kept:
-    """The first of each group of rows that ask the same of the same video.
+def without_repeats(rows: Sequence[Row], prints: Mapping[str, Sequence[str]]) -> Kept:
+    """The first of each group of rows that ask the same of the same videos.
 
     Args:
         rows: Rows in the chat form.
-        prints: id → a name of the row's videos by content (`fingerprints.py`).
+        prints: id → names of the row's videos by content (`fingerprints.py`).
     """
-    asked: dict[str, list[tuple[str, frozenset[str]]]] = {}
+    asked: dict[tuple[str, ...], list[tuple[str, frozenset[str]]]] = {}
 
     def reason(row: Row) -> str | None:
         mine = shingles(user_text(row))
-        seen = asked.setdefault(prints[row["id"]], [])
+        seen = asked.setdefault(tuple(prints[str(row["id"])]), [])
         for other, theirs in seen:
             if len(mine & theirs) >= NEAR * len(mine | theirs):
                 return f"asks what {other} asks of the same video"
-        seen.append((row["id"], mine))
+        seen.append((str(row["id"]), mine))
         return None
 
     return _filtered(rows, reason)
@@ -151,7 +151,7 @@ def without_repeats(rows: Sequence[Row], prints: Mapping[str, str]) -> Kept:
 
 def without_benchmarks(
     rows: Sequence[Row],
-    prints: Mapping[str, str],
+    prints: Mapping[str, Sequence[str]],
     benchmark_videos: Mapping[str, str],
     benchmark_questions: Mapping[str, str],
 ) -> Kept:
@@ -159,7 +159,7 @@ def without_benchmarks(
 
     Args:
         rows: Rows in the chat form.
-        prints: id → name of the row's videos by content.
+        prints: id → names of the row's videos by content.
         benchmark_videos: Such a name → which benchmark video has it.
         benchmark_questions: Name of a benchmark question → its text.
     """
@@ -172,8 +172,9 @@ def without_benchmarks(
             index.setdefault(part, []).append(name)
 
     def reason(row: Row) -> str | None:
-        if prints[row["id"]] in benchmark_videos:
-            return f"its video is {benchmark_videos[prints[row['id']]]}"
+        for name in prints[str(row["id"])]:
+            if name in benchmark_videos:
+                return f"its video is {benchmark_videos[name]}"
         shared: dict[str, int] = {}
         for part in shingles(user_text(row)):
             for name in index.get(part, ()):

@@ -36,9 +36,11 @@ def fingerprint(pixels_THWC: NDArray[np.uint8]) -> Steps:
 
 
 def likeness(a_S: Steps, b_S: Steps) -> float:
-    """Correlation of two fingerprints; 1 for two videos without any structure."""
-    norms = float(np.linalg.norm(a_S) * np.linalg.norm(b_S))
-    return 1.0 if norms == 0 else float(a_S @ b_S) / norms
+    """Correlation of two fingerprints; of blank videos 1 with each other and 0 with others."""
+    norm_a, norm_b = float(np.linalg.norm(a_S)), float(np.linalg.norm(b_S))
+    if norm_a == 0 or norm_b == 0:
+        return float(norm_a == norm_b)
+    return float(a_S @ b_S) / (norm_a * norm_b)
 
 
 def same(a_S: Steps, b_S: Steps) -> bool:

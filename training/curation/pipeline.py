@@ -50,6 +50,8 @@ from internvideo3.training.curation.synthesis import (
 log = logging.getLogger("internvideo3.curation")
 Changes = Callable[[Path], Sequence[float]]
 """Path of a video → times of its scene changes."""
+Guesser = Callable[[str, int], str]
+"""(prompt, number of the guess) → text; each number is another sample."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -63,7 +65,7 @@ class Curation:
     """`read_frames`, or that of an isolated reader."""
     write: Writer
     """Captions and writes."""
-    guess: Writer | None = None
+    guess: Guesser | None = None
     """Guesses answers without the video; None: not checked."""
     guesses: int = 3
     """Guesses that all have to be right before a question counts as answerable blind."""
@@ -128,7 +130,7 @@ class Curation:
         told = caption_clips(clips, lambda clip: self._pictures(video, clip), self.write)
         scenes = summarise_scenes(told, self.write)
         made = Narrative(
-            video=str(video), duration_s=whole.duration_s, clips=told, scenes=scenes,
+            video=str(video.resolve()), duration_s=whole.duration_s, clips=told, scenes=scenes,
             text=tell(scenes, self.write),
         )  # fmt: skip
         _keep(path, asdict(made))
@@ -167,7 +169,7 @@ class Curation:
 
     def _guesses(self, asked: Asked) -> list[str]:
         assert self.guess is not None
-        return [self.guess(blind_prompt(asked), ()) for _ in range(self.guesses)]
+        return [self.guess(blind_prompt(asked), number) for number in range(self.guesses)]
 
 
 def key_of(video: Path) -> str:

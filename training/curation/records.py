@@ -8,7 +8,7 @@ relative to the file's folder or absolute.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def read_rows(path: Path) -> list[Row]:
         import pyarrow.parquet
 
         rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
-        return [{**row, "messages": json.loads(row["messages"])} for row in rows]
+        return [_with_messages(row, json.loads) for row in rows]
     return list(_lines(path))
 
 
@@ -110,13 +110,18 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         import pyarrow
         import pyarrow.parquet
 
-        flat = [{**row, "messages": json.dumps(row["messages"])} for row in rows]
+        flat = [_with_messages(row, json.dumps) for row in rows]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(flat), part)
     elif path.suffix == ".jsonl":
         part.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
     else:
         raise DataError(f"{path} must end in .jsonl or .parquet")
     part.replace(path)
+
+
+def _with_messages(row: Mapping[str, Any], change: Callable[[Any], Any]) -> Row:
+    """A row with its messages changed; rollouts have none."""
+    return {k: change(v) if k == "messages" else v for k, v in row.items()}
 
 
 def user_text(row: Mapping[str, Any]) -> str:
