@@ -72,8 +72,11 @@ def show(path: Path, video: Path | None, out: Path) -> Path:
         out: the page's file.
 
     Raises:
-        ValueError: there is no such trace.
+        ValueError: there is no such trace, or it is of another version.
     """
+    from internvideo3.harness.agent.trace import check_version
     from internvideo3.reports.trace import write_page
 
-    return write_page(read_trace(path), out, video=video)
+    trace = read_trace(path)
+    check_version(trace)
+    return write_page(trace, out, video=video)

@@ -20,7 +20,7 @@ from internvideo3.harness.agent.rollout import Outcome, Policy, State, Watch, ro
 from internvideo3.harness.agent.routing import route
 from internvideo3.harness.agent.setting import AgentSettings
 from internvideo3.harness.agent.tools.desk import Desk
-from internvideo3.harness.agent.trace import SCHEMA, trace_of
+from internvideo3.harness.agent.trace import check_version, trace_of
 from internvideo3.model.session import Limits, Session
 from internvideo3.tasks.decoder import IsolatedReader
 from internvideo3.tasks.video import Frames
@@ -127,9 +127,8 @@ def again(trace: Mapping[str, Any], video: Path, place: Place, reader: IsolatedR
     Raises:
         ValueError: the video is another one, or the trace is of another version.
     """
-    settings = trace.get("settings", {})
-    if trace.get("schema") != SCHEMA or "sight" not in settings:
-        raise ValueError("this trace is of another version; make it again with `ask` or `eval`.")
+    check_version(trace)
+    settings = trace["settings"]
     if place.desk.digest(video) != trace["video"]["sha256"]:
         raise ValueError(f"{video} is not the video of the trace, {trace['video']['name']}.")
     given = dict(settings["agent"])

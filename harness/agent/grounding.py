@@ -14,7 +14,6 @@ from internvideo3.harness.agent.context import Context, Span
 from internvideo3.harness.agent.memory import Memory, overlap_s
 from internvideo3.harness.agent.perception import Eye
 from internvideo3.harness.agent.verification import weigh_alone
-from internvideo3.harness.settings import SYSTEM_PROMPT
 
 PARTS = 8
 """Parts of the first round; later rounds cut a part in two."""
@@ -73,7 +72,7 @@ def ground(
                 look = eye.again(span, max(0.5, 8 / (span[1] - span[0])))
             except ValueError:
                 continue  # too short to be seen
-            weighed, spent = weigh_alone(context, SYSTEM_PROMPT, [look], question, OPTIONS)
+            weighed, spent = weigh_alone(context, [look], question, OPTIONS)
             tokens += spent
             share = weighed.shares[0] + _raised(span, near)
             asked.append(Found(span=span, score=round(min(1.0, share), 4)))

@@ -310,7 +310,7 @@ def settle(action: Answer, state: State, policy: Policy) -> Outcome | None:
     claim = Claim(text=action.text, evidence=action.evidence)
     checks = check([claim], state.context)
     if checks[0].ok and policy.verifies:
-        checks = [_supported(checks[0], state, policy)]
+        checks = [_supported(checks[0], state)]
     state.checks += checks
     if checks[0].ok or not policy.verifies or state.refusals >= MOST_REFUSALS:
         verdict = "verified" if checks[0].ok else "unverified"
@@ -326,7 +326,7 @@ def settle(action: Answer, state: State, policy: Policy) -> Outcome | None:
     return None
 
 
-def _supported(found: Check, state: State, policy: Policy) -> Check:
+def _supported(found: Check, state: State) -> Check:
     """The model's own part of verification: does it give the answer from the evidence alone?
 
     The evidence window, all closer looks in order of time, is shown again without anything else,
@@ -338,9 +338,7 @@ def _supported(found: Check, state: State, policy: Policy) -> Check:
         return found
     state.weak = None
     looks = [view.frames for view in views if view.frames is not None]
-    weighed, tokens = weigh_alone(
-        state.context, policy.system, looks, state.question, state.options
-    )
+    weighed, tokens = weigh_alone(state.context, looks, state.question, state.options)
     state.spending.side_tokens += tokens
     state.judgements.append(judged(state, weighed, state.views[-1], alone=True))
     share = weighed.shares[state.options.index(found.claim)]

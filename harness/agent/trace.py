@@ -50,6 +50,19 @@ def trace_of(state: State, outcome: Outcome, about: Mapping[str, Any]) -> dict[s
     }
 
 
+def check_version(trace: Mapping[str, Any]) -> None:
+    """Refuses traces of another version of this code.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if trace.get("schema") != SCHEMA:
+        raise ValueError(
+            f"the trace is of version {trace.get('schema')}, this code reads version {SCHEMA}; "
+            "make it again with `ask` or `eval`."
+        )
+
+
 def write_json(path: Path, data: Any) -> None:
     """Writes JSON in a form that depends on the data only."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from internvideo3.harness.agent.actions import Claim
 from internvideo3.harness.agent.context import Context, Control, Entry, Kind, Quoted
 from internvideo3.harness.agent.judging import Weighed, shares
 from internvideo3.harness.agent.memory import overlap_s
+from internvideo3.harness.settings import SYSTEM_PROMPT
 from internvideo3.model.session import Session
 from internvideo3.tasks.video import Frames
 
@@ -72,16 +73,16 @@ def _problem(claim: Claim, cited: str, entry: Entry | None) -> str:
 
 def weigh_alone(
     context: Context,
-    system: str,
     looks: Sequence[Frames],
     question: str,
     options: Sequence[str],
 ) -> tuple[Weighed, int]:
     """How likely each option is for a model that sees these looks only, and the tokens it took.
 
+    It is not told of tools, which would cost more than the looks.
+
     Args:
         context: the rollout's, which is not touched.
-        system: the system prompt.
         looks: frames of the cited evidence.
         question: with its options.
         options: their texts.
@@ -91,7 +92,7 @@ def weigh_alone(
         of.model, of.processor, features=of.features, media_options={"do_resize": False}
     )
     alone = Context(session)
-    alone.add(Kind.INSTRUCTION, "system", [Control(system)], role="system")
+    alone.add(Kind.INSTRUCTION, "system", [Control(SYSTEM_PROMPT)], role="system")
     for look in joined(looks):
         alone.add(Kind.OBSERVATION, "frames", [look])
     alone.add(Kind.INSTRUCTION, "user", [Quoted(question)])
