@@ -1,0 +1,167 @@
+"""Ablation, from shared stages to the report: `pytest tests/training/test_ablation.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internvideo3.harness.ablate import AblateOptions, ablate
+from internvideo3.reports.ablation import Change, change, is_hard, unmet
+from internvideo3.reports.load import Sample
+from internvideo3.tasks.scoring import Outcome, Score
+from internvideo3.tasks.world.build import build_suite
+from internvideo3.training.recipe import Convert, RecipeError, load_recipe, load_variant, variants
+
+TINY = """
+extends: scale
+about: test
+stages:
+  convert: {videos: 2, probe: 2}
+  cpt: {steps: 1, documents: 4, probe: 2}
+  sft_short: {steps: 1, documents: 2}
+  sft_long: null
+  gspo: null
+  opd: {steps: 1, documents: 2, group: 2}
+"""
+SUITES = ("world_long", "world_grounding", "world_ego", "world_manyq")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    for name in SUITES:
+        build_suite(name, root, limit_videos=1)
+    return root
+
+
+@pytest.mark.slow
+def test_shared_stages_are_trained_once_and_a_stopped_ablation_goes_on(
+    world: Path, tmp_path: Path
+) -> None:
+    preset = tmp_path / "tiny.yaml"
+    preset.write_text(TINY)
+    options = AblateOptions(
+        recipes=("full", "no_opd"), preset=str(preset), seeds=(0,), out=tmp_path / "out",
+        limit=2, root=world, command=("internvideo3", "ablate"),
+    )  # fmt: skip
+
+    class StoppedError(Exception):
+        pass
+
+    def stops(name: str, done: int, total: int) -> None:
+        if name == "full 0 opd":
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        ablate(options, stops)
+    stages = tmp_path / "out" / "stages"
+    before = {path: path.stat().st_mtime_ns for path in stages.glob("*/checkpoint/trained.txt")}
+    assert {path.parts[-3].rsplit("-", 1)[0] for path in before} == {"convert", "cpt", "sft_short"}
+    table = ablate(options, lambda *_: None)
+    after = {path: path.stat().st_mtime_ns for path in stages.glob("*/checkpoint/trained.txt")}
+    assert before.items() <= after.items() and len(after) == 4
+    assert table is not None
+    text = table.read_text()
+    assert "**scale**" in text and "| full |" in text
+    assert "Bar not met: 2 questions in a suite, 2000 are asked." in text
+    told = json.loads((tmp_path / "out" / "table5.json").read_text())
+    assert told["rows"]["full"]["seeds"] == [0] and told["seeds"] == [0]
+    moments = told["losses"]["full"]
+    assert list(moments) == ["before conversion", "after conversion", "after CPT"]
+    assert all(loss.keys() == {"text", "image", "video"} for loss in moments.values())
+    # Answers and their times: another evaluation would have other times.
+    evaluated = {p: p.read_bytes() for p in (tmp_path / "out" / "runs").rglob("*.jsonl")}
+    ablate(options, lambda *_: None)
+    assert all(path.read_bytes() == held for path, held in evaluated.items())
+    ablate(replace(options, recipes=("no_opd",)), lambda *_: None)
+    assert "| full |" in table.read_text(), "a later command adds to the table"
+
+
+class TestVariants:
+    def test_each_changes_what_it_names_and_nothing_else(self) -> None:
+        full = load_variant("scale", "full")
+        assert full == load_recipe("scale") == load_recipe("scale/full")
+        gone = {"no_cpt": {"cpt"}, "no_rl": {"gspo"}, "no_opd": {"opd"},
+                "sft_only": {"gspo", "opd"}, "no_m2la": {"convert"}}  # fmt: skip
+        for name, stages in gone.items():
+            made = load_variant("scale", name).stages
+            assert made == {k: v for k, v in full.stages.items() if k not in stages}
+
+    @pytest.mark.parametrize("name", ["no_long_context", "no_long_video_data"])
+    def test_curriculum_variants_keep_steps_and_number_of_videos(self, name: str) -> None:
+        full, made = load_variant("scale", "full").stages, load_variant("scale", name).stages
+        assert [k for k in full if full[k] != made[k]] == ["sft_long"]
+        ours: Any = made["sft_long"]
+        theirs: Any = full["sft_long"]
+        assert replace(ours, data=theirs.data) == theirs
+        assert (ours.data.videos, ours.data.questions) == (
+            theirs.data.videos,
+            theirs.data.questions,
+        )
+        longest = max(length for length, share in ours.data.lengths.items() if share)
+        assert longest == (16 if name == "no_long_context" else 120)
+
+    @pytest.mark.parametrize("preset", ["scale", "paper", "official"])
+    def test_all_variants_exist_in_every_preset(self, preset: str) -> None:
+        made = {name: load_variant(preset, name) for name in variants()}
+        assert len(made) == 8 and all(recipe.stages for recipe in made.values())
+
+    def test_a_wrong_name_is_told_with_the_nearest(self) -> None:
+        with pytest.raises(RecipeError, match="no variant 'no_ctp'.*mean no_cpt"):
+            load_recipe("scale/no_ctp")
+
+    def test_conversion_is_the_stage_from_which_seeds_vary(self) -> None:
+        assert isinstance(next(iter(load_recipe("scale").stages.values())), Convert)
+
+
+def samples(values: Sequence[float], video: int = 2, **more: Any) -> list[Sample]:
+    """Answered questions, so many about a video."""
+    made = []
+    for n, value in enumerate(values):
+        score = Score(value, None, Outcome.ANSWERED)
+        told: dict[str, Any] = {
+            "id": str(n), "suite": "s", "video_id": str(n // video), "family": "order",
+            "length_s": 64.0, "question": "q", "options": (), "answer": "a",
+            "answer_type": "choice", "evidence": (), "video": None, "prediction": "a",
+            "official": score, "plain": score, "error": None, "benchmark": "s", "doc": None,
+        }  # fmt: skip
+        made.append(Sample(**(told | more)))
+    return made
+
+
+class TestReading:
+    def test_a_change_is_paired_and_both_intervals_are_told(self) -> None:
+        before = {seed: {"s": samples([1, 1, 1, 0] * 20)} for seed in range(3)}
+        after = {seed: {"s": samples([0, 1, 1, 0] * (20 - seed) + [1, 1, 1, 0] * seed)}
+                 for seed in range(3)}  # fmt: skip
+        told = change(before, after, "s", lambda sample: True)
+        assert told is not None and told.mean == pytest.approx(-(20 + 19 + 18) / 240)
+        by_seed = [-(20 - seed) / 80 for seed in range(3)]
+        half = 4.302653 * 0.0125 / 3**0.5
+        assert told.over_seeds == pytest.approx((by_seed[1] - half, by_seed[1] + half), abs=1e-5)
+        assert told.over_questions[0] < told.mean < told.over_questions[1]
+        assert (told.questions, told.seeds, told.significant) == (80, 3, True)
+
+    def test_one_seed_is_never_significant(self) -> None:
+        told = change({0: {"s": samples([1.0] * 40)}}, {0: {"s": samples([0.0] * 40)}}, "s",
+                      lambda sample: True)  # fmt: skip
+        assert told is not None and told.over_seeds is None and not told.significant
+        both = Change(-0.1, (-0.2, -0.1), (-0.3, 0.1), 10, 3)
+        assert not both.significant
+
+    def test_hard_questions_are_chosen_by_what_they_are(self) -> None:
+        (hard,), (easy,), (short,) = (
+            samples([1.0]), samples([1.0], family="shape"), samples([1.0], length_s=16.0),
+        )  # fmt: skip
+        assert [is_hard(one) for one in (hard, easy, short)] == [True, False, False]
+
+    def test_bars_that_are_not_met_are_named(self) -> None:
+        wide = {"over_questions": (-0.05, 0.05), "over_seeds": (-0.01, 0.01)}
+        made = {"questions": {"a": 2000}, "seeds": [0, 1, 2], "changes": {"x": {"a": wide}}}
+        (line,) = unmet(made)
+        assert "half-width over questions is 5.0 points, 2 are asked" in line
