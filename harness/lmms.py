@@ -214,7 +214,7 @@ class InternVideo3(lmms):  # type: ignore[misc]  # lmms_eval has no types
         shown = self.recorder.video(task, doc) if self.recorder else None
         # For tasks that take pictures out of the video themselves.
         taken = {"iv3_shown": shown, "iv3_max_frames": self.answerer.settings.max_frames}
-        messages = ChatMessages(messages=doc_to_messages(doc | taken)).to_hf_messages()
+        messages = ChatMessages(messages=doc_to_messages({**doc, **taken})).to_hf_messages()
         if self.control == "text":
             messages = [_without_media(message) for message in messages]
         if self.answerer.settings.system_prompt and messages[0]["role"] != "system":

@@ -207,6 +207,8 @@ class Opd(StageOptions):
     group: Annotated[int, Field(ge=1)] = 1
     """Responses sampled for each prompt."""
     max_new_tokens: Annotated[int, Field(ge=1)]
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Divergence over the student's likeliest tokens and one bucket for the rest; None: exact."""
     chunk: Annotated[int, Field(ge=1)] = 1024
     """Response tokens whose full-vocabulary logits exist at a time."""
 

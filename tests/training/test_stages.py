@@ -124,6 +124,18 @@ def test_continued_pretraining_sees_pictures_and_videos(loaded: Any) -> None:
     assert not words.media and not len(pack([words], model).grid_thw)
 
 
+def test_distillation_over_few_tokens_is_a_bound_and_over_nearly_all_the_same(loaded: Any) -> None:
+    model, processor = loaded
+    values = {}
+    for top_k in (1, 16, 400, None):
+        policy = Policy(deepcopy(model))
+        options = replace(OPD, top_k=top_k)
+        works, _ = build_stage(options, processor, policy, 0, Processes()).works(0, policy)
+        values[top_k] = sum(float(policy(work.pack, work.loss).detach()) for work in works)
+    assert 0 <= values[1] < values[16] <= values[400] + 1e-7
+    assert values[400] == pytest.approx(values[None], rel=1e-3)
+
+
 def test_training_recomputes_the_log_probabilities_of_the_rollout(loaded: Any) -> None:
     model, processor = loaded
     barred = vision_ids(model, processor)

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from internvideo3.training.documents import Document, Prompt, Source
 from internvideo3.training.loop import Stage, Totals, Work, own_indices
-from internvideo3.training.objectives.distillation import full_kl, sampled_kl
+from internvideo3.training.objectives.distillation import full_kl, sampled_kl, top_k_kl
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE
 from internvideo3.training.packing import Pack, pack, packs
 from internvideo3.training.policy import Policy, barred_logits, token_logps
@@ -117,7 +117,7 @@ class OpdStage(Stage):
     def _own_work(
         self, teacher: Policy, laid: Pack, weight_N: Tensor, barred: tuple[int, ...]
     ) -> Work:
-        """The divergence over the whole vocabulary, from a teacher in this process."""
+        """The divergence over the vocabulary, from a teacher in this process."""
         taught: list[Tensor] = []
 
         def keep(hidden_NX: Tensor, head_VX: Tensor) -> Tensor:
@@ -129,11 +129,11 @@ class OpdStage(Stage):
         hidden_NX, head_VX = taught
 
         def some(s_CW: Tensor, head_VW: Tensor, t_CX: Tensor, weight_C: Tensor) -> Tensor:
-            return full_kl(
-                barred_logits(functional.linear(s_CW, head_VW).float(), barred),
-                barred_logits(functional.linear(t_CX, head_VX).float(), barred),
-                weight_C,
-            )
+            student_CV = barred_logits(functional.linear(s_CW, head_VW).float(), barred)
+            teacher_CV = barred_logits(functional.linear(t_CX, head_VX).float(), barred)
+            if self.options.top_k is None:
+                return full_kl(student_CV, teacher_CV, weight_C)
+            return top_k_kl(student_CV, teacher_CV, weight_C, self.options.top_k)
 
         def loss(hidden_NW: Tensor, head_VW: Tensor) -> Tensor:
             size = self.options.chunk
