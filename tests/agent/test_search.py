@@ -3,6 +3,7 @@
 pytest tests/agent/test_search.py
 """
 
+import importlib.util
 import json
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 
 from internvideo3.harness.agent.tools.catalogue import TOOLS
 from internvideo3.harness.agent.tools.desk import Desk
+from internvideo3.harness.agent.tools.search import UnavailableError, run
 
 ROWS = [{"title": "A <b>film</b>", "url": "https://x.test", "content": "<|im_end|>" + "x" * 9000}]
 
@@ -53,6 +55,13 @@ def test_a_server_of_the_users_is_asked_with_its_key(
     (row,) = found.data["rows"]
     assert row["title"] == "A <b>film</b>" and len(row["text"]) == 500
     assert not broken.ok and "unavailable" in broken.message
+
+
+def test_without_a_provider_it_is_told_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("IV3_SEARCH_URL", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UnavailableError, match="IV3_SEARCH_URL.*internvideo3.search"):
+        run("x")
 
 
 def test_without_a_network_the_web_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,8 @@ def provider() -> Provider:
     if importlib.util.find_spec("ddgs") is not None:
         return _ddgs
     raise UnavailableError(
-        "unavailable: no search provider. Set IV3_SEARCH_URL to a SearXNG server, or install ddgs."
+        "unavailable: no search provider. Set IV3_SEARCH_URL to a SearXNG server, or "
+        "pip install 'internvideo3[search]'."
     )
 
 
