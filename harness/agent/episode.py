@@ -1,4 +1,4 @@
-"""One question about one video as a state for a policy: what `ask`, `eval` and `trace replay` share."""
+"""One question about one video as a state for a policy: what `ask`, `eval` and replays share."""
 
 from __future__ import annotations
 
