@@ -46,7 +46,7 @@ def agent_options(
         )
     chosen: Any = _known("--policy", policy, POLICIES)
     where: Any = _known("--looks", looks, LOOKS)
-    named = TOOLS_OF_EVAL
+    named: tuple[str, ...] = TOOLS_OF_EVAL
     if tools is not None:
         words = [] if tools.strip() == "none" else [word.strip() for word in tools.split(",")]
         named = tuple(_known("--tools", word, TOOLS) for word in words)

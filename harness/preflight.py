@@ -215,8 +215,7 @@ def load_benchmark(
         if suite not in SUITES:
             building = f"python -m internvideo3.tasks.brief --split {split} --root {root}"
         raise PreflightError(
-            f"Suite {suite} is not built: {absent} is missing. "
-            f"Build it with `{building}`."
+            f"Suite {suite} is not built: {absent} is missing. Build it with `{building}`."
         )
     with path.open(encoding="utf-8") as lines:
         docs = [json.loads(line) for line in lines]

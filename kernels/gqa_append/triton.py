@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from internvideo3.kernels.overlap import overlap, wait_for_inputs
+from internvideo3.kernels.triton_overlap import overlap, wait_for_inputs
 
 
 @triton.jit

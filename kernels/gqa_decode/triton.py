@@ -18,7 +18,7 @@ import triton.language as tl
 from internvideo3.kernels.gqa_decode.naive import KeysValues
 from internvideo3.kernels.latent_decode.triton import BLOCKS_PER_SPLIT, LOG2_E, token_range
 from internvideo3.kernels.lse_merge.triton import lse_merge
-from internvideo3.kernels.overlap import overlap, wait_for_inputs
+from internvideo3.kernels.triton_overlap import overlap, wait_for_inputs
 
 
 @dataclass(frozen=True)

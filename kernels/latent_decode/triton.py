@@ -19,10 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
-from internvideo3.kernels.latent_decode import hopper, hopper_fp8
+from internvideo3.kernels.latent_decode import gluon, gluon_fp8
 from internvideo3.kernels.latent_decode.rows import Rows
 from internvideo3.kernels.lse_merge.triton import lse_merge
-from internvideo3.kernels.overlap import overlap, wait_for_inputs
+from internvideo3.kernels.triton_overlap import overlap, wait_for_inputs
 
 LOG2_E = 1.4426950408889634
 
@@ -33,7 +33,7 @@ class Tile:
 
     form: Literal["transposed", "warpgroups"]
     """transposed: tokens and latent columns are the rows of the matrix products, heads the
-    columns. warpgroups: the same by the kernel of ``hopper``."""
+    columns. warpgroups: the same by the kernel of ``gluon.py``."""
     block_n: int
     """Tokens per step."""
     num_warps: int
@@ -61,7 +61,7 @@ FP8_PLANS = {
     576: Plan(Tile("transposed", 32, 8, 2), 2),
     512: Plan(Tile("transposed", 32, 8, 2), 2),
 }
-WARPGROUPS = Tile("warpgroups", hopper.TILE.value, hopper.NUM_WARPS, 1)
+WARPGROUPS = Tile("warpgroups", gluon.TILE.value, gluon.NUM_WARPS, 1)
 HOPPER_PLAN = Plan(WARPGROUPS, 1)
 BLOCKS_PER_SPLIT = 4
 """A run of few tokens gets fewer programs than the card has: at least so many blocks for each."""
@@ -273,7 +273,7 @@ def decode_runs(
 
 def plan_of(run: Rows, heads: int) -> Plan:
     """The tile shipped for a run's kind and width."""
-    if hopper.fits(run, heads) or hopper_fp8.fits(run, heads):
+    if gluon.fits(run, heads) or gluon_fp8.fits(run, heads):
         return HOPPER_PLAN
     if run.scale_bT is not None:
         return FP8_PLANS[run.width]
@@ -299,7 +299,7 @@ def _launch(
         if run.rank < value_width:
             parts_BSVH[:, first : first + n_splits, run.rank :].zero_()
         if tile == WARPGROUPS:
-            by_warpgroups = hopper if run.scale_bT is None else hopper_fp8
+            by_warpgroups = gluon if run.scale_bT is None else gluon_fp8
             by_warpgroups.launch(
                 q_BHW,
                 run,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from internvideo3.kernels.latent_token.naive import TokenMaps
-from internvideo3.kernels.overlap import overlap, wait_for_inputs
+from internvideo3.kernels.triton_overlap import overlap, wait_for_inputs
 
 BLOCK_N = 4
 """Latent columns of a row that one program makes; half as many rotary pairs."""

@@ -217,7 +217,7 @@ def linear_case(name: str, tile: Any, rows: int, width: int, *, gated: bool) -> 
 
 
 def hopper_case(name: str, width: int, rank: int, value: int, *, paged: bool = False) -> Case:
-    from internvideo3.kernels.latent_decode import hopper
+    from internvideo3.kernels.latent_decode import gluon
 
     run = Rows(
         rows_bTW=torch.empty(8, 128, width),
@@ -225,16 +225,16 @@ def hopper_case(name: str, width: int, rank: int, value: int, *, paged: bool = F
         rank=rank,
         pages_BN=torch.empty(1, 4, dtype=torch.int32) if paged else None,
     )
-    constants = hopper.launch_constants(run, heads=32, value_width=value)
-    return Case(name, hopper.hopper_kernel, constants, opcode="hgmma", pipelined=True)
+    constants = gluon.launch_constants(run, heads=32, value_width=value)
+    return Case(name, gluon.hopper_kernel, constants, opcode="hgmma", pipelined=True)
 
 
 def hopper_fp8_case(name: str, rank: int) -> Case:
-    from internvideo3.kernels.latent_decode import hopper_fp8
+    from internvideo3.kernels.latent_decode import gluon_fp8
 
     run = Rows(rows_bTW=torch.empty(8, 128, rank), lengths_B=torch.empty(1), rank=rank)
-    constants = hopper_fp8.launch_constants(run, heads=32, value_width=rank)
-    kernel, types = hopper_fp8.hopper_fp8_kernel, {"rows_ptr": "*fp8e4nv"}
+    constants = gluon_fp8.launch_constants(run, heads=32, value_width=rank)
+    kernel, types = gluon_fp8.hopper_fp8_kernel, {"rows_ptr": "*fp8e4nv"}
     return Case(name, kernel, constants, types=types, opcode="hgmma", pipelined=True)
 
 

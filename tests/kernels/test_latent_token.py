@@ -1,4 +1,7 @@
-"""A token's row and queries under the interpreter against float64."""
+"""A token's row and queries under the interpreter against float64.
+
+.venv/bin/python -m pytest tests/kernels/test_latent_token.py -q
+"""
 
 from dataclasses import replace
 

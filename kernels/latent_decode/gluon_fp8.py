@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from internvideo3.kernels.latent_decode.hopper import (
+from internvideo3.kernels.latent_decode.gluon import (
     CHUNK,
     NUM_WARPS,
     TILE,
@@ -32,7 +32,7 @@ from internvideo3.kernels.latent_decode.hopper import (
     tile_base,
 )
 from internvideo3.kernels.latent_decode.rows import FP8, Rows
-from internvideo3.kernels.overlap import HOPPER, capability, overlap, wait_for_inputs
+from internvideo3.kernels.triton_overlap import HOPPER, capability, overlap, wait_for_inputs
 
 STAGES = gl.constexpr(3)
 """Chunks of fp8 on their way."""
@@ -246,7 +246,7 @@ def launch(
     first_split: int,
     n_splits: int,
 ) -> None:
-    """As ``hopper.launch``, for rows that ``fits`` accepts."""
+    """As ``gluon.launch``, for rows that ``fits`` accepts."""
     rope, scale = run.rope_bTS, run.scale_bT
     assert rope is not None and scale is not None
     batch, heads, _ = q_BHW.shape

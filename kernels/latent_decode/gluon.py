@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from internvideo3.kernels.latent_decode.rows import Rows
-from internvideo3.kernels.overlap import HOPPER, capability, overlap, wait_for_inputs
+from internvideo3.kernels.triton_overlap import HOPPER, capability, overlap, wait_for_inputs
 
 TILE = gl.constexpr(64)
 """Tokens at a time: the height of a warpgroup's product."""
