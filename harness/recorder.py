@@ -5,7 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from internvideo3.harness.preflight import Benchmark
 from internvideo3.harness.store import Row, RunStore
 from internvideo3.harness.traces import write_trace
 from internvideo3.tasks.scoring import Score, aggregate, score
@@ -14,6 +13,7 @@ from internvideo3.tasks.scoring.result import RULES
 if TYPE_CHECKING:
     from internvideo3.harness.direct import Outcome
     from internvideo3.harness.options import EvalOptions
+    from internvideo3.harness.preflight import Benchmark
 
 Doc = Mapping[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -29,7 +29,7 @@ class SuiteRecorder:
 
     def __init__(
         self,
-        benchmark: Benchmark,
+        benchmark: "Benchmark",
         store: RunStore,
         *,
         mine: Sequence[Doc],

@@ -5,7 +5,10 @@ pytest tests/harness/test_agentic.py
 
 import json
 import os
+import pickle
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,21 +71,27 @@ def test_every_question_has_a_rollout_with_its_cost(whole: Path) -> None:
     assert all(sum(v for k, v in one.items() if k.endswith("_s")) > 0 for one in times)
 
 
+DIES_AFTER_TWO = """
+import os, pickle, signal, sys
+from internvideo3.harness.evaluate import evaluate
+
+def die(_, done, __):
+    if done == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+with open(sys.argv[1], "rb") as file:
+    evaluate(pickle.load(file), die)
+"""
+
+
 def test_killed_after_two_rollouts_and_resumed_it_equals_the_uninterrupted_run(
     whole: Path, options: EvalOptions, tmp_path: Path
 ) -> None:
     killed = replace(options, out=tmp_path / "killed")
-    child = os.fork()
-    if child == 0:
-
-        def die(_: str, done: int, __: int) -> None:
-            if done == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        evaluate(killed, die)
-        os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    given = tmp_path / "options.pickle"
+    given.write_bytes(pickle.dumps(killed))
+    child = subprocess.run([sys.executable, "-c", DIES_AFTER_TWO, str(given)], check=False)
+    assert child.returncode == -signal.SIGKILL
     assert len(rows(killed.out)) == 2
     summary = evaluate(killed)
     assert (summary.computed, summary.kept) == (2, 2), "no rollout is repeated"

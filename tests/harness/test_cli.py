@@ -90,22 +90,32 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 OPTIONS = {
     "eval": "model suite out check data preset subtitles thinking limit sample-id control split "
     "fps max-frames min-pixels max-pixels max-new-tokens batch device dtype threads shard "
-    "processes frame-cache frame-cache-gb retry-errors max-errors profile root",
-    "ask": "mode model policy out turns tool-calls tokens fps max-frames max-new-tokens "
-    "temperature seed device dtype threads cache",
+    "processes frame-cache frame-cache-gb mode policy turns tool-calls tokens looks "
+    "zoom-frames tools verify retry-errors max-errors profile root",
+    "ask": "mode model policy out turns tool-calls tokens fps max-frames zoom-frames web "
+    "max-new-tokens temperature seed device dtype threads cache",
+    "table6": "out",
     "suites": "data",
-    "train": "out model threads plan gpus",
     "score": "",
     "judge": "endpoint judge key-variable",
     "report": "out title",
     "profile": "model out workload contexts new-tokens batch chunk runner cache fill repeats dtype "
     "device video plan memory layer threads",
+    "train": "out plan model gpus threads",
+    "ablate": "out preset seeds limit threads root",
     "demo": "full videos out root threads",
     "compare-stock": "model videos repeats out root threads",
     "convert": "preset cache calibration held-out tokens distil-minutes seed dtype threads",
     "inspect": "",
     "world build": "root split videos sound workers",
     "world show": "index sample-id root split out",
+    "trace show": "video out",
+    "trace replay": "model tools out device dtype threads",
+    "data curate": "endpoint model out blind per-video most-failures",
+    "data report": "out",
+    "data filter": "out count seed",
+    "data check": "out benchmark-videos benchmark-questions",
+    "data mix": "out total seed",
 }
 
 
