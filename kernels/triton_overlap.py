@@ -8,7 +8,8 @@ writes, and wait for its predecessor only then. Two rules keep that right:
 1. Every kernel launched so calls ``wait_for_inputs`` in each program, before it reads or writes
    what another kernel of the chain touches.
 2. It lets its successor start only after that wait. So when a kernel starts, all kernels before
-   its predecessor have ended, and what they wrote may be read before the wait.
+   its predecessor have ended, and what they wrote may be read before the wait: weights, lengths,
+   and cached rows but the last one of each sequence, which ``latent_token`` writes just before.
 """
 
 import functools

@@ -62,6 +62,15 @@ def splits_of(length, split, n_splits):
 
 
 @gluon.jit
+def reaches_last_row(start, length, TILES: gl.constexpr):
+    """Whether a sequence's last row is among the first TILES tiles from a token on.
+
+    The predecessor writes that row and no other, so all others may be read before the wait.
+    """
+    return start + TILES * TILE >= length
+
+
+@gluon.jit
 def refill(
     buffer, ahead_1, ahead_2, remaining,
     POSITION: gl.constexpr, CHUNKS: gl.constexpr, VALUES: gl.constexpr, stride_rt,
@@ -121,12 +130,16 @@ def hopper_kernel(
 
     split = gl.program_id(0)
     batch = gl.program_id(1).to(gl.int64)
-    start, end = splits_of(gl.load(lengths_ptr + batch), split, gl.num_programs(0))
+    length = gl.load(lengths_ptr + batch)
+    start, end = splits_of(length, split, gl.num_programs(0))
+    late = reaches_last_row(start, length, (RING + CHUNKS - 1) // CHUNKS)
 
     ring = gl.allocate_shared_memory(dtype, [RING, TILE, CHUNK], swizzled)
     q_shared = gl.allocate_shared_memory(dtype, [CHUNKS, HEADS, CHUNK], swizzled)
     weight_buffer = gl.allocate_shared_memory(dtype, [TILE, HEADS], weight_shared)
 
+    if late:
+        wait_for_inputs(OVERLAP)
     # Position p of a tile is column chunk (p + VALUES) % CHUNKS: those that are only keys first.
     for g in gl.static_range(RING):
         first = start + (g // CHUNKS) * TILE
@@ -135,7 +148,8 @@ def hopper_kernel(
         )
         fetch(ring.index(g), tile, end - first, (g + VALUES) % CHUNKS, stride_rt)
 
-    wait_for_inputs(OVERLAP)
+    if not late:
+        wait_for_inputs(OVERLAP)
     load: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
     q_head = gl.arange(0, HEADS, gl.SliceLayout(1, load))
     q_place = gl.arange(0, CHUNK, gl.SliceLayout(0, load))

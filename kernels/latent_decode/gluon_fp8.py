@@ -28,6 +28,7 @@ from internvideo3.kernels.latent_decode.gluon import (
     TILE,
     cta_barrier,
     fetch,
+    reaches_last_row,
     splits_of,
     tile_base,
 )
@@ -86,7 +87,9 @@ def hopper_fp8_kernel(
 
     split = gl.program_id(0)
     batch = gl.program_id(1).to(gl.int64)
-    start, end = splits_of(gl.load(lengths_ptr + batch), split, gl.num_programs(0))
+    length = gl.load(lengths_ptr + batch)
+    start, end = splits_of(length, split, gl.num_programs(0))
+    late = reaches_last_row(start, length, 1)
 
     stages = gl.allocate_shared_memory(rows_ptr.dtype.element_ty, [STAGES, TILE, CHUNK], plain)
     tile = gl.allocate_shared_memory(gl.float16, [VALUES, TILE, CHUNK], swizzled)
@@ -95,6 +98,8 @@ def hopper_fp8_kernel(
     q_rope = gl.allocate_shared_memory(gl.bfloat16, [1, HEADS, CHUNK], swizzled)
     weight_buffer = gl.allocate_shared_memory(gl.float16, [TILE, HEADS], weight_shared)
 
+    if late:
+        wait_for_inputs(OVERLAP)
     base = tile_base(rows_ptr, pages_ptr, batch, start, end, stride_rb, stride_rt, stride_pb, PAGE)
     for g in gl.static_range(STAGES):
         fetch_fp8(stages.index(g), base, end - start, g, stride_rt)
@@ -103,7 +108,8 @@ def hopper_fp8_kernel(
     )
     fetch(rope.index(0), rope_base, end - start, 0, stride_kt)
 
-    wait_for_inputs(OVERLAP)
+    if not late:
+        wait_for_inputs(OVERLAP)
     load: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
     q_head = gl.arange(0, HEADS, gl.SliceLayout(1, load))
     q_place = gl.arange(0, CHUNK, gl.SliceLayout(0, load))
