@@ -25,8 +25,8 @@ from internvideo3.kernels.decode_linear.dispatch import decode_linear
 from internvideo3.kernels.gqa_append.dispatch import gqa_append
 from internvideo3.kernels.gqa_decode.dispatch import decode_runs as gqa_decode
 from internvideo3.kernels.gqa_decode.naive import KeysValues
-from internvideo3.kernels.latent_decode.dispatch import KERNEL_WIDTHS
 from internvideo3.kernels.latent_decode.dispatch import decode_runs as latent_decode
+from internvideo3.kernels.latent_decode.dispatch import is_static
 from internvideo3.kernels.latent_decode.rows import Rows
 from internvideo3.kernels.latent_expand.dispatch import expand_output
 from internvideo3.kernels.latent_token.dispatch import latent_token
@@ -153,7 +153,7 @@ class RowAttend:
     @property
     def static(self) -> bool:
         """As `Attend.static`."""
-        return self.rows_BTW.shape[-1] in KERNEL_WIDTHS
+        return is_static(self.rows_BTW.shape[-1], self.rows_BTW.dtype)
 
     def weights(self) -> list[Tensor]:
         """As `Attend.weights`."""

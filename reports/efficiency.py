@@ -165,7 +165,9 @@ def decode_figure(data: Efficiency) -> Figure:
 
 def latency_figure(data: Efficiency) -> Figure:
     """Figure 6b: seconds of prefill and reply, stacked."""
-    figure, axes = _canvas(data, "Prefill (pale) and reply, seconds")
+    timed = any(series.prefill for series in data.series)
+    title = "Prefill (pale) and reply, seconds" if timed else "Reply, seconds; prefill not timed"
+    figure, axes = _canvas(data, title)
     styled = list(_styled(data))
     width = 0.8 / max(1, len(styled))
     for index, (series, (colour, _)) in enumerate(styled):

@@ -8,9 +8,9 @@ Axes: T moments, X numbers of a picture, N seen moments.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -140,7 +140,13 @@ def _read(path: Path) -> Album | None:
 
 
 def _write(path: Path, page: Album) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False, suffix=".part") as file:
-        np.savez(file, times_T=page.times_T, pictures_TX=page.pictures_TX)
-    os.replace(file.name, path)  # noqa: PTH105
+    """Keeps a page; without room on the disk it is made again the next time, no more."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            np.savez(file, times_T=page.times_T, pictures_TX=page.pictures_TX)
+        part.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)

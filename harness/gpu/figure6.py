@@ -1,6 +1,6 @@
 """The quick form of Figure 6 on a GPU: the 8B shape with random weights, at synthetic depths.
 
-    python -m internvideo3.harness.gpu.figure6 --out runs/gpu-figure6 --budget-s 300
+    python -m internvideo3.harness.gpu.figure6 --out runs/gpu/figure6 --budget-s 240
 
 Decoding is timed in the middle of a reply of 16K tokens, 256 steps three times at each length, and
 the reply's time is extrapolated: such rows and their figure say "integrated". The full form is

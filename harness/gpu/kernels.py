@@ -58,8 +58,12 @@ LATENT_TILES = {
 }
 GQA_TILES = (gqa.Tile(64, 4, 3), gqa.Tile(64, 4, 4), gqa.Tile(128, 4, 3), gqa.Tile(128, 8, 3))
 PREFILL_TILES = {256: (prefill.Tile(128, 64, 8, 3),), 128: (prefill.Tile(128, 128, 8, 2),)}
-LINEAR_TILES = (linear.SHORT, linear.LONG, linear.Tile(1, 4096, 4, 4096))
-LONG_TILES = (linear.Tile(4, 2048, 8, 4096), linear.Tile(4, 512, 4, 2048))
+LINEAR_TILES = (
+    linear.TILE,
+    linear.Tile(4, 1024, 4, 2048),
+    linear.Tile(1, 4096, 4, 4096),
+    linear.Tile(4, 2048, 8, 4096),
+)
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,6 @@ LINEARS = {
     "down": Linear(4096, 12288, residual=True),
     "lm-head": Linear(151936, 4096, norm=True),
 }
-
-
-def tiles_of(shape: str) -> tuple[linear.Tile, ...]:
-    """Tiles that are tried for a layer."""
-    return LINEAR_TILES + (LONG_TILES if LINEARS[shape].width > linear.LONG_FROM else ())
 
 
 @dataclass(frozen=True)
@@ -395,7 +394,7 @@ def all_checks(device: torch.device) -> dict[str, Callable[[torch.device], float
         if device.type == "cuda":
             checks[f"prefill-{width}/cudnn"] = functools.partial(check_cudnn, width)
     for shape in LINEARS:
-        for linear_tile in tiles_of(shape):
+        for linear_tile in LINEAR_TILES:
             name = f"linear-{shape}/{tile_id(linear_tile)}"
             checks[name] = functools.partial(check_linear, shape, linear_tile)
     return checks | {
@@ -653,7 +652,7 @@ def sweep_linear(results: Results, device: torch.device) -> None:
         report_share(
             results, key, results.point(key, functools.partial(time_linear, shape, None, device))
         )
-        for tile in tiles_of(shape):
+        for tile in LINEAR_TILES:
             if is_green(results, f"linear-{shape}/{tile_id(tile)}"):
                 key = f"linear/{shape}/{tile_id(tile)}"
                 measure = functools.partial(time_linear, shape, tile, device)

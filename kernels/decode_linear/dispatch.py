@@ -43,5 +43,5 @@ def decode_linear(
         bias_N=bias_N,
         residual_BN=residual_BN,
         eps=eps,
-        tile=triton.tile_for(x_BK.shape[1]),
+        tile=triton.TILE,
     )

@@ -14,16 +14,23 @@ from internvideo3.kernels.latent_decode.rows import Rows
 KERNEL_WIDTHS = (512, 576, 1024)
 
 
+def is_static(width: int, dtype: torch.dtype) -> bool:
+    """Whether rows on a GPU are read by a kernel alone; else by torch, with lengths on the host.
+
+    The tiles of float32 rows are too large for the shared memory.
+    """
+    return width in KERNEL_WIDTHS and dtype != torch.float32
+
+
 def decode_runs(
     q_BHW: torch.Tensor, runs: Sequence[Rows], *, scale: float, value_width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend from absorbed queries over runs of latent rows; see ``naive.decode_runs``.
 
-    Row widths other than ``KERNEL_WIDTHS`` run in torch, which reads the lengths on the host; so do
-    float32 rows on a GPU, whose tiles its shared memory does not hold.
+    What is not ``is_static`` runs in torch; the interpreter, which has no limit, takes float32.
     """
-    fits = all(run.width in KERNEL_WIDTHS for run in runs)
-    fits = fits and not (q_BHW.is_cuda and q_BHW.dtype == torch.float32)
+    dtype = q_BHW.dtype if q_BHW.is_cuda else torch.bfloat16
+    fits = all(is_static(run.width, dtype) for run in runs)
     if not fits or not wants_triton(q_BHW):
         return naive.decode_runs(q_BHW, runs, scale=scale, value_width=value_width)
     from internvideo3.kernels.latent_decode import triton

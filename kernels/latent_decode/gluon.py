@@ -96,6 +96,42 @@ def tile_base(
 
 
 @gluon.jit
+def weigh(scores, top, total):
+    """A tile's weights by the online softmax, the factor on what came before, the new state."""
+    new_top = gl.maximum(top, gl.max(scores, axis=0))
+    keep = gl.exp2(top - new_top)
+    weight = gl.exp2(scores - new_top[None, :])
+    return weight, keep, new_top, total * keep[None, :] + weight
+
+
+@gluon.jit
+def store_parts(
+    accs, top, total, parts_ptr, parts_lse_ptr, place, is_some,
+    HEADS: gl.constexpr, RANK: gl.constexpr, VALUE: gl.constexpr, VALUES: gl.constexpr,
+    out_layout: gl.constexpr,
+):  # fmt: skip
+    """Writes a program's partial output and its log-sum-exp; no output where it had no tokens."""
+    summed = gl.sum(total, axis=0)
+    some = summed > 0.0
+    divisor = gl.where(some, summed, 1.0)
+    head = gl.arange(0, HEADS, top.type.layout)
+    lse = gl.where(some, top + gl.log2(divisor), float("-inf"))
+    gl.store(parts_lse_ptr + place * HEADS + head, lse)
+    if is_some:
+        inverse = gl.convert_layout(1.0 / divisor, gl.SliceLayout(0, out_layout))
+        out_head = gl.arange(0, HEADS, gl.SliceLayout(0, out_layout))
+        out_place = gl.arange(0, CHUNK, gl.SliceLayout(1, out_layout))
+        to_ptr = parts_ptr + place * (VALUE * HEADS)
+        for c in gl.static_range(VALUES):
+            value = c * CHUNK + out_place
+            gl.store(
+                to_ptr + value[:, None] * HEADS + out_head[None, :],
+                (accs[c] * inverse[None, :]).to(parts_ptr.dtype.element_ty),
+                mask=(value < RANK)[:, None],
+            )
+
+
+@gluon.jit
 def hopper_kernel(
     q_ptr,
     rows_ptr,
@@ -195,11 +231,7 @@ def hopper_kernel(
             refill(buffer, ahead_1, ahead_2, end - first, p + RING, CHUNKS, VALUES, stride_rt)
 
         scores = gl.where((first + token < end)[:, None], scores * scale_log2, float("-inf"))
-        new_top = gl.maximum(top, gl.max(scores, axis=0))
-        keep = gl.exp2(top - new_top)
-        weight = gl.exp2(scores - new_top[None, :])
-        total = total * keep[None, :] + weight
-        top = new_top
+        weight, keep, top, total = weigh(scores, top, total)
         weight_buffer.store(weight.to(dtype))
         fence_async_shared()
         keep = gl.convert_layout(keep, gl.SliceLayout(0, out_layout))
@@ -221,40 +253,26 @@ def hopper_kernel(
         slot = (slot + CHUNKS) % RING
     async_copy.wait_group(0)
 
-    summed = gl.sum(total, axis=0)
-    some = summed > 0.0
-    divisor = gl.where(some, summed, 1.0)
-    place = batch * total_splits + first_split + split
-    head = gl.arange(0, HEADS, gl.SliceLayout(0, scores_layout))
-    gl.store(
-        parts_lse_ptr + place * HEADS + head,
-        gl.where(some, top + gl.log2(divisor), float("-inf")),
-    )
-    if end > start:
-        inverse = gl.convert_layout(1.0 / divisor, gl.SliceLayout(0, out_layout))
-        out_head = gl.arange(0, HEADS, gl.SliceLayout(0, out_layout))
-        out_place = gl.arange(0, CHUNK, gl.SliceLayout(1, out_layout))
-        to_ptr = parts_ptr + place * (VALUE * HEADS)
-        for c in gl.static_range(VALUES):
-            value = c * CHUNK + out_place
-            gl.store(
-                to_ptr + value[:, None] * HEADS + out_head[None, :],
-                (accs[c] * inverse[None, :]).to(parts_ptr.dtype.element_ty),
-                mask=(value < RANK)[:, None],
-            )
+    store_parts(
+        accs, top, total, parts_ptr, parts_lse_ptr, batch * total_splits + first_split + split,
+        end > start, HEADS, RANK, VALUE, VALUES, out_layout,
+    )  # fmt: skip
 
 
 def fits(run: Rows, heads: int) -> bool:
-    """Whether the kernel takes such rows: bfloat16 of a multiple of 128 columns, up to 1024."""
+    """Whether the kernel takes such rows: bfloat16 of 512 or 1024 columns, for 32 heads.
+
+    More heads need more accumulators than a thread has registers, and a larger query than leaves
+    room for a ring of one tile.
+    """
     page = 0 if run.pages_BN is None else run.rows_bTW.shape[1]
     return (
         run.rows_bTW.is_cuda
         and capability(run.rows_bTW.device) == HOPPER
         and run.scale_bT is None
         and run.rows_bTW.dtype == torch.bfloat16
-        and heads in (16, 32, 64)
-        and run.width % CHUNK.value == 0
-        and CHUNK.value < run.width <= 8 * CHUNK.value
+        and heads == 32
+        and run.width in (512, 1024)
         and page % TILE.value == 0
     )
 
@@ -263,14 +281,15 @@ def launch_constants(run: Rows, *, heads: int, value_width: int) -> dict[str, An
     """Compile-time arguments of a launch."""
     chunks = run.width // CHUNK.value
     buffer = TILE.value * CHUNK.value * 2
-    spare = (SHARED_BYTES - run.width * heads * 2) // buffer
+    ring = min((SHARED_BYTES - run.width * heads * 2) // buffer, 2 * chunks)
+    assert ring > chunks, "a tile must fit, and a chunk of the next"
     return {
         "HEADS": heads,
         "CHUNKS": chunks,
         "RANK": run.rank,
         "VALUE": value_width,
         "PAGE": 0 if run.pages_BN is None else run.rows_bTW.shape[1],
-        "RING": min(spare, 2 * chunks),
+        "RING": ring,
         "num_warps": NUM_WARPS,
     }
 

@@ -30,7 +30,9 @@ from internvideo3.kernels.latent_decode.gluon import (
     fetch,
     reaches_last_row,
     splits_of,
+    store_parts,
     tile_base,
+    weigh,
 )
 from internvideo3.kernels.latent_decode.rows import FP8, Rows
 from internvideo3.kernels.triton_overlap import HOPPER, capability, overlap, wait_for_inputs
@@ -172,11 +174,7 @@ def hopper_fp8_kernel(
         fetch(rope.index(0), rope_ahead, end - first - TILE, 0, stride_kt)
 
         scores = gl.where((first + token < end)[:, None], scores * scale_log2, float("-inf"))
-        new_top = gl.maximum(top, gl.max(scores, axis=0))
-        keep = gl.exp2(top - new_top)
-        weight = gl.exp2(scores - new_top[None, :])
-        total = total * keep[None, :] + weight
-        top = new_top
+        weight, keep, top, total = weigh(scores, top, total)
         weight_buffer.store((weight * row_scale[:, None]).to(gl.float16))
         fence_async_shared()
         keep = gl.convert_layout(keep, gl.SliceLayout(0, out_layout))
@@ -194,24 +192,10 @@ def hopper_fp8_kernel(
         slot = (slot + VALUES) % STAGES
     async_copy.wait_group(0)
 
-    summed = gl.sum(total, axis=0)
-    some = summed > 0.0
-    divisor = gl.where(some, summed, 1.0)
-    place = batch * total_splits + first_split + split
-    head = gl.arange(0, HEADS, gl.SliceLayout(0, scores_layout))
-    lse = gl.where(some, top + gl.log2(divisor), float("-inf"))
-    gl.store(parts_lse_ptr + place * HEADS + head, lse)
-    if end > start:
-        inverse = gl.convert_layout(1.0 / divisor, gl.SliceLayout(0, out_layout))
-        out_head = gl.arange(0, HEADS, gl.SliceLayout(0, out_layout))
-        out_place = gl.arange(0, CHUNK, gl.SliceLayout(1, out_layout))
-        to_ptr = parts_ptr + place * (VALUE * HEADS)
-        for c in gl.static_range(VALUES):
-            value = c * CHUNK + out_place
-            gl.store(
-                to_ptr + value[:, None] * HEADS + out_head[None, :],
-                (accs[c] * inverse[None, :]).to(parts_ptr.dtype.element_ty),
-            )
+    store_parts(
+        accs, top, total, parts_ptr, parts_lse_ptr, batch * total_splits + first_split + split,
+        end > start, HEADS, VALUES * CHUNK, VALUE, VALUES, out_layout,
+    )  # fmt: skip
 
 
 def fits(run: Rows, heads: int) -> bool:

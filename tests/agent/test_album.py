@@ -84,3 +84,16 @@ def test_pages_on_disk_are_not_read_from_the_video_again(
 def test_a_part_has_its_own_times(film: Path, reader: IsolatedReader) -> None:
     album = open_album(film, 10.0, 20.0, reader, None)
     assert album.times_T[0] >= 10 and album.times_T[-1] <= 20 and len(album.times_T) >= 38
+
+
+def test_a_full_disk_costs_the_page_and_not_the_album(
+    film: Path, reader: IsolatedReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    wanted = open_album(film, 0.0, 4.0, reader, None)
+    monkeypatch.setattr(np, "savez", full)
+    found = open_album(film, 0.0, 4.0, reader, tmp_path)
+    assert np.array_equal(found.pictures_TX, wanted.pictures_TX)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

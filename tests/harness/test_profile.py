@@ -266,6 +266,8 @@ def test_the_gpu_script_rehearses_on_a_cpu(tmp_path: Path, monkeypatch: pytest.M
     figure6.main()
     assert (tmp_path / "figure6b-latency.png").exists()
     assert "integrated" in (tmp_path / "efficiency.md").read_text()
+    # A cache filled with random numbers was not prefilled, and the figure must not say so.
+    assert "prefill not timed" in (tmp_path / "figure6b-latency.svg").read_text()
 
 
 def test_workloads_are_checked(tmp_path: Path) -> None:

@@ -296,9 +296,9 @@ def shipped_cases() -> Iterator[Case]:
     yield Case("expand_output", expand.expand_kernel, constants)
     constants = {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "num_warps": 1}
     yield Case("gqa_append", gqa_append.gqa_append_kernel, constants)
-    yield linear_case("linear-gate-up", linear.SHORT, 12288, 4096, gated=True)
-    yield linear_case("linear-out", linear.SHORT, 4096, 4096, gated=False)
-    yield linear_case("linear-down", linear.LONG, 4096, 12288, gated=False)
+    yield linear_case("linear-gate-up", linear.TILE, 12288, 4096, gated=True)
+    yield linear_case("linear-out", linear.TILE, 4096, 4096, gated=False)
+    yield linear_case("linear-down", linear.TILE, 4096, 12288, gated=False)
     constants = token.launch_constants(32, 8, 128, 1024, 64)
     yield Case("latent_token", token.token_kernel, constants)
 
@@ -318,7 +318,7 @@ def tried_cases() -> Iterator[Case]:
             name = f"prefill-{width}/{bench.tile_id(prefill_tile)}"
             yield prefill_case(name, prefill_tile, width)
     for shape, about in bench.LINEARS.items():
-        for linear_tile in bench.tiles_of(shape):
+        for linear_tile in bench.LINEAR_TILES:
             name = f"linear-{shape}/{bench.tile_id(linear_tile)}"
             yield linear_case(name, linear_tile, about.rows, about.width, gated=about.gated)
 

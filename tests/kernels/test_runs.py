@@ -16,6 +16,7 @@ from internvideo3.kernels.gqa_decode import naive as gqa_naive
 from internvideo3.kernels.gqa_decode.naive import KeysValues
 from internvideo3.kernels.latent_decode import naive
 from internvideo3.kernels.latent_decode import triton as latent
+from internvideo3.kernels.latent_decode.dispatch import is_static
 from internvideo3.kernels.latent_decode.rows import FP8_LARGEST, Rows, quantize
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
@@ -214,3 +215,18 @@ def test_gqa_runs(heads: int, batch: int, shared: bool, dtype: torch.dtype) -> N
     want, want_lse = gqa_naive.decode_runs(q.double(), clean, scale=0.2)
     assert float((out.double() - want).norm() / want.norm()) <= TOLERANCE[dtype]
     assert torch.allclose(lse.double(), want_lse, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "static"),
+    [
+        (1024, torch.bfloat16, True),
+        (576, torch.float16, True),
+        (1024, torch.float32, False),
+        (640, torch.bfloat16, False),
+    ],
+)
+def test_a_graph_holds_only_rows_that_a_kernel_reads(
+    width: int, dtype: torch.dtype, static: bool
+) -> None:
+    assert is_static(width, dtype) == static
