@@ -212,6 +212,11 @@ class Opd(StageOptions):
     chunk: Annotated[int, Field(ge=1)] = 1024
     """Response tokens whose full-vocabulary logits exist at a time."""
 
+    @property
+    def remote(self) -> bool:
+        """Whether the teacher is behind a server."""
+        return self.teacher.startswith(("http://", "https://"))
+
 
 KINDS: dict[str, Any] = {"convert": Convert, "cpt": Cpt, "sft": Sft, "gspo": Gspo, "opd": Opd}
 Stage = Annotated[Convert | Cpt | Sft | Gspo | Opd, Field(discriminator="kind")]
@@ -290,16 +295,34 @@ def _checked(name: str, merged: dict[str, Any]) -> Recipe:
         raise RecipeError(f"recipe {name}:\n{told}") from None
 
 
-def stage_digest(stage: StageOptions | Convert, seed: int, start: str) -> str:
+def stage_digest(
+    stage: StageOptions | Convert, seed: int, start: str, teacher: str | None = None
+) -> str:
     """Digest of everything that decides a stage's weights, the rows of its files among it.
+
+    Options that are None are left out, so that one that is added later voids no finished stage.
+
+    Args:
+        stage: Its options.
+        seed: Of the recipe.
+        start: Digest of the weights that it begins from.
+        teacher: Digest of the weights that it is taught by.
 
     Raises:
         RecipeError: A file is not there.
     """
     files = stage.data.files if isinstance(stage.data, ChatData) else {}
     rows = {name: _file_digest(Path(name)) for name in files}
-    text = json.dumps([asdict(stage), seed, start, rows], sort_keys=True, default=str)
+    decides = [_without_none(asdict(stage)), seed, start, rows, teacher]
+    text = json.dumps(decides, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without_none(value: Any) -> Any:
+    """The same without mappings' entries that are None, at any depth."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_none(one) for key, one in value.items() if one is not None}
 
 
 def _file_digest(path: Path) -> str:

@@ -101,7 +101,8 @@ def train(
     name = ""
     folders: list[Path] = []
     for number, (name, options) in enumerate(recipe.stages.items(), start=1):
-        digest = stage_digest(options, recipe.seed, weights_digest(resolve_checkpoint(start)))
+        begun = weights_digest(resolve_checkpoint(start))
+        digest = stage_digest(options, recipe.seed, begun, _teacher_digest(options))
         folder = out / place(number, name, digest)
         folders.append(folder)
         job = Job(name, options, recipe.seed, start, folder, digest)
@@ -111,6 +112,13 @@ def train(
         progress(name, require(total, name), require(total, name))
         start = str(folder / "checkpoint")
     return Trained(Path(start), name, tuple(folders))
+
+
+def _teacher_digest(options: StageOptions | Convert) -> str | None:
+    """Of a teacher in this process; what a server serves, it alone knows."""
+    if not isinstance(options, Opd) or options.remote:
+        return None
+    return weights_digest(resolve_checkpoint(options.teacher))
 
 
 @dataclass(frozen=True)
@@ -205,7 +213,7 @@ def build_stage(
     if isinstance(options, Gspo):
         reference = policy.copied()
         return GspoStage(options, documents, reference, sampler_of, seed, group)
-    if options.teacher.startswith(("http://", "https://")):
+    if options.remote:
         endpoint = Endpoint(url=options.teacher, model=options.teacher_model)
         remote = RemoteTeacher(endpoint, processor.tokenizer)
         return OpdStage(options, documents, remote, sampler_of, seed, group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from internvideo3.training.loop import rate_at
 from internvideo3.training.recipe import (
     Gspo,
+    Opd,
     Optimiser,
     RecipeError,
     Sft,
@@ -86,6 +88,22 @@ def test_the_digest_sees_what_decides_the_weights() -> None:
         for start in ("a", "b")
     }
     assert len(digests) == 4 * len(recipe.stages)
+
+
+def test_the_digest_sees_the_teachers_weights() -> None:
+    stage = load_recipe("scale").stages["opd"]
+    assert len({stage_digest(stage, 0, "a", teacher) for teacher in (None, "b", "c")}) == 3
+
+
+def test_an_option_that_is_added_later_voids_no_finished_stage() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Later(Opd):
+        added: int | None = None
+
+    stage = load_recipe("scale").stages["opd"]
+    told = {field.name: getattr(stage, field.name) for field in fields(stage)}
+    assert stage_digest(Later(**told), 0, "a") == stage_digest(stage, 0, "a")
+    assert stage_digest(Later(**told, added=1), 0, "a") != stage_digest(stage, 0, "a")
 
 
 def test_the_rate_rises_then_falls_to_its_end() -> None:
