@@ -136,7 +136,7 @@ def _mmsi_video(name: str, title: str, paper: Preset, official: Preset) -> Bench
         reason="lmms-eval's words; ours puts videos and images where the prompt names them, from "
         "local folders, and reads answers as officially.",
         not_comparable="" if whole else "the paper's script shows videos at 4 fps",
-        kept=("ground_truth", "type"),
+        kept=("ground_truth", "type", "user_prompt"),
         identify=lambda doc: str(
             doc.get("id") or doc.get("question_id") or doc["user_prompt"][:120]
         ),

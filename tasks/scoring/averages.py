@@ -1,12 +1,23 @@
 """Averages that benchmarks share: the mean of all rows, and the mean of each group of rows."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 from .result import Doc, Group, Outcome, Row, Rule, TaskResult
 
 LENGTH_BANDS_S = (8.0, 16.0, 32.0, 64.0, 128.0)
 """Upper ends of the bands of video length, in seconds."""
+
+
+def seconds_of(value: object) -> float | None:
+    """Return a document's length as a number; `None` where it tells none (empty, a word)."""
+    try:
+        seconds = float(str(value))
+    except ValueError:
+        return None
+    return seconds if math.isfinite(seconds) else None
 
 
 def length_band(length_s: float) -> str:
@@ -61,16 +72,19 @@ def summarise(
     rule: Rule,
     *,
     metric: str = "accuracy",
-    value: float | None = None,
+    value: float | None | Literal["mean"] = "mean",
     families: Callable[[Doc], Iterable[str]] = lambda doc: (),
-    length_s: Callable[[Doc], float | None] = lambda doc: None,
+    length_s: Callable[[Doc], object] = lambda doc: None,
     extra: dict[str, float | None] | None = None,
 ) -> TaskResult:
-    """Build a `TaskResult`: outcome counts, group means, and the mean unless a value is given."""
+    """Build a `TaskResult`: outcome counts, group means, and the mean unless a value is given.
+
+    A value of `None` is one: a benchmark's own average that these rows do not determine.
+    """
     outcomes = Counter(score.outcome for _, score in rows)
 
     def band(doc: Doc) -> tuple[str, ...]:
-        seconds = length_s(doc)
+        seconds = seconds_of(length_s(doc))
         return () if seconds is None else (length_band(seconds),)
 
     by_length = group_means(rows, band)
@@ -84,7 +98,7 @@ def summarise(
         benchmark=benchmark,
         rule=rule,
         metric=metric,
-        value=mean(score.value for _, score in rows) if value is None else value,
+        value=mean(score.value for _, score in rows) if value == "mean" else value,
         n=len(rows),
         n_scored=sum(score.value is not None for _, score in rows),
         unreadable=outcomes[Outcome.UNREADABLE],

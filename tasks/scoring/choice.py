@@ -11,7 +11,8 @@ _LEAD_BRACKET = re.compile(r"[(\[]\s*([A-Za-z])\s*[)\]]", re.ASCII)
 _LEAD_MARK = re.compile(r"([A-Za-z])\s*[).:](?=\s|$)", re.ASCII)
 _NEGATED = re.compile(
     r"\b(?:not|isn't|rather than|instead of|neither|nor)\s+(?:option\s+)?[(\[]?[A-Z][)\]]?(?!\w)"
-    r"|(?<![\w'’])[(\[]?[A-Z][)\]]?\s+is\s+(?:not|wrong|incorrect|false)\b",
+    r"|(?<![\w'’])[(\[]?[A-Z][)\]]?\s+is\s+(?:not|wrong|incorrect|false)\b"
+    r"|(?<![\w'’])[(\[]?[A-Z][)\]]?\s*[.:?)]\s*(?:no|wrong|incorrect|false)\b",
     re.ASCII | re.IGNORECASE,
 )
 _LEAD_REASON = re.compile(
@@ -22,12 +23,13 @@ _LEAD_REASON = re.compile(
 _STATED = re.compile(
     r"(?:\b(?:answer|option|choice|choose|select|pick)(?:\s+(?:is|would be|should be))?\s*[:=]?"
     r"|\b(?:it is|it's|is)\b)"
-    r"\s*(?:option\s+|choice\s+)?"
-    r"(?:[(\[]\s*([A-Za-z])\s*[)\]]|((?-i:[A-Z]))(?![\w'’])|([a-z])(?=\s*(?:[.:,;!)]|$)))",
+    r"\s*(?:option\s+|choice\s+)?[\"'“‘]?"
+    r"(?:[(\[]\s*([A-Za-z])\s*[)\]]|((?-i:[A-Z]))(?!\w|['’]\w)|([a-z])(?=\s*(?:[.:,;!)\"'”’]|$)))",
     re.ASCII | re.IGNORECASE,
 )
 _BRACKETED = re.compile(r"[(\[]\s*([A-Z])\s*[)\]]", re.ASCII)
-_STANDALONE = re.compile(r"(?<![\w'’])([A-Z])(?![\w'’+]|-\w)", re.ASCII)
+_STANDALONE = re.compile(r"(?<![\w’])(?<!\w')([A-Z])(?![\w+]|['’]\w|-\w)", re.ASCII)
+_LABEL = re.compile(r"(?<![\w'’])[(\[]?([A-Z])[)\]]?\s*[.:)]", re.ASCII)
 _AFTER_ANSWER = re.compile(r"\banswer(?:\s+is\b|\s*[:=])", re.ASCII | re.IGNORECASE)
 # "A" before a lower-case word is the article, unless the word is one that follows no article.
 _NO_NOUNS = frozenset(
@@ -60,10 +62,11 @@ def read_strict(text: str, options: Sequence[str]) -> int | None:
 def read_plain(text: str, n_options: int, options: Sequence[str] = ()) -> int | None:
     """Read the option that a careful reader would take the reply to choose.
 
-    In this order, and only if what is found is not contradicted: the reply as a letter or an
-    option's text; a letter and then its text; a stated answer ("the answer is B"); a letter and
-    then a reason ("B because"); the only bracketed letter; the only option whose text is mentioned
-    after "answer is", or at all; the only standalone capital.
+    In this order, and only if what is found is not contradicted: a letter alone on the first or
+    last line; the reply as a letter or an option's text; a letter and then its text; a stated
+    answer ("the answer is B"); a letter and then a reason ("B because"); the only bracketed letter;
+    the only option whose text is mentioned after "answer is", or at all; the only standalone
+    capital.
     Articles ("A dog"), pronouns ("I") and negated letters ("not A") are no answers.
 
     Args:
@@ -74,11 +77,24 @@ def read_plain(text: str, n_options: int, options: Sequence[str] = ()) -> int | 
     Returns:
         Index of the option, or `None` if the reply names none or several.
     """
-    candidate = final_answer(text)
+    candidate, whole = final_answer(text), unmark(text)
+    if candidate == whole:
+        line = _line_alone(text, n_options)
+        if line is not None and _stated(whole, n_options) in (None, line):
+            return line
     found = _read_plain(candidate, n_options, options)
-    if found is None and candidate != unmark(text):
-        found = _read_plain(unmark(text), n_options, options)
+    if found is None and candidate != whole:
+        found = _read_plain(whole, n_options, options)
     return found
+
+
+def _line_alone(text: str, n_options: int) -> int | None:
+    """Return the letter that stands alone on the first or the last line of several."""
+    lines = text.strip().splitlines()
+    if len(lines) < 2:
+        return None
+    alone = [_LONE.fullmatch(unmark(line)) for line in (lines[0], lines[-1])]
+    return _single([found.group(1) for found in alone if found], n_options)
 
 
 def _read_plain(text: str, n_options: int, options: Sequence[str]) -> int | None:
@@ -89,9 +105,9 @@ def _read_plain(text: str, n_options: int, options: Sequence[str]) -> int | None
     if lone:
         return letter_index(lone.group(1), n_options)
     mark = _LEAD_BRACKET.match(text) or _LEAD_MARK.match(text)
-    if mark:
+    if mark and not _is_list(text, n_options, options):
         return _letter_with_text(mark, text, n_options, options)
-    text = _NEGATED.sub(" ", text)
+    text = _NEGATED.sub(" ", text).strip()
     lead = _LEAD_REASON.match(text)
     for found in (
         _stated(text, n_options),
@@ -122,6 +138,22 @@ def _letter_and_text(text: str, options: Sequence[str]) -> int | None:
     if index is None or not fold(rest):
         return index
     return index if _equal_option(rest, options) == index else None
+
+
+def _is_list(text: str, n_options: int, options: Sequence[str]) -> bool:
+    """Whether a reply that opens with a labelled option goes through several of them.
+
+    That is, options are repeated with their own texts, or the first one is denied ("A: no").
+    """
+    words = _words(text)
+    repeated = sum(
+        f" {letter.casefold()}{_words(option)}" in words
+        for letter, option in zip(ascii_uppercase, options, strict=False)
+        if option
+    )
+    first = _NEGATED.match(text)
+    rest = [m.group(1) for m in _LABEL.finditer(text, first.end() if first else len(text))]
+    return repeated > 1 or any(letter_index(letter, n_options) is not None for letter in rest)
 
 
 def _letter_with_text(

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 
 from .averages import field, mean, summarise
+from .letters import options_in, public_letter
 from .multiple_choice import MultipleChoice
 from .result import Doc, Row, Rule, TaskResult
 
@@ -66,8 +67,8 @@ BENCHMARK = MultipleChoice(
         "SpatialVision/dsibench@af90adc:qwen_inference_code.py",
         "SpatialVision/dsibench@af90adc:evaluate.py",
     ),
-    truth=lambda doc: str(doc["GT"]).strip(),
-    options=lambda doc: (),
+    truth=lambda doc: public_letter(doc["GT"]),
+    options=lambda doc: options_in(str(doc.get("options") or "")),
     n_options=4,
     read=_read,
     aggregate=aggregate,

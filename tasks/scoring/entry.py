@@ -1,7 +1,8 @@
 """`score` and `aggregate`: find the benchmark by name and apply its rule."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from . import (
@@ -116,12 +117,8 @@ def score(benchmark: str, doc: Doc, prediction: Any, *, rule: Rule = "official")
             return unreadable()
     elif not scorer.ranked_windows:
         return unreadable()
-    try:
+    with _layout_explained(benchmark, doc):
         return scorer.score(doc, prediction, rule)
-    except KeyError as error:
-        raise ScoringError(
-            f"{benchmark}: document {doc.get('id')!r} lacks the field {error}; it has {sorted(doc)}"
-        ) from error
 
 
 def aggregate(benchmark: str, scored_rows: Iterable[Row], rule: Rule = "official") -> TaskResult:
@@ -138,7 +135,30 @@ def aggregate(benchmark: str, scored_rows: Iterable[Row], rule: Rule = "official
     Raises:
         ScoringError: Unknown benchmark or rule, or a document without the fields that it needs.
     """
-    return _find(benchmark, rule).aggregate(benchmark, list(scored_rows), rule)
+    scorer, rows = _find(benchmark, rule), list(scored_rows)
+    with _layout_explained(benchmark):
+        return scorer.aggregate(benchmark, rows, rule)
+
+
+@contextlib.contextmanager
+def _layout_explained(benchmark: str, doc: Doc | None = None) -> Iterator[None]:
+    """Say in words what a document of another layout causes.
+
+    Texts of models cause no errors (tests/tasks/test_benchmarks.py), so the document is the cause.
+    """
+    which = "a document" if doc is None else f"document {doc.get('id')!r}"
+    fields = "" if doc is None else f"; it has {sorted(doc)}"
+    try:
+        yield
+    except ScoringError:
+        raise
+    except KeyError as error:
+        raise ScoringError(f"{benchmark}: {which} lacks the field {error}{fields}") from error
+    except (TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ScoringError(
+            f"{benchmark}: {which} has a field of another form than the benchmark's "
+            f"({error}){fields}"
+        ) from error
 
 
 def _find(benchmark: str, rule: Rule) -> Benchmark:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 
 _OPTION_LINE = re.compile(r"^\s*\(?([A-Z])\)?\s*[.):]\s*(.*?)\s*$", re.ASCII)
+_OPTION_LABEL = re.compile(r"(?<![\w'’])\(?([A-Z])[.:)]\s+", re.ASCII)
 
 
 def letter(index: int) -> str:
@@ -29,6 +30,46 @@ def lettered_options(text: str) -> tuple[str, ...]:
         if match and match.group(1) == ascii_uppercase[len(found) % 26]:
             found.append(match.group(2))
     return tuple(found) if len(found) > 1 else ()
+
+
+def inline_options(text: str) -> tuple[str, ...]:
+    """Return the texts of options that stand in one line, as `A: red, B: blue`, in order.
+
+    Only what follows the last "Options:" is looked at, where there is one. Empty unless the labels
+    run A, B, C … without a gap.
+    """
+    text = text[text.rfind("Options:") + len("Options:") :] if "Options:" in text else text
+    labels: list[re.Match[str]] = []
+    for label in _OPTION_LABEL.finditer(text):
+        if label.group(1) == ascii_uppercase[len(labels) % 26]:
+            labels.append(label)
+    ends = [*(label.start() for label in labels[1:]), len(text)]
+    found = [
+        text[label.end() : end].strip().rstrip(",;").strip()
+        for label, end in zip(labels, ends, strict=False)
+    ]
+    return tuple(found) if len(found) > 1 and all(found) else ()
+
+
+def options_in(text: str) -> tuple[str, ...]:
+    """Return the texts of the options in a question: on lines of their own, else in one line."""
+    return lettered_options(text) or inline_options(text)
+
+
+def indexed_letter(index: object) -> str | None:
+    """Return the letter of a true option's index; `None` where it is not public.
+
+    Raises:
+        ValueError: It is no index.
+    """
+    if index in (None, "") or int(str(index)) < 0:
+        return None
+    return letter(int(str(index)))
+
+
+def public_letter(truth: object) -> str | None:
+    """Return the letter of a true option (`B`, or `B. text`); `None` where it is not public."""
+    return None if truth in (None, "") else str(truth).strip()[:1].upper()
 
 
 def first_capital(text: str, letters: str, prefixes: Sequence[str]) -> str | None:

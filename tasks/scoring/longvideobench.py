@@ -9,7 +9,7 @@ Official quirk not copied: a reply without a letter draws one at random; here it
 from collections.abc import Sequence
 
 from .averages import field, group_means, summarise
-from .letters import first_capital, letter
+from .letters import first_capital, indexed_letter
 from .multiple_choice import MultipleChoice
 from .result import Doc, Row, Rule, TaskResult
 
@@ -35,11 +35,6 @@ def _options(doc: Doc) -> list[str]:
     return options
 
 
-def _truth(doc: Doc) -> str | None:
-    index = doc["correct_choice"]
-    return None if index is None or int(index) < 0 else letter(int(index))
-
-
 def _read(text: str, doc: Doc) -> str | None:
     return first_capital(text, "ABCDE", PREFIXES)
 
@@ -54,7 +49,7 @@ def aggregate(benchmark: str, rows: Sequence[Row], rule: Rule) -> TaskResult:
 BENCHMARK = MultipleChoice(
     name="longvideobench",
     sources=("EvolvingLMMs-Lab/lmms-eval@v0.7.3:lmms_eval/tasks/longvideobench/utils.py",),
-    truth=_truth,
+    truth=lambda doc: indexed_letter(doc["correct_choice"]),
     options=_options,
     n_options=5,
     read=_read,

@@ -7,7 +7,7 @@ The function that cleans replies (lvbench/utils/answer_util.py) is called by no 
 """
 
 from .averages import field
-from .letters import lettered_options, option_text
+from .letters import lettered_options, option_text, public_letter
 from .multiple_choice import MultipleChoice, only_letter
 from .result import Doc
 
@@ -20,7 +20,7 @@ def _options(doc: Doc) -> list[str]:
 BENCHMARK = MultipleChoice(
     name="lvbench",
     sources=("THUDM/LVBench@f998d95:lvbench/metrics/compute_accuracy.py",),
-    truth=lambda doc: str(doc["answer"]),
+    truth=lambda doc: public_letter(doc["answer"]),
     options=_options,
     n_options=4,
     read=lambda text, doc: only_letter(text, 26),

@@ -10,7 +10,7 @@ options.
 from collections.abc import Sequence
 
 from .averages import field, group_means, mean, summarise
-from .letters import lettered_options
+from .letters import lettered_options, public_letter
 from .multiple_choice import MultipleChoice, only_letter
 from .result import Doc, Row, Rule, TaskResult
 
@@ -40,7 +40,7 @@ def aggregate(benchmark: str, rows: Sequence[Row], rule: Rule) -> TaskResult:
 BENCHMARK = MultipleChoice(
     name="mlvu",
     sources=("JUNJIE99/MLVU@fd060c1:evaluation/multiple_choice_evaluation/choice_bench.py",),
-    truth=lambda doc: str(doc["answer"]),
+    truth=lambda doc: public_letter(doc["answer"]),
     options=lambda doc: lettered_options(str(doc.get("question") or "")),
     n_options=MOST_OPTIONS,
     read=_read,

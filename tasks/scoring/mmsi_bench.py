@@ -9,7 +9,7 @@ first standalone capital A-D that is not followed by a blank and a letter ("A bi
 import re
 
 from .averages import field
-from .letters import lettered_options
+from .letters import options_in, public_letter
 from .multiple_choice import MultipleChoice
 from .result import Doc
 
@@ -28,8 +28,8 @@ def _read(text: str, doc: Doc) -> str | None:
 BENCHMARK = MultipleChoice(
     name="mmsi_bench",
     sources=("InternRobotics/MMSI-Bench@5de2f3d:vlmeval/dataset/mmsi_bench.py",),
-    truth=lambda doc: str(doc["answer"]).strip().upper(),
-    options=lambda doc: lettered_options(str(doc.get("question") or "")),
+    truth=lambda doc: public_letter(doc["answer"]),
+    options=lambda doc: options_in(str(doc.get("question") or "")),
     n_options=4,
     read=_read,
     families=field("question_type", "category"),

@@ -1,6 +1,7 @@
 r"""MMSI-Video-Bench: multiple choice A-F, micro accuracy.
 
-Document: `ground_truth` (letter, or "A. text"), `type` or `question_type`.
+Document: `ground_truth` (letter, or "A. text"), `type` or `question_type`, and `user_prompt` with
+the options, which the plain rule reads.
 
 Official reading, first form that is present: `boxed{…}`, `"answer":`, "answer is", "Answer: ",
 else the first sentence; blanks, quotes and colons are deleted, and what is left must be one letter.
@@ -9,6 +10,7 @@ unreadable too.
 """
 
 from .averages import field
+from .letters import options_in, public_letter
 from .multiple_choice import MultipleChoice
 from .result import Doc
 
@@ -35,8 +37,8 @@ def _read(text: str, doc: Doc) -> str | None:
 BENCHMARK = MultipleChoice(
     name="mmsi_video",
     sources=("InternRobotics/MMSI-Video-Bench@b8da92c:evaluation.py",),
-    truth=lambda doc: str(doc["ground_truth"]).strip().upper()[:1],
-    options=lambda doc: (),
+    truth=lambda doc: public_letter(doc["ground_truth"]),
+    options=lambda doc: options_in(str(doc.get("user_prompt") or "")),
     n_options=6,
     read=_read,
     families=field("type", "question_type"),

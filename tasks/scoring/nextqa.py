@@ -10,7 +10,7 @@ unreadable, never a random letter.
 from collections.abc import Sequence
 
 from .averages import group_means, summarise
-from .letters import letter, read_mmmu
+from .letters import indexed_letter, letter, read_mmmu
 from .multiple_choice import MultipleChoice
 from .result import Doc, Row, Rule, TaskResult
 
@@ -26,7 +26,7 @@ def _read(text: str, doc: Doc) -> str | None:
 
 def _type(doc: Doc) -> tuple[str, ...]:
     kind = doc.get("type")
-    return () if kind is None else ("TN" if kind == "TP" else str(kind),)
+    return () if not kind else ("TN" if kind == "TP" else str(kind),)
 
 
 def aggregate(benchmark: str, rows: Sequence[Row], rule: Rule) -> TaskResult:
@@ -42,7 +42,7 @@ BENCHMARK = MultipleChoice(
         "doc-doc/NExT-QA@6b92588:eval_mc.py",
         "MMMU-Benchmark/MMMU@44b45b5:eval/eval_utils.py",
     ),
-    truth=lambda doc: letter(int(doc["answer"])),
+    truth=lambda doc: indexed_letter(doc["answer"]),
     options=_options,
     n_options=5,
     read=_read,

@@ -9,7 +9,7 @@ that of lmms-eval 0.7.3 (the first standalone capital A-D), and a bare digit.
 import re
 
 from .averages import field
-from .letters import letter
+from .letters import indexed_letter, letter
 from .multiple_choice import MultipleChoice
 from .result import Doc
 
@@ -30,7 +30,7 @@ BENCHMARK = MultipleChoice(
         "google-deepmind/perception_test@6bd0642:baselines/mc_vqa.ipynb",
         "EvolvingLMMs-Lab/lmms-eval@v0.7.3:lmms_eval/tasks/perceptiontest/val/utils.py",
     ),
-    truth=lambda doc: letter(int(doc["answer_id"])),
+    truth=lambda doc: indexed_letter(doc["answer_id"]),
     options=lambda doc: [str(option) for option in doc.get("options") or ()],
     n_options=3,
     read=_read,

@@ -1,8 +1,8 @@
 """QVHighlights moment retrieval: R1 of the first window and mAP of the ranked windows.
 
 Document: `relevant_windows` ([[start_s, end_s], …]). Prediction: ranked windows
-[[start_s, end_s, confidence], …]; or text that holds such a list as JSON, or else spans "a - b" in
-seconds, the best first.
+[[start_s, end_s, confidence], …]; or text that holds such a list as JSON, windows in brackets, or
+else clock times or spans "a - b" in seconds, the best first.
 
 Official rule: R1 takes the first *listed* window against the true window that overlaps it most (the
 union is the hull of both); mAP takes the first ten listed windows, sorts them by confidence, and
@@ -23,7 +23,7 @@ from numbers import Real
 from typing import Any
 
 from .averages import mean, summarise
-from .numeric import iou
+from .numeric import iou, read_spans
 from .result import (
     Benchmark,
     Doc,
@@ -38,9 +38,9 @@ from .result import (
 THRESHOLDS = tuple(step / 100 for step in range(50, 100, 5))
 LENGTHS_S = {"short": (0, 10), "middle": (10, 30), "long": (30, 150)}
 LISTED = 10
-_SPAN = re.compile(
-    r"(?<![\w.])([0-9]+(?:\.[0-9]+)?)\s*(?:s|sec|seconds)?\s*(?:-|–|to)\s*([0-9]+(?:\.[0-9]+)?)",
-    re.ASCII | re.IGNORECASE,
+_DECIMAL = r"([0-9]+(?:\.[0-9]+)?)"
+_BRACKETED = re.compile(
+    rf"[\[(]\s*{_DECIMAL}\s*,\s*{_DECIMAL}\s*(?:,\s*{_DECIMAL}\s*)?[\])]", re.ASCII
 )
 Window = list[float]
 
@@ -49,8 +49,8 @@ def read_windows(prediction: Any) -> list[Window]:
     """Return the valid windows `[start_s, end_s, confidence]` in the order listed.
 
     A missing confidence is 0. The official code starts from windows; the reading of text is ours:
-    the first JSON list (one window may stand alone), else spans "a - b" or "a to b".
-    Anything else than finite numbers is left out.
+    a JSON list of windows, else windows in brackets of their own, else clock times or spans
+    "a - b". Anything else than finite numbers is left out.
     """
     if isinstance(prediction, str):
         prediction = _from_text(prediction)
@@ -69,13 +69,14 @@ def read_windows(prediction: Any) -> list[Window]:
 
 
 def _from_text(text: str) -> Any:
-    for mark in ("[[", "["):
-        begin = text.find(mark)
+    windows = re.search(r"\[\s*\[", text)
+    if windows:
         with contextlib.suppress(ValueError, RecursionError):
-            found, _ = json.JSONDecoder().raw_decode(text, max(begin, 0))
-            if isinstance(found, list):
-                return found
-    return [[float(a), float(b)] for a, b in _SPAN.findall(text)]
+            return json.JSONDecoder().raw_decode(text, windows.start())[0]
+    if text.rfind("[") > text.rfind("]"):
+        text = text[: text.rfind("[")]  # cut off in the middle of a window
+    bracketed = [[float(x) for x in window if x] for window in _BRACKETED.findall(text)]
+    return bracketed or [list(span) for span in read_spans(text)]
 
 
 def _numbers(item: Any) -> list[float]:
@@ -127,7 +128,8 @@ def average_precision(
     hits: list[bool] = []
     for window in ranked:
         overlaps = {i: _exact_iou(window, truths[i]) for i in free}
-        best = max(overlaps, key=lambda i: overlaps[i], default=None)
+        # Of two that it overlaps alike the later one, as the official order has it.
+        best = max(overlaps, key=lambda i: (overlaps[i], i), default=None)
         hit = best is not None and overlaps[best] >= threshold
         if hit and best is not None:
             free.discard(best)

@@ -13,6 +13,9 @@ _LATEX_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 _END_TOKEN = re.compile(r"<\|?(?:/s|im_end|endoftext|eot_id)\|?>", re.IGNORECASE)
 _MARKUP = re.compile(r"[*`$]+|(?<![^\W_])_{1,3}|_{1,3}(?![^\W_])")
 _SPACE = re.compile(r"\s+")
+_INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff\u00ad]")
+_WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+"""Full-width forms of ASCII characters, as Chinese and Japanese text has them."""
 
 
 def strip_thinking(reply: str) -> str | None:
@@ -44,7 +47,12 @@ def strip_thinking(reply: str) -> str | None:
 
 
 def unmark(text: str) -> str:
-    r"""Remove Markdown emphasis, `\text{}`, dollar signs and end-of-turn tokens, keep the words."""
+    r"""Remove Markdown emphasis, `\text{}`, dollar signs and end-of-turn tokens, keep the words.
+
+    Characters that show nothing (zero width, direction marks) go too; full-width letters, digits
+    and punctuation become the usual ones.
+    """
+    text = _INVISIBLE.sub("", text).translate(_WIDE)
     text = _END_TOKEN.sub(" ", text)
     text = _BOXED.sub(r" \1 ", text)
     text = _LATEX_TEXT.sub(r"\1", text)

@@ -11,7 +11,7 @@ tell the answer, and is unreadable (0) where not.
 import re
 
 from .averages import field
-from .letters import letter
+from .letters import indexed_letter, letter
 from .multiple_choice import MultipleChoice
 from .result import Benchmark, Doc, Outcome, Rule, Score
 
@@ -42,7 +42,7 @@ _CHOICE = MultipleChoice(
         "yale-nlp/TOMATO@fe2025f:src/parse_result.py",
         "yale-nlp/TOMATO@fe2025f:src/get_categorized_score.py",
     ),
-    truth=lambda doc: letter(int(doc["answer"])),
+    truth=lambda doc: indexed_letter(doc["answer"]),
     options=_options,
     n_options=6,
     read=_read,

@@ -11,7 +11,7 @@ anywhere is the answer, inside words too; a reply without one leaves the denomin
 from collections.abc import Sequence
 
 from .averages import field, mean, summarise
-from .letters import first_capital, option_text
+from .letters import first_capital, option_text, public_letter
 from .multiple_choice import MultipleChoice
 from .result import Doc, Outcome, Row, Rule, TaskResult
 
@@ -45,7 +45,7 @@ BENCHMARK = MultipleChoice(
         "thanku-all/parse_answer@afd52cf:eval_your_results.py",
         "BradyFU/Video-MME@4e7566d:evaluation/eval_your_results.py",
     ),
-    truth=lambda doc: str(doc["answer"]),
+    truth=lambda doc: public_letter(doc["answer"]),
     options=lambda doc: [option_text(str(option)) for option in doc.get("options") or ()],
     n_options=4,
     read=_read,

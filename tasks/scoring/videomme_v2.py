@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .averages import field, mean, summarise
-from .letters import first_capital, lettered_options
+from .letters import first_capital, lettered_options, public_letter
 from .multiple_choice import MultipleChoice
 from .result import Doc, Outcome, Row, Rule, ScoringError, TaskResult
 
@@ -112,6 +112,11 @@ def _place(doc: Doc) -> tuple[int, str]:
     return (int(last) if last.isascii() and last.isdecimal() else 0, last)
 
 
+def _level(doc: Doc) -> str:
+    """Return a document's level; tables that have rows without one hold it as 1.0."""
+    return str(doc.get("level")).removesuffix(".0")
+
+
 def aggregate(benchmark: str, rows: Sequence[Row], rule: Rule) -> TaskResult:
     """Average over groups; beside it by type and level of group, and question accuracy."""
     groups = _groups(rows, rule)
@@ -124,7 +129,7 @@ def aggregate(benchmark: str, rows: Sequence[Row], rule: Rule) -> TaskResult:
     for kind in ("relevance", "logic"):
         extra[kind] = mean(value for doc, value in whole if doc["group_type"] == kind)
     for level in ("1", "2", "3"):
-        extra[f"level_{level}"] = mean(v for doc, v in whole if str(doc.get("level")) == level)
+        extra[f"level_{level}"] = mean(v for doc, v in whole if _level(doc) == level)
     if len(whole) < len(groups):
         extra["incomplete groups"] = float(len(groups) - len(whole))
     return summarise(
@@ -141,7 +146,7 @@ def aggregate(benchmark: str, rows: Sequence[Row], rule: Rule) -> TaskResult:
 BENCHMARK = MultipleChoice(
     name="videomme_v2",
     sources=("MME-Benchmarks/Video-MME-v2@b24176a:evaluation/test_video_mme_v2.py",),
-    truth=lambda doc: str(doc["answer"]),
+    truth=lambda doc: public_letter(doc["answer"]),
     options=lambda doc: lettered_options(str(doc.get("options") or "")),
     n_options=8,
     read=_read,

@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from .averages import field, group_means, mean
+from .letters import public_letter
 from .multiple_choice import MultipleChoice
 from .result import Benchmark, Doc, Outcome, Row, Rule, Score, TaskResult
 
@@ -103,11 +104,16 @@ def read(text: str, doc: Doc) -> str | None:
     return None
 
 
+def _options(doc: Doc) -> list[str]:
+    """Return the options' texts; a column that other documents need stands as `None`."""
+    return [str(text) for _, text in sorted(doc["options"].items()) if text is not None]
+
+
 _CHOICE = MultipleChoice(
     name="vrbench",
     sources=("OpenGVLab/VRBench@47a22db:evaluation/calculate_scores.py",),
-    truth=lambda doc: str(doc["answer"]).strip().upper(),
-    options=lambda doc: [str(text) for _, text in sorted(doc["options"].items())],
+    truth=lambda doc: public_letter(doc["answer"]),
+    options=_options,
     n_options=5,
     read=read,
     families=field("reasoning_type"),
@@ -116,7 +122,7 @@ _CHOICE = MultipleChoice(
 
 def score(doc: Doc, text: str, rule: Rule) -> Score:
     """Score a multiple-choice reply; an open one needs a judge."""
-    if not doc.get("options"):
+    if not doc.get("options") or not _options(doc):
         return Score(None, None, Outcome.JUDGE_NEEDED)
     return _CHOICE.score(doc, text, rule)
 
@@ -131,7 +137,8 @@ def aggregate(benchmark: str, rows: Sequence[Row], rule: Rule) -> TaskResult:
     """Average the multiple-choice half, and the judged half as far as there is one."""
     result = _CHOICE.mean_over_questions(benchmark, rows, rule)
     open_rows = [row for row in rows if has_process(row[0]) and row[0].get("rate") is None]
-    needed = sum(found.outcome is not Outcome.ERROR for _, found in open_rows)
+    counted = (Outcome.ERROR, Outcome.JUDGE_NEEDED)
+    needed = sum(found.outcome not in counted for _, found in open_rows)
     result = replace(result, judge_needed=result.judge_needed + needed)
     if not any(doc.get("rate") is not None for doc, _ in rows):
         return result

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from .averages import field, group_means, mean, summarise
 from .choice import read_plain
-from .letters import letter, option_text
+from .letters import letter, option_text, public_letter
 from .numeric import mean_relative_accuracy, read_number
 from .result import (
     Benchmark,
@@ -97,7 +97,7 @@ def aggregate(benchmark: str, rows: Sequence[Row], rule: Rule) -> TaskResult:
     tasks = group_means(rows, field("question_type"))
     levels = [tasks.pop(name, None) for name in DIRECTIONS]
     means = {name: group.value for name, group in tasks.items()}
-    direction = _direction(levels, rule)
+    direction = _direction(levels, rule) if rows else None
     if direction is not None:
         means[DIRECTION] = direction
     return summarise(
@@ -124,5 +124,5 @@ BENCHMARK = Benchmark(
     aggregate=aggregate,
     sources=("vision-x-nyu/thinking-in-space@51e089c:lmms_eval/tasks/vsibench/utils.py",),
     options=lambda doc: [option_text(str(option)) for option in doc.get("options") or ()],
-    truth=lambda doc: str(doc["ground_truth"]).upper() if doc.get("options") else None,
+    truth=lambda doc: public_letter(doc["ground_truth"]) if doc.get("options") else None,
 )

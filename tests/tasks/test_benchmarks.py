@@ -107,6 +107,11 @@ WORDED = [
     *("<answer>B</answer>", "the answer is b", "option b", "answer: b", "{'answer': 'B'}"),
     *("B because A is a dog", "A is wrong; B is right", "B, as C is a square", "B - red circle"),
     "In the end a dog runs, but the answer is the red circle",
+    *("The answer is 'B'", "The answer is ‘B’.", "Ｂ", "（B）", "答案：B", "B\u200b", "\u202eB"),
+    *("A: no. B: yes.", "A? No, B.", "A is incorrect. C is incorrect. Therefore B.", "\ufeffb)"),
+    *("Not A, not C, not D. B.", "The answer isn't A; it's B.", "```json\n{'answer': 'B'}\n```"),
+    *("Answer: (B) because A is wrong and C is not visible.", "B\n\nExplanation: A dog is absent."),
+    *(r"\boxed{\textbf{(B)}}", "<|begin_of_box|>B<|end_of_box|>", "B" + " because it moves" * 2000),
 ]
 
 
@@ -114,6 +119,29 @@ WORDED = [
 @pytest.mark.parametrize("benchmark", [b for b in CHOICE if b not in ("mmsi_video", "dsi_bench")])
 def test_plain_reads_worded_answers_everywhere(benchmark: str, reply: str) -> None:
     assert value(benchmark, reply, "plain") == 1
+
+
+SEVERAL = ["\n".join(LETTERED), "A or B", "B and C", "A B C D", "Both A and B", "none of these"]
+
+
+@pytest.mark.parametrize("reply", SEVERAL)
+@pytest.mark.parametrize("benchmark", ["videomme", "mlvu", "tomato", "vsibench", "motionbench"])
+def test_plain_takes_no_letter_where_a_reply_names_several_or_none(
+    benchmark: str, reply: str
+) -> None:
+    found = score(benchmark, DOCS[benchmark], reply, rule="plain")
+    assert (found.value, found.outcome) == (0, Outcome.UNREADABLE)
+
+
+def test_options_in_one_line_are_told_apart() -> None:
+    asked = "How do you move?\nOptions: A: Left, while turning, B: Forward, C: Back; D: Up"
+    doc = {"question": asked, "answer": "A", "question_type": "MSR"}
+    assert score("mmsi_bench", doc, "Left, while turning", rule="plain").parsed == "A"
+    assert score("mmsi_bench", doc, "I go forward.", rule="plain").parsed == "B"
+    where = {"GT": "D", "options": "A. Above B. Under C. Front D. Behind"}
+    assert score("dsi_bench", where, "It is behind.", rule="plain").value == 1
+    video = {"ground_truth": "B", "type": "Planning", "user_prompt": QUESTION}
+    assert score("mmsi_video", video, "the red circle", rule="plain").value == 1
 
 
 OFFICIAL = [
@@ -314,11 +342,54 @@ def test_vsibench_numbers() -> None:
                 "5": 0.6, "3.6": 0.9, "nan": 0, "inf": 0}  # fmt: skip
     for reply, official in expected.items():
         assert score("vsibench", doc, reply).value == pytest.approx(official), reply
-    for reply in ("about 4", "four", "**4** chairs", "The answer is 4."):
+    worded = ("about 4", "four", "**4** chairs", "The answer is 4.", "~4", r"$\boxed{4\text{ m}}$")
+    for reply in (*worded, "4%", "4.0 meters", "4m", '{"answer": 4}', "There are four of them."):
         assert score("vsibench", doc, reply, rule="plain").value == 1
     # An error of exactly a tenth is within .90 in the official floating-point numbers.
     ten = {"question_type": "room_size_estimation", "ground_truth": 10}
     assert score("vsibench", ten, "9").value == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("reply", "official", "plain"),
+    [
+        ("1,234.5", None, 1234.5), ("4,500", None, 4500), ("1e3", 1000, 1000), ("-4.5", -4.5, -4.5),
+        # A comma that is not before three digits is no part of a number.
+        ("4,5", None, None), ("4,5 m", None, None), ("1.234,5", None, None), ("1,2,3", None, None),
+        ("4-5", None, None), ("4 to 5", 4, None), ("4.5.6", None, None), ("4..5", None, None),
+        ("twenty-one", None, 21), ("two hundred and three", None, 203), ("three four", None, None),
+        ("four and a half", None, None), ("a dozen", None, None), ("no", None, 0),
+        ("There are no chairs.", None, 0), ("I have no idea", None, None),
+        ("I cannot tell which one", None, None), ("one of the chairs", None, None),
+        ("one", None, 1), ("", None, None), ("٤", 4, 4), ("4.5 (approx.)", 4.5, 4.5),
+    ],
+)  # fmt: skip
+def test_numbers_with_commas_ranges_and_words(
+    reply: str, official: float | None, plain: float | None
+) -> None:
+    doc = {"question_type": "object_abs_distance", "ground_truth": "4.5"}
+    assert score("vsibench", doc, reply).parsed == official
+    assert score("vsibench", doc, reply, rule="plain").parsed == plain
+
+
+@pytest.mark.parametrize(
+    ("reply", "official", "plain"),
+    [
+        ("0:12 - 0:20", [12, 20], [12, 20]), ("1:02:03 to 1:02:09.5", [3723, 3729.5],
+                                              [3723, 3729.5]),
+        ("12.5s to 18s", None, [12.5, 18]), ("12,5 - 20,5", [5, 20], [12.5, 20.5]),
+        ("1 minute 5 seconds to 1 minute 20 seconds", [1, 5], [65, 80]),
+        ("1m5s - 1m20s", None, [65, 80]), ("2 minutes to 3 minutes", [2, 3], [120, 180]),
+        ("[12.0,20.0]", [12, 20], [12, 20]), ('{"start": 12, "end": 20}', [12, 20], [12, 20]),
+        ("12 - 20 and 30 - 40", [12, 20], [12, 20]), ("20 - 12", [20, 12], [12, 20]),
+        ("<think>3 - 5</think>12 - 20", [12, 20], [12, 20]), ("at 12 s", None, None),
+    ],
+)  # fmt: skip
+def test_spans_of_time_in_many_forms(
+    reply: str, official: list[float] | None, plain: list[float] | None
+) -> None:
+    assert score("timelens", DOCS["timelens"], reply).parsed == official
+    assert score("timelens", DOCS["timelens"], reply, rule="plain").parsed == plain
 
 
 def rows_of(benchmark: str, plan: Sequence[tuple[dict[str, Any], str]]) -> list[Any]:
@@ -484,6 +555,8 @@ def test_qvhighlights_counts_only_ten_listed_windows() -> None:
         [[10, 20, 0.9]], ((10, 20),), [10, 20, 0.9], np.array([[10, 20, 0.9]]),
         "[[10, 20, 0.9]]", "```json\n[[10, 20, 0.9], [70, 80, 0.1]]\n```", "[10, 20]",
         "Scene [1]: [[10, 20, 0.5]]", "10 - 20 seconds, then 70 - 80", "from 10s to 20.0 s",
+        "[10, 20], [70, 80]", "(10, 20)", "0:10 - 0:20, 1:10 - 1:20", "[[10, 20, 0.9], [70, 8",
+        '[{"start": 10, "end": 20}]', "[ [10, 20.0, 0.9] ]", '{"windows": [[10, 20]]}',
     ],
 )  # fmt: skip
 def test_ranked_windows_are_read_from_lists_json_and_words(windows: Any) -> None:
