@@ -33,7 +33,7 @@ from internvideo3.model.checkpoint import (
 from internvideo3.model.conversion.convert import Built, Job, check_fit
 from internvideo3.model.conversion.converted import save_converted
 from internvideo3.model.conversion.divergence import Agreement, Reference
-from internvideo3.model.conversion.norm_alone import uncompressed
+from internvideo3.model.conversion.memory import give_back
 from internvideo3.model.conversion.norms import UNSAFE_CV
 from internvideo3.model.conversion.options import ConversionOptions, preset, share
 from internvideo3.model.conversion.recording import Progress, silent
@@ -118,6 +118,8 @@ def convert_checkpoint(given: ConvertCommand, progress: Progress = silent) -> di
         job = Job.start(source, calibration, options, given.work, progress)
         # Before the conversion, so that memory does not hold two sets of layers.
         norm_alone = _norm_alone(job, held_out)
+        give_back()
+        progress("norm alone", 1, 1)
         built = job.run()
     built, recovery = _recover(job, built, given, progress)
     source.model.eval()
@@ -134,6 +136,7 @@ def convert_checkpoint(given: ConvertCommand, progress: Progress = silent) -> di
             name: _layers_alone(source, batches, built) for name, batches in held_out.items()
         },
     }
+    give_back()
     with _writing_in_words(given.work):
         _write(given, source, path, built, report)
     return report
@@ -266,11 +269,9 @@ def _norm_alone(
     job: Job, held_out: Mapping[str, Sequence[Batch]]
 ) -> dict[str, dict[str, Any] | None]:
     """The source with a linear norm and nothing compressed; empty if its norm stays."""
-    norms = [job.norm(index) for index in range(job.layer_count)]
-    if None in norms:
+    layers = job.without_norm()
+    if layers is None:
         return {}
-    pairs = zip(job.source.layers, norms, strict=True)
-    layers = [uncompressed(layer.self_attn, norm) for layer, norm in pairs]
     return {name: _as_row(_agreement(job.source, x, layers)) for name, x in held_out.items()}
 
 

@@ -89,16 +89,15 @@ def release(layer: LatentAttention) -> dict[str, Tensor]:
             frequency; none of them has a place in the released layout.
     """
     _check_releasable(layer)
-    H, D = layer.num_heads, layer.head_dim
+    D = layer.head_dim
     rope = 2 * len(layer.slot_frequencies)
     q_proj = _with_bias(layer.q_proj)
     kv_proj = torch.cat([_with_bias(layer.k_proj), _with_bias(layer.v_proj)])
     # Scores are divided by sqrt(D + 2 S) in place of sqrt(D).
     stronger = ((D + rope) / D) ** 0.5
-    q_XHD = stronger * q_proj.T.unflatten(-1, (H, D))
-    content = rotate(q_XHD, *layer.nope_gain.double())
-    rotary = join_pairs(_slot_query(layer, q_XHD))
-    queries = torch.cat([content, rotary], dim=-1).flatten(1).T
+    # Head by head: of a large model, all heads' intermediate products take a gigabyte.
+    heads = (stronger * part_DX for part_DX in q_proj.split(D))
+    queries = torch.cat([_head_queries(layer, part.T, a) for a, part in enumerate(heads)])
     latent = layer.latent_proj.weight.double() @ kv_proj
     latent[:, -1] += layer.latent_proj.bias.double()
     constant = torch.zeros_like(latent[:1])
@@ -137,10 +136,11 @@ def _with_bias(linear: nn.Linear) -> Tensor:
     return torch.cat([weight, bias[:, None]], dim=1)
 
 
-def _slot_query(layer: LatentAttention, q_XHD: Tensor) -> Tensor:
-    """Slot queries of every input channel, [X, H, 2 S]."""
-    re, im = q_XHD.chunk(2, dim=-1)
-    return rotate(torch.cat([re, im], dim=-1), *layer.rope_read.double().mT)
+def _head_queries(layer: LatentAttention, q_XD: Tensor, head: int) -> Tensor:
+    """One head's rows of `q_proj`: content queries, then slot queries in pairs, [D + 2 S, X]."""
+    content_XD = rotate(q_XD, *layer.nope_gain[:, head].double())
+    slots_XS = rotate(q_XD, *layer.rope_read[:, :, head].double())
+    return torch.cat([content_XD, join_pairs(slots_XS)], dim=-1).T
 
 
 def _rotary_key(layer: LatentAttention, kv_proj: Tensor) -> Tensor:

@@ -8,10 +8,11 @@
 
 Every step works on one layer at a time and leaves its result in a work folder: an interrupted
 conversion continues, several conversions of one source share what they can, and memory holds the
-source, one layer's statistics and the new layers. The folder has
+source and one layer's statistics, solution and weights (`finished`). The folder has
 
     inputs.json                     what the source and the calibration batches are
     calls-SEED/                     the calibration pass
+    norms-DIGEST/                   per layer, the linear norm of one fit
     statistics-DIGEST/              per layer, for one linear norm and token floor
     result-DIGEST/                  per layer, for one set of options
 """
@@ -28,13 +29,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from internvideo3.model.attention import LatentAttention, RowAttention
 from internvideo3.model.conversion.budget import tempered_ranks, vision_ranks
 from internvideo3.model.conversion.converted import Shape, converted_model, layer_config
 from internvideo3.model.conversion.divergence import CHOICE_BATCHES, Reference
+from internvideo3.model.conversion.finished import FinishedLayers, load_layer, save_layer
+from internvideo3.model.conversion.memory import give_back
+from internvideo3.model.conversion.norm_alone import uncompressed
 from internvideo3.model.conversion.norms import Concentration, LinearNorm, linear_norm
 from internvideo3.model.conversion.options import ConversionOptions, key_width, preset
 from internvideo3.model.conversion.plan import LayerPlan, build_layer, plan_layer
@@ -43,7 +46,6 @@ from internvideo3.model.conversion.refit import refit_output
 from internvideo3.model.conversion.rotary import PairGeometry, pair_geometry
 from internvideo3.model.conversion.source import Batch, Projections, Source
 from internvideo3.model.conversion.statistics import LayerStatistics, collect
-from internvideo3.model.modeling import ATTENTIONS
 from internvideo3.model.released import ReleasedAttention, release
 
 WEIGHT_SAMPLE = 1024
@@ -130,7 +132,8 @@ def convert_with_report(
 class Built:
     """All converted layers."""
 
-    layers: list[RowAttention]
+    layers: Sequence[RowAttention]
+    """Each is loaded from the work folder when it is asked for."""
     reports: list[LayerReport]
     shape: Shape
     cache_share: float
@@ -177,6 +180,7 @@ class Job:
         _claim(folder, source, calibration)
         calls = folder / f"calls-{options.seed}"
         recording = record(source, calibration, calls, seed=options.seed, progress=progress)
+        give_back()
         return cls(source, calibration, options, folder, progress, recording)
 
     @property
@@ -192,16 +196,23 @@ class Job:
     def _run(self) -> Built:
         self._collect()
         choice = self._choose()
-        layers: list[RowAttention] = []
         reports: list[LayerReport] = []
         for index in range(self.layer_count):
-            layer, report = self._finish(index, choice)
-            layers.append(layer)
-            reports.append(report)
+            reports.append(self._finish(index, choice))
+            give_back()
             self.progress("layers", index + 1, self.layer_count)
         shape = self._shape(choice, [r.slot_frequencies for r in reports])
         share = self.options.row_width / (2 * key_width(self.source.text))
+        configs = [layer_config(self.source, shape.of_layer(r.layer)) for r in reports]
+        layers = self._finished([self._layer_file(r.layer) for r in reports], configs)
         return Built(layers, reports, shape, share)
+
+    def _finished(self, files: Sequence[Path], configs: Sequence[Any]) -> FinishedLayers:
+        # The source's own now: while converted layers run, they stand in their places.
+        attentions = [layer.self_attn for layer in self.source.layers]
+        return FinishedLayers(
+            lambda index: load_layer(files[index], configs[index], attentions[index]), len(files)
+        )
 
     def divergence(self, built: Built) -> float:
         """Mean KL(source || converted) per supervised calibration token, in nats."""
@@ -216,6 +227,7 @@ class Job:
                 calls = self.recording.calls(index)
                 floor = self.options.token_floor
                 collect(projections, calls, scale=scale, token_floor=floor).save(file)
+                give_back()
             self.progress("statistics", index + 1, self.layer_count)
 
     def _projections(self, index: int) -> tuple[Any, float]:
@@ -224,6 +236,20 @@ class Job:
         own = Projections.of(attention) if norm is None else norm.projections(attention)
         return own, float(attention.scaling)
 
+    def without_norm(self) -> FinishedLayers | None:
+        """The source's layers with the linear norm and nothing compressed; None without one."""
+        if self.norm(0) is None:
+            return None
+        # Made now: while other layers stand in the source's places, nothing can be fitted on it.
+        files = [self._norm_file(index) for index in range(self.layer_count)]
+        attentions = [layer.self_attn for layer in self.source.layers]
+
+        def load(index: int) -> RowAttention:
+            norm = LinearNorm.load(files[index], self.source.device)
+            return uncompressed(attentions[index], norm)
+
+        return FinishedLayers(load, self.layer_count)
+
     def norm(self, index: int) -> LinearNorm | None:
         """The linear substitute of a layer's norms, if it is wanted."""
         if self.options.norm == "exact" or not self.source.has_norm:
@@ -231,6 +257,18 @@ class Job:
         return self._fitted_norm(index)
 
     def _fitted_norm(self, index: int) -> LinearNorm:
+        return LinearNorm.load(self._norm_file(index), self.source.device)
+
+    def _norm_file(self, index: int) -> Path:
+        """A layer's fit, made once: of a large model it takes all calibration tokens' queries."""
+        fit = [self.options.seed, self.options.norm_fit]
+        file = self._subfolder("norms", fit) / f"{index:03d}.safetensors"
+        if not file.is_file():
+            self._fit_norm(index).save(file)
+            give_back()
+        return file
+
+    def _fit_norm(self, index: int) -> LinearNorm:
         attention = self.source.layers[index].self_attn
         inputs = ((call.x_BTX, call.valid_BT) for call in self.recording.calls(index))
         return linear_norm(attention, inputs, self.options.norm_fit)
@@ -316,8 +354,15 @@ class Job:
 
     def _candidate(self, choice: _Choice) -> float:
         """Divergence of a choice, before any refit."""
-        layers = [self._build(i, choice)[0] for i in range(self.layer_count)]
-        return self.reference(CHOICE_BATCHES).divergence(layers)
+        with tempfile.TemporaryDirectory(prefix="try-", dir=self.folder) as place:
+            files = [Path(place) / f"{index:03d}.safetensors" for index in range(self.layer_count)]
+            configs: list[Any] = []
+            for index, file in enumerate(files):
+                layer, plan = self._build(index, choice)
+                configs.append(self._layer_config(index, choice, plan.slots.frequencies))
+                save_layer(layer, self.source.layers[index].self_attn, file)
+                give_back()
+            return self.reference(CHOICE_BATCHES).divergence(self._finished(files, configs))
 
     def _plan(self, index: int, slots: int) -> LayerPlan:
         return plan_layer(self._statistics(index), self.options, slots, self.norm(index))
@@ -355,13 +400,11 @@ class Job:
             frequencies=frequencies,
         )
 
-    def _finish(self, index: int, choice: _Choice) -> tuple[RowAttention, LayerReport]:
-        """A layer and its report, made now or by an earlier run."""
-        weights = self._result_file(f"{index:03d}.safetensors")
+    def _finish(self, index: int, choice: _Choice) -> LayerReport:
+        """Writes a layer and its report, unless an earlier run did."""
         report_file = self._result_file(f"{index:03d}.json")
         if report_file.is_file():
-            report = read_report(json.loads(report_file.read_text(encoding="utf-8")))
-            return self._load(index, choice, report, load_file(weights)), report
+            return read_report(json.loads(report_file.read_text(encoding="utf-8")))
         layer, plan = self._build(index, choice)
         attention = self.source.layers[index].self_attn
         left = None
@@ -371,12 +414,9 @@ class Job:
         if self.options.row_form == "released":
             layer = self._released(layer, choice.ranks[index])
         report = self._report(index, plan, choice, left)
-        tensors = {k: v.contiguous() for k, v in layer.state_dict().items()}
-        partial = weights.with_suffix(".partial")
-        save_file(tensors, partial)
-        partial.rename(weights)
+        save_layer(layer, attention, self._layer_file(index))
         _write_whole(report_file, asdict(report))
-        return layer, report
+        return report
 
     def _released(self, layer: RowAttention, rank: int) -> RowAttention:
         """The layer in the released layout."""
@@ -396,18 +436,8 @@ class Job:
         made.load_state_dict(release(layer))
         return made.requires_grad_(False).eval()
 
-    def _load(
-        self, index: int, choice: _Choice, report: LayerReport, tensors: dict[str, Tensor]
-    ) -> RowAttention:
-        """A layer that an earlier run finished."""
-        whole = self._shape(choice, [report.slot_frequencies] * self.layer_count)
-        shape = whole.of_layer(index)
-        weight = self.source.layers[index].self_attn.o_proj.weight
-        kind = ATTENTIONS[shape.row_form]
-        with torch.device(weight.device):
-            made = kind(layer_config(self.source, shape), 0).to(weight.dtype)
-        made.load_state_dict(tensors)
-        return made.requires_grad_(False).eval()
+    def _layer_file(self, index: int) -> Path:
+        return self._result_file(f"{index:03d}.safetensors")
 
     def _report(
         self, index: int, plan: LayerPlan, choice: _Choice, left: float | None

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
 
 from internvideo3.model.attention import RowAttention
 from internvideo3.model.config import InternVideo3Config, InternVideo3TextConfig
+from internvideo3.model.conversion.memory import give_back
 from internvideo3.model.conversion.source import Source
 from internvideo3.model.modeling import (
     InternVideo3ForCausalLM,
@@ -39,9 +44,11 @@ TEXT_FIELDS = (
 )
 """What a text-only source's configuration shares with Qwen3-VL's text configuration."""
 
+ATTENTION = ".self_attn."
+"""What names of a text layer's attention have in them, and no other name has."""
 
-SHARD_SIZE = "2GB"
-"""Of a written checkpoint."""
+SHARD_BYTES = 10**9
+"""Of a written checkpoint: converted tensors of one shard are in memory at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,35 +133,74 @@ def converted_model(source: Source, layers: Sequence[RowAttention], shape: Shape
     """The converted model: new attention, copies of everything else."""
     config = converted_config(source, shape)
     converted = _class_of(config)._from_config(config, dtype=source.model.dtype)
-    return _fill(converted.to(source.device), source, layers, shared=False)
+    converted.to(source.device)
+    # Only text layers have a `self_attn`; the released layout has names with other shapes there.
+    same = {k: v for k, v in source.model.state_dict().items() if ATTENTION not in k}
+    converted.load_state_dict(same, strict=False)
+    text = getattr(converted.model, "language_model", converted.model)
+    for decoder, layer in zip(text.layers, layers, strict=True):
+        decoder.self_attn.load_state_dict(layer.state_dict())
+    converted.generation_config = source.model.generation_config
+    return converted
 
 
 def save_converted(
     source: Source, layers: Sequence[RowAttention], shape: Shape, folder: Path
 ) -> None:
-    """Writes the converted model's checkpoint, without a second copy of the weights in memory."""
+    """Writes what `converted_model(...).save_pretrained` would, one shard in memory at a time.
+
+    Args:
+        source: the source.
+        layers: converted layers, which may be loaded when they are asked for.
+        shape: their shape.
+        folder: where to; made if it is not there.
+    """
     config = converted_config(source, shape)
+    kind = _class_of(config)
     with torch.device("meta"):
-        converted = _class_of(config)._from_config(config, dtype=source.model.dtype)
-    _fill(converted, source, layers, shared=True)
-    converted.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        skeleton = kind._from_config(config, dtype=source.model.dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.architectures = [kind.__name__]
+    config.dtype = str(source.model.dtype).removeprefix("torch.")
+    config.save_pretrained(folder)
+    source.model.generation_config.save_pretrained(folder)
+    sizes = skeleton.state_dict()
+    if config.get_text_config().tie_word_embeddings:
+        del sizes["lm_head.weight"]  # the embeddings'
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
+    known = source.model.state_dict()
+    for name, tensors in plan.filename_to_tensors.items():
+        found = dict(_tensors(tensors, known, layers))
+        save_file(found, folder / name, metadata={"format": "pt"})
+        del found
+        give_back()
+    if plan.is_sharded:
+        _write_index(plan, folder)
+
+
+def _tensors(
+    names: Sequence[str], known: dict[str, Tensor], layers: Sequence[RowAttention]
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of the converted model by name."""
+    loaded: tuple[int, dict[str, Tensor]] | None = None
+    for name in names:
+        before, inside, own = name.partition(ATTENTION)
+        if not inside:
+            yield name, known[name].contiguous()
+            continue
+        index = int(before.rpartition(".")[2])
+        if loaded is None or loaded[0] != index:
+            loaded = index, layers[index].state_dict()
+        yield name, loaded[1][own].contiguous()
+
+
+def _write_index(plan: StateDictSplit, folder: Path) -> None:
+    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def _class_of(config: InternVideo3Config | InternVideo3TextConfig) -> Any:
     if isinstance(config, InternVideo3Config):
         return InternVideo3ForConditionalGeneration
     return InternVideo3ForCausalLM
-
-
-def _fill(converted: Any, source: Source, layers: Sequence[RowAttention], *, shared: bool) -> Any:
-    """Gives the converted model its parameters; `shared` ones are the very tensors given."""
-    # Only text layers have a `self_attn`; the released layout has names with other shapes there.
-    same = {k: v for k, v in source.model.state_dict().items() if ".self_attn." not in k}
-    converted.load_state_dict(same, strict=False, assign=shared)
-    text = getattr(converted.model, "language_model", converted.model)
-    for decoder, layer in zip(text.layers, layers, strict=True):
-        decoder.self_attn.load_state_dict(layer.state_dict(), assign=shared)
-    if shared:
-        converted.tie_weights()
-    converted.generation_config = source.model.generation_config
-    return converted

@@ -21,8 +21,8 @@ from internvideo3.model.attention import RowAttention
 from internvideo3.model.conversion.recording import HEAD_TOKENS
 from internvideo3.model.conversion.source import Batch, Source
 
-Layers = Sequence[RowAttention | None]
-"""Converted layers in the source's order."""
+Layers = Sequence[RowAttention]
+"""Converted layers in the source's order; may be loaded when they are asked for."""
 
 CHOICE_BATCHES = 16
 """Calibration batches on which alternatives are compared."""
@@ -77,12 +77,12 @@ class Reference:
         return found
 
     @torch.no_grad()
-    def agreement(self, layers: Layers) -> Agreement:
-        """Runs the source with converted attention layers; None leaves one as it is."""
+    def agreement(self, layers: Layers, only: int | None = None) -> Agreement:
+        """Runs the source with all converted attention layers, or one alone."""
         found = torch.zeros(4, dtype=torch.float64)
         tokens = 0
         for batch, want_NX in zip(self.batches, self.hidden, strict=True):
-            with attending(self.source, layers, batch):
+            with attending(self.source, layers, batch, only):
                 got_NX = _supervised_hidden(self.source, batch)
             labels_N = self.labels(batch).to(got_NX.device)
             found += _compare(self.source.head, want_NX, got_NX, labels_N)
@@ -94,40 +94,41 @@ class Reference:
         """Mean KL(source || converted), in nats."""
         return self.agreement(layers).kl
 
-    def divergences(self, layers: Sequence[RowAttention]) -> list[float]:
+    def divergences(self, layers: Layers) -> list[float]:
         """The same for every layer alone, with all others the source's own."""
-        alone: list[list[RowAttention | None]] = [
-            [layer if index == number else None for index, layer in enumerate(layers)]
-            for number in range(len(layers))
-        ]
-        return [self.divergence(one) for one in alone]
+        return [self.agreement(layers, only=index).kl for index in range(len(layers))]
 
 
 @contextmanager
-def attending(source: Source, layers: Layers, batch: Batch) -> Iterator[None]:
-    """The source with converted attention layers, for one batch; None leaves one as it is."""
+def attending(
+    source: Source, layers: Layers, batch: Batch, only: int | None = None
+) -> Iterator[None]:
+    """The source with converted attention layers (or one alone), for one batch."""
     vision_BT = source.vision_tokens(batch).to(source.device)
-    own = [layer.self_attn for layer in source.layers]
+    decoders = source.layers
+    own = [decoder.self_attn for decoder in decoders]
+    chosen = range(len(decoders)) if only is None else [only]
+    assert len(layers) == len(decoders), "a converted layer for each of the source's"
     try:
-        for layer, attention in zip(source.layers, layers, strict=True):
-            if attention is not None:
-                layer.self_attn = _OfModality(attention, vision_BT)
+        for index in chosen:
+            decoders[index].self_attn = _OfModality(layers, index, vision_BT)
         yield
     finally:
-        for layer, attention in zip(source.layers, own, strict=True):
-            layer.self_attn = attention
+        for decoder, attention in zip(decoders, own, strict=True):
+            decoder.self_attn = attention
 
 
 class _OfModality(nn.Module):
-    """Tells a converted layer which tokens are vision; a source model does not."""
+    """A converted layer that is told which tokens are vision; a source model does not say."""
 
-    def __init__(self, attention: RowAttention, vision_BT: Tensor) -> None:
+    def __init__(self, layers: Layers, index: int, vision_BT: Tensor) -> None:
         super().__init__()
-        self.attention = attention
+        self.layers, self.index = layers, index
         self.vision_BT = vision_BT
 
     def forward(self, **kwargs: Any) -> Any:
-        return self.attention(**kwargs, modality_mask=self.vision_BT)
+        # Asked for here, so that of layers on disk one is in memory at a time.
+        return self.layers[self.index](**kwargs, modality_mask=self.vision_BT)
 
 
 def _supervised_hidden(source: Source, batch: Batch) -> Tensor:

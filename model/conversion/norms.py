@@ -7,18 +7,22 @@ the approximation and then uses "a learned linear substitute"; what is learned h
 per head, `x̂_h ≈ A_h x_h + b_h`, by weighted least squares. Both fold into the projection.
 
 Errors of all layers add up and the logit scale is large, so a high R² per layer is not yet a good
-model: on Gemma-3-270M eq. 7 multiplies perplexity by hundreds. The report says what it costs.
+model: on Gemma-3-270M eq. 7 multiplies perplexity by tens. The report says what it costs.
 
 Axes: N tokens, h heads, D head width, X model width.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -77,6 +81,23 @@ class LinearNorm:
     k_weight: Tensor
     k_bias: Tensor
     concentration: Concentration
+
+    @classmethod
+    def load(cls, file: Path, device: torch.device) -> LinearNorm:
+        """Reads what `save` wrote."""
+        with safe_open(file, framework="pt", device=str(device)) as stored:
+            found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            words = stored.metadata()["concentration"]
+        return cls(**found, concentration=Concentration(**json.loads(words)))
+
+    def save(self, file: Path) -> None:
+        """Writes a file that exists only when it is whole."""
+        partial = file.with_suffix(".partial")
+        names = ("q_weight", "q_bias", "k_weight", "k_bias")
+        tensors = {name: getattr(self, name).contiguous() for name in names}
+        words = json.dumps(asdict(self.concentration))
+        save_file(tensors, partial, metadata={"concentration": words})
+        partial.rename(file)
 
     def projections(self, attention: Any) -> Projections:
         """The layer's projections with the substitute folded in."""

@@ -165,7 +165,7 @@ def test_a_full_disk_is_explained_and_the_command_repeated(
         raise SafetensorError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("internvideo3.model.conversion.convert.save_file", full)
+        patch.setattr("internvideo3.model.conversion.finished.save_file", full)
         with pytest.raises(OSError, match=r"converted.work cannot be written: No space left"):
             convert_checkpoint(given)
     assert not given.out.exists()

@@ -6,18 +6,23 @@ Run: .venv/bin/python -m pytest tests/model/test_conversion.py -q
 from __future__ import annotations
 
 import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForImageTextToText
 
-from internvideo3.model.attention import break_even
+from internvideo3.model.attention import RowAttention, break_even
 from internvideo3.model.cache import LatentCache
 from internvideo3.model.conversion.adapters import fit_adapter
-from internvideo3.model.conversion.convert import convert, convert_with_report
+from internvideo3.model.conversion.convert import Job, convert, convert_with_report
+from internvideo3.model.conversion.converted import converted_model, save_converted
 from internvideo3.model.conversion.divergence import Reference
+from internvideo3.model.conversion.finished import FinishedLayers
 from internvideo3.model.conversion.lowrank import factorise, weigh_metric
 from internvideo3.model.conversion.norm_alone import uncompressed
 from internvideo3.model.conversion.norms import linear_norm
@@ -379,3 +384,64 @@ def test_mistakes_are_explained(source: Any, identity: Any, calibration: Any) ->
         )
     with pytest.raises(ValueError, match="the released layout: norm must be `linear`"):
         convert(source, calibration, PRESETS["official"](text).with_(norm="exact"))
+
+
+@pytest.mark.parametrize("preset", ["half", "official"])
+def test_a_written_conversion_is_the_one_in_memory_shard_by_shard(
+    preset: str, source: Any, calibration: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("internvideo3.model.conversion.converted.SHARD_BYTES", 200_000)
+    seen = Source.of(source)
+    options = PRESETS[preset](source.config.text_config)
+    job = Job.start(seen, calibration[2:], options, tmp_path / "work")
+    built = job.run()
+    save_converted(seen, built.layers, built.shape, tmp_path / "written")
+    whole = converted_model(seen, built.layers, built.shape)
+    whole.save_pretrained(tmp_path / "whole", max_shard_size=200_000)
+    assert len(list((tmp_path / "written").glob("*.safetensors"))) > 3
+    names = {file.name for file in (tmp_path / "whole").iterdir()}
+    assert {file.name for file in (tmp_path / "written").iterdir()} == names
+    for name in ("config.json", "generation_config.json"):
+        assert (tmp_path / "written" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    found = AutoModelForImageTextToText.from_pretrained(tmp_path / "written", dtype=torch.float64)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+
+
+def test_converted_layers_are_in_memory_one_at_a_time(
+    source: Any, calibration: Any, tmp_path: Path
+) -> None:
+    seen = Source.of(source)
+    own = [layer.self_attn for layer in seen.layers]
+    options = PRESETS["half"](source.config.text_config)
+    built = Job.start(seen, calibration[2:], options, tmp_path).run()
+    alive: weakref.WeakSet[RowAttention] = weakref.WeakSet()
+    most = 0
+
+    def load(index: int) -> RowAttention:
+        nonlocal most
+        layer = built.layers[index]
+        alive.add(layer)
+        most = max(most, len(alive))
+        return layer
+
+    watched = FinishedLayers(load, len(own))
+    reference = Reference.of(seen, calibration[2:])
+    found = reference.agreement(watched)
+    assert most == 1 and found == reference.agreement(list(built.layers))
+    # What a conversion does not change is the source's own, in memory and not in the file.
+    layer = built.layers[1]
+    assert layer.q_proj is own[1].q_proj and layer.k_norm is own[1].k_norm
+    stored = load_file(next(tmp_path.glob("result-*/001.safetensors")))
+    assert "o_proj.weight" in stored and "q_proj.weight" not in stored
+
+
+def test_a_fitted_norm_is_read_again(source: Any, calibration: Any, tmp_path: Path) -> None:
+    seen = Source.of(source)
+    options = PRESETS["official"](source.config.text_config)
+    job = Job.start(seen, calibration[2:], options, tmp_path)
+    first, again = job.norm(1), job.norm(1)
+    assert first is not None and again is not None
+    assert torch.equal(first.k_weight, again.k_weight) and again.k_weight.dtype == torch.float64
+    assert first.concentration == again.concentration
+    assert len(list(tmp_path.glob("norms-*/*.safetensors"))) == 1
