@@ -273,7 +273,8 @@ class Job:
         inputs = ((call.x_BTX, call.valid_BT) for call in self.recording.calls(index))
         return linear_norm(attention, inputs, self.options.norm_fit)
 
-    def _statistics(self, index: int) -> LayerStatistics:
+    def statistics(self, index: int) -> LayerStatistics:
+        """What the calibration pass says about a layer, once `run` has collected it."""
         return LayerStatistics.load(self._statistics_file(index), self.source.device)
 
     def _statistics_file(self, index: int) -> Path:
@@ -308,7 +309,7 @@ class Job:
             ranks = tempered_ranks([plan.low.energies_Q.cpu() for plan in plans], uniform)
         nested = self._vision_ranks(slots, ranks)
         adapters = self.options.adapters
-        if float(self._statistics(0).weight_M[1]) == 0.0:
+        if float(self.statistics(0).weight_M[1]) == 0.0:
             adapters = bool(adapters)  # with one modality there is nothing to adapt
         if adapters is None:
             found = {
@@ -340,7 +341,7 @@ class Job:
             return ranks
         energies = []
         for index in range(self.layer_count):
-            stats = self._statistics(index)
+            stats = self.statistics(index)
             if float(stats.weight_M[1]) == 0.0:
                 raise ValueError(
                     "vision_rank_share is below 1, but the calibration batches show no vision "
@@ -365,12 +366,12 @@ class Job:
             return self.reference(CHOICE_BATCHES).divergence(self._finished(files, configs))
 
     def _plan(self, index: int, slots: int) -> LayerPlan:
-        return plan_layer(self._statistics(index), self.options, slots, self.norm(index))
+        return plan_layer(self.statistics(index), self.options, slots, self.norm(index))
 
     def _build(self, index: int, choice: _Choice) -> tuple[RowAttention, LayerPlan]:
         """A layer before its refit."""
         options = self.options.with_(adapters=choice.adapters)
-        stats = self._statistics(index)
+        stats = self.statistics(index)
         plan = self._plan(index, choice.slots).cut(choice.ranks[index], stats, options)
         config = self._layer_config(index, choice, plan.slots.frequencies)
         attention = self.source.layers[index].self_attn
@@ -458,7 +459,7 @@ class Job:
             latent_energy=plan.low.energy_kept,
             adapter_gain=1 - after / before if before > 0 else 0.0,
             output_error=left,
-            geometry=pair_geometry(self._statistics(index)),
+            geometry=pair_geometry(self.statistics(index)),
             concentration=concentration,
         )
 
