@@ -532,20 +532,23 @@ def judge_command(
     """Ask a language model for the verdicts that a benchmark's rules leave to one; resumable.
 
     The questions and answers are sent to the endpoint that you name, and to nothing else. Verdicts
-    are kept in the run, so `score` needs no network afterwards.
+    are kept in the run as they come, so `score` needs no network afterwards. A busy or restarting
+    server is asked again, five times with growing waits; after that the same command goes on.
 
     [bold]Example[/bold]
 
       internvideo3 judge runs/short --endpoint http://localhost:8000/v1 --judge qwen
     """
     with _errors_in_words(run):
-        from internvideo3.harness.judge import Judge
+        from internvideo3.harness.judge import TIMEOUT_S
         from internvideo3.harness.judge import judge as ask
         from internvideo3.harness.rescore import rescore
 
-        whom = Judge(endpoint=endpoint, model=judge, key_variable=key_variable)
+        whom = Endpoint(url=endpoint, model=judge, key_variable=key_variable, timeout_s=TIMEOUT_S)
         with _bars() as advance:
-            done = ask(run, whom, lambda now, all_of_them: advance("verdicts", now, all_of_them))
+            done = ask(
+                run, whom, lambda now, all_of_them: advance("verdicts", now, all_of_them), workers
+            )
         rescore(run)
         _print_runs([run])
         unread = f"{done.unread} answers held none, " if done.unread else ""
@@ -609,6 +612,7 @@ def world_build_command(
             )
         for one in built:
             print(f"{one.suite}: {one.videos} videos, {one.questions} questions")
+    workers: Annotated[int, typer.Option(min=1, help="Questions that are asked at once.")] = 4,
         print(f"World: {world_root(root)}; for stock lmms-eval: --include_path {built[-1].tasks}")
 
 
@@ -623,6 +627,7 @@ def world_show_command(
     split: Annotated[str, typer.Option(help="test, validation or train.")] = "test",
     out: Annotated[
         Path | None, typer.Option(help="The PNG file. Default: named after the question.")
+        from internvideo3.training.endpoint import Endpoint
     ] = None,
 ) -> None:
     """Show one question as a picture: frames with their times, options, and the right answer.

@@ -1,93 +1,36 @@
 """`internvideo3 judge`: what only a language model can score, asked of an endpoint that you name.
 
-Nothing else in evaluation or scoring uses the network. Verdicts are kept in the run
-(`judgements/<suite>.jsonl`, one line each when it is given), so that `score` applies them again
-without asking, and an interrupted command goes on where it stopped.
+Nothing else in evaluation or scoring uses the network. A verdict is on disk before its answer
+counts as asked (see `judgements.py`), so that an interrupted command goes on where it stopped, and
+a judge that stays silent costs the questions under way. A server that is busy, restarts or drops a
+connection is asked again, with waits that double (see `training/endpoint.py`).
 
 What is asked, and how an answer is read, is in `tasks/benchmarks/verdicts.py`, with its sources.
 The endpoint is asked at temperature 0 and without a penalty, so that a verdict can be repeated.
 """
 
-import hashlib
-import http.client
-import json
-import os
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from internvideo3.harness.store import (
-    Row,
-    RunStore,
-    append_rows,
-    read_rows,
-    read_run,
-    repair_rows,
-    suites_of,
-)
+from internvideo3.harness.judgements import FOLDER, judgements, key, open_rows
+from internvideo3.harness.store import Row, RunStore, append_rows, read_run, repair_rows, suites_of
 from internvideo3.tasks.benchmarks.verdicts import Form, form_of
-from internvideo3.tasks.scoring.vrbench import has_process
+from internvideo3.training.endpoint import Endpoint, EndpointError
 
-FOLDER = "judgements"
-RATE = "rate"
-"""Where a VRBench document holds its judge's rating of the reasoning, 0 to 10."""
+TIMEOUT_S = 60.0
+"""Longest wait for one answer of a judge."""
+WORKERS = 4
+"""Questions that are asked at once."""
 _HOPELESS = 3
 """Answers without a verdict, one after the other from the start, after which a judge is no use."""
 
 
 class JudgeError(ValueError):
     """The endpoint cannot be used, or does not answer as a judge does."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judge:
-    """A chat endpoint of OpenAI's form."""
-
-    endpoint: str
-    """Its base, such as `http://localhost:8000/v1`."""
-    model: str
-    """The model's name there."""
-    key_variable: str = "OPENAI_API_KEY"
-    """Environment variable with the key; unset or empty for none."""
-    timeout_s: float = 60.0
-    """Longest wait for one answer."""
-
-    def ask(self, form: Form) -> str:
-        """One answer.
-
-        Raises:
-            JudgeError: no connection, a refusal, or an answer of another form.
-        """
-        body = {
-            "model": self.model,
-            "max_tokens": form.max_tokens,
-            "temperature": 0,
-            "messages": [
-                *([{"role": "system", "content": form.system}] if form.system else []),
-                {"role": "user", "content": form.prompt},
-            ],
-        }
-        headers = {"Content-Type": "application/json"}
-        if os.environ.get(self.key_variable):
-            headers["Authorization"] = f"Bearer {os.environ[self.key_variable]}"
-        address = f"{self.endpoint.rstrip('/')}/chat/completions"
-        if not address.startswith(("http://", "https://")):
-            raise JudgeError(f"--endpoint {self.endpoint!r} is no http address.")
-        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout_s) as reply:
-                content = json.load(reply)["choices"][0]["message"]["content"]
-        except urllib.error.HTTPError as error:
-            said = error.read(300).decode(errors="replace")
-            raise JudgeError(f"{address} answered {error.code}: {said}") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise JudgeError(f"{address} cannot be reached: {error}") from error
-        except (ValueError, LookupError, TypeError) as error:
-            raise JudgeError(f"{address} answers in another form: {error!r}") from error
-        return str(content).strip()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,109 +47,163 @@ class Judged:
     """Answers of the judge that hold no verdict; they are asked for again by the next command."""
 
 
-def judge(root: Path, judge: Judge, progress: Callable[[int, int], None]) -> Judged:
+@dataclass(frozen=True, kw_only=True)
+class _Open:
+    """A record that waits for a verdict."""
+
+    suite: str
+    row: Row
+    form: Form
+
+
+def judge(
+    root: Path,
+    whom: Endpoint,
+    progress: Callable[[int, int], None],
+    workers: int = WORKERS,
+) -> Judged:
     """Ask for the verdicts that a run needs and does not have yet, and keep each at once.
 
     Args:
         root: the run directory.
-        judge: whom to ask.
+        whom: whom to ask.
         progress: told how many verdicts there are, and how many are needed.
+        workers: how many questions are asked at once.
 
     Raises:
-        JudgeError: the endpoint fails, or its first answers hold no verdict; what was judged is
-            kept.
+        JudgeError: the endpoint stays silent, refuses, or its first answers hold no verdict; what
+            was judged is kept.
         StoreError: `root` is no run, is in use, or cannot be written.
     """
+    if not whom.url.startswith(("http://", "https://")):
+        raise JudgeError(f"--endpoint {whom.url!r} is no http address.")
     run = read_run(root)
     with RunStore.open(root, run):
         suites = suites_of(root)
         for suite in suites:
             repair_rows(root / FOLDER / f"{suite}.jsonl")
-        needed = [(suite, row, form_for(row)) for suite in suites for row in _open(root, suite)]
+        needed = [(suite, row, form_for(row)) for suite in suites for row in open_rows(root, suite)]
         known = {suite: judgements(root, suite) for suite in suites}
         waiting = [
-            (suite, row, form)
+            _Open(suite=suite, row=row, form=form)
             for suite, row, form in needed
             if form is not None and key(row) not in known[suite]
         ]
         left = sum(form is None for _, _, form in needed)
         kept = len(needed) - left - len(waiting)
-        progress(kept, kept + len(waiting))
-        unread = 0
-        for number, (suite, row, form) in enumerate(waiting, start=1):
-            said = judge.ask(form)
-            value = form.read(said)
+        book = _Book(root=root, whom=whom, kept=kept, waiting=len(waiting), progress=progress)
+        _ask_all(waiting, whom, workers, book)
+    return Judged(asked=book.given, kept=kept, left=left, unread=book.unread)
+
+
+class _Book:
+    """Keeps verdicts as they come, from any thread, and counts them."""
+
+    def __init__(
+        self,
+        *,
+        root: Path,
+        whom: Endpoint,
+        kept: int,
+        waiting: int,
+        progress: Callable[[int, int], None],
+    ):
+        self.given = 0
+        self.unread = 0
+        self._pen = threading.Lock()
+        self._root = root
+        self._whom = whom
+        self._kept = kept
+        self._whole = kept + waiting
+        self._progress = progress
+        progress(kept, self._whole)
+
+    def enter(self, one: _Open, said: str) -> None:
+        """Write a verdict down.
+
+        Raises:
+            JudgeError: the judge's first answers hold no verdict.
+        """
+        value = one.form.read(said)
+        with self._pen:
             if value is None:
-                unread += 1
-                _check_judge(unread, number, said, form)
+                self.unread += 1
+                self._check(said, one.form)
             else:
-                verdict = {"key": key(row), "id": row["id"], "judge": judge.model}
+                verdict = {"key": key(one.row), "id": one.row["id"], "judge": self._whom.model}
                 verdict |= {"said": said, "value": value}
-                append_rows(root / FOLDER / f"{suite}.jsonl", [verdict])
-            progress(kept + number, kept + len(waiting))
-    return Judged(asked=len(waiting) - unread, kept=kept, left=left, unread=unread)
+                append_rows(self._root / FOLDER / f"{one.suite}.jsonl", [verdict])
+                self.given += 1
+            self._progress(self._kept + self.given + self.unread, self._whole)
 
-
-def _check_judge(unread: int, asked: int, said: str, form: Form) -> None:
-    if unread == asked == _HOPELESS:
-        raise JudgeError(
-            f"The judge's first {asked} answers hold no verdict; the last one, {said[:200]!r}, is "
-            f"{form.wanted}. Take another model."
+    def silent(self, error: EndpointError) -> JudgeError:
+        """The error of a judge that cannot be asked any more."""
+        return JudgeError(
+            f"{error}\n{self._kept + self.given} of {self._whole} verdicts are kept: repeat this "
+            "command to ask for the others, or run `internvideo3 score` to count those there are."
         )
 
-
-def _open(root: Path, suite: str) -> Iterator[Row]:
-    """Records that a judge has a say in, judged or not."""
-    for row in read_rows(root / "samples" / f"{suite}.jsonl"):
-        if row["prediction"] is None:
-            continue
-        needs = row["official"]["outcome"] == "judge_needed" or "judge" in row
-        if needs or _is_process(row):
-            yield row
+    def _check(self, said: str, form: Form) -> None:
+        if self.unread == _HOPELESS and self.given == 0:
+            raise JudgeError(
+                f"The judge's first {self.unread} answers hold no verdict; the last one, "
+                f"{said[:200]!r}, is {form.wanted}. Take another model."
+            )
 
 
-def _is_process(row: Mapping[str, Any]) -> bool:
-    """Whether the verdict rates the reasoning beside the score, and leaves the score alone."""
-    return row.get("benchmark") == "vrbench" and has_process(row.get("doc") or {})
+def _ask_all(waiting: list[_Open], whom: Endpoint, workers: int, book: _Book) -> None:
+    """Ask several at once, each asker writing its verdict down before it takes the next question.
+
+    When one fails for good no more are begun, and those under way are waited for.
+
+    Raises:
+        JudgeError: as `judge`.
+    """
+    over = threading.Event()
+
+    def give(one: _Open) -> None:
+        if over.is_set():
+            return
+        try:
+            said = ask(whom, one.form)
+        except EndpointError:
+            over.set()
+            raise
+        book.enter(one, said)
+
+    pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="judge")
+    try:
+        for given in as_completed([pool.submit(give, one) for one in waiting]):
+            given.result()
+    except EndpointError as error:
+        pool.shutdown(cancel_futures=True)
+        raise book.silent(error) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def ask(whom: Endpoint, form: Form) -> str:
+    """One answer of a judge.
+
+    Raises:
+        EndpointError: it cannot be reached, refuses, or answers in another form.
+    """
+    system = [{"role": "system", "content": form.system}] if form.system else []
+    body = {
+        "max_tokens": form.max_tokens,
+        "temperature": 0,
+        "messages": [*system, {"role": "user", "content": form.prompt}],
+    }
+    reply = whom.post("chat/completions", body)
+    try:
+        content = reply["choices"][0]["message"]["content"]
+    except (LookupError, TypeError) as error:
+        raise EndpointError(f"{whom.url} answers in another form: {reply!r:.300}") from error
+    if not isinstance(content, str):
+        raise EndpointError(f"{whom.url} answers in another form: {reply!r:.300}")
+    return content.strip()
 
 
 def form_for(row: Mapping[str, Any]) -> Form | None:
     """The question to the judge about a record; None where there is none."""
     return form_of(str(row.get("benchmark")), row.get("doc") or {}, row["prediction"])
-
-
-def key(row: Mapping[str, Any]) -> str:
-    """A verdict's key: it holds for this answer to this question only."""
-    doc = {name: value for name, value in (row.get("doc") or {}).items() if name != RATE}
-    judged = json.dumps([row["id"], doc, row["prediction"]], sort_keys=True)
-    return hashlib.sha256(judged.encode()).hexdigest()
-
-
-def judgements(root: Path, suite: str) -> dict[str, Row]:
-    """The verdicts kept for a suite, by key.
-
-    Raises:
-        StoreError: the file is damaged.
-    """
-    return {str(row["key"]): row for row in read_rows(root / FOLDER / f"{suite}.jsonl")}
-
-
-def apply(row: Row, verdicts: Mapping[str, Row]) -> Row:
-    """A record with its verdict, if a judge has a say in it and there is one.
-
-    A verdict is the official score where that needs a judge, and the document's `rate` where it
-    rates the reasoning beside the score.
-    """
-    row = {name: value for name, value in row.items() if name != "judge"}
-    if _is_process(row):
-        row["doc"] = {name: value for name, value in row["doc"].items() if name != RATE}
-    verdict = verdicts.get(key(row))
-    if verdict is None:
-        return row
-    row["judge"] = verdict["judge"]
-    if _is_process(row):
-        return row | {"doc": row["doc"] | {RATE: 10 * verdict["value"]}}
-    if row["official"]["outcome"] != "judge_needed":
-        return {name: value for name, value in row.items() if name != "judge"}
-    official = {"value": verdict["value"], "parsed": verdict["said"], "outcome": "answered"}
-    return row | {"official": official}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from internvideo3.harness.judge import apply, judgements
+from internvideo3.harness.judgements import apply, judgements
 from internvideo3.harness.recorder import score_fields, scored_doc, suite_result
 from internvideo3.harness.store import Row, RunStore, StoreError, read_run, suites_of
 from internvideo3.harness.submission import write_submission

@@ -97,7 +97,7 @@ OPTIONS = {
     "table6": "out",
     "suites": "data",
     "score": "",
-    "judge": "endpoint judge key-variable",
+    "judge": "endpoint judge key-variable workers",
     "report": "out title",
     "profile": "model out workload contexts new-tokens batch chunk runner cache fill repeats dtype "
     "device video plan memory layer threads",
