@@ -70,6 +70,10 @@ conversion-ablation: $(STAMP)  ## Convert the scale model with each part switche
 	$(BIN)/python -m internvideo3.harness.conversion_ablation --root .cache/conversion/world \
 		--work .cache/conversion/scale --out reports/results/conversion/scale_ablation.json
 
+kill-report: $(STAMP)  ## Kill eval, its merging and score at every change of the disk (minutes)
+	IV3_KILLS_EVERY=1 IV3_KILLS_OUT=reports/results/kills.json \
+		$(BIN)/python -m pytest tests/harness/test_kills.py -q -k any_change
+
 # Direct answers see at most 64 frames; every agentic run has the same first look and budget.
 BRIEF := $(BIN)/internvideo3 eval --suite world_brief --root .cache/brief --max-frames 64 --limit 140
 AGENT := --mode agentic --tools none --zoom-frames 8 --turns 7 --tool-calls 4

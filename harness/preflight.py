@@ -230,14 +230,18 @@ def load_benchmark(
 
 
 def check_videos(benchmarks: Sequence[Benchmark]) -> None:
-    """Raise if files that the documents show are missing or empty.
+    """Raise if files that the documents show are missing.
+
+    A video without content is the run's to record, like any other that cannot be decoded; where
+    files are missing it is listed with them.
 
     Raises:
         PreflightError: with the first few paths and how many there are.
     """
     wanted = {path for one in benchmarks for doc in one.docs for path in one.media(doc)}
     missing = sorted({path for one in benchmarks for path in missing_media(one)})
-    if missing:
+    videos = {str(path) for one in benchmarks for doc in one.docs for path in one.videos(doc)}
+    if any(not Path(path).is_file() or path not in videos for path in missing):
         listed = "\n".join(f"  {path}" for path in missing[:_SHOWN])
         more = f"\n  and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         ours = any(one.local is None for one in benchmarks)

@@ -32,6 +32,8 @@ PARTS = "parts"
 # What makes two commands the same run. Everything else in run.json is a record of circumstances.
 _IDENTITY = ("mode", "model.digest", "suites", "config")
 _UNUSED = {"absent", "null", "false"}
+_UNFINISHED = ".part"
+"""Ending of a file that takes another's name when it is whole; a killed process leaves it."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -119,6 +121,7 @@ class RunStore:
                     kept = _continued(root, run)
                     write_json(root / "run.json", kept)
                 _prepare(home)
+                _sweep(root if part is None else home)
             except BaseException:
                 for lock in locks:
                     lock.close()
@@ -323,6 +326,13 @@ def _prepare(root: Path) -> None:
         _repair(root / "measurements.jsonl")
 
 
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left unfinished in a folder that this process has alone."""
+    for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+        for path in place.glob(f".*{_UNFINISHED}"):
+            path.unlink()
+
+
 def _circumstances(run: Row) -> Row:
     return {key: run.get(key) for key in ("created", "commit", "dirty")}
 
@@ -410,7 +420,9 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 def _replace(path: Path, text: str) -> None:
     with _explained(path):
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED
+        )
         try:
             try:
                 _write_all(descriptor, text.encode())

@@ -5,6 +5,7 @@ pytest tests/harness/test_bad_videos.py
 
 import contextlib
 import csv
+import json
 import random
 import shutil
 from collections.abc import Iterator
@@ -25,6 +26,13 @@ from internvideo3.tasks.video import VideoError, read_frames
 from internvideo3.tasks.world.media import encode_video
 
 DAMAGED = 92
+"""Files that are cut off, have bits flipped, or lack a part in the middle."""
+BADLY = {
+    "093.mp4": "sound alone", "094.mp4": "frames at uneven times", "095.mp4": "another format",
+    "096.mp4": "wrong extension", "097.mp4": "a page of text", "098.mp4": "no frame rate",
+    "099.mp4": "rotated", "100.mp4": "no content",
+}  # fmt: skip
+MUTATED = DAMAGED + len(BADLY)
 
 
 def moving() -> NDArray[np.uint8]:
@@ -99,12 +107,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (v * 65536 if abs(v) == 1 else v).to_bytes(4, "big", signed=True) for v in quarter
     )
     (videos / "099.mp4").write_bytes(whole[:turned] + matrix + whole[turned + 36 :])
+    (videos / "100.mp4").write_bytes(b"")
+    assert len(list(videos.iterdir())) == 1 + MUTATED == 101
     with (root / "nextqa" / "val.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(
             ["video", "question", "answer", "qid", "type", *(f"a{i}" for i in range(5))]
         )
-        for number in range(100):
+        for number in range(1 + MUTATED):
             writer.writerow([f"{number:03}", "what moves", 0, 0, "DO", *"abcde"])
     return root
 
@@ -123,21 +133,28 @@ def options(data: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
     )
 
 
-def test_every_question_has_a_record_whatever_its_video_is(options: EvalOptions) -> None:
+def test_a_hundred_bad_videos_give_the_clean_ones_frames_or_a_counted_error(
+    options: EvalOptions,
+) -> None:
     summary = evaluate.evaluate(options)
-    rows = read_rows(options.out / "samples/nextqa.jsonl")
-    assert len(rows) == 100 == summary.computed
-    failed = {row["video_id"]: row["error"] for row in rows if row["error"]}
+    rows = {row["video_id"]: row for row in read_rows(options.out / "samples/nextqa.jsonl")}
+    assert len(rows) == 1 + MUTATED == summary.computed
+    failed = {name: row["error"] for name, row in rows.items() if row["error"]}
     assert {error["type"] for error in failed.values()} == {"VideoError"}
-    assert all(name in error["message"] for name, error in failed.items() if name != "096.mp4")
-    assert "000.mp4" not in failed and "096.mp4" not in failed
-    assert {"093.mp4", "095.mp4", "097.mp4"} <= set(failed)
+    assert all(name in error["message"] for name, error in failed.items())
+    assert {"093.mp4", "095.mp4", "097.mp4", "100.mp4"} <= set(failed)
+    assert not {"000.mp4", "094.mp4", "096.mp4", "099.mp4"} & set(failed)
     assert 20 < len(failed) < 100
-    assert len(summary.errors) == len(failed)
-    clean = next(row for row in rows if row["video_id"] == "000.mp4")
-    renamed = next(row for row in rows if row["video_id"] == "096.mp4")
-    assert renamed["prediction"] == clean["prediction"]
-    assert renamed["tokens"] == clean["tokens"]
+    result = json.loads((options.out / "results.json").read_text())["nextqa"]
+    assert len(summary.errors) == len(failed) == result["errors"]
+    clean = rows["000.mp4"]
+    pixels_THWC = read_frames(clean["video"]).pixels_THWC.astype(int)
+    for name in rows.keys() - failed.keys() - {"094.mp4", "099.mp4"}:
+        found_THWC = read_frames(rows[name]["video"]).pixels_THWC
+        assert found_THWC.shape == pixels_THWC.shape, name
+        assert np.abs(found_THWC - pixels_THWC).mean() < 0.1, name
+        assert rows[name]["tokens"]["prompt"] == clean["tokens"]["prompt"], name
+    assert rows["096.mp4"]["prediction"] == clean["prediction"]
 
 
 def test_a_damaged_video_gives_the_clean_pictures_or_an_error(data: Path, tmp_path: Path) -> None:
@@ -176,7 +193,7 @@ def test_the_error_budget_stops_the_run_and_keeps_what_is_answered(
         evaluate.evaluate(few)
     assert "--retry-errors" in str(raised.value)
     rows = read_rows(few.out / "samples/nextqa.jsonl")
-    assert sum(row["error"] is not None for row in rows) == 4 < len(rows) < 100
+    assert sum(row["error"] is not None for row in rows) == 4 < len(rows) < MUTATED
     whole = evaluate.evaluate(replace(few, max_errors=None))
-    assert whole.kept == len(rows) and whole.computed == 100 - len(rows)
+    assert whole.kept == len(rows) and whole.computed == 1 + MUTATED - len(rows)
     shutil.rmtree(few.out)
