@@ -24,7 +24,7 @@ from internvideo3.harness.options import EvalOptions
 from internvideo3.harness.store import Row, write_json
 from internvideo3.reports.ablation import MAPPING, write_table5
 from internvideo3.training.processes import Processes
-from internvideo3.training.recipe import Recipe, load_recipe, load_variant, variants
+from internvideo3.training.recipe import Recipe, RecipeError, load_recipe, load_variant, variants
 from internvideo3.training.train import Trained, by_content, train
 
 Progress = Callable[[str, int, int], None]
@@ -60,6 +60,7 @@ def ablate(options: AblateOptions, progress: Progress) -> Path | None:
     torch.set_num_threads(options.threads)
     for name in options.recipes:
         _recipe(options, name)
+    _check_labels(options)
     options.out.mkdir(parents=True, exist_ok=True)
     plan = _plan(options)
     for seed in options.seeds:
@@ -98,8 +99,29 @@ def _plan(options: AblateOptions) -> Row:
         "suites": list(options.suites),
         "limit": options.limit,
         "about": before["about"] | about,
+        "sources": before.get("sources", {})
+        | {label(name): _source(name) for name in options.recipes},
         "runs": before["runs"],
     }
+
+
+def _check_labels(options: AblateOptions) -> None:
+    """Make sure that no two recipes would share a row: of this command, or with one before it."""
+    path = options.out / "ablation.json"
+    held = json.loads(path.read_text()).get("sources", {}) if path.is_file() else {}
+    for name in options.recipes:
+        source = _source(name)
+        other = held.setdefault(label(name), source)
+        if other != source:
+            raise RecipeError(
+                f"two recipes would share the row {label(name)!r} of the table: {other} and "
+                f"{source}. Rename one of the files, or take another --out."
+            )
+
+
+def _source(name: str) -> str:
+    """Where a recipe comes from: its file, or the variant's name."""
+    return str(Path(name).resolve()) if Path(name).is_file() else f"the variant {name}"
 
 
 def label(name: str) -> str:

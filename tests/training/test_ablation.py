@@ -82,6 +82,28 @@ def test_shared_stages_are_trained_once_and_a_stopped_ablation_goes_on(
     assert "| full |" in table.read_text(), "a later command adds to the table"
 
 
+def test_two_recipes_of_one_name_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "own.yaml").write_text(TINY)
+    (tmp_path / "full.yaml").write_text(TINY)
+
+    def asked(*recipes: str) -> AblateOptions:
+        return AblateOptions(recipes=recipes, seeds=(0,), out=tmp_path / "out")
+
+    first, second = (str(tmp_path / folder / "own.yaml") for folder in "ab")
+    for pair in [(first, second), ("full", str(tmp_path / "full.yaml"))]:
+        with pytest.raises(RecipeError, match="would share the row.*Rename one of the files"):
+            ablate(asked(*pair), lambda *_: None)
+    assert not (tmp_path / "out").exists()
+    # Nor may a later command put another recipe into a row that is there.
+    (tmp_path / "out").mkdir()
+    held = {"sources": {"own": str(Path(first).resolve())}, "runs": {}, "about": {}}
+    (tmp_path / "out" / "ablation.json").write_text(json.dumps(held))
+    with pytest.raises(RecipeError, match=f"{first} and {second}"):
+        ablate(asked(second), lambda *_: None)
+
+
 class TestVariants:
     def test_each_changes_what_it_names_and_nothing_else(self) -> None:
         full = load_variant("scale", "full")

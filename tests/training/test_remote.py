@@ -149,6 +149,25 @@ def test_another_tokenizer_behind_the_server_is_refused(scoring: Any, loaded: An
         stage.works(0, policy)
 
 
+def test_a_teacher_that_dies_while_it_speaks_is_asked_again_then_given_up(
+    scoring: Any, loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its replies break off in the middle (http.client.IncompleteRead)."""
+    server, _ = scoring
+    waits: list[float] = []
+    monkeypatch.setattr(
+        training, "Endpoint", lambda **told: Endpoint(**told, attempts=3, sleep=waits.append)
+    )
+    policy = Policy(deepcopy(loaded[0]))
+    stage: Any = build_stage(options(server.url), loaded[1], policy, 0, Processes())
+    server.missing = [10_000, 10_000]
+    works, _ = stage.works(0, policy)
+    assert len(works) == 1 and waits == [1.0, 2.0]
+    server.missing = [10_000] * 3
+    with pytest.raises(EndpointError, match="did not answer in 3 attempts.*IncompleteRead"):
+        stage.works(1, policy)
+
+
 def test_a_teacher_that_goes_away_stops_the_run_with_its_state_saved(
     scoring: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
