@@ -946,6 +946,31 @@ def data_mix_command(
         print(f"{mix_rows(sources, out, total, seed)} rows: {out}")
 
 
+@data_app.command("verl")
+def data_verl_command(
+    recipe: Annotated[str, typer.Argument(help="A recipe with a GSPO stage that has `files`.")],
+    out: Annotated[Path, typer.Option(help="Folder for train.parquet and the configuration.")],
+    stage: Annotated[str, typer.Option(help="Which stage of the recipe.")] = "gspo",
+) -> None:
+    """Write a GSPO stage as verl's trainer takes it: rows, options, and the same rule as reward.
+
+    Files only; neither verl nor Ray is needed here. Where verl runs, this package must be
+    installed too, since its scorers are the reward.
+
+    [bold]Example[/bold]
+
+      internvideo3 data verl my_recipe.yaml --out verl
+    """
+    with _errors_in_words(out):
+        from internvideo3.training.recipe import load_recipe
+        from internvideo3.training.verl import export
+
+        made = export(load_recipe(recipe), stage, out)
+        for where, why in made.dropped.items():
+            print(f"left out: {where}: {why}", file=sys.stderr)
+        print(f"{made.kept} rows, {len(made.dropped)} left out: {made.rows}, {made.config}")
+
+
 @app.command("ablate")
 def ablate_command(
     recipes: Annotated[

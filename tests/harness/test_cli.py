@@ -116,6 +116,7 @@ OPTIONS = {
     "data filter": "out count seed",
     "data check": "out benchmark-videos benchmark-questions",
     "data mix": "out total seed",
+    "data verl": "out stage",
 }
 
 
