@@ -41,6 +41,8 @@ MOMENTS = {
 }
 """Recipe → when its losses by modality are measured."""
 
+STEPS = ("GSPO over SFT, grounding mIoU", "OPD over GSPO, hard questions")
+
 Values = dict[str, tuple[str, float]]
 """Question → (video, score)."""
 
@@ -187,10 +189,10 @@ def _steps(scores: Mapping[str, Any]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     if {"sft_only", "no_opd"} <= scores.keys():
         gained = change(scores["sft_only"], scores["no_opd"], "world_grounding", lambda s: True)
-        made["GSPO over SFT, grounding mIoU"] = _told(gained)
+        made[STEPS[0]] = _told(gained)
     if {"no_opd", "full"} <= scores.keys():
         before, after = _joined(scores["no_opd"]), _joined(scores["full"])
-        made["OPD over GSPO, hard questions"] = _told(change(before, after, "all", is_hard))
+        made[STEPS[1]] = _told(change(before, after, "all", is_hard))
     return made
 
 
@@ -361,11 +363,14 @@ def reading(made: Mapping[str, Any]) -> list[str]:
             known = "significant" if step["significant"] else "not significant"
             lines.append(f"{name}: {100 * step['mean']:+.1f}, {known}.")
     compared = sum(len(changes) for changes in made["changes"].values())
-    lines.append(
-        f"{compared} changes are tested at 95 % each, without a correction for their number: one "
-        "in twenty would come out by chance."
-    )
-    return [*lines, *unmet(made)]
+    if compared:
+        lines.append(
+            f"{compared} changes are tested at 95 % each, without a correction for their number: "
+            "one in twenty would come out by chance."
+        )
+    missing = [f"{step}: not measured" for step in STEPS if step not in made["steps_beyond_sft"]]
+    missing += [f"{name}: no such row yet" for name in _paper_rows() if name not in made["rows"]]
+    return [*lines, *(f"{one}." for one in missing), *unmet(made)]
 
 
 def unmet(made: Mapping[str, Any]) -> list[str]:
@@ -377,6 +382,7 @@ def unmet(made: Mapping[str, Any]) -> list[str]:
     if seeds < ENOUGH_SEEDS:
         lines.append(f"Bar not met: {seeds} seed(s), {ENOUGH_SEEDS} are asked.")
     told = [t for changes in made["changes"].values() for t in changes.values() if t]
+    told += [step for step in made["steps_beyond_sft"].values() if step]
     for what in ("over_questions", "over_seeds"):
         widths = [(high - low) / 2 for low, high in (t[what] for t in told if t[what])]
         if widths and max(widths) > NARROW:
@@ -393,7 +399,7 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def draw_curves(folder: Path, made: Mapping[str, Any]) -> None:
-    """Learning curves of the full recipe's stages, a line a seed."""
+    """Learning curves of one recipe's stages, a line a seed: the full one, or the longest."""
     from matplotlib.figure import Figure
 
     shown = {
@@ -405,8 +411,10 @@ def draw_curves(folder: Path, made: Mapping[str, Any]) -> None:
     }
     figure = Figure(figsize=(12, 2.6), layout="constrained")
     axes = figure.subplots(1, len(shown))
+    longest = max(made["stages"], key=lambda key: (key.startswith("full-"), _length(made, key)))
+    recipe = longest.rsplit("-s", 1)[0]
     for key, stages in made["stages"].items():
-        if not key.startswith("full-"):
+        if key.rsplit("-s", 1)[0] != recipe:
             continue
         by_name = {Path(stage).name.rsplit("-", 1)[0]: folder / stage for stage in stages}
         for axis, (name, metric) in zip(axes, shown.items(), strict=True):
@@ -416,6 +424,13 @@ def draw_curves(folder: Path, made: Mapping[str, Any]) -> None:
                 steps, values = [r["step"] for r in rows], [r[metric] for r in rows]
                 axis.plot(steps, values, linewidth=1, label=key)
                 axis.set(title=name, xlabel="step", ylabel=metric)
-    axes[0].legend(fontsize="x-small")
-    figure.suptitle("scale: the full recipe's stages", fontsize="medium")
+    for axis in axes:
+        axis.set_visible(bool(axis.lines))
+    if axes[0].lines:
+        axes[0].legend(fontsize="x-small")
+    figure.suptitle(f"scale: the stages of {recipe}", fontsize="medium")
     figure.savefig(folder / "curves.svg")
+
+
+def _length(made: Mapping[str, Any], run: str) -> int:
+    return len(made["stages"][run])

@@ -69,6 +69,8 @@ def test_shared_stages_are_trained_once_and_a_stopped_ablation_goes_on(
     text = table.read_text()
     assert "**scale**" in text and "| full |" in text
     assert "Bar not met: 2 questions in a suite, 2000 are asked." in text
+    assert "GSPO over SFT, grounding mIoU: not measured." in text
+    assert "no_cpt: no such row yet." in text and "full: no such row" not in text
     told = json.loads((tmp_path / "out" / "table5.json").read_text())
     assert told["rows"]["full"]["seeds"] == [0] and told["seeds"] == [0]
     moments = told["losses"]["full"]
@@ -184,6 +186,9 @@ class TestReading:
 
     def test_bars_that_are_not_met_are_named(self) -> None:
         wide = {"over_questions": (-0.05, 0.05), "over_seeds": (-0.01, 0.01)}
+        steps = {"steps_beyond_sft": {"GSPO over SFT, grounding mIoU": None}}
         made = {"questions": {"a": 2000}, "seeds": [0, 1, 2], "changes": {"x": {"a": wide}}}
-        (line,) = unmet(made)
+        (line,) = unmet(made | steps)
         assert "half-width over questions is 5.0 points, 2 are asked" in line
+        (line,) = unmet(made | {"changes": {}, "steps_beyond_sft": {"y": wide}})
+        assert "half-width over questions is 5.0 points" in line, "a step's width counts too"
