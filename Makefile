@@ -60,8 +60,12 @@ norm-report: $(STAMP)  ## Replace the QK-norm of Gemma-3-270M by linear maps, wr
 	PYTHONPATH=.cache/conversion/gguf $(BIN)/python -m internvideo3.harness.conversion_norms --wheels .cache/conversion \
 		--work .cache/conversion --out reports/results/conversion/gemma3_norms.json
 
-memory-report: $(STAMP)  ## Peak memory of converting SmolLM2-135M by phase, and the plan for 8B (after conversion-report)
+memory-report: $(STAMP)  ## Peak memory of a conversion by phase, and the plan for 8B (after conversion-report)
 	$(BIN)/python -m internvideo3.harness.conversion_memory --source .cache/conversion/smollm2 \
+		--preset half --tokens 64 --out reports/results/conversion/memory.json
+	$(BIN)/python -m internvideo3.harness.conversion_memory --layers 1 --preset half --tokens 64 \
+		--out reports/results/conversion/memory.json
+	$(BIN)/python -m internvideo3.harness.conversion_memory --layers 1 --preset official --tokens 64 \
 		--out reports/results/conversion/memory.json
 
 conversion-ablation: $(STAMP)  ## Convert the scale model with each part switched off, answer questions (an hour)
@@ -72,7 +76,7 @@ conversion-ablation: $(STAMP)  ## Convert the scale model with each part switche
 
 kill-report: $(STAMP)  ## Kill eval, its merging and score at every change of the disk (minutes)
 	IV3_KILLS_EVERY=1 IV3_KILLS_OUT=reports/results/kills.json \
-		$(BIN)/python -m pytest tests/harness/test_kills.py -q -k any_change
+		$(BIN)/python -m pytest tests/harness/test_kills.py -q -k any_change --timeout 3600
 
 # Direct answers see at most 64 frames; every agentic run has the same first look and budget.
 BRIEF := $(BIN)/internvideo3 eval --suite world_brief --root .cache/brief --max-frames 64 --limit 140

@@ -205,15 +205,32 @@ def lines(checks: Sequence[SuiteCheck], options: EvalOptions, rates: Rates | Non
     for one in checks:
         yield f"{one.title} ({one.suite}): {'ready' if one.ready else 'NOT READY'}"
         yield from (f"  {line}" for line in _block(one, rates))
+    yield from _together(checks, rates)
     yield from _disk(options)
     ready = sum(one.ready for one in checks)
     yield f"{ready} of {len(checks)} suites are ready."
+
+
+def _together(checks: Sequence[SuiteCheck], rates: Rates | None) -> Iterator[str]:
+    """What all suites that can be read cost, where that is more than one."""
+    read = [one for one in checks if one.problem is None]
+    if len(read) < 2:
+        return
+    hours = sum(one.seconds(rates) for one in read) / 3600 if rates is not None else None
+    yield (
+        f"together: {sum(one.questions for one in read):,} questions, at most "
+        f"{sum(one.tokens for one in read):,} visual tokens and "
+        f"{sum(one.new_tokens for one in read):,} tokens of answers"
+        + (f", about {hours:.2f} h" if hours is not None else "")
+    )
 
 
 def _block(one: SuiteCheck, rates: Rates | None) -> Iterator[str]:
     known = BENCHMARKS.get(one.suite.removesuffix(SUBTITLED))
     if one.problem:
         yield one.problem
+        if known is not None:
+            yield f"the whole of it: {known.data.questions:,} questions"
     else:
         yield f"{one.questions:,} questions, {one.videos:,} videos, {one.bytes_here / GIB:.2f} GiB"
         yield from _missing(one)

@@ -1354,3 +1354,5 @@ def _tell_summary(summary: "EvalSummary", max_errors: int) -> None:
 
 if __name__ == "__main__":
     main()
+    elif (summary.run / "parts").exists():
+        print("All shards have answered; repeat the command without --shard to merge them.")

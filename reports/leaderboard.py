@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from internvideo3.reports.summary import Cell, Summary, System
-from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS
+from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS, SUBTITLED
 from internvideo3.tasks.scoring import Outcome
 
 PAPER = Path(__file__).parent / "paper.json"
@@ -166,5 +166,10 @@ def _reasons(system: System, suite: str, cell: Cell) -> Iterator[str]:
         yield str(verdict.get("reason") or "the run does not say that it is")
     if not cell.complete:
         yield f"{cell.n} of {cell.expected} questions are answered so far"
+    if cell.unreadable and suite.removesuffix(SUBTITLED) == "videomme_v2":
+        yield (
+            f"{cell.unreadable} answers are unreadable, to which the official code gives credit in "
+            "groups of logic"
+        )
     if cell.errors:
         yield f"{cell.errors} samples failed and count as wrong"

@@ -1,5 +1,6 @@
 """The leaderboard in the terminal."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from rich.text import Text
 
 from internvideo3.reports import wording
 from internvideo3.reports.summary import Cell, Comparison, Summary, System, summarise_paths
+from internvideo3.tasks.scoring import Outcome
 
 
 def print_report(runs: Sequence[Path], *, console: Console | None = None) -> None:
@@ -109,8 +111,13 @@ def footnotes(summary: Summary) -> list[str]:
     ]
     for system in summary.systems:
         cells = [s.cells[system.name] for s in summary.suites if system.name in s.cells]
-        unreadable, errors = sum(c.unreadable for c in cells), sum(c.errors for c in cells)
-        n, missing = sum(c.n for c in cells), [c for c in cells if not c.complete]
+        missing = [c for c in cells if not c.complete]
+        # Of the run, not of the cells: a suite none of whose answers has a score has no cell.
+        outcomes = Counter(
+            x.official.outcome for samples in system.run.samples.values() for x in samples
+        )
+        n, errors = outcomes.total(), outcomes[Outcome.ERROR]
+        unreadable = outcomes[Outcome.UNREADABLE] + outcomes[Outcome.DROPPED]
         line = f"{system.name}: {n} answers, {unreadable} unreadable, {errors} failed"
         judge = sum(int(one.get("judge_needed") or 0) for one in system.run.results.values())
         line += f"; judge needed: {judge} (`internvideo3 judge`)" if judge else ""

@@ -376,6 +376,8 @@ def test_check_lists_what_is_missing_and_what_it_will_cost(
     assert f"about {(46_080 / 8 + 32 / 4 + 46_080 / 16) / 3600:.2f} h" in whole.output
     assert "with the vision tower" in " ".join(whole.output.split())
     assert "VRBench (vrbench): NOT READY" in done.output
+    assert "the whole of it: 8,243 questions" in done.output
+    assert "together: 6 questions, at most 308,224 visual tokens" in " ".join(done.output.split())
     assert "VRBench's videos take 421 GB" in done.output
     assert "the others take is not known: Video-MME, EgoSchema" in " ".join(done.output.split())
     assert "if they are as large as those here" in " ".join(done.output.split())

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from internvideo3.harness import evaluate
+from internvideo3.harness import cli, evaluate
 from internvideo3.harness.options import EvalOptions
 from internvideo3.harness.ranks import RanksError, Share, share_of
 from internvideo3.harness.store import StoreError, read_rows
@@ -106,8 +107,11 @@ def test_shards_in_any_order_and_a_merge_equal_one_process(
     assert second.left > 0 and not (run.out / "samples").exists()
     with pytest.raises(StoreError, match="another command"):
         evaluate.evaluate(replace(run, shard="1/2", fps=1.0))
-    first = evaluate.evaluate(replace(run, shard="1/2"))
-    assert first.left == 0
+    command = ["eval", "--model", run.model, "--suite", ",".join(SUITES), "--out", str(run.out)]
+    command += ["--root", str(run.root), "--max-new-tokens", "8", "--shard", "1/2"]
+    first = CliRunner().invoke(cli.app, command)
+    assert first.exit_code == 0
+    assert "repeat the command without --shard to merge them" in first.output
     merged = evaluate.evaluate(run)
     assert merged.computed == 0
     assert content(run.out) == alone

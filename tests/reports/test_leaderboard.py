@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from internvideo3.reports import leaderboard, leaderboard_formats
+from internvideo3.reports import leaderboard, leaderboard_formats, terminal
 from internvideo3.reports.page import build_report
 from internvideo3.reports.stats import statistic_interval
 from internvideo3.reports.summary import Summary, summarise_paths
@@ -45,6 +45,11 @@ def documents(suite: str) -> list[dict[str, Any]]:
         "tempcompass": {
             "qtype": "multi-choice", "question": f"What?\n{lettered}",
             "answer": "B. a star", "dim": "action",
+        },
+        "videomme": {"options": OPTIONS, "answer": "B", "duration": "short"},
+        "videomme_v2": {
+            "options": lettered, "answer": "B", "group_type": "logic", "level": 1,
+            "group_structure": "[1, 2, 3, 4]", "video_id": "v", "question_id": "v-1",
         },
         "vsibench": {"question_type": "object_counting", "ground_truth": "4", "options": None},
     }  # fmt: skip
@@ -251,6 +256,23 @@ def test_the_page_shows_them_and_files_lie_beside_it(paths: list[Path], tmp_path
     assert "it is the text control" in page and "<b>&amp; %_" not in page.split("<main>")[0]
     for name in ("tables.md", "tables.tex", "tables.csv"):
         assert (tmp_path / "page" / name).stat().st_size > 1000
+
+
+def test_answers_without_a_score_are_counted_and_credit_for_unreadable_ones_is_said(
+    tmp_path: Path,
+) -> None:
+    replies = {"videomme": ["?"] * 6, "videomme_v2": ["?"] * 4 + ["B"] * 2}
+    run = write_run(tmp_path / "run", "ours", replies, paper=True, suites={})
+    found = summarise_paths([run])
+    said = terminal.footnotes(found)
+    assert "ours: 12 answers, 10 unreadable, 0 failed" in said
+    (table,) = leaderboard.tables(found)
+    (row,) = table.ours
+    assert row.instead == {"Video-MME": "unreadable: 6"}
+    cell = row.cells["VideoMME-v2"]
+    # Four unreadable answers in a group of logic: officially a whole chain.
+    assert (cell.cell.value, cell.cell.plain) == (1, pytest.approx(2 / 6))
+    assert any(why.startswith("4 answers are unreadable") for why in cell.reasons)
 
 
 def test_runs_of_the_world_alone_have_no_such_tables(runs: list[Path], tmp_path: Path) -> None:
