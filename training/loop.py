@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from internvideo3.training import checkpoints
+from internvideo3.training.curation.records import DataError
 from internvideo3.training.curves import Curves
 from internvideo3.training.endpoint import EndpointError
 from internvideo3.training.packing import Pack
@@ -31,6 +32,9 @@ from internvideo3.training.recipe import Convert, Optimiser, StageOptions, requi
 from internvideo3.training.throughput import pass_flops, peak_flops
 
 Progress = Callable[[str, int, int], None]
+OUTSIDE = (EndpointError, DataError)
+"""What ends training through no fault of the weights: a server that is down, unusable data."""
+Made = TypeVar("Made")
 Totals = dict[str, tuple[float, float]]
 """Metric → (sum, count) in this process; every process has the same names."""
 
@@ -103,7 +107,7 @@ class Loop:
             while step < self.steps:
                 try:
                     self._train(step)
-                except EndpointError:  # in all processes, see _works
+                except OUTSIDE:  # in all processes, see together
                     # Steps since the last state would be lost to a server that is down.
                     self._save(states, step)
                     raise
@@ -131,7 +135,7 @@ class Loop:
     def _train(self, step: int) -> None:
         started = time.perf_counter()
         torch.manual_seed((self.seed * 1_000_003 + step) % 2**63)
-        works, totals = self._works(step)
+        works, totals = together(self.group, lambda: self.stage.works(step, self.policy))
         works = self._in_step(works)
         rate = rate_at(self.options.optimiser, step, self.steps)
         for group in self.optimizer.param_groups:
@@ -146,18 +150,6 @@ class Loop:
             "flops": (self.stage.updates * flops, 0.0),
         }  # fmt: skip
         self._note(step, totals, {"norm": norm, "rate": rate}, time.perf_counter() - started)
-
-    def _works(self, step: int) -> tuple[list[Work], Totals]:
-        """The stage's passes; a server that fails one process fails all, which save together."""
-        made: tuple[list[Work], Totals] = ([], {})
-        failure: EndpointError | None = None
-        try:
-            made = self.stage.works(step, self.policy)
-        except EndpointError as error:
-            failure = error
-        if self.group.most(int(failure is not None)):
-            raise failure or EndpointError("the server failed another process; see its message")
-        return made
 
     def _update(self, works: Sequence[Work], step: int) -> tuple[float, float]:
         """One optimiser update; returns this process's loss and the norm of all gradients."""
@@ -236,6 +228,23 @@ def rate_at(optimiser: Optimiser, step: int, steps: int) -> float:
     done = (step - rising) / max(1, steps - rising)
     span = optimiser.learning_rate - optimiser.final_learning_rate
     return optimiser.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def together(group: Processes, make: Callable[[], Made]) -> Made:
+    """What a process makes by itself; what ends one process ends all, which can save together.
+
+    Whatever may fail from outside has to be behind this before the processes next exchange numbers:
+    one that has failed would wait for others that wait for it.
+    """
+    made: list[Made] = []
+    failure: EndpointError | DataError | None = None
+    try:
+        made.append(make())
+    except OUTSIDE as error:
+        failure = error
+    if group.most(int(failure is not None)):
+        raise failure or EndpointError("another process cannot go on; see its message")
+    return made[0]
 
 
 def own_indices(options: StageOptions, step: int, group: Processes) -> range:

@@ -213,6 +213,26 @@ def test_two_processes_equal_one(plain: Path, tmp_path: Path, parts: int) -> Non
 
 
 @pytest.mark.slow
+def test_one_process_that_fails_ends_both_with_the_state_saved(tmp_path: Path) -> None:
+    """Its data are unusable at the third step, before the processes add up their weights."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port(), "WORLD_SIZE": "2",
+              "OMP_NUM_THREADS": "1"}  # fmt: skip
+    command = [sys.executable, str(Path(__file__).with_name("failing.py")), str(tmp_path)]
+    running = [
+        subprocess.Popen(
+            command, text=True, stderr=subprocess.PIPE,
+            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    said = [one.communicate(timeout=240)[1] for one in running]
+    assert [one.returncode for one in running] == [1, 1]
+    assert "another process cannot go on" in said[0] and "this process alone fails" in said[1]
+    states = tmp_path / "1-sft" / "states"
+    assert [one.name for one in states.iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.slow
 def test_ten_kills_at_random_moments_end_in_the_same_weights(tmp_path: Path) -> None:
     stage = sft(steps=60, documents=1, save_every=1)
     context = multiprocessing.get_context("forkserver")

@@ -11,7 +11,7 @@ from collections import Counter
 from typing import Protocol, get_args
 
 from internvideo3.training.documents import Document
-from internvideo3.training.loop import Stage, Totals, Work, own_indices
+from internvideo3.training.loop import Stage, Totals, Work, own_indices, together
 from internvideo3.training.policy import Policy
 from internvideo3.training.processes import Processes
 from internvideo3.training.recipe import Cpt, Modality
@@ -40,7 +40,7 @@ class CptStage(Stage):
     def works(self, step: int, policy: Policy) -> tuple[list[Work], Totals]:
         """The documents of the step, whatever their kind, in rows."""
         indices = own_indices(self.options, step, self.group)
-        taught = [self.captions.taught(index) for index in indices]
+        taught = together(self.group, lambda: [self.captions.taught(i) for i in indices])
         samples, tokens = Counter[Modality](), Counter[Modality]()
         for index, document in zip(indices, taught, strict=True):
             samples[self.captions.kind(index)] += 1

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from internvideo3.training.documents import Document, Source
-from internvideo3.training.loop import Stage, Totals, Work, own_indices
+from internvideo3.training.loop import Stage, Totals, Work, own_indices, together
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE, linear_cross_entropy
 from internvideo3.training.packing import Pack, pack, packs
 from internvideo3.training.policy import Policy
@@ -35,7 +35,8 @@ class SftStage(Stage):
 
     def works(self, step: int, policy: Policy) -> tuple[list[Work], Totals]:
         """The documents of the step in rows, each answer token with its weight."""
-        taught = [self.documents.taught(i) for i in own_indices(self.options, step, self.group)]
+        indices = own_indices(self.options, step, self.group)
+        taught = together(self.group, lambda: [self.documents.taught(i) for i in indices])
         works = supervised_works(taught, self.options, policy, self.group)
         answers = sum(len(one.branches) for one in taught)
         return works, {"answers": (answers, 0.0), "documents": (len(taught), 0.0)}
