@@ -18,6 +18,7 @@ from internvideo3.harness.store import write_json
 
 EVERY = int(os.environ.get("IV3_KILLS_EVERY", 29))
 OUT = os.environ.get("IV3_KILLS_OUT")
+RECORDED = Path(__file__).parents[2] / "reports/results/kills.json"
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +57,10 @@ def test_a_command_killed_at_any_change_of_the_disk_goes_on_to_the_same_bytes(
         made = {"command": "make kill-report", "created": provenance.now(), "commit": commit,
                 "dirty": dirty, "hardware": provenance.hardware()}  # fmt: skip
         write_json(Path(OUT), made | report)
+
+
+def test_the_recorded_proof_took_every_moment() -> None:
+    recorded = json.loads(RECORDED.read_text())
+    assert recorded["every"] == 1 and not recorded["dirty"]
+    for one in recorded["commands"].values():
+        assert one["kills"] == one["changes"] + one["writes"]
