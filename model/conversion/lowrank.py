@@ -70,7 +70,9 @@ def balanced_metric(covariance_EE: Tensor, residual_EE: Tensor) -> Tensor:
     left = residual_EE @ covariance_EE @ residual_EE.T
     norm_E = left.diagonal().clamp_min(0).sqrt()
     keys, values = norm_E.chunk(2)
-    ratio = keys.mean().clamp_min(1e-12) / values.mean().clamp_min(1e-12)
+    # Where slots carry all of the keys, what is left is rounding: it must not be made large.
+    least = 1e-6 * values.mean().clamp_min(1e-12)
+    ratio = keys.mean().clamp_min(least) / values.mean().clamp_min(1e-12)
     return torch.diag(torch.cat([torch.ones_like(keys) / ratio**2, torch.ones_like(values)]))
 
 

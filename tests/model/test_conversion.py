@@ -445,3 +445,74 @@ def test_a_fitted_norm_is_read_again(source: Any, calibration: Any, tmp_path: Pa
     assert torch.equal(first.k_weight, again.k_weight) and again.k_weight.dtype == torch.float64
     assert first.concentration == again.concentration
     assert len(list(tmp_path.glob("norms-*/*.safetensors"))) == 1
+
+
+EXACT = {
+    "preset full": {},
+    "real mixing": {"mixing": "real"},
+    "mean mixing": {"mixing": "mean"},
+    "no importance": {"importance": False},
+    "no gain": {"gain": False},
+    "balanced metric": {"metric": "balanced"},
+    "no token weights": {"token_weights": False},
+    "uncentred": {"centred": False},
+    "keys and values apart": {"joint": False},
+    "refitted": {"refit_output": True},
+}
+"""Changes to the full rank that lose nothing by construction. Not `prerope`: its row also holds a
+token's angles, so within the source's width its rank is never full."""
+
+
+@pytest.mark.parametrize("change", EXACT)
+def test_full_rank_is_the_source_in_float32(source: Any, calibration: Any, change: str) -> None:
+    """At most 1e-5 relative on logits, for a video and for text."""
+    options = PRESETS["full"](source.config.text_config).with_(**EXACT[change])
+    model = copy.deepcopy(source).float()
+    converted = convert(model, calibration[1:], options)
+    for case in (calibration[0], calibration[2]):
+        want, got = model(**case).logits, converted(**case).logits
+        relative = float((got - want).abs().max() / want.abs().max())
+        assert relative <= 1e-5, f"{change}: {relative:.2e}"
+
+
+def test_absorbed_is_reconstructed_in_float32(half: Any, calibration: Any) -> None:
+    model = copy.deepcopy(half).float()
+    logits = {}
+    for form in ("reconstruct", "absorbed"):
+        model.config.text_config.attention_form = form
+        logits[form] = model(**calibration[0]).logits
+    want = logits["reconstruct"]
+    assert float((logits["absorbed"] - want).abs().max() / want.abs().max()) <= 1e-5
+
+
+def test_a_nested_vision_rank_is_full_rank_masked(half: Any, calibration: Any) -> None:
+    """Vision rows of a smaller rank are full rows with the coordinates beyond it set to zero."""
+    layer = copy.deepcopy(half.model.language_model.layers[1].self_attn)
+    ids = calibration[0]["input_ids"]
+    vision = ids == half.config.video_token_id
+    x = torch.randn(1, ids.shape[1], layer.q_proj.in_features, dtype=torch.float64)
+    turn = torch.rand(2, 1, ids.shape[1], len(layer.slot_frequencies), dtype=torch.float64)
+    whole = layer.write(x, *turn, vision)
+    layer.vision_rank = layer.rank // 2
+    nested = layer.write(x, *turn, vision)
+    masked = whole.clone()
+    masked[..., layer.vision_rank : layer.rank][vision] = 0
+    assert torch.equal(nested, masked) and not torch.equal(nested, whole)
+    # Only the first coordinates of a vision row are read.
+    up = layer.k_up[..., : layer.vision_rank]
+    keys = layer.rebuild(nested)[0][..., : layer.head_dim]
+    short = torch.einsum("kdr,nr->knd", up, nested[0, :, : layer.vision_rank])
+    assert float((keys[0] - short)[:, vision[0]].abs().max()) <= 1e-9
+
+
+def test_positions_that_differ_by_axis_are_exact(
+    source: Any, identity: Any, calibration: Any
+) -> None:
+    """Time, height and width of any token, in any order: the rotary part loses nothing."""
+    case = {k: v for k, v in calibration[2].items() if k != "mm_token_type_ids"}
+    length = case["input_ids"].shape[1]
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.randint(0, 500, (3, 1, length), generator=generator)
+    want = source(**case, position_ids=positions).logits
+    assert float((source(**case).logits - want).abs().max()) > 1e-3
+    assert float((identity(**case, position_ids=positions).logits - want).abs().max()) <= 1e-9
