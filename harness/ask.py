@@ -98,7 +98,7 @@ def ask(options: AskOptions, watch: Watch = lambda _: None) -> Asked:
 
     reader = IsolatedReader()
     with closing(reader), Desk(TOOLS, options.cache or cache_folder()) as desk:
-        eye = Eye(options.video, _sight(options), reader)
+        eye = Eye(options.video, sight_of(options), reader)
         trace = _run(options, eye, desk, watch)
     write_json(options.out / "trace.json", trace)
     write_json(options.out / "timings.json", desk.timings)
@@ -169,7 +169,8 @@ def _dtype(asked: str, device: str) -> str:
     return asked if asked != "auto" else ("float32" if device == "cpu" else "bfloat16")
 
 
-def _sight(options: AskOptions) -> Sight:
+def sight_of(options: AskOptions) -> Sight:
+    """How a command takes frames, at the pixels that its model names."""
     from internvideo3.harness.agent.perception import Sight
     from internvideo3.model.checkpoint import read_config, resolve_checkpoint
 

@@ -385,6 +385,87 @@ def ask_command(
         print(f"Page: {asked.page.resolve()}")
 
 
+@app.command("serve")
+def serve_command(
+    model: ModelOption = "scale:m2la",
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder whose videos may be asked about. Default: uploads only."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; others need a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any that is free.")] = 8000,
+    token_variable: Annotated[
+        str | None,
+        typer.Option(help="Environment variable with the token that clients must send."),
+    ] = None,
+    name: Annotated[str, typer.Option(help="What clients call the model. Default: its own.")] = "",
+    upload_mb: Annotated[int, typer.Option(min=1, help="Most MiB of one request.")] = 64,
+    waiting: Annotated[
+        int, typer.Option(min=0, help="Most requests that wait while one is answered.")
+    ] = 8,
+    reasoning: Annotated[
+        bool, typer.Option(help="Send the agent's turns as reasoning_content, or not at all.")
+    ] = True,
+    policy: Annotated[
+        str, typer.Option(help="Who acts: `controller` (rules), or `model` (its own tool calls).")
+    ] = "controller",
+    turns: Annotated[int, typer.Option(min=1, help="Most turns of the agent.")] = 8,
+    tool_calls: Annotated[int, typer.Option(min=0, help="Most tool calls of the agent.")] = 12,
+    tokens: Annotated[
+        int, typer.Option(min=512, help="Most tokens after the first look and the question.")
+    ] = 8192,
+    fps: Annotated[float, typer.Option(help="Frames a second of the first look.")] = 2.0,
+    max_frames: Annotated[int, typer.Option(min=4, help="Most frames of the first look.")] = 64,
+    zoom_frames: Annotated[int, typer.Option(min=2, help="Most frames of a further look.")] = 16,
+    web: Annotated[
+        bool, typer.Option("--web", help="Let the agent search the web, if there is a network.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens of a reply, where the client does not say.")
+    ] = 256,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1. Default: cuda if there is one.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, or auto (float32 on cpu).")
+    ] = "auto",
+    threads: ThreadsOption = 1,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder of tool results. Default: $IV3_AGENT_CACHE or the user's cache."),
+    ] = None,
+) -> None:
+    """Answer clients of OpenAI's chat API about videos, until Ctrl-C.
+
+    NAME answers directly, NAME-agentic by the agent. A video is a `video_url` part: a data URL, or
+    the path of a file in --folder. Nothing is fetched from the network. Needs the `serve` extra.
+
+    [bold]Examples[/bold]
+
+      internvideo3 serve --folder ~/videos
+
+      TOKEN=secret internvideo3 serve --host 0.0.0.0 --token-variable TOKEN --model ./checkpoint
+    """
+    with _errors_in_words(Path()):
+        from internvideo3.harness.ask import AskOptions
+        from internvideo3.harness.serving.command import ServeOptions, serve
+
+        asking = AskOptions(
+            video=Path(), question="", out=Path(), model=model,
+            policy=_one_of("--policy", policy, ("controller", "model")), turns=turns,
+            tool_calls=tool_calls, tokens=tokens, fps=fps, max_frames=max_frames,
+            zoom_frames=zoom_frames, web=web, max_new_tokens=max_new_tokens, device=device,
+            dtype=_one_of("--dtype", dtype, ("auto", "float32", "bfloat16")), threads=threads,
+            cache=cache,
+        )  # fmt: skip
+        options = ServeOptions(
+            asking=asking, host=host, port=port, name=name, folder=folder,
+            token_variable=token_variable, upload_mb=upload_mb, waiting=waiting,
+            reasoning=reasoning,
+        )  # fmt: skip
+        serve(options, lambda line: print(line, flush=True))
+
+
 @trace_app.command("show")
 def trace_show_command(
     trace: Annotated[Path, typer.Argument(help="A trace: trace.json, or runs/.../*.json.gz.")],
@@ -528,6 +609,7 @@ def judge_command(
     key_variable: Annotated[
         str, typer.Option(help="Environment variable that holds the API key, if it needs one.")
     ] = "OPENAI_API_KEY",
+    workers: Annotated[int, typer.Option(min=1, help="Questions that are asked at once.")] = 4,
 ) -> None:
     """Ask a language model for the verdicts that a benchmark's rules leave to one; resumable.
 
@@ -543,6 +625,7 @@ def judge_command(
         from internvideo3.harness.judge import TIMEOUT_S
         from internvideo3.harness.judge import judge as ask
         from internvideo3.harness.rescore import rescore
+        from internvideo3.training.endpoint import Endpoint
 
         whom = Endpoint(url=endpoint, model=judge, key_variable=key_variable, timeout_s=TIMEOUT_S)
         with _bars() as advance:
@@ -612,7 +695,6 @@ def world_build_command(
             )
         for one in built:
             print(f"{one.suite}: {one.videos} videos, {one.questions} questions")
-    workers: Annotated[int, typer.Option(min=1, help="Questions that are asked at once.")] = 4,
         print(f"World: {world_root(root)}; for stock lmms-eval: --include_path {built[-1].tasks}")
 
 
@@ -627,7 +709,6 @@ def world_show_command(
     split: Annotated[str, typer.Option(help="test, validation or train.")] = "test",
     out: Annotated[
         Path | None, typer.Option(help="The PNG file. Default: named after the question.")
-        from internvideo3.training.endpoint import Endpoint
     ] = None,
 ) -> None:
     """Show one question as a picture: frames with their times, options, and the right answer.
@@ -1328,6 +1409,8 @@ def _tell_run(summary: "EvalSummary", max_errors: int) -> None:
             f"{summary.computed} samples answered, {summary.left} are left to other shards; "
             "when all are done, repeat the command without --shard to merge."
         )
+    elif (summary.run / "parts").exists():
+        print("All shards have answered; repeat the command without --shard to merge them.")
     else:
         _print_runs([summary.run])
     _tell_summary(summary, max_errors)
@@ -1354,5 +1437,3 @@ def _tell_summary(summary: "EvalSummary", max_errors: int) -> None:
 
 if __name__ == "__main__":
     main()
-    elif (summary.run / "parts").exists():
-        print("All shards have answered; repeat the command without --shard to merge them.")

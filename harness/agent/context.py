@@ -167,6 +167,11 @@ class Context:
         text = "".join(shorten(one) for one in said).strip()
         return self._record(kind, source, text, start, span=span, data=data)
 
+    def tell(self, role: str, parts: Sequence[Part]) -> Entry:
+        """Appends a turn of a conversation; two of one role become one, on lines of their own."""
+        again = [Control("\n")] if role == self._role else []
+        return self.add(Kind.INSTRUCTION, role, [*again, *parts], role=role)
+
     def respond(
         self,
         kind: Kind,

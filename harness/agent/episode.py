@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,19 @@ from internvideo3.harness.agent.album import open_album
 from internvideo3.harness.agent.budget import Budget, Spending
 from internvideo3.harness.agent.context import Context
 from internvideo3.harness.agent.environment import Environment
+from internvideo3.harness.agent.heard import HeardSession, Listener
 from internvideo3.harness.agent.judging import options_of
 from internvideo3.harness.agent.memory import Memory
 from internvideo3.harness.agent.perception import Eye, Sight, seen_span
 from internvideo3.harness.agent.policies import Controller, Direct, ModelPolicy
-from internvideo3.harness.agent.rollout import Outcome, Policy, State, Watch, rollout
+from internvideo3.harness.agent.rollout import (
+    Earlier,
+    Outcome,
+    Policy,
+    State,
+    Watch,
+    rollout,
+)
 from internvideo3.harness.agent.routing import route
 from internvideo3.harness.agent.setting import AgentSettings
 from internvideo3.harness.agent.tools.desk import Desk
@@ -37,6 +45,15 @@ class Place:
     """What the model is called."""
     cache: Path | None = None
     """Folder of what is kept of videos; None to keep nothing."""
+    listener: Listener | None = None
+    """Told while the model speaks; what it raises ends the rollout."""
+
+    def session(self) -> Session:
+        """An empty session."""
+        options = {"do_resize": False}
+        if self.listener is None:
+            return Session(self.model, self.processor, media_options=options)
+        return HeardSession(self.model, self.processor, self.listener, media_options=options)
 
 
 def direct_settings(settings: AgentSettings) -> AgentSettings:
@@ -54,7 +71,14 @@ def policy_of(settings: AgentSettings, limits: Limits, *, direct: bool = False) 
     return Controller(limits, looks=settings.looks, verifies=settings.verifies, seed=settings.seed)
 
 
-def prepare(place: Place, eye: Eye, first: Frames, question: str, settings: AgentSettings) -> State:
+def prepare(
+    place: Place,
+    eye: Eye,
+    first: Frames,
+    question: str,
+    settings: AgentSettings,
+    earlier: Sequence[Earlier] = (),
+) -> State:
     """A state that holds nothing yet.
 
     Args:
@@ -63,13 +87,13 @@ def prepare(place: Place, eye: Eye, first: Frames, question: str, settings: Agen
         first: the first look.
         question: with its options, as the user wrote it.
         settings: the agent's.
+        earlier: the conversation before the question.
 
     Raises:
         VideoError: the video cannot be read.
     """
     place.desk.begin_rollout()
-    session = Session(place.model, place.processor, media_options={"do_resize": False})
-    context, memory = Context(session), Memory(place.desk)
+    context, memory = Context(place.session()), Memory(place.desk)
     start_s, end_s = eye.start_s or 0.0, seen_span(first)[1]
     if eye.end_s is None:
         end_s = first.duration_s
@@ -86,7 +110,7 @@ def prepare(place: Place, eye: Eye, first: Frames, question: str, settings: Agen
     )  # fmt: skip
     return State(
         question=question, options=options_of(question), context=context, environment=environment,
-        eye=eye, spending=spending, prior=prior, album=album,
+        eye=eye, spending=spending, prior=prior, album=album, earlier=tuple(earlier),
     )  # fmt: skip
 
 
@@ -145,7 +169,7 @@ def again(trace: Mapping[str, Any], video: Path, place: Place, reader: IsolatedR
 
 def answer(
     place: Place, eye: Eye, question: str, settings: AgentSettings, limits: Limits,
-    *, direct: bool = False, watch: Watch = lambda _: None,
+    *, direct: bool = False, watch: Watch = lambda _: None, earlier: Sequence[Earlier] = (),
 ) -> tuple[State, Outcome]:  # fmt: skip
     """A whole rollout.
 
@@ -154,5 +178,5 @@ def answer(
     """
     first = eye.first()
     chosen = direct_settings(settings) if direct else settings
-    state = prepare(place, eye, first, question, chosen)
+    state = prepare(place, eye, first, question, chosen, earlier)
     return state, rollout(state, policy_of(settings, limits, direct=direct), first, watch)

@@ -50,6 +50,15 @@ class View:
     """What a closer look saw, kept for the evidence window; None for the first look."""
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """What was said in a conversation before the question."""
+
+    role: str
+    """system, user or assistant."""
+    text: str
+
+
 @dataclass(kw_only=True)
 class State:
     """Everything that a policy may act on."""
@@ -72,6 +81,8 @@ class State:
     refusals: int = 0
     album: Album | None = None
     """Small pictures of the whole video, where memory has them."""
+    earlier: tuple[Earlier, ...] = ()
+    """The conversation before the question."""
     weak: Span | None = None
     """A part whose look did not support the answer that cited it."""
     proposed: str = ""
@@ -167,6 +178,8 @@ def begin(state: State, policy: Policy, first: Frames) -> None:
     """C_1 = T_sys, V_1 = V_init, and the query Q: equation (5)."""
     context, span = state.context, seen_span(first)
     context.add(Kind.INSTRUCTION, "system", [Control(policy.system)], role="system")
+    for turn in state.earlier:
+        context.tell(turn.role, [Quoted(turn.text)])
     entry = context.add(Kind.OBSERVATION, "frames", [first], span=span, data=_about([first]))
     context.add(Kind.INSTRUCTION, "user", [Quoted(state.question)])
     state.views.append(_view(first, entry))

@@ -4,7 +4,9 @@ pytest tests/agent/test_desk.py
 """
 
 import os
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -113,3 +115,13 @@ def test_results_are_kept_by_content(desk: Desk, tmp_path: Path) -> None:
     for kept in (tmp_path / "cache/kept").iterdir():
         kept.write_text("{")
     assert not call("first").from_cache and call("first").from_cache
+
+
+def test_another_thread_can_end_a_call_that_hangs(desk: Desk) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        hanging = threads.submit(desk.call, "odd", {"how": "hang"})
+        while not hanging.done():
+            time.sleep(0.05)
+            desk.interrupt()
+        assert hanging.result().error == "crashed"
+    assert desk.call("odd", {"how": "fine"}).ok

@@ -94,6 +94,8 @@ OPTIONS = {
     "zoom-frames tools verify retry-errors max-errors profile root",
     "ask": "mode model policy out turns tool-calls tokens fps max-frames zoom-frames web "
     "max-new-tokens temperature seed device dtype threads cache",
+    "serve": "model folder host port token-variable name upload-mb waiting reasoning policy turns "
+    "tool-calls tokens fps max-frames zoom-frames web max-new-tokens device dtype threads cache",
     "table6": "out",
     "suites": "data",
     "score": "",

@@ -103,6 +103,13 @@ class Desk:
         for name in list(self._running):
             self._kill(name)
 
+    def interrupt(self) -> None:
+        """Kills what runs, from another thread too; a call in progress fails as crashed."""
+        for process in list(self._running.values()):
+            # It may have ended by itself.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
     def missing(self, name: str) -> tuple[str, ...]:
         """Packages that a tool needs and that are not installed."""
         needs = self.tools[name].needs

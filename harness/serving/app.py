@@ -1,0 +1,337 @@
+"""The HTTP side: who may ask, how much, and how an answer is sent. See `wire.py` for the form."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import re
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from internvideo3.harness.serving.hosts import of_this_machine
+from internvideo3.harness.serving.jobs import Event, Job, Line, Words
+from internvideo3.harness.serving.studio import Say, Told, Turn
+from internvideo3.harness.serving.videos import Shelf
+from internvideo3.harness.serving.wire import (
+    AGENTIC,
+    ALIVE,
+    DONE,
+    ApiError,
+    ChatRequest,
+    Message,
+    TextPart,
+    Usage,
+    VideoPart,
+    Writer,
+    event,
+    read_request,
+)
+from internvideo3.model.session import Limits
+
+BODY_SECONDS = 120.0
+"""Time in which a body must arrive."""
+LOOK_EVERY_S = 0.25
+"""Time between two looks at whether the client is still there."""
+ALIVE_EVERY_S = 15.0
+"""Time between two signs of life in a stream."""
+
+
+class Answering(Protocol):
+    """Who answers."""
+
+    def answer(self, turns: Sequence[Turn], limits: Limits, say: Say, *, agentic: bool) -> Told:
+        """See `Studio.answer`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """What is served, and to whom."""
+
+    studio: Answering
+    line: Line
+    name: str
+    """Of the model."""
+    folder: Path | None = None
+    """Whose videos may be asked about."""
+    token: str | None = None
+    """What a client must bring; None for clients of this machine only."""
+    upload_bytes: int = 64 << 20
+    """Most bytes of a body."""
+    new_tokens: int = 256
+    """Most tokens of a reply where the client does not say."""
+    reasoning: bool = True
+    """Whether the agent's turns are sent."""
+
+    def app(self) -> Starlette:
+        """The application."""
+        return Starlette(
+            routes=[
+                Route("/health", self.health, methods=["GET"]),
+                Route("/v1/models", self.models, methods=["GET"]),
+                Route("/v1/models/{name:path}", self.model, methods=["GET"]),
+                Route("/v1/chat/completions", self.complete, methods=["POST"]),
+            ],
+            exception_handlers={ApiError: _told, HTTPException: _told_http, Exception: _told_any},
+        )
+
+    async def health(self, request: Request) -> Response:
+        """Whether the server is up."""
+        return JSONResponse({"status": "ok"})
+
+    async def models(self, request: Request) -> Response:
+        """What can be asked."""
+        self._admit(request)
+        data = [self._listed(name) for name in self._names()]
+        return JSONResponse({"object": "list", "data": data})
+
+    async def model(self, request: Request) -> Response:
+        """One of them."""
+        self._admit(request)
+        return JSONResponse(self._listed(self._known(request.path_params["name"])))
+
+    async def complete(self, request: Request) -> Response:
+        """Answers a conversation."""
+        self._admit(request)
+        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            # Anything else could come from a page of another site in the user's browser.
+            raise ApiError(415, "send the request as content-type application/json.")
+        with ExitStack() as stack:
+            stack.enter_context(self.line.place())
+            asked = read_request(await _body(request, self.upload_bytes))
+            agentic = self._known(asked.model).endswith(AGENTIC)
+            uploads = stack.enter_context(tempfile.TemporaryDirectory(prefix="iv3-upload-"))
+            shelf = Shelf(self.folder, Path(uploads))
+            turns = await asyncio.to_thread(_turns, asked, shelf)
+            limits = self._limits(asked)
+            job = stack.enter_context(
+                self.line.job(lambda say: self.studio.answer(turns, limits, say, agentic=agentic))
+            )
+            events = _events(job, request)
+            if not asked.stream:
+                return await self._whole(asked, events)
+            # Errors before the first words are errors of the request, not of the stream.
+            first = await _first(events)
+            return _Stream(self._stream(asked, first, events), stack.pop_all())
+
+    async def _whole(self, asked: ChatRequest, events: AsyncIterator[Event | None]) -> Response:
+        said: dict[str, list[str]] = {"content": [], "reasoning_content": []}
+        async for one in events:
+            if isinstance(one, Words):
+                said[one.field].append(one.text)
+            elif isinstance(one, ApiError):
+                raise one
+            elif one is not None:
+                thoughts = "".join(said["reasoning_content"]) if self.reasoning else ""
+                text = "".join(said["content"])
+                return JSONResponse(
+                    Writer(asked.model).whole(text, thoughts, one.finish, one.usage)
+                )
+        raise _left()
+
+    async def _stream(
+        self, asked: ChatRequest, first: Event, events: AsyncIterator[Event | None]
+    ) -> AsyncIterator[bytes]:
+        writer = Writer(asked.model)
+        yield writer.chunk({"role": "assistant", "content": ""})
+        for piece in self._pieces(asked, writer, first):
+            yield piece
+        last_s = time.monotonic()
+        async for one in events:
+            if one is not None:
+                for piece in self._pieces(asked, writer, one):
+                    yield piece
+            elif time.monotonic() - last_s > ALIVE_EVERY_S:
+                yield ALIVE
+            else:
+                continue
+            last_s = time.monotonic()
+
+    def _pieces(self, asked: ChatRequest, writer: Writer, one: Event) -> list[bytes]:
+        """A job's event as events of a stream."""
+        if isinstance(one, ApiError):
+            return [event(one.body())]
+        if isinstance(one, Told):
+            return self._end(asked, writer, one.finish, one.usage)
+        shown = self.reasoning or one.field == "content"
+        return [writer.chunk({one.field: one.text})] if shown else []
+
+    def _end(self, asked: ChatRequest, writer: Writer, finish: str, usage: Usage) -> list[bytes]:
+        told = asked.stream_options is not None and asked.stream_options.include_usage
+        return [writer.chunk({}, finish), *([writer.usage(usage)] if told else []), DONE]
+
+    def _admit(self, request: Request) -> None:
+        """Refuses who may not ask.
+
+        Raises:
+            ApiError: the token is missing or wrong; or, without one, the request is for a name
+                that is not this machine's, as when a page has rebound its own name to it.
+        """
+        if self.token is None:
+            if not of_this_machine(re.sub(r":\d+$", "", request.headers.get("host", ""))):
+                said = "this server answers to localhost only."
+                raise ApiError(403, said, kind="permission_error")
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        # Headers are bytes, which the framework reads as latin-1.
+        same = hmac.compare_digest(given.strip().encode("latin-1"), self.token.encode())
+        if scheme.lower() != "bearer" or not same:
+            raise ApiError(
+                401,
+                "the token is missing or wrong; send it as Authorization: Bearer ….",
+                kind="authentication_error",
+                code="invalid_api_key",
+            )
+
+    def _names(self) -> tuple[str, str]:
+        return self.name, self.name + AGENTIC
+
+    def _known(self, name: str) -> str:
+        if name in self._names():
+            return name
+        raise ApiError(
+            404,
+            f"there is no model {name[:120]!r}; there are {' and '.join(self._names())}.",
+            param="model",
+            code="model_not_found",
+        )
+
+    def _listed(self, name: str) -> dict[str, object]:
+        return {"id": name, "object": "model", "created": _STARTED, "owned_by": "internvideo3"}
+
+    def _limits(self, asked: ChatRequest) -> Limits:
+        return Limits(
+            max_new_tokens=asked.most_tokens or self.new_tokens,
+            temperature=asked.temperature or 0.0,
+            seed=asked.seed or 0,
+        )
+
+
+_STARTED = int(time.time())
+
+
+class _Stream(StreamingResponse):
+    """A stream that gives its place up however it ends, even before it has begun."""
+
+    def __init__(self, content: AsyncIterator[bytes], held: ExitStack) -> None:
+        super().__init__(
+            content, media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        )
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held:
+            await super().__call__(scope, receive, send)
+
+
+async def _body(request: Request, most: int) -> bytes:
+    """The body, if it is no longer than allowed.
+
+    Raises:
+        ApiError: it is longer, or does not arrive.
+    """
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > most:
+        raise _too_large(most)
+    try:
+        return await asyncio.wait_for(_pieces(request, most), BODY_SECONDS)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s.") from None
+
+
+async def _pieces(request: Request, most: int) -> bytes:
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > most:
+            raise _too_large(most)
+    return bytes(body)
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(
+        413,
+        f"the request is larger than {most / 2**20:g} MiB. Send a shorter or smaller video, or put "
+        "it into the server's folder.",
+        code="request_too_large",
+    )
+
+
+def _turns(asked: ChatRequest, shelf: Shelf) -> list[Turn]:
+    return [
+        Turn(_role(one), tuple(_part(part, shelf) for part in one.parts()))
+        for one in asked.messages
+    ]
+
+
+def _role(message: Message) -> str:
+    return "system" if message.role == "developer" else message.role
+
+
+def _part(part: TextPart | VideoPart, shelf: Shelf) -> str | Path:
+    return part.text if isinstance(part, TextPart) else shelf.find(part.video_url.url)
+
+
+async def _events(job: Job, request: Request) -> AsyncIterator[Event | None]:
+    """What comes of a job, None now and then while nothing does; ends when the client leaves."""
+    looked_s = time.monotonic()
+    while True:
+        one = None
+        with suppress(TimeoutError):
+            one = await asyncio.wait_for(job.events.get(), LOOK_EVERY_S)
+        if time.monotonic() - looked_s >= LOOK_EVERY_S:
+            looked_s = time.monotonic()
+            if await request.is_disconnected():
+                return
+        yield one
+        if isinstance(one, Told | ApiError):
+            return
+
+
+async def _first(events: AsyncIterator[Event | None]) -> Event:
+    async for one in events:
+        if isinstance(one, ApiError):
+            raise one
+        if one is not None:
+            return one
+    raise _left()
+
+
+def _left() -> ApiError:
+    """Nobody reads it; it ends the request."""
+    return ApiError(499, "the client has left.")
+
+
+def _told(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "5"}}
+    # A body that was not read to its end cannot be followed by another request.
+    closing = {"Connection": "close"} if error.status in (408, 413, 429) else {}
+    return JSONResponse(
+        error.body(), status_code=error.status, headers=headers.get(error.status, {}) | closing
+    )
+
+
+def _told_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = json.dumps(request.url.path)[:120]
+    said = {404: f"there is nothing at {path}.", 405: f"{path} takes no {request.method}."}
+    return _told(request, ApiError(error.status_code, said.get(error.status_code, error.detail)))
+
+
+def _told_any(request: Request, error: Exception) -> Response:
+    message = "the request failed; the server's log says where."
+    return _told(request, ApiError(500, message, kind="server_error"))

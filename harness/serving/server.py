@@ -1,0 +1,58 @@
+"""uvicorn, ended by a signal together with the answer in progress."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from types import FrameType
+from typing import NoReturn
+
+import uvicorn
+
+from internvideo3.harness.serving.app import Serving
+
+LAST_SECONDS = 10
+"""Time for open connections to end, after which they are cut."""
+
+
+class Server(uvicorn.Server):
+    """Serves until Ctrl-C or SIGTERM.
+
+    Args:
+        serving: what is served.
+    """
+
+    def __init__(self, serving: Serving) -> None:
+        super().__init__(
+            uvicorn.Config(
+                serving.app(),
+                lifespan="off",
+                timeout_graceful_shutdown=LAST_SECONDS,
+                server_header=False,
+            )
+        )
+        self.line = serving.line
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """What uvicorn installs for both signals."""
+        self.line.close()
+        super().handle_exit(sig, frame)
+
+    def run_until_told(self, listening: socket.socket) -> None:
+        """Serves on an open socket; returns after a signal, when all connections have ended."""
+        # uvicorn raises the signal again at its end, and SIGTERM would take our cleaning with it.
+        before = signal.signal(signal.SIGTERM, _end)
+        try:
+            self.run([listening])
+        except (KeyboardInterrupt, _Ended):
+            self.line.join(LAST_SECONDS)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+class _Ended(BaseException):
+    """SIGTERM, after the server has ended."""
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Ended
