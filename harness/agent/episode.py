@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from internvideo3.harness.agent.album import open_album
 from internvideo3.harness.agent.budget import Budget, Spending
 from internvideo3.harness.agent.context import Context
 from internvideo3.harness.agent.environment import Environment
-from internvideo3.harness.agent.heard import HeardSession, Listener
 from internvideo3.harness.agent.judging import options_of
 from internvideo3.harness.agent.memory import Memory
 from internvideo3.harness.agent.perception import Eye, Sight, seen_span
@@ -45,15 +44,12 @@ class Place:
     """What the model is called."""
     cache: Path | None = None
     """Folder of what is kept of videos; None to keep nothing."""
-    listener: Listener | None = None
-    """Told while the model speaks; what it raises ends the rollout."""
+    opens: Callable[..., Session] = Session
+    """Makes a rollout's session, of the model, the processor and `media_options`."""
 
     def session(self) -> Session:
         """An empty session."""
-        options = {"do_resize": False}
-        if self.listener is None:
-            return Session(self.model, self.processor, media_options=options)
-        return HeardSession(self.model, self.processor, self.listener, media_options=options)
+        return self.opens(self.model, self.processor, media_options={"do_resize": False})
 
 
 def direct_settings(settings: AgentSettings) -> AgentSettings:

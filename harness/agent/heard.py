@@ -25,17 +25,17 @@ class HeardSession(Session):
     Args:
         model: see `Session`.
         processor: see `Session`.
-        listener: told of every piece, of an empty one too.
         media_options: see `Session`.
+        listener: told of every piece, of an empty one too.
     """
 
     def __init__(
         self,
         model: Any,
         processor: Any,
-        listener: Listener,
         *,
         media_options: Mapping[str, Any] | None = None,
+        listener: Listener,
     ) -> None:
         super().__init__(model, processor, media_options=media_options)
         self.listener = listener

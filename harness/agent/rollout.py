@@ -156,22 +156,28 @@ def rollout(state: State, policy: Policy, first: Frames, watch: Watch) -> Outcom
     """
     begin(state, policy, first)
     watch(state)
-    while not state.spending.spent():
-        state.context.turn += 1
-        state.spending.turns += 1
-        said = reason(state, policy)
-        action = policy.act(said, state)
-        watch(state)
-        outcome = settle(action, state, policy) if isinstance(action, Answer) else None
-        if outcome is not None:
-            return outcome
-        if not isinstance(action, Answer):
-            take(action, state)
-        if policy.restates:
-            state.context.add(Kind.INSTRUCTION, "loop", [Quoted(state.question)])
-        state.count()
-        watch(state)
-    return best(state, "budget")
+    while (outcome := turn(state, policy, watch)) is None:
+        pass
+    return outcome
+
+
+def turn(state: State, policy: Policy, watch: Watch) -> Outcome | None:
+    """One round of the equations: the outcome if it ends the rollout, else None."""
+    state.context.turn += 1
+    state.spending.turns += 1
+    said = reason(state, policy)
+    action = policy.act(said, state)
+    watch(state)
+    outcome = settle(action, state, policy) if isinstance(action, Answer) else None
+    if outcome is not None:
+        return outcome
+    if not isinstance(action, Answer):
+        take(action, state)
+    if policy.restates:
+        state.context.add(Kind.INSTRUCTION, "loop", [Quoted(state.question)])
+    state.count()
+    watch(state)
+    return best(state, "budget") if state.spending.spent() else None
 
 
 def begin(state: State, policy: Policy, first: Frames) -> None:
@@ -232,10 +238,19 @@ def judged(
 
 def write_call(state: State, action: Action) -> None:
     """Writes a call into the context, as the model would write it itself."""
-    arguments = action.model_dump(exclude={"name"}, exclude_none=True, mode="json")
-    call = json.dumps({"name": action.name, "arguments": arguments})
+    call = _call(action)
     parts: list[Control | Quoted] = [Control(CALL[0]), Quoted(call), Control(CALL[1])]
     state.context.add(Kind.ACTION, "controller", parts, data={"call": json.loads(call)})
+
+
+def call_text(action: Action) -> str:
+    """A call as the model writes it."""
+    return f"{CALL[0]}{_call(action)}{CALL[1]}"
+
+
+def _call(action: Action) -> str:
+    arguments = action.model_dump(exclude={"name"}, exclude_none=True, mode="json")
+    return json.dumps({"name": action.name, "arguments": arguments})
 
 
 def take(action: Action | Malformed, state: State) -> None:

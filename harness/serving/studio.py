@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from internvideo3.harness.agent.context import Context, Control, Kind, Quoted
 from internvideo3.harness.agent.episode import Place, answer
-from internvideo3.harness.agent.heard import HeardSession
+from internvideo3.harness.agent.heard import HeardSession, Listener
 from internvideo3.harness.agent.perception import Eye, Sight
 from internvideo3.harness.agent.quoting import LONGEST_CHARS
 from internvideo3.harness.agent.rollout import Earlier, State
@@ -95,14 +96,7 @@ class Studio:
         self.place.desk.interrupt()
 
     def _reply(self, turns: Sequence[Turn], limits: Limits, say: Say) -> Told:
-        context = Context(
-            HeardSession(
-                self.place.model,
-                self.place.processor,
-                lambda text: say("content", text),
-                media_options={"do_resize": False},
-            )
-        )
+        context = Context(self._place(lambda text: say("content", text)).session())
         if turns[0].role != "system":
             context.add(Kind.INSTRUCTION, "system", [Control(SYSTEM_PROMPT)], role="system")
         for turn in turns:
@@ -119,6 +113,9 @@ class Studio:
         said = context.speak(limits)
         finish = "stop" if said.data["stop"] == StopReason.STOP else "length"
         return Told(finish=finish, usage=_usage(context))
+
+    def _place(self, listener: Listener) -> Place:
+        return replace(self.place, opens=partial(HeardSession, listener=listener))
 
     def _parts(self, part: str | Path) -> list[Quoted | Frames]:
         if isinstance(part, Path):
@@ -156,7 +153,7 @@ class Studio:
             say("content", "")
 
         state, ended = answer(
-            replace(self.place, listener=lambda _: say("content", "")),
+            self._place(lambda _: say("content", "")),
             Eye(videos[0], self.sight, self.reader),
             asked.text,
             self.agent,

@@ -20,7 +20,7 @@ def asked(session: Session) -> Session:
 def test_a_greedy_reply_is_the_same_and_its_pieces_make_it_up(gqa: Any, most: int) -> None:
     heard: list[str] = []
     limits = Limits(max_new_tokens=most)
-    session = asked(HeardSession(*gqa, heard.append))
+    session = asked(HeardSession(*gqa, listener=heard.append))
     reply = session.generate(limits)
     other = asked(Session(*gqa))
     assert reply == other.generate(limits)
@@ -31,7 +31,9 @@ def test_a_greedy_reply_is_the_same_and_its_pieces_make_it_up(gqa: Any, most: in
 
 def test_a_sampled_reply_is_the_seeds_and_no_piece_repeats_another(gqa: Any) -> None:
     limits = Limits(max_new_tokens=4 * PIECE, temperature=2.0, seed=3)
-    one, two = (asked(HeardSession(*gqa, lambda _: None)).generate(limits) for _ in range(2))
+    one, two = (
+        asked(HeardSession(*gqa, listener=lambda _: None)).generate(limits) for _ in range(2)
+    )
     assert one == two
     pieces = {one.token_ids[at : at + PIECE] for at in range(0, len(one.token_ids), PIECE)}
     assert len(pieces) == -(-len(one.token_ids) // PIECE) > 1
@@ -45,7 +47,7 @@ def test_what_the_listener_raises_ends_the_reply(gqa: Any) -> None:
         if len(told) == 3:
             raise KeyError("enough")
 
-    session = asked(HeardSession(*gqa, listen))
+    session = asked(HeardSession(*gqa, listener=listen))
     before = len(session)
     with pytest.raises(KeyError, match="enough"):
         session.generate(Limits(max_new_tokens=10_000))
@@ -57,5 +59,5 @@ def test_characters_are_told_whole(gqa: Any) -> None:
     for seed in range(5):
         heard: list[str] = []
         limits = Limits(max_new_tokens=5 * PIECE, temperature=5.0, seed=seed)
-        reply = asked(HeardSession(*gqa, heard.append)).generate(limits)
+        reply = asked(HeardSession(*gqa, listener=heard.append)).generate(limits)
         assert "".join(heard) == reply.text
