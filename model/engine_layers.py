@@ -131,7 +131,8 @@ class GroupedAttend:
         own = KeysValues(
             keys_bKTD=self.keys_BKTD, values_bKTD=self.values_BKTD, lengths_B=where.visible_B
         )
-        out_BHD, _ = gqa_decode(q_BHD, [*self.shared, own], scale=attn.scaling)
+        runs, then = [*self.shared, own], attn.o_proj.weight
+        out_BHD, _ = gqa_decode(q_BHD, runs, scale=attn.scaling, then=then)
         return out_BHD.flatten(1)
 
 
@@ -165,7 +166,11 @@ class RowAttend:
         q_BHW = self.write(x_BX, norm, self._angles(where), self._places(where))
         own = Rows(rows_bTW=self.rows_BTW, lengths_B=where.visible_B, rank=self.attn.rank)
         latent_BHR, _ = latent_decode(
-            q_BHW, [*self.shared, own], scale=self.attn.scale, value_width=self.attn.rank
+            q_BHW,
+            [*self.shared, own],
+            scale=self.attn.scale,
+            value_width=self.attn.rank,
+            then=self.attn.o_proj.weight,
         )
         return expand_output(latent_BHR, self.v_up_KDR).flatten(1)
 
@@ -206,17 +211,21 @@ class FusedRowAttend(RowAttend):
             eps=q_norm.variance_epsilon,
             row_WE=folded.text.weight_WE,
             bias_W=folded.text.bias_W,
-            query_HDW=folded.query_HDW,
+            gain_2HF=attn.nope_gain.detach(),
+            k_up_KDR=attn.k_up.detach(),
+            read_2SH=attn.rope_read.detach(),
+            frequency_S=attn._slot_index(attn.k_up.device),
         )
 
     def weights(self) -> list[Tensor]:
         """As `Attend.weights`."""
-        return [self.qkv.weight_NK, self.maps.row_WE, self.maps.query_HDW, self.v_up_KDR]
+        return [self.qkv.weight_NK, self.maps.row_WE, self.maps.k_up_KDR, self.v_up_KDR]
 
     def write(self, x_BX: Tensor, norm: Any, angles: tuple[Tensor, ...], slots_B: Tensor) -> Tensor:
         """As `RowAttend.write`: two launches."""
-        cos_BS, sin_BS = angles
-        return latent_token(self.qkv(x_BX, norm), self.maps, cos_BS, sin_BS, slots_B, self.rows_CW)
+        (cos_BS, sin_BS), qkv_BP = angles, self.qkv(x_BX, norm)
+        then = self.shared[0].rows_bTW[0] if self.shared else self.rows_CW
+        return latent_token(qkv_BP, self.maps, cos_BS, sin_BS, slots_B, self.rows_CW, then=then)
 
 
 class PreropeAttend:

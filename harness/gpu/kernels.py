@@ -300,7 +300,10 @@ def token_inputs(device: torch.device) -> tuple[torch.Tensor, token_naive.TokenM
         eps=1e-6,
         row_WE=draw(1024, kv),
         bias_W=draw(1024),
-        query_HDW=draw(HEADS, HEAD_DIM, 1024),
+        gain_2HF=draw(2, HEADS, HEAD_DIM // 2),
+        k_up_KDR=draw(KV_HEADS, HEAD_DIM, 896),
+        read_2SH=draw(2, 64, HEADS),
+        frequency_S=torch.arange(64, device=device),
     )
     return draw(1, HEADS * HEAD_DIM + kv), maps
 
@@ -313,8 +316,7 @@ def check_token(device: torch.device) -> float:
     wide_rows = rows.double()
     with poisoned():
         q = token.latent_token(qkv, maps, angle.cos(), angle.sin(), slots, rows)
-    names = ("q_norm_D", "k_norm_D", "row_WE", "bias_W", "query_HDW")
-    wide = replace(maps, **{name: getattr(maps, name).double() for name in names})
+    wide = token_naive.widened(maps)
     cos, sin = angle.cos().double(), angle.sin().double()
     expected = token_naive.latent_token(qkv.double(), wide, cos, sin, slots, wide_rows)
     return worst([relative_error(q, expected), relative_error(rows, wide_rows)])

@@ -7,8 +7,10 @@ S splits.
 Triton's own pipeline keeps whole tiles in flight, and two tiles of 64 tokens by 1024 columns do not
 fit the shared memory; with 32 tokens the scores miss the warpgroup instruction and shared memory
 becomes the limit (README). Here a tile of 64 tokens is cut into chunks of 128 columns in a ring of
-buffers. A chunk that is only a key is replaced once the scores are known, a chunk of values once
-its part of the output is; so copies go on while the tile is worked on.
+buffers. A chunk that is only a key is replaced as soon as its scores are known, and so are the
+first HELD chunks of values, which wait for the weights in registers; the others once their part of
+the output is known. So copies go on while the tile is worked on: without the held chunks the ring
+would be a chunk longer than a tile, too little to keep the memory busy (README).
 """
 
 from typing import Any
@@ -31,6 +33,8 @@ TILE = gl.constexpr(64)
 """Tokens at a time: the height of a warpgroup's product."""
 CHUNK = gl.constexpr(128)
 """Columns of a buffer: one product of two warpgroups."""
+HELD = 3
+"""Chunks of values kept in registers, 16 a thread each; with four the compiler spills."""
 NUM_WARPS = 8
 SHARED_BYTES = 232448 - 4096 - 2048
 """For the queries and the ring; the rest holds the weights of a tile and reductions."""
@@ -51,36 +55,25 @@ def fetch(buffer, base_ptr, remaining, column, stride_rt):
 
 
 @gluon.jit
-def splits_of(length, split, n_splits):
-    """Tokens [start, end) of a split: whole tiles, dealt out evenly."""
-    tiles = gl.cdiv(length, TILE)
-    base = tiles // n_splits
-    extra = tiles % n_splits
-    start = (split * base + gl.minimum(split, extra)) * TILE
-    end = start + (base + gl.where(split < extra, 1, 0)) * TILE
-    return start, gl.minimum(end, length)
-
-
-@gluon.jit
-def reaches_last_row(start, length, TILES: gl.constexpr):
-    """Whether a sequence's last row is among the first TILES tiles from a token on.
+def reaches_last_row(split, n_splits, length, TILES: gl.constexpr):
+    """Whether a sequence's last row may be among a program's first TILES tiles.
 
     The predecessor writes that row and no other, so all others may be read before the wait.
     """
-    return start + TILES * TILE >= length
+    return (split + TILES * n_splits) * TILE >= length
 
 
 @gluon.jit
 def refill(
-    buffer, ahead_1, ahead_2, remaining,
+    buffer, ahead_1, ahead_2, remaining, step,
     POSITION: gl.constexpr, CHUNKS: gl.constexpr, VALUES: gl.constexpr, stride_rt,
 ):  # fmt: skip
     """Starts copying the chunk at a position of the next tile or of the one after it."""
     column: gl.constexpr = (POSITION + VALUES) % CHUNKS
     if POSITION < 2 * CHUNKS:
-        fetch(buffer, ahead_1, remaining - TILE, column, stride_rt)
+        fetch(buffer, ahead_1, remaining - step, column, stride_rt)
     else:
-        fetch(buffer, ahead_2, remaining - 2 * TILE, column, stride_rt)
+        fetch(buffer, ahead_2, remaining - 2 * step, column, stride_rt)
 
 
 @gluon.jit
@@ -153,6 +146,7 @@ def hopper_kernel(
     VALUE: gl.constexpr,
     PAGE: gl.constexpr,
     RING: gl.constexpr,
+    HELD: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
     """Scores [tokens, heads], output [columns, heads] in chunks; grid (S, B)."""
@@ -161,14 +155,19 @@ def hopper_kernel(
     KEYS: gl.constexpr = CHUNKS - VALUES
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, HEADS // 2, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, HEADS, 16])
+    held_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    EARLY: gl.constexpr = KEYS + HELD
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     weight_shared: gl.constexpr = gl.NVMMASharedLayout(2 * HEADS, 16, rank=2)
 
     split = gl.program_id(0)
     batch = gl.program_id(1).to(gl.int64)
     length = gl.load(lengths_ptr + batch)
-    start, end = splits_of(length, split, gl.num_programs(0))
-    late = reaches_last_row(start, length, (RING + CHUNKS - 1) // CHUNKS)
+    # Tiles are dealt out in turn, so the first tiles of all programs lie side by side: the kernel
+    # before can ask for them (latent_token).
+    start = split * TILE
+    step = gl.num_programs(0) * TILE
+    late = reaches_last_row(split, gl.num_programs(0), length, (RING + CHUNKS - 1) // CHUNKS)
 
     ring = gl.allocate_shared_memory(dtype, [RING, TILE, CHUNK], swizzled)
     q_shared = gl.allocate_shared_memory(dtype, [CHUNKS, HEADS, CHUNK], swizzled)
@@ -178,11 +177,11 @@ def hopper_kernel(
         wait_for_inputs(OVERLAP)
     # Position p of a tile is column chunk (p + VALUES) % CHUNKS: those that are only keys first.
     for g in gl.static_range(RING):
-        first = start + (g // CHUNKS) * TILE
+        first = start + (g // CHUNKS) * step
         tile = tile_base(
-            rows_ptr, pages_ptr, batch, first, end, stride_rb, stride_rt, stride_pb, PAGE
+            rows_ptr, pages_ptr, batch, first, length, stride_rb, stride_rt, stride_pb, PAGE
         )
-        fetch(ring.index(g), tile, end - first, (g + VALUES) % CHUNKS, stride_rt)
+        fetch(ring.index(g), tile, length - first, (g + VALUES) % CHUNKS, stride_rt)
 
     if not late:
         wait_for_inputs(OVERLAP)
@@ -209,28 +208,44 @@ def hopper_kernel(
         accs = accs + (gl.zeros([CHUNK, HEADS], gl.float32, out_layout),)
 
     slot = 0
-    for first in range(start, end, TILE):
+    for first in range(start, length, step):
+        next = first + step
         ahead_1 = tile_base(
-            rows_ptr, pages_ptr, batch, first + TILE, end, stride_rb, stride_rt, stride_pb, PAGE
+            rows_ptr, pages_ptr, batch, next, length, stride_rb, stride_rt, stride_pb, PAGE
         )
         ahead_2 = tile_base(
-            rows_ptr, pages_ptr, batch, first + 2 * TILE, end, stride_rb, stride_rt, stride_pb, PAGE
+            rows_ptr, pages_ptr, batch, next + step, length, stride_rb, stride_rt, stride_pb, PAGE
         )
+        remaining = length - first
         raw = warpgroup_mma_init(gl.zeros([TILE, HEADS], gl.float32, scores_layout))
+        held = ()
         for p in gl.static_range(CHUNKS):
-            async_copy.wait_group(RING - 1 - p)
-            fence_async_shared()
+            if p >= 2:
+                raw = warpgroup_mma_wait(1, deps=[raw])
+            async_copy.wait_group(RING - 1 - p + min(max(p - 2, 0), EARLY))
             cta_barrier()
+            fence_async_shared()
             keys = ring.index((slot + p) % RING)
             query = q_shared.index((p + VALUES) % CHUNKS).permute((1, 0))
             raw = warpgroup_mma(keys, query, raw, is_async=True)
+            if KEYS <= p and p < EARLY:
+                held = held + (keys.permute((1, 0)).load(held_layout),)
+            if 2 <= p and p < 2 + EARLY:
+                buffer = ring.index((slot + p - 2) % RING)
+                refill(
+                    buffer, ahead_1, ahead_2, remaining, step, p - 2 + RING, CHUNKS, VALUES,
+                    stride_rt,
+                )  # fmt: skip
         scores = warpgroup_mma_wait(0, deps=[raw])
-        cta_barrier()
-        for p in gl.static_range(KEYS):
-            buffer = ring.index((slot + p) % RING)
-            refill(buffer, ahead_1, ahead_2, end - first, p + RING, CHUNKS, VALUES, stride_rt)
+        if EARLY + 2 > CHUNKS:
+            cta_barrier()
+            for p in gl.static_range(CHUNKS - 2, EARLY):
+                buffer = ring.index((slot + p) % RING)
+                refill(
+                    buffer, ahead_1, ahead_2, remaining, step, p + RING, CHUNKS, VALUES, stride_rt
+                )
 
-        scores = gl.where((first + token < end)[:, None], scores * scale_log2, float("-inf"))
+        scores = gl.where((token < remaining)[:, None], scores * scale_log2, float("-inf"))
         weight, keep, top, total = weigh(scores, top, total)
         weight_buffer.store(weight.to(dtype))
         fence_async_shared()
@@ -238,24 +253,33 @@ def hopper_kernel(
         cta_barrier()
 
         running = ()
-        for c in gl.static_range(VALUES):
+        for c in gl.static_range(HELD, VALUES):
             values = ring.index((slot + KEYS + c) % RING).permute((1, 0))
             scaled = accs[c] * keep[None, :]
             running = running + (warpgroup_mma(values, weight_buffer, scaled, is_async=True),)
+        for c in gl.static_range(HELD):
+            scaled = accs[c] * keep[None, :]
+            running = running + (warpgroup_mma(held[c], weight_buffer, scaled, is_async=True),)
         accs = ()
-        for c in gl.static_range(VALUES):
-            accs = accs + (warpgroup_mma_wait(VALUES - 1 - c, deps=[running[c]]),)
+        for c in gl.static_range(HELD, VALUES):
+            accs = accs + (warpgroup_mma_wait(VALUES - 1 - (c - HELD), deps=[running[c - HELD]]),)
             cta_barrier()
             buffer = ring.index((slot + KEYS + c) % RING)
             refill(
-                buffer, ahead_1, ahead_2, end - first, KEYS + c + RING, CHUNKS, VALUES, stride_rt
-            )
+                buffer, ahead_1, ahead_2, remaining, step, KEYS + c + RING, CHUNKS, VALUES,
+                stride_rt,
+            )  # fmt: skip
+        first_accs = ()
+        for c in gl.static_range(HELD):
+            done = warpgroup_mma_wait(HELD - 1 - c, deps=[running[VALUES - HELD + c]])
+            first_accs = first_accs + (done,)
+        accs = first_accs + accs
         slot = (slot + CHUNKS) % RING
     async_copy.wait_group(0)
 
     store_parts(
         accs, top, total, parts_ptr, parts_lse_ptr, batch * total_splits + first_split + split,
-        end > start, HEADS, RANK, VALUE, VALUES, out_layout,
+        start < length, HEADS, RANK, VALUE, VALUES, out_layout,
     )  # fmt: skip
 
 
@@ -290,6 +314,7 @@ def launch_constants(run: Rows, *, heads: int, value_width: int) -> dict[str, An
         "VALUE": value_width,
         "PAGE": 0 if run.pages_BN is None else run.rows_bTW.shape[1],
         "RING": ring,
+        "HELD": HELD,
         "num_warps": NUM_WARPS,
     }
 

@@ -29,7 +29,6 @@ from internvideo3.kernels.latent_decode.gluon import (
     cta_barrier,
     fetch,
     reaches_last_row,
-    splits_of,
     store_parts,
     tile_base,
     weigh,
@@ -90,8 +89,9 @@ def hopper_fp8_kernel(
     split = gl.program_id(0)
     batch = gl.program_id(1).to(gl.int64)
     length = gl.load(lengths_ptr + batch)
-    start, end = splits_of(length, split, gl.num_programs(0))
-    late = reaches_last_row(start, length, 1)
+    start = split * TILE
+    step = gl.num_programs(0) * TILE
+    late = reaches_last_row(split, gl.num_programs(0), length, 1)
 
     stages = gl.allocate_shared_memory(rows_ptr.dtype.element_ty, [STAGES, TILE, CHUNK], plain)
     tile = gl.allocate_shared_memory(gl.float16, [VALUES, TILE, CHUNK], swizzled)
@@ -102,13 +102,15 @@ def hopper_fp8_kernel(
 
     if late:
         wait_for_inputs(OVERLAP)
-    base = tile_base(rows_ptr, pages_ptr, batch, start, end, stride_rb, stride_rt, stride_pb, PAGE)
-    for g in gl.static_range(STAGES):
-        fetch_fp8(stages.index(g), base, end - start, g, stride_rt)
-    rope_base = tile_base(
-        rope_ptr, pages_ptr, batch, start, end, stride_kb, stride_kt, stride_pb, PAGE
+    base = tile_base(
+        rows_ptr, pages_ptr, batch, start, length, stride_rb, stride_rt, stride_pb, PAGE
     )
-    fetch(rope.index(0), rope_base, end - start, 0, stride_kt)
+    for g in gl.static_range(STAGES):
+        fetch_fp8(stages.index(g), base, length - start, g, stride_rt)
+    rope_base = tile_base(
+        rope_ptr, pages_ptr, batch, start, length, stride_kb, stride_kt, stride_pb, PAGE
+    )
+    fetch(rope.index(0), rope_base, length - start, 0, stride_kt)
 
     if not late:
         wait_for_inputs(OVERLAP)
@@ -133,17 +135,19 @@ def hopper_fp8_kernel(
         accs = accs + (gl.zeros([CHUNK, HEADS], gl.float32, out_layout),)
 
     slot = 0
-    for first in range(start, end, TILE):
+    for first in range(start, length, step):
+        next = first + step
         ahead = tile_base(
-            rows_ptr, pages_ptr, batch, first + TILE, end, stride_rb, stride_rt, stride_pb, PAGE
+            rows_ptr, pages_ptr, batch, next, length, stride_rb, stride_rt, stride_pb, PAGE
         )
         rope_ahead = tile_base(
-            rope_ptr, pages_ptr, batch, first + TILE, end, stride_kb, stride_kt, stride_pb, PAGE
+            rope_ptr, pages_ptr, batch, next, length, stride_kb, stride_kt, stride_pb, PAGE
         )
         scale_base = tile_base(
-            row_scale_ptr, pages_ptr, batch, first, end, stride_sb, 1, stride_pb, PAGE
+            row_scale_ptr, pages_ptr, batch, first, length, stride_sb, 1, stride_pb, PAGE
         )
-        row_scale = gl.load(scale_base + token, mask=first + token < end, other=0.0)
+        remaining = length - first
+        row_scale = gl.load(scale_base + token, mask=token < remaining, other=0.0)
         raw = warpgroup_mma_init(gl.zeros([TILE, HEADS], gl.float32, scores_layout))
         for c in gl.static_range(VALUES):
             # The rotary chunk was fetched after the first STAGES chunks of its tile.
@@ -157,9 +161,9 @@ def hopper_fp8_kernel(
             fence_async_shared()
             cta_barrier()
             if c + STAGES < VALUES:
-                fetch_fp8(stage, base, end - first, c + STAGES, stride_rt)
+                fetch_fp8(stage, base, remaining, c + STAGES, stride_rt)
             else:
-                fetch_fp8(stage, ahead, end - first - TILE, c + STAGES - VALUES, stride_rt)
+                fetch_fp8(stage, ahead, remaining - step, c + STAGES - VALUES, stride_rt)
             query = q_tile.index(c).permute((1, 0))
             raw = warpgroup_mma(tile.index(c), query, raw, is_async=True)
         scores = warpgroup_mma_wait(0, deps=[raw]) * row_scale[:, None]
@@ -171,9 +175,9 @@ def hopper_fp8_kernel(
         )
         scores = warpgroup_mma_wait(0, deps=[turning])
         cta_barrier()
-        fetch(rope.index(0), rope_ahead, end - first - TILE, 0, stride_kt)
+        fetch(rope.index(0), rope_ahead, remaining - step, 0, stride_kt)
 
-        scores = gl.where((first + token < end)[:, None], scores * scale_log2, float("-inf"))
+        scores = gl.where((token < remaining)[:, None], scores * scale_log2, float("-inf"))
         weight, keep, top, total = weigh(scores, top, total)
         weight_buffer.store((weight * row_scale[:, None]).to(gl.float16))
         fence_async_shared()
@@ -194,7 +198,7 @@ def hopper_fp8_kernel(
 
     store_parts(
         accs, top, total, parts_ptr, parts_lse_ptr, batch * total_splits + first_split + split,
-        end > start, HEADS, VALUES * CHUNK, VALUE, VALUES, out_layout,
+        start < length, HEADS, VALUES * CHUNK, VALUE, VALUES, out_layout,
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """A token's cache row and absorbed queries as one Triton kernel.
 
-Axes: B sequences, H query heads, K key/value heads, D head width, W row width, S rotary slots.
+Axes: B sequences, H query heads, K key/value heads, G query heads of one of them, D head width,
+R rank, W row width, S rotary slots.
 """
 
 import torch
@@ -9,12 +10,21 @@ import triton
 import triton.language as tl
 
 from internvideo3.kernels.latent_token.naive import TokenMaps
-from internvideo3.kernels.triton_overlap import overlap, wait_for_inputs
+from internvideo3.kernels.triton_overlap import (
+    PIECE,
+    fetch_share,
+    overlap,
+    wait_for_inputs,
+    whole_pieces,
+)
 
 BLOCK_N = 4
 """Latent columns of a row that one program makes; half as many rotary pairs."""
+NUM_WARPS = 4
+AHEAD_BYTES = 132 * 64 * 2048
+"""Of the rows that are read next: the first tile of each multiprocessor of an H200."""
 BLOCK_R = 64
-"""Latent columns of one head's query that one program makes."""
+"""Latent columns of the queries of one key/value head that one program makes."""
 
 
 @triton.jit
@@ -82,47 +92,85 @@ def write_pairs(
 
 
 @triton.jit
-def query_of(q_ptr, q_norm_ptr, eps, D: tl.constexpr):
-    """One head's normalised query [D]."""
-    q = tl.load(q_ptr + tl.arange(0, D)).to(tl.float32)
-    gain = tl.load(q_norm_ptr + tl.arange(0, D)).to(tl.float32)
-    return q / tl.sqrt(tl.sum(q * q, axis=0) / D + eps) * gain
+def inverse_rms(q_ptr, row, here, eps, D: tl.constexpr):
+    """One over the RMS of each query of a key/value head, [G]."""
+    inner = tl.arange(0, D)
+    q = tl.load(q_ptr + row[:, None] * D + inner[None, :], mask=here[:, None], other=0.0)
+    q = q.to(tl.float32)
+    return 1.0 / tl.sqrt(tl.sum(q * q, axis=1) / D + eps)
+
+
+@triton.jit
+def normalised_at(q_ptr, q_norm_ptr, inverse, row, here, place, D: tl.constexpr):
+    """Normalised queries [G, .] at some places of a head."""
+    q = tl.load(q_ptr + row[:, None] * D + place[None, :], mask=here[:, None], other=0.0)
+    gain = tl.load(q_norm_ptr + place).to(tl.float32)
+    return q.to(tl.float32) * inverse[:, None] * gain[None, :]
 
 
 @triton.jit
 def query_latent(
-    q_ptr, q_norm_ptr, map_ptr, out_ptr, eps, block, D: tl.constexpr, RANK: tl.constexpr,
-    ROTARY: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
+    q_ptr, q_norm_ptr, gain_ptr, k_up_ptr, out_ptr, eps, kv_head, block, HEADS: tl.constexpr,
+    SHARE: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, ROTARY: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_R latent columns of one head's query."""
+    """BLOCK_R latent columns of all queries of one key/value head: its map is read once."""
+    HALF: tl.constexpr = D // 2
+    inner = tl.arange(0, D)
     column = block * BLOCK_R + tl.arange(0, BLOCK_R)
     real = column < RANK
-    place = tl.arange(0, D)[:, None] * (RANK + 2 * ROTARY) + column[None, :]
-    weights = tl.load(map_ptr + place, mask=real[None, :], other=0.0)
+    member = tl.arange(0, BLOCK_G)
+    here = member < SHARE
+    head = kv_head * SHARE + member
+    weights = tl.load(
+        k_up_ptr + kv_head * (D * RANK) + inner[:, None] * RANK + column[None, :],
+        mask=real[None, :],
+        other=0.0,
+    )
+    factor = gain_ptr + head[:, None] * HALF + (inner % HALF)[None, :]
+    re = tl.load(factor, mask=here[:, None], other=0.0).to(tl.float32)
+    im = tl.load(factor + HEADS * HALF, mask=here[:, None], other=0.0).to(tl.float32)
     wait_for_inputs(OVERLAP)
-    q = query_of(q_ptr, q_norm_ptr, eps, D)
-    made = tl.sum(q[:, None] * weights.to(tl.float32), axis=0)
-    tl.store(out_ptr + column, made.to(out_ptr.dtype.element_ty), mask=real)
+    inverse = inverse_rms(q_ptr, head, here, eps, D)
+    q = normalised_at(q_ptr, q_norm_ptr, inverse, head, here, inner, D)
+    other = normalised_at(q_ptr, q_norm_ptr, inverse, head, here, (inner + HALF) % D, D)
+    sign = tl.where(inner < HALF, -1.0, 1.0)
+    gained = (q * re + other * im * sign[None, :]).to(weights.dtype)
+    made = tl.dot(gained, weights, input_precision="ieee")
+    tl.store(
+        out_ptr + head[:, None] * (RANK + 2 * ROTARY) + column[None, :],
+        made.to(out_ptr.dtype.element_ty),
+        mask=here[:, None] & real[None, :],
+    )
 
 
 @triton.jit
 def query_pairs(
-    q_ptr, q_norm_ptr, map_ptr, cos_ptr, sin_ptr, out_ptr, eps, batch, D: tl.constexpr,
-    RANK: tl.constexpr, ROTARY: tl.constexpr, OVERLAP: tl.constexpr,
+    q_ptr, q_norm_ptr, read_ptr, frequency_ptr, cos_ptr, sin_ptr, out_ptr, eps, batch, kv_head,
+    HEADS: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr,
+    ROTARY: tl.constexpr, BLOCK_G: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """All rotary pairs of one head's query."""
-    pair = tl.arange(0, ROTARY)
-    place = tl.arange(0, D)[:, None] * (RANK + 2 * ROTARY) + RANK + pair[None, :]
-    low, high = tl.load(map_ptr + place), tl.load(map_ptr + place + ROTARY)
+    """All rotary pairs of all queries of one key/value head."""
+    slot = tl.arange(0, ROTARY)
+    member = tl.arange(0, BLOCK_G)
+    here = member < SHARE
+    head = kv_head * SHARE + member
+    place = tl.load(frequency_ptr + slot)
+    factor = read_ptr + slot[None, :] * HEADS + head[:, None]
+    read_re = tl.load(factor, mask=here[:, None], other=0.0).to(tl.float32)
+    read_im = tl.load(factor + ROTARY * HEADS, mask=here[:, None], other=0.0).to(tl.float32)
     wait_for_inputs(OVERLAP)
-    q = query_of(q_ptr, q_norm_ptr, eps, D)
-    first = tl.sum(q[:, None] * low.to(tl.float32), axis=0)
-    second = tl.sum(q[:, None] * high.to(tl.float32), axis=0)
-    cos = tl.load(cos_ptr + batch * ROTARY + pair).to(tl.float32)
-    sin = tl.load(sin_ptr + batch * ROTARY + pair).to(tl.float32)
+    cos = tl.load(cos_ptr + batch * ROTARY + slot).to(tl.float32)
+    sin = tl.load(sin_ptr + batch * ROTARY + slot).to(tl.float32)
+    turn_re = read_re * cos[None, :] - read_im * sin[None, :]
+    turn_im = read_re * sin[None, :] + read_im * cos[None, :]
+    inverse = inverse_rms(q_ptr, head, here, eps, D)
+    re = normalised_at(q_ptr, q_norm_ptr, inverse, head, here, place, D)
+    im = normalised_at(q_ptr, q_norm_ptr, inverse, head, here, place + D // 2, D)
     dtype = out_ptr.dtype.element_ty
-    tl.store(out_ptr + RANK + pair, (first * cos - second * sin).to(dtype))
-    tl.store(out_ptr + RANK + ROTARY + pair, (second * cos + first * sin).to(dtype))
+    to_ptr = out_ptr + head[:, None] * (RANK + 2 * ROTARY) + RANK + slot[None, :]
+    tl.store(to_ptr, (re * turn_re - im * turn_im).to(dtype), mask=here[:, None])
+    tl.store(to_ptr + ROTARY, (re * turn_im + im * turn_re).to(dtype), mask=here[:, None])
 
 
 @triton.jit
@@ -132,12 +180,16 @@ def token_kernel(
     k_norm_ptr,
     row_map_ptr,
     bias_ptr,
-    query_map_ptr,
+    gain_ptr,
+    k_up_ptr,
+    read_ptr,
+    frequency_ptr,
     cos_ptr,
     sin_ptr,
     slots_ptr,
     rows_ptr,
     out_ptr,
+    ahead_ptr,
     eps,
     stride_b,
     stride_row,
@@ -149,20 +201,25 @@ def token_kernel(
     ROW_PROGRAMS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    AHEAD: tl.constexpr,
+    THREADS: tl.constexpr,
+    PIECE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """A piece of the row in the first programs, of a query in the others; grid (., B)."""
+    """A piece of the row in the first programs, of queries in the others; grid (., B)."""
     batch = tl.program_id(1).to(tl.int64)
     qkv_ptr += batch * stride_b
     program = tl.program_id(0)
+    if batch == 0:
+        fetch_share(ahead_ptr, program, tl.num_programs(0), AHEAD, THREADS, PIECE, OVERLAP)
     latent_programs: tl.constexpr = (RANK + BLOCK_N - 1) // BLOCK_N
     blocks: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     inner = tl.arange(0, 2 * KV_HEADS)[:, None] * D + tl.arange(0, D)[None, :]
-    head = (program - ROW_PROGRAMS) // (blocks + 1)
+    share: tl.constexpr = HEADS // KV_HEADS
+    kv_head = (program - ROW_PROGRAMS) // (blocks + 1)
     block = (program - ROW_PROGRAMS) % (blocks + 1)
-    q_ptr = qkv_ptr + head * D
-    map_ptr = query_map_ptr + head * (D * (RANK + 2 * ROTARY))
-    to_ptr = out_ptr + (batch * HEADS + head) * (RANK + 2 * ROTARY)
+    to_ptr = out_ptr + batch * HEADS * (RANK + 2 * ROTARY)
     if program < latent_programs:
         write_latent(
             qkv_ptr + HEADS * D, inner, k_norm_ptr, row_map_ptr, bias_ptr, slots_ptr, rows_ptr,
@@ -176,12 +233,13 @@ def token_kernel(
         )  # fmt: skip
     elif block < blocks:
         query_latent(
-            q_ptr, q_norm_ptr, map_ptr, to_ptr, eps, block, D, RANK, ROTARY, BLOCK_R, OVERLAP
-        )
+            qkv_ptr, q_norm_ptr, gain_ptr, k_up_ptr, to_ptr, eps, kv_head, block,
+            HEADS, share, D, RANK, ROTARY, BLOCK_G, BLOCK_R, OVERLAP,
+        )  # fmt: skip
     else:
         query_pairs(
-            q_ptr, q_norm_ptr, map_ptr, cos_ptr, sin_ptr, to_ptr, eps, batch, D, RANK, ROTARY,
-            OVERLAP,
+            qkv_ptr, q_norm_ptr, read_ptr, frequency_ptr, cos_ptr, sin_ptr, to_ptr, eps, batch,
+            kv_head, HEADS, share, D, RANK, ROTARY, BLOCK_G, OVERLAP,
         )  # fmt: skip
 
 
@@ -199,7 +257,10 @@ def launch_constants(
         "ROW_PROGRAMS": triton.cdiv(rank, BLOCK_N) + triton.cdiv(rotary, BLOCK_N // 2),
         "BLOCK_N": BLOCK_N,
         "BLOCK_R": BLOCK_R,
-        "num_warps": 4,
+        "BLOCK_G": max(16, triton.next_power_of_2(heads // kv_heads)),
+        "THREADS": 32 * NUM_WARPS,
+        "PIECE": PIECE,
+        "num_warps": NUM_WARPS,
     }
 
 
@@ -210,29 +271,39 @@ def latent_token(
     sin_BS: torch.Tensor,
     slots_B: torch.Tensor,
     rows_CW: torch.Tensor,
+    *,
+    then: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Write rows, make queries; see ``naive.latent_token`` (D, K, S powers of two; contiguous)."""
-    heads, dim, width = maps.query_HDW.shape
-    batch, rotary = cos_BS.shape
-    constants = launch_constants(heads, maps.row_WE.shape[1] // (2 * dim), dim, width, rotary)
+    """Write rows, make queries; see ``naive.latent_token`` (D, K, S powers of two; contiguous).
+
+    ``then``: contiguous rows that are read next; the first ones are asked for early.
+    """
+    (_, heads, _), (kv_heads, dim, _) = maps.gain_2HF.shape, maps.k_up_KDR.shape
+    (batch, rotary), width = cos_BS.shape, rows_CW.shape[1]
+    constants = launch_constants(heads, kv_heads, dim, width, rotary)
     out_BHW = torch.empty(batch, heads, width, dtype=qkv_BP.dtype, device=qkv_BP.device)
     per_head = triton.cdiv(constants["RANK"], BLOCK_R) + 1
-    token_kernel[(constants["ROW_PROGRAMS"] + heads * per_head, batch)](
+    token_kernel[(constants["ROW_PROGRAMS"] + kv_heads * per_head, batch)](
         qkv_BP,
         maps.q_norm_D,
         maps.k_norm_D,
         maps.row_WE,
         maps.bias_W,
-        maps.query_HDW,
+        maps.gain_2HF,
+        maps.k_up_KDR,
+        maps.read_2SH,
+        maps.frequency_S,
         cos_BS,
         sin_BS,
         slots_B,
         rows_CW,
         out_BHW,
+        rows_CW if then is None else then,
         maps.eps,
         qkv_BP.stride(0),
         rows_CW.stride(0),
         **constants,
+        AHEAD=whole_pieces(then, AHEAD_BYTES),
         **overlap(qkv_BP),
     )
     return out_BHW

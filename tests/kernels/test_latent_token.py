@@ -3,8 +3,6 @@
 .venv/bin/python -m pytest tests/kernels/test_latent_token.py -q
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -19,7 +17,9 @@ def relative(out: torch.Tensor, reference: torch.Tensor) -> float:
     return float((out.double() - reference).norm() / reference.norm())
 
 
-def maps_of(heads: int, kv_heads: int, dim: int, width: int, dtype: torch.dtype) -> naive.TokenMaps:
+def maps_of(
+    heads: int, kv_heads: int, dim: int, width: int, rotary: int, dtype: torch.dtype
+) -> naive.TokenMaps:
     drawn = torch.Generator().manual_seed(heads * width)
 
     def randn(*size: int) -> torch.Tensor:
@@ -31,13 +31,11 @@ def maps_of(heads: int, kv_heads: int, dim: int, width: int, dtype: torch.dtype)
         eps=1e-6,
         row_WE=randn(width, 2 * kv_heads * dim),
         bias_W=randn(width),
-        query_HDW=randn(heads, dim, width),
+        gain_2HF=randn(2, heads, dim // 2),
+        k_up_KDR=randn(kv_heads, dim, width - 2 * rotary),
+        read_2SH=randn(2, rotary, heads),
+        frequency_S=torch.randint(dim // 2, (rotary,), generator=drawn),
     )
-
-
-def doubled(maps: naive.TokenMaps) -> naive.TokenMaps:
-    names = ("q_norm_D", "k_norm_D", "row_WE", "bias_W", "query_HDW")
-    return replace(maps, **{name: getattr(maps, name).double() for name in names})
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16"])
@@ -57,7 +55,7 @@ def test_row_and_queries(
     heads: int, kv_heads: int, dim: int, rank: int, rotary: int, batch: int, dtype: torch.dtype
 ) -> None:
     width = rank + 2 * rotary
-    maps = maps_of(heads, kv_heads, dim, width, dtype)
+    maps = maps_of(heads, kv_heads, dim, width, rotary, dtype)
     drawn = torch.Generator().manual_seed(batch)
     qkv = torch.randn(batch, (heads + 2 * kv_heads) * dim, generator=drawn).to(dtype)
     angle = torch.randn(batch, rotary, generator=drawn)
@@ -66,7 +64,7 @@ def test_row_and_queries(
     q = token.latent_token(qkv, maps, angle.cos(), angle.sin(), slots, rows)
     wide = torch.full((6, width), 7.0, dtype=torch.float64)
     cos, sin = angle.cos().double(), angle.sin().double()
-    expected = naive.latent_token(qkv.double(), doubled(maps), cos, sin, slots, wide)
+    expected = naive.latent_token(qkv.double(), naive.widened(maps), cos, sin, slots, wide)
     assert q.dtype == dtype
     assert relative(q, expected) <= TOLERANCE[dtype]
     assert relative(rows[slots], wide[slots]) <= TOLERANCE[dtype]
@@ -74,7 +72,7 @@ def test_row_and_queries(
 
 
 def test_the_real_shape() -> None:
-    maps = maps_of(32, 8, 128, 1024, torch.float32)
+    maps = maps_of(32, 8, 128, 1024, 64, torch.float32)
     drawn = torch.Generator().manual_seed(5)
     qkv = torch.randn(1, 48 * 128, generator=drawn)
     angle = torch.randn(1, 64, generator=drawn)
@@ -82,6 +80,6 @@ def test_the_real_shape() -> None:
     slots = torch.tensor([1])
     q = token.latent_token(qkv, maps, angle.cos(), angle.sin(), slots, rows)
     cos, sin = angle.cos().double(), angle.sin().double()
-    expected = naive.latent_token(qkv.double(), doubled(maps), cos, sin, slots, wide)
+    expected = naive.latent_token(qkv.double(), naive.widened(maps), cos, sin, slots, wide)
     assert relative(q, expected) <= 1e-5
     assert relative(rows, wide) <= 1e-5
