@@ -20,6 +20,7 @@ def agent_options(
     tools: str | None,
     *,
     verify: bool,
+    compress_at: int | None = None,
     direct_only: Mapping[str, bool],
 ) -> AgentSettings:
     """The settings of an agent.
@@ -31,12 +32,13 @@ def agent_options(
         zoom_frames: most frames of a further look.
         tools: names with commas between, `none`, or None for all but the web.
         verify: whether answers must pass verification.
+        compress_at: tokens at which the context is begun anew; None for never.
         direct_only: options that only direct answers take, and whether they were given.
 
     Raises:
         PreflightError: a name is unknown, with the nearest known one, or an option has no agentic
             form.
-        ValueError: the budget is too small.
+        ValueError: the budget or the threshold is too small.
     """
     given = [option for option, holds in direct_only.items() if holds]
     if given:
@@ -58,6 +60,7 @@ def agent_options(
         verifies=verify,
         zoom_frames=zoom_frames,
         tools=named,
+        compress_at=compress_at,
     )
 
 

@@ -46,6 +46,8 @@ class AskOptions:
     """Most frames of the first look."""
     zoom_frames: int = 16
     """Most frames of a further look."""
+    compress_at: int | None = None
+    """Tokens at which the agent's context is begun anew with what matters; None for never."""
     web: bool = False
     """Whether the agent may search the web."""
     max_new_tokens: int = 256
@@ -162,6 +164,7 @@ def agent_of(options: AskOptions) -> AgentSettings:
         zoom_frames=options.zoom_frames,
         tools=tools,
         seed=options.seed,
+        compress_at=options.compress_at,
     )
 
 

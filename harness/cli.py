@@ -188,6 +188,12 @@ def evaluate_command(
             "`spread`, `random`, `none`."
         ),
     ] = "new",
+    compress_at: Annotated[
+        int | None,
+        typer.Option(
+            min=512, help="Begin the agent's context anew at so many tokens, with what matters."
+        ),
+    ] = None,
     zoom_frames: Annotated[
         int, typer.Option(min=2, help="Agentic: most frames of a further look.")
     ] = 16,
@@ -250,6 +256,7 @@ def evaluate_command(
 
             agent = agent_options(
                 policy, (turns, tool_calls, tokens), looks, zoom_frames, tools, verify=verify,
+                compress_at=compress_at,
                 direct_only={"--control shuffled": control == "shuffled", "--thinking": thinking},
             )  # fmt: skip
         options = EvalOptions(
@@ -316,6 +323,12 @@ def ask_command(
     ] = 8192,
     fps: Annotated[float, typer.Option(help="Frames a second of the first look.")] = 2.0,
     max_frames: Annotated[int, typer.Option(min=4, help="Most frames of the first look.")] = 64,
+    compress_at: Annotated[
+        int | None,
+        typer.Option(
+            min=512, help="Begin the agent's context anew at so many tokens, with what matters."
+        ),
+    ] = None,
     zoom_frames: Annotated[int, typer.Option(min=2, help="Most frames of a further look.")] = 16,
     web: Annotated[
         bool, typer.Option("--web", help="Let the agent search the web, if there is a network.")
@@ -367,6 +380,7 @@ def ask_command(
             tokens=tokens,
             fps=fps,
             max_frames=max_frames,
+            compress_at=compress_at,
             zoom_frames=zoom_frames,
             web=web,
             max_new_tokens=max_new_tokens,
@@ -416,6 +430,12 @@ def serve_command(
     ] = 8192,
     fps: Annotated[float, typer.Option(help="Frames a second of the first look.")] = 2.0,
     max_frames: Annotated[int, typer.Option(min=4, help="Most frames of the first look.")] = 64,
+    compress_at: Annotated[
+        int | None,
+        typer.Option(
+            min=512, help="Begin the agent's context anew at so many tokens, with what matters."
+        ),
+    ] = None,
     zoom_frames: Annotated[int, typer.Option(min=2, help="Most frames of a further look.")] = 16,
     web: Annotated[
         bool, typer.Option("--web", help="Let the agent search the web, if there is a network.")
@@ -454,6 +474,7 @@ def serve_command(
             video=Path(), question="", out=Path(), model=model,
             policy=_one_of("--policy", policy, ("controller", "model")), turns=turns,
             tool_calls=tool_calls, tokens=tokens, fps=fps, max_frames=max_frames,
+            compress_at=compress_at,
             zoom_frames=zoom_frames, web=web, max_new_tokens=max_new_tokens, device=device,
             dtype=_one_of("--dtype", dtype, ("auto", "float32", "bfloat16")), threads=threads,
             cache=cache,

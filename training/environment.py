@@ -36,6 +36,9 @@ class Observation:
     """Tokens since its last words, vision tokens included; none of them is learnt."""
     text: str
     """What they say, without vision tokens."""
+    anew: bool
+    """Whether the context begins with these tokens: at a reset, or since a long one was shortened;
+    what was said before is then not in it, and is learnt apart."""
     session: Session | None
     """The whole context, on a fork in which the policy is about to speak; None at the end."""
 

@@ -10,7 +10,7 @@ The chat form is Qwen3's: the model's and the controller's words are assistant t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -72,7 +72,14 @@ class Quoted:
     text: str
 
 
-Part = Control | Quoted | Frames
+@dataclass(frozen=True)
+class Said:
+    """The model's own words, by id."""
+
+    ids: tuple[int, ...]
+
+
+Part = Control | Quoted | Frames | Said
 MARKERS = tuple(Control(text) for text in (*CALL, *RESPONSE))
 
 
@@ -104,9 +111,11 @@ class Context:
 
     Args:
         session: an empty session; the context is its only writer.
+        opens: makes the session of a stream that is begun anew; None if none ever is, so that
+            frames need not be kept.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, opens: Callable[[], Session] | None = None) -> None:
         if len(session):
             raise ValueError(
                 f"a context begins on an empty session, and this one holds {len(session)} tokens. "
@@ -117,6 +126,12 @@ class Context:
         self.generated = 0
         """Tokens that the model wrote."""
         self.quoter = Quoter(session.processor.tokenizer)
+        self.offset = 0
+        """Tokens of the streams before the present one."""
+        self.present: set[str] = set()
+        """Entries whose tokens are in the present stream as they were written."""
+        self._opens = opens
+        self._written: dict[str, tuple[str, tuple[Part, ...]]] = {}
         self._entries: list[Entry] = []
         self._waiting: list[int] = []
         self._role: str | None = None
@@ -127,7 +142,12 @@ class Context:
         return tuple(self._entries)
 
     def __len__(self) -> int:
-        """Number of tokens."""
+        """Number of tokens, those of earlier streams included."""
+        return self.offset + self.held
+
+    @property
+    def held(self) -> int:
+        """Number of tokens of the present stream, which the model sees."""
         return len(self.session) + len(self._waiting)
 
     @property
@@ -159,12 +179,13 @@ class Context:
             span: the part of the video that it is about.
             data: further JSON for the trace.
         """
-        start = len(self)
-        self._open(role or ROLES[kind])
+        start, role = len(self), role or ROLES[kind]
+        self._open(role)
         for part in parts:
             self._write(part)
         said = (p.text for p in parts if isinstance(p, (Control, Quoted)) and p not in MARKERS)
         text = "".join(shorten(one) for one in said).strip()
+        self._keep(role, parts)
         return self._record(kind, source, text, start, span=span, data=data)
 
     def tell(self, role: str, parts: Sequence[Part]) -> Entry:
@@ -200,6 +221,7 @@ class Context:
         if reply.token_ids and reply.token_ids[-1] in self._end_ids():
             self._role = ""
         data = {"ids": list(reply.token_ids), "stop": str(reply.stop_reason)}
+        self._keep("assistant", [Said(reply.token_ids)])
         return self._record(Kind.REASONING, "model", reply.text, start, data=data)
 
     def ahead(self) -> Session:
@@ -210,6 +232,48 @@ class Context:
         if fork_ids:
             fork.append_ids(fork_ids)
         return fork
+
+    def restart(self, kept: Sequence[str], note: str) -> Entry:
+        """Begins the token stream anew; entries stay, and so do their ids.
+
+        Args:
+            kept: entries of the present stream that are written again, in order.
+            note: what is said of the others, after the instructions before the first turn.
+        """
+        assert self._opens is not None, "a context that may restart is given `opens`"
+        start, before, dropped = len(self), self.session, self.present - {*kept}
+        self.session, self.offset = self._opens(), start
+        self.session.features = before.features
+        self.session.encode_s, self.session.prefill_s = before.encode_s, before.prefill_s
+        self.session.decode_s = before.decode_s
+        self._waiting, self._role, self.present = [], None, set()
+        rest = [one for one in kept if not self._is_first(one)]
+        for one in (one for one in kept if self._is_first(one)):
+            self._write_again(one)
+        self._open("user")
+        for part in (Control("\n"), Quoted(note), Control("\n")):
+            self._write(part)
+        for one in rest:
+            self._write_again(one)
+        data = {"kept": list(kept), "dropped": sorted(dropped, key=lambda e: int(e[1:]))}
+        entry = self._record(Kind.MEMORY, "compression", note, start, data=data | {"ok": False})
+        self.present = {*kept}
+        return entry
+
+    def _is_first(self, entry_id: str) -> bool:
+        entry = self.find(entry_id)
+        return entry is not None and entry.kind is Kind.INSTRUCTION and not entry.turn
+
+    def _write_again(self, entry_id: str) -> None:
+        role, parts = self._written[entry_id]
+        self._open(role)
+        for part in parts:
+            self._write(part)
+
+    def _keep(self, role: str, parts: Sequence[Part]) -> None:
+        """Keeps what was written under the next entry's id, if it may be written again."""
+        if self._opens is not None:
+            self._written[self.next_id] = (role, tuple(parts))
 
     def _end_ids(self) -> list[int]:
         return self.quoter.control(END)
@@ -230,6 +294,9 @@ class Context:
             self._waiting += self.quoter.control(part.text)
         elif isinstance(part, Quoted):
             self._waiting += self.quoter.quote(part.text)
+        elif isinstance(part, Said):
+            self._waiting += part.ids
+            self._role = "" if part.ids and part.ids[-1] in self._end_ids() else self._role
         else:
             self._flush()
             self.session.append_text(VIDEO, [part])
@@ -261,4 +328,6 @@ class Context:
             data=dict(data or {}),
         )
         self._entries.append(entry)
+        if self._opens is not None and entry.stop > entry.start:
+            self.present.add(entry.id)
         return entry

@@ -10,6 +10,7 @@ from typing import Any
 
 from internvideo3.harness.agent.album import open_album
 from internvideo3.harness.agent.budget import Budget, Spending
+from internvideo3.harness.agent.compression import compress
 from internvideo3.harness.agent.context import Context
 from internvideo3.harness.agent.environment import Environment
 from internvideo3.harness.agent.judging import options_of
@@ -89,7 +90,8 @@ def prepare(
         VideoError: the video cannot be read.
     """
     place.desk.begin_rollout()
-    context, memory = Context(place.session()), Memory(place.desk)
+    threshold, memory = settings.compress_at, Memory(place.desk)
+    context = Context(place.session(), place.session if threshold is not None else None)
     start_s, end_s = eye.start_s or 0.0, seen_span(first)[1]
     if eye.end_s is None:
         end_s = first.duration_s
@@ -107,6 +109,7 @@ def prepare(
     return State(
         question=question, options=options_of(question), context=context, environment=environment,
         eye=eye, spending=spending, prior=prior, album=album, earlier=tuple(earlier),
+        compress=lambda state: None if threshold is None else compress(state, threshold),
     )  # fmt: skip
 
 

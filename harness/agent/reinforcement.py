@@ -158,5 +158,8 @@ class _Running:
             entry.text for entry in context.entries[self.shown :] if entry.kind is not Kind.ACTION
         ]
         return Observation(
-            ids=tuple(source.ids[self.seen :]), text="\n".join(filter(None, new)), session=session
+            ids=tuple(source.ids[max(0, self.seen - context.offset) :]),
+            text="\n".join(filter(None, new)),
+            anew=self.seen <= context.offset,
+            session=session,
         )

@@ -83,6 +83,8 @@ class State:
     """Small pictures of the whole video, where memory has them."""
     earlier: tuple[Earlier, ...] = ()
     """The conversation before the question."""
+    compress: Callable[[State], object] = lambda state: None
+    """Shortens a context that has grown long, between two turns."""
     weak: Span | None = None
     """A part whose look did not support the answer that cited it."""
     proposed: str = ""
@@ -175,6 +177,7 @@ def turn(state: State, policy: Policy, watch: Watch) -> Outcome | None:
         take(action, state)
     if policy.restates:
         state.context.add(Kind.INSTRUCTION, "loop", [Quoted(state.question)])
+    state.compress(state)
     state.count()
     watch(state)
     return best(state, "budget") if state.spending.spent() else None

@@ -7,6 +7,8 @@ from typing import Literal
 
 from internvideo3.harness.agent.budget import Budget
 
+LEAST_HELD = 512
+"""Tokens below which a context is not begun anew."""
 PolicyName = Literal["controller", "model"]
 Looks = Literal["new", "spread", "random", "none"]
 TOOLS_OF_EVAL = ("video_segmentation", "asr", "ocr", "temporal_grounding")
@@ -35,3 +37,17 @@ class AgentSettings:
     """Kind of the questions, where the command says it instead of the embedding's estimate."""
     seed: int = 0
     """Of random looks and sampled words."""
+    compress_at: int | None = None
+    """Tokens from which the context is begun anew with what matters; None: it only grows."""
+
+    def __post_init__(self) -> None:
+        """Checks the threshold.
+
+        Raises:
+            ValueError: it is too small to hold anything.
+        """
+        if self.compress_at is not None and self.compress_at < LEAST_HELD:
+            raise ValueError(
+                f"a context of {self.compress_at} tokens holds nothing; compress at no fewer than "
+                f"{LEAST_HELD}."
+            )
