@@ -131,8 +131,7 @@ class GroupedAttend:
         own = KeysValues(
             keys_bKTD=self.keys_BKTD, values_bKTD=self.values_BKTD, lengths_B=where.visible_B
         )
-        runs, then = [*self.shared, own], attn.o_proj.weight
-        out_BHD, _ = gqa_decode(q_BHD, runs, scale=attn.scaling, then=then)
+        out_BHD, _ = gqa_decode(q_BHD, [*self.shared, own], scale=attn.scaling)
         return out_BHD.flatten(1)
 
 
@@ -166,11 +165,7 @@ class RowAttend:
         q_BHW = self.write(x_BX, norm, self._angles(where), self._places(where))
         own = Rows(rows_bTW=self.rows_BTW, lengths_B=where.visible_B, rank=self.attn.rank)
         latent_BHR, _ = latent_decode(
-            q_BHW,
-            [*self.shared, own],
-            scale=self.attn.scale,
-            value_width=self.attn.rank,
-            then=self.attn.o_proj.weight,
+            q_BHW, [*self.shared, own], scale=self.attn.scale, value_width=self.attn.rank
         )
         return expand_output(latent_BHR, self.v_up_KDR).flatten(1)
 
@@ -223,9 +218,8 @@ class FusedRowAttend(RowAttend):
 
     def write(self, x_BX: Tensor, norm: Any, angles: tuple[Tensor, ...], slots_B: Tensor) -> Tensor:
         """As `RowAttend.write`: two launches."""
-        (cos_BS, sin_BS), qkv_BP = angles, self.qkv(x_BX, norm)
-        then = self.shared[0].rows_bTW[0] if self.shared else self.rows_CW
-        return latent_token(qkv_BP, self.maps, cos_BS, sin_BS, slots_B, self.rows_CW, then=then)
+        cos_BS, sin_BS = angles
+        return latent_token(self.qkv(x_BX, norm), self.maps, cos_BS, sin_BS, slots_B, self.rows_CW)
 
 
 class PreropeAttend:

@@ -51,11 +51,12 @@ def main() -> None:
     parser.add_argument("--prefill", action="store_true", help="time prefills instead")
     parser.add_argument("--contexts", type=int, nargs="+", help="other lengths than the figure's")
     parser.add_argument("--models", nargs="+", help="other models than the figure's")
+    parser.add_argument("--batches", type=int, nargs="+", help="sequences decoded together")
     parser.add_argument("--new-tokens", type=int, help="decoded and timed at each length")
     parser.add_argument("--caches", nargs="+", help="native, fp8 (M²LA only)")
     parser.add_argument("--runners", nargs="+", help="engine, sdpa, flash, static")
     given = parser.parse_args()
-    names = ("contexts", "models", "caches", "runners", "new_tokens")
+    names = ("contexts", "models", "caches", "runners", "batches", "new_tokens")
     workload = changed(
         quick(given.device, prefill=given.prefill), {name: getattr(given, name) for name in names}
     )

@@ -13,20 +13,13 @@ from internvideo3.kernels.gqa_decode.naive import KeysValues
 
 
 def decode_runs(
-    q_BHD: torch.Tensor,
-    runs: Sequence[KeysValues],
-    *,
-    scale: float,
-    then: torch.Tensor | None = None,
+    q_BHD: torch.Tensor, runs: Sequence[KeysValues], *, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend from one query per head over runs of keys and values; see ``naive.decode_runs``.
-
-    ``then`` are weights that are read next, which a kernel may ask for early.
-    """
+    """Attend from one query per head over runs of keys and values; see ``naive.decode_runs``."""
     if not is_power_of_two(q_BHD.shape[-1]) or not wants_triton(q_BHD):
         return naive.decode_runs(q_BHD, runs, scale=scale)
     from internvideo3.kernels.gqa_decode import triton
 
     return triton.decode_runs(
-        q_BHD, runs, scale=scale, multiprocessors=multiprocessors(q_BHD.device), then=then
+        q_BHD, runs, scale=scale, multiprocessors=multiprocessors(q_BHD.device)
     )

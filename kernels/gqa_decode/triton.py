@@ -18,7 +18,7 @@ import triton.language as tl
 from internvideo3.kernels.gqa_decode.naive import KeysValues
 from internvideo3.kernels.latent_decode.triton import BLOCKS_PER_SPLIT, LOG2_E, token_range
 from internvideo3.kernels.lse_merge.triton import lse_merge
-from internvideo3.kernels.triton_overlap import fetch_to_l2, overlap, wait_for_inputs
+from internvideo3.kernels.triton_overlap import overlap, wait_for_inputs
 
 
 @dataclass(frozen=True)
@@ -59,24 +59,14 @@ def gqa_kernel(
     BLOCK_G: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    THREADS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """The SHARE query heads of one key/value head over one token range; grid (S, K, B)."""
+    wait_for_inputs(OVERLAP)
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     start, end = token_range(tl.load(lengths_ptr + batch), split, tl.num_programs(0), BLOCK_N)
-
-    keys_ptr += batch * stride_kb + kv_head * stride_kh
-    values_ptr += batch * stride_vb + kv_head * stride_vh
-    early = start + tl.arange(0, THREADS)
-    early_bytes = tl.where(
-        early < end, WIDTH * keys_ptr.dtype.element_ty.primitive_bitwidth // 8, 0
-    )
-    fetch_to_l2(keys_ptr + early.to(tl.int64) * stride_kt, early_bytes, OVERLAP)
-    fetch_to_l2(values_ptr + early.to(tl.int64) * stride_vt, early_bytes, OVERLAP)
-    wait_for_inputs(OVERLAP)
 
     member = tl.arange(0, BLOCK_G)
     column = tl.arange(0, WIDTH)
@@ -90,6 +80,8 @@ def gqa_kernel(
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, WIDTH], tl.float32)
+    keys_ptr += batch * stride_kb + kv_head * stride_kh
+    values_ptr += batch * stride_vb + kv_head * stride_vh
     for first in range(start, end, BLOCK_N):
         step = tl.arange(0, BLOCK_N)
         valid = first + step < end
@@ -148,7 +140,6 @@ def launch_constants(tile: Tile, *, heads: int, kv_heads: int, width: int) -> di
         "BLOCK_G": max(16, triton.next_power_of_2(share)),
         "WIDTH": width,
         "BLOCK_N": tile.block_n,
-        "THREADS": 32 * tile.num_warps,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
@@ -191,7 +182,6 @@ def decode_runs(
     scale: float,
     multiprocessors: int,
     parts_dtype: torch.dtype | None = None,
-    then: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend over several runs with the shipped tile; see ``naive.decode_runs``.
 
@@ -201,7 +191,6 @@ def decode_runs(
         scale: factor on the scores.
         multiprocessors: of the device; decides how many programs share a run.
         parts_dtype: dtype of the partial outputs; None is that of q.
-        then: contiguous weights that are read next; the merge asks for them early.
 
     Returns:
         Output ``[B, H, D]`` in the dtype of q, natural-log float32 log-sum-exp ``[B, H]``.
@@ -212,7 +201,7 @@ def decode_runs(
         most = multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // (q_BHD.shape[0] * kv_heads)
         few = triton.cdiv(capacity, TILE.block_n * BLOCKS_PER_SPLIT)
         launches.append((run, max(1, min(most, few))))
-    return _launch(q_BHD, launches, scale, TILE, parts_dtype or q_BHD.dtype, then)
+    return _launch(q_BHD, launches, scale, TILE, parts_dtype or q_BHD.dtype)
 
 
 def _launch(
@@ -221,7 +210,6 @@ def _launch(
     scale: float,
     tile: Tile,
     parts_dtype: torch.dtype,
-    then: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One kernel for each run, all into one set of partial outputs, then the merge."""
     batch, heads, width = q_BHD.shape
@@ -248,7 +236,7 @@ def _launch(
             **overlap(q_BHD),
         )
         first += n_splits
-    return lse_merge(parts_BSDH, parts_lse_BSH, out_dtype=q_BHD.dtype, then=then)
+    return lse_merge(parts_BSDH, parts_lse_BSH, out_dtype=q_BHD.dtype)
 
 
 def _strides(tensor: torch.Tensor) -> tuple[int, int, int]:

@@ -23,17 +23,11 @@ def is_static(width: int, dtype: torch.dtype) -> bool:
 
 
 def decode_runs(
-    q_BHW: torch.Tensor,
-    runs: Sequence[Rows],
-    *,
-    scale: float,
-    value_width: int,
-    then: torch.Tensor | None = None,
+    q_BHW: torch.Tensor, runs: Sequence[Rows], *, scale: float, value_width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend from absorbed queries over runs of latent rows; see ``naive.decode_runs``.
 
     What is not ``is_static`` runs in torch; the interpreter, which has no limit, takes float32.
-    ``then`` are weights that are read next, which a kernel may ask for early.
     """
     dtype = q_BHW.dtype if q_BHW.is_cuda else torch.bfloat16
     fits = all(is_static(run.width, dtype) for run in runs)
@@ -47,5 +41,4 @@ def decode_runs(
         scale=scale,
         value_width=value_width,
         multiprocessors=multiprocessors(q_BHW.device),
-        then=then,
     )

@@ -34,7 +34,9 @@ TILE = gl.constexpr(64)
 CHUNK = gl.constexpr(128)
 """Columns of a buffer: one product of two warpgroups."""
 HELD = 3
-"""Chunks of values kept in registers, 16 a thread each; with four the compiler spills."""
+"""Chunks of values kept in registers, 16 a thread each; a fourth leaves none to spare."""
+GROUP = 2
+"""Chunks between two barriers."""
 NUM_WARPS = 8
 SHARED_BYTES = 232448 - 4096 - 2048
 """For the queries and the ring; the rest holds the weights of a tile and reductions."""
@@ -147,6 +149,7 @@ def hopper_kernel(
     PAGE: gl.constexpr,
     RING: gl.constexpr,
     HELD: gl.constexpr,
+    GROUP: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
     """Scores [tokens, heads], output [columns, heads] in chunks; grid (S, B)."""
@@ -163,8 +166,7 @@ def hopper_kernel(
     split = gl.program_id(0)
     batch = gl.program_id(1).to(gl.int64)
     length = gl.load(lengths_ptr + batch)
-    # Tiles are dealt out in turn, so the first tiles of all programs lie side by side: the kernel
-    # before can ask for them (latent_token).
+    # Tiles are dealt out in turn: all programs together read one stretch of memory at a time.
     start = split * TILE
     step = gl.num_programs(0) * TILE
     late = reaches_last_row(split, gl.num_programs(0), length, (RING + CHUNKS - 1) // CHUNKS)
@@ -219,27 +221,28 @@ def hopper_kernel(
         remaining = length - first
         raw = warpgroup_mma_init(gl.zeros([TILE, HEADS], gl.float32, scores_layout))
         held = ()
-        for p in gl.static_range(CHUNKS):
-            if p >= 2:
-                raw = warpgroup_mma_wait(1, deps=[raw])
-            async_copy.wait_group(RING - 1 - p + min(max(p - 2, 0), EARLY))
+        for g in gl.static_range(0, CHUNKS, GROUP):
+            if g >= 2 * GROUP:
+                raw = warpgroup_mma_wait(GROUP, deps=[raw])
+            async_copy.wait_group(RING - GROUP - g + min(max(g - 2 * GROUP, 0), EARLY))
             cta_barrier()
             fence_async_shared()
-            keys = ring.index((slot + p) % RING)
-            query = q_shared.index((p + VALUES) % CHUNKS).permute((1, 0))
-            raw = warpgroup_mma(keys, query, raw, is_async=True)
-            if KEYS <= p and p < EARLY:
+            for p in gl.static_range(g, g + GROUP):
+                keys = ring.index((slot + p) % RING)
+                query = q_shared.index((p + VALUES) % CHUNKS).permute((1, 0))
+                raw = warpgroup_mma(keys, query, raw, is_async=True)
+            for p in gl.static_range(max(g, KEYS), min(g + GROUP, EARLY)):
+                keys = ring.index((slot + p) % RING)
                 held = held + (keys.permute((1, 0)).load(held_layout),)
-            if 2 <= p and p < 2 + EARLY:
-                buffer = ring.index((slot + p - 2) % RING)
+            for p in gl.static_range(max(g - 2 * GROUP, 0), min(g - GROUP, EARLY)):
+                buffer = ring.index((slot + p) % RING)
                 refill(
-                    buffer, ahead_1, ahead_2, remaining, step, p - 2 + RING, CHUNKS, VALUES,
-                    stride_rt,
-                )  # fmt: skip
+                    buffer, ahead_1, ahead_2, remaining, step, p + RING, CHUNKS, VALUES, stride_rt
+                )
         scores = warpgroup_mma_wait(0, deps=[raw])
-        if EARLY + 2 > CHUNKS:
+        if max(CHUNKS - 2 * GROUP, 0) < EARLY:
             cta_barrier()
-            for p in gl.static_range(CHUNKS - 2, EARLY):
+            for p in gl.static_range(max(CHUNKS - 2 * GROUP, 0), EARLY):
                 buffer = ring.index((slot + p) % RING)
                 refill(
                     buffer, ahead_1, ahead_2, remaining, step, p + RING, CHUNKS, VALUES, stride_rt
@@ -261,14 +264,19 @@ def hopper_kernel(
             scaled = accs[c] * keep[None, :]
             running = running + (warpgroup_mma(held[c], weight_buffer, scaled, is_async=True),)
         accs = ()
-        for c in gl.static_range(HELD, VALUES):
-            accs = accs + (warpgroup_mma_wait(VALUES - 1 - (c - HELD), deps=[running[c - HELD]]),)
+        for g in gl.static_range(HELD, VALUES, GROUP):
+            for c in gl.static_range(g, min(g + GROUP, VALUES)):
+                done = warpgroup_mma_wait(
+                    VALUES - min(g + GROUP, VALUES) + HELD, deps=[running[c - HELD]]
+                )
+                accs = accs + (done,)
             cta_barrier()
-            buffer = ring.index((slot + KEYS + c) % RING)
-            refill(
-                buffer, ahead_1, ahead_2, remaining, step, KEYS + c + RING, CHUNKS, VALUES,
-                stride_rt,
-            )  # fmt: skip
+            for c in gl.static_range(g, min(g + GROUP, VALUES)):
+                buffer = ring.index((slot + KEYS + c) % RING)
+                refill(
+                    buffer, ahead_1, ahead_2, remaining, step, KEYS + c + RING, CHUNKS, VALUES,
+                    stride_rt,
+                )  # fmt: skip
         first_accs = ()
         for c in gl.static_range(HELD):
             done = warpgroup_mma_wait(HELD - 1 - c, deps=[running[VALUES - HELD + c]])
@@ -314,7 +322,8 @@ def launch_constants(run: Rows, *, heads: int, value_width: int) -> dict[str, An
         "VALUE": value_width,
         "PAGE": 0 if run.pages_BN is None else run.rows_bTW.shape[1],
         "RING": ring,
-        "HELD": HELD,
+        "HELD": min(HELD, -(-run.rank // CHUNK.value)),
+        "GROUP": GROUP,
         "num_warps": NUM_WARPS,
     }
 

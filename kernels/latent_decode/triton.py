@@ -248,7 +248,6 @@ def decode_runs(
     value_width: int,
     multiprocessors: int,
     parts_dtype: torch.dtype | None = None,
-    then: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend over several runs with the shipped tiles; see ``naive.decode_runs``.
 
@@ -259,7 +258,6 @@ def decode_runs(
         value_width: rank of the query.
         multiprocessors: of the device; decides how many programs share a run.
         parts_dtype: dtype of the partial outputs; None is that of q.
-        then: contiguous weights that are read next; the merge asks for them early.
 
     Returns:
         Latent output ``[B, H, V]`` in the dtype of q, natural-log float32 log-sum-exp ``[B, H]``.
@@ -270,7 +268,7 @@ def decode_runs(
         most = multiprocessors * plan.programs_per_multiprocessor // q_BHW.shape[0]
         few = triton.cdiv(run.capacity, plan.tile.block_n * BLOCKS_PER_SPLIT)
         launches.append((run, plan.tile, max(1, min(most, few))))
-    return _launch(q_BHW, launches, scale, value_width, parts_dtype or q_BHW.dtype, then)
+    return _launch(q_BHW, launches, scale, value_width, parts_dtype or q_BHW.dtype)
 
 
 def plan_of(run: Rows, heads: int) -> Plan:
@@ -288,7 +286,6 @@ def _launch(
     scale: float,
     value_width: int,
     parts_dtype: torch.dtype,
-    then: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One transposed kernel for each run, all into one set of partial outputs, then the merge."""
     batch, heads, _ = q_BHW.shape
@@ -339,7 +336,7 @@ def _launch(
             **overlap(q_BHW),
         )
         first += n_splits
-    return lse_merge(parts_BSVH, parts_lse_BSH, out_dtype=q_BHW.dtype, then=then)
+    return lse_merge(parts_BSVH, parts_lse_BSH, out_dtype=q_BHW.dtype)
 
 
 def _strides(run: Rows, tensor: torch.Tensor) -> tuple[int, int]:

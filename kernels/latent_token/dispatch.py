@@ -17,17 +17,12 @@ def latent_token(
     sin_BS: torch.Tensor,
     slots_B: torch.Tensor,
     rows_CW: torch.Tensor,
-    *,
-    then: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Write rows, make queries; see ``naive.latent_token``.
-
-    ``then`` is memory that is read next, which a kernel may ask for early.
-    """
+    """Write rows, make queries; see ``naive.latent_token``."""
     kv_heads, dim, _ = maps.k_up_KDR.shape
     fits = dim >= 16 and all(is_power_of_two(n) for n in (dim, kv_heads, cos_BS.shape[1]))
     if not fits or not wants_triton(qkv_BP):
         return naive.latent_token(qkv_BP, maps, cos_BS, sin_BS, slots_B, rows_CW)
     from internvideo3.kernels.latent_token import triton
 
-    return triton.latent_token(qkv_BP, maps, cos_BS, sin_BS, slots_B, rows_CW, then=then)
+    return triton.latent_token(qkv_BP, maps, cos_BS, sin_BS, slots_B, rows_CW)

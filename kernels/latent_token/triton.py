@@ -10,19 +10,10 @@ import triton
 import triton.language as tl
 
 from internvideo3.kernels.latent_token.naive import TokenMaps
-from internvideo3.kernels.triton_overlap import (
-    PIECE,
-    fetch_share,
-    overlap,
-    wait_for_inputs,
-    whole_pieces,
-)
+from internvideo3.kernels.triton_overlap import overlap, wait_for_inputs
 
 BLOCK_N = 4
 """Latent columns of a row that one program makes; half as many rotary pairs."""
-NUM_WARPS = 4
-AHEAD_BYTES = 132 * 64 * 2048
-"""Of the rows that are read next: the first tile of each multiprocessor of an H200."""
 BLOCK_R = 64
 """Latent columns of the queries of one key/value head that one program makes."""
 
@@ -189,7 +180,6 @@ def token_kernel(
     slots_ptr,
     rows_ptr,
     out_ptr,
-    ahead_ptr,
     eps,
     stride_b,
     stride_row,
@@ -202,17 +192,12 @@ def token_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    AHEAD: tl.constexpr,
-    THREADS: tl.constexpr,
-    PIECE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """A piece of the row in the first programs, of queries in the others; grid (., B)."""
     batch = tl.program_id(1).to(tl.int64)
     qkv_ptr += batch * stride_b
     program = tl.program_id(0)
-    if batch == 0:
-        fetch_share(ahead_ptr, program, tl.num_programs(0), AHEAD, THREADS, PIECE, OVERLAP)
     latent_programs: tl.constexpr = (RANK + BLOCK_N - 1) // BLOCK_N
     blocks: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     inner = tl.arange(0, 2 * KV_HEADS)[:, None] * D + tl.arange(0, D)[None, :]
@@ -258,9 +243,7 @@ def launch_constants(
         "BLOCK_N": BLOCK_N,
         "BLOCK_R": BLOCK_R,
         "BLOCK_G": max(16, triton.next_power_of_2(heads // kv_heads)),
-        "THREADS": 32 * NUM_WARPS,
-        "PIECE": PIECE,
-        "num_warps": NUM_WARPS,
+        "num_warps": 4,
     }
 
 
@@ -271,13 +254,8 @@ def latent_token(
     sin_BS: torch.Tensor,
     slots_B: torch.Tensor,
     rows_CW: torch.Tensor,
-    *,
-    then: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Write rows, make queries; see ``naive.latent_token`` (D, K, S powers of two; contiguous).
-
-    ``then``: contiguous rows that are read next; the first ones are asked for early.
-    """
+    """Write rows, make queries; see ``naive.latent_token`` (D, K, S powers of two; contiguous)."""
     (_, heads, _), (kv_heads, dim, _) = maps.gain_2HF.shape, maps.k_up_KDR.shape
     (batch, rotary), width = cos_BS.shape, rows_CW.shape[1]
     constants = launch_constants(heads, kv_heads, dim, width, rotary)
@@ -298,12 +276,10 @@ def latent_token(
         slots_B,
         rows_CW,
         out_BHW,
-        rows_CW if then is None else then,
         maps.eps,
         qkv_BP.stride(0),
         rows_CW.stride(0),
         **constants,
-        AHEAD=whole_pieces(then, AHEAD_BYTES),
         **overlap(qkv_BP),
     )
     return out_BHW

@@ -10,13 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from internvideo3.kernels.triton_overlap import (
-    PIECE,
-    fetch_share,
-    overlap,
-    wait_for_inputs,
-    whole_pieces,
-)
+from internvideo3.kernels.triton_overlap import overlap, wait_for_inputs
 
 LN2 = tl.constexpr(0.6931471805599453)
 BLOCK_S = 16
@@ -25,8 +19,6 @@ MAX_BLOCKS = 9
 COLUMNS = 32
 """(Value, head) columns of a program."""
 NUM_WARPS = 4
-AHEAD_BYTES = 24 * 2**20
-"""Of the weights that are read next, at most so many are asked for: they must stay in the cache."""
 
 
 @triton.jit
@@ -35,7 +27,6 @@ def merge_kernel(
     parts_lse_ptr,
     out_ptr,
     lse_ptr,
-    ahead_ptr,
     n_splits,
     HEADS: tl.constexpr,
     VALUE: tl.constexpr,
@@ -43,9 +34,6 @@ def merge_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    AHEAD: tl.constexpr,
-    THREADS: tl.constexpr,
-    PIECE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Merge BLOCK_V values of BLOCK_H heads of one sequence; grid (V, H, B) in blocks.
@@ -53,10 +41,6 @@ def merge_kernel(
     Sums over splits cost barriers, so there are three in all: the largest log-sum-exp, the weights,
     the weighted parts. Every load is issued before the first of them.
     """
-    programs = tl.num_programs(0) * tl.num_programs(1)
-    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    if tl.program_id(2) == 0:
-        fetch_share(ahead_ptr, program, programs, AHEAD, THREADS, PIECE, OVERLAP)
     wait_for_inputs(OVERLAP)
     value = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -118,18 +102,12 @@ def launch_constants(n_splits: int, *, heads: int, value_width: int) -> dict[str
         "BLOCK_S": block_s,
         "BLOCK_V": block_v,
         "BLOCK_H": block_h,
-        "THREADS": 32 * NUM_WARPS,
-        "PIECE": PIECE,
         "num_warps": NUM_WARPS,
     }
 
 
 def lse_merge(
-    parts_BSVH: torch.Tensor,
-    log2_lse_BSH: torch.Tensor,
-    *,
-    out_dtype: torch.dtype,
-    then: torch.Tensor | None = None,
+    parts_BSVH: torch.Tensor, log2_lse_BSH: torch.Tensor, *, out_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge partial attention outputs; see ``naive.lse_merge`` for the meaning.
 
@@ -137,7 +115,6 @@ def lse_merge(
         parts_BSVH: contiguous, heads innermost, as the decode kernels write them.
         log2_lse_BSH: contiguous float32 base-2 log-sum-exp.
         out_dtype: dtype of the merged output.
-        then: contiguous weights that are read next; they are asked for early.
 
     Returns:
         Output ``[B, H, V]`` and natural-log float32 log-sum-exp ``[B, H]``.
@@ -151,14 +128,6 @@ def lse_merge(
         triton.cdiv(value, constants["BLOCK_V"]), triton.cdiv(heads, constants["BLOCK_H"])
     )  # fmt: skip
     merge_kernel[(*blocks, batch)](
-        parts_BSVH,
-        log2_lse_BSH,
-        out_BHV,
-        lse_BH,
-        out_BHV if then is None else then,
-        n_splits,
-        **constants,
-        AHEAD=whole_pieces(then, AHEAD_BYTES),
-        **overlap(parts_BSVH),
+        parts_BSVH, log2_lse_BSH, out_BHV, lse_BH, n_splits, **constants, **overlap(parts_BSVH)
     )
     return out_BHV, lse_BH

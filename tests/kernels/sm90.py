@@ -288,7 +288,6 @@ def shipped_cases() -> Iterator[Case]:
     yield from hopper_cases()
     for splits, value in ((132, 896), (49, 128)):
         constants = merge.launch_constants(splits, heads=32, value_width=value)
-        constants |= {"AHEAD": 2**24}
         yield Case(f"lse_merge-{value}", merge.merge_kernel, constants)
     heads: dict[str, Any] = {"HEADS": 32, "RANK": 896, "num_warps": 4}
     constants = {"RANK": 896, "ROTARY": 64, "BLOCK_R": 1024, "BLOCK_S": 64, "num_warps": 4}
@@ -301,7 +300,7 @@ def shipped_cases() -> Iterator[Case]:
     yield linear_case("linear-gate-up", linear.TILE, 12288, 4096, gated=True)
     yield linear_case("linear-out", linear.TILE, 4096, 4096, gated=False)
     yield linear_case("linear-down", linear.TILE, 4096, 12288, gated=False)
-    constants = token.launch_constants(32, 8, 128, 1024, 64) | {"AHEAD": 2**24}
+    constants = token.launch_constants(32, 8, 128, 1024, 64)
     yield Case("latent_token", token.token_kernel, constants)
 
 
