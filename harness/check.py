@@ -16,7 +16,8 @@ from internvideo3.harness.settings import Settings
 from internvideo3.harness.store import Row, read_rows
 from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS, SUBTITLED
 from internvideo3.tasks.benchmarks.local import data_root
-from internvideo3.tasks.benchmarks.protocol import TOKEN_PIXELS
+from internvideo3.tasks.benchmarks.protocol import TOKEN_PIXELS, no_images
+from internvideo3.tasks.benchmarks.protocol import Benchmark as Protocol
 from internvideo3.tasks.video import FRAME_FACTOR
 
 GIB = 1 << 30
@@ -98,7 +99,9 @@ def _check(suite: str, options: EvalOptions) -> SuiteCheck:
     try:
         one = load_suite(suite, options)
     except PreflightError as error:
-        return SuiteCheck(suite=suite, title=title, problem=str(error))
+        if known is None:
+            return SuiteCheck(suite=suite, title=title, problem=str(error))
+        return _unread(suite, known, str(error), options)
     settings = options.settings(one)
     lengths = {str(doc["video_id"]): doc["length_s"] for doc in one.docs if one.videos(doc)}
     paths = {path for doc in one.docs for path in one.media(doc)}
@@ -125,6 +128,32 @@ def _check(suite: str, options: EvalOptions) -> SuiteCheck:
         new_tokens=len(one.docs) * (settings.max_new_tokens or 0),
         guessed_lengths=None in lengths.values(),
         reasons=_reasons(one, options),
+    )
+
+
+def _unread(suite: str, known: Protocol, problem: str, options: EvalOptions) -> SuiteCheck:
+    """Bounds for a benchmark that cannot be read: every question with a longest video of its own.
+
+    Images are not counted: only the annotations tell how many a question shows.
+    """
+    preset = known.preset(options.preset)
+    empty = Benchmark(
+        suite=suite, folder=Path(), docs=(), everything=(), digest="", preset=preset
+    )  # fmt: skip
+    settings = options.settings(empty)
+    whole = known.data.questions
+    asked = len(options.sample_ids) or min(whole, options.limit or whole)
+    merged = FRAME_FACTOR if known.between is None else 1
+    frames = settings.max_frames if known.images is no_images else 0
+    return SuiteCheck(
+        suite=suite,
+        title=known.title,
+        problem=problem,
+        questions=asked,
+        frames=asked * frames,
+        tokens=asked * visual_tokens(settings, frames, merged) if frames else 0,
+        new_tokens=asked * (settings.max_new_tokens or 0),
+        guessed_lengths=True,
     )
 
 
@@ -231,6 +260,14 @@ def _block(one: SuiteCheck, rates: Rates | None) -> Iterator[str]:
         yield one.problem
         if known is not None:
             yield f"the whole of it: {known.data.questions:,} questions"
+            yield (
+                f"at most {one.tokens:,} visual tokens, were each of {one.questions:,} questions "
+                "about a longest video of its own"
+                if one.tokens
+                else "how many images are shown only the annotations tell"
+            ) + f", {one.new_tokens:,} tokens of answers"
+            if rates is not None and one.tokens:
+                yield f"at most {one.seconds(rates) / 3600:,.0f} h at the profile's rates"
     else:
         yield f"{one.questions:,} questions, {one.videos:,} videos, {one.bytes_here / GIB:.2f} GiB"
         yield from _missing(one)

@@ -6,6 +6,7 @@ pytest tests/harness/test_benchmarks.py
 import contextlib
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -377,6 +378,12 @@ def test_check_lists_what_is_missing_and_what_it_will_cost(
     assert "with the vision tower" in " ".join(whole.output.split())
     assert "VRBench (vrbench): NOT READY" in done.output
     assert "the whole of it: 8,243 questions" in done.output
+    told = " ".join(done.output.split())
+    # 128 tokens for two of at most 512 frames, or what the protocol's budget of pixels allows.
+    bound = int(
+        re.search(r"at most ([\d,]+) visual tokens, were each of 8,243", told)[1].replace(",", "")
+    )
+    assert bound % 8_243 == 0 and 0 < bound // 8_243 <= 512 // 2 * 128
     assert "together: 6 questions, at most 308,224 visual tokens" in " ".join(done.output.split())
     assert "VRBench's videos take 421 GB" in done.output
     assert "the others take is not known: Video-MME, EgoSchema" in " ".join(done.output.split())
