@@ -48,6 +48,8 @@ class AgenticAnswerer:
             desk=Desk(TOOLS, folder),
             name=name,
             cache=folder,
+            # A number over videos some of which have captions would be neither's.
+            goes_without=False,
         )
 
     @property
@@ -175,6 +177,8 @@ def _outcome(
         "first": at_first,
         "cost": trace["cost"],
     }
+    if trace["faults"]:
+        summary["faults"] = trace["faults"]
     session = state.context.session
     spent = Seconds(
         encode_s=session.encode_s,

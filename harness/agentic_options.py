@@ -21,6 +21,7 @@ def agent_options(
     *,
     verify: bool,
     compress_at: int | None = None,
+    captions: str = "",
     direct_only: Mapping[str, bool],
 ) -> AgentSettings:
     """The settings of an agent.
@@ -33,12 +34,13 @@ def agent_options(
         tools: names with commas between, `none`, or None for all but the web.
         verify: whether answers must pass verification.
         compress_at: tokens at which the context is begun anew; None for never.
+        captions: who captions videos before their first question; empty for nobody.
         direct_only: options that only direct answers take, and whether they were given.
 
     Raises:
         PreflightError: a name is unknown, with the nearest known one, or an option has no agentic
             form.
-        ValueError: the budget or the threshold is too small.
+        ValueError: the budget or the threshold is too small, or the captioner has no form.
     """
     given = [option for option, holds in direct_only.items() if holds]
     if given:
@@ -61,6 +63,7 @@ def agent_options(
         zoom_frames=zoom_frames,
         tools=named,
         compress_at=compress_at,
+        captions=captions,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,8 @@ class AskOptions:
     """Most frames of a further look."""
     compress_at: int | None = None
     """Tokens at which the agent's context is begun anew with what matters; None for never."""
+    captions: str = ""
+    """Who captions the video before the question: "model", or "NAME@URL"; empty for nobody."""
     web: bool = False
     """Whether the agent may search the web."""
     max_new_tokens: int = 256
@@ -78,14 +80,21 @@ class Asked:
 
 
 Watch = Callable[["State"], None]
+Advance = Callable[[int, int], None]
+"""Told of captions: how many there are, and how many there will be."""
 
 
-def ask(options: AskOptions, watch: Watch = lambda _: None) -> Asked:
+def _unwatched(done: int, total: int) -> None:
+    """Nobody watches captions."""
+
+
+def ask(options: AskOptions, watch: Watch = lambda _: None, advance: Advance = _unwatched) -> Asked:
     """Answers a question about a video and writes its trace.
 
     Args:
         options: what to ask.
         watch: told of every step, for a live view.
+        advance: told of every caption.
 
     Raises:
         ValueError: the question is empty, or the video or the model cannot be read.
@@ -101,7 +110,7 @@ def ask(options: AskOptions, watch: Watch = lambda _: None) -> Asked:
     reader = IsolatedReader()
     with closing(reader), Desk(TOOLS, options.cache or cache_folder()) as desk:
         eye = Eye(options.video, sight_of(options), reader)
-        trace = _run(options, eye, desk, watch)
+        trace = _run(options, eye, desk, watch, advance)
     write_json(options.out / "trace.json", trace)
     write_json(options.out / "timings.json", desk.timings)
     page = write_page(trace, options.out / "trace.html", video=options.video)
@@ -115,7 +124,9 @@ def _check(options: AskOptions) -> None:
         raise ValueError(f"there is no video at {options.video}. Check the path.")
 
 
-def _run(options: AskOptions, eye: Eye, desk: Desk, watch: Watch) -> dict[str, Any]:
+def _run(
+    options: AskOptions, eye: Eye, desk: Desk, watch: Watch, advance: Advance
+) -> dict[str, Any]:
     """The rollout's trace; a direct answer is a rollout of a single turn without tools."""
     from internvideo3.harness.agent.episode import about, answer
     from internvideo3.harness.agent.trace import trace_of
@@ -123,11 +134,12 @@ def _run(options: AskOptions, eye: Eye, desk: Desk, watch: Watch) -> dict[str, A
 
     # The video first: what is wrong with it is told before weights are read.
     eye.first()
-    place = load_place(options, desk)
+    agent = agent_of(options)
+    place = replace(load_place(options, desk), advance=advance)
     limits = Limits(
         max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed
     )
-    direct, agent = options.mode == "direct", agent_of(options)
+    direct = options.mode == "direct"
     state, outcome = answer(place, eye, options.question, agent, limits, direct=direct, watch=watch)
     return trace_of(state, outcome, about(place, eye, agent, limits, direct=direct))
 
@@ -153,7 +165,7 @@ def agent_of(options: AskOptions) -> AgentSettings:
     """The agent that a command asks for.
 
     Raises:
-        ValueError: the budget is too small.
+        ValueError: the budget is too small, or the captioner has no form.
     """
     from internvideo3.harness.agent.budget import Budget
 
@@ -165,6 +177,7 @@ def agent_of(options: AskOptions) -> AgentSettings:
         tools=tools,
         seed=options.seed,
         compress_at=options.compress_at,
+        captions=options.captions,
     )
 
 
@@ -193,8 +206,9 @@ def sight_of(options: AskOptions) -> Sight:
 def _notes(trace: dict[str, Any]) -> tuple[str, ...]:
     if trace["mode"] == "direct":
         return ()
-    return tuple(
+    absent = [
         f"{name} is off: {', '.join(missing)} not installed (pip install 'internvideo3[agent]')"
         for name, missing in trace["tools"].items()
         if missing
-    )
+    ]
+    return (*absent, *trace["faults"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -28,21 +28,31 @@ LONGEST_CHARS = 240
 """Of one entry on the terminal; the trace page has all of it."""
 
 
+class View:
+    """What is told of a rollout while it runs."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self._shown = 0
+
+    def __call__(self, state: State) -> None:
+        """A step was made."""
+        entries = state.context.entries
+        for entry in entries[self._shown :]:
+            self._live.console.print(line(entry))
+        self._shown = len(entries)
+        self._live.update(Group(Spinner("dots", status(state))))
+
+    def advance(self, done: int, total: int) -> None:
+        """A caption was written."""
+        self._live.update(Spinner("dots", f"captions: {done} of {total} clips"))
+
+
 @contextmanager
-def live_view(console: Console) -> Iterator[Callable[[State], None]]:
+def live_view(console: Console) -> Iterator[View]:
     """Shows a rollout while it runs; yields what is told of every step."""
-    shown = 0
     with Live(Spinner("dots", "reading the model and the video"), console=console) as live:
-
-        def watch(state: State) -> None:
-            nonlocal shown
-            entries = state.context.entries
-            for entry in entries[shown:]:
-                live.console.print(line(entry))
-            shown = len(entries)
-            live.update(Group(Spinner("dots", status(state))))
-
-        yield watch
+        yield View(live)
 
 
 def line(entry: Entry) -> Text:

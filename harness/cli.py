@@ -188,6 +188,12 @@ def evaluate_command(
             "`spread`, `random`, `none`."
         ),
     ] = "new",
+    captions: Annotated[
+        str,
+        typer.Option(
+            help="Caption the video first, for memory: `model`, or NAME@http://... of a server."
+        ),
+    ] = "",
     compress_at: Annotated[
         int | None,
         typer.Option(
@@ -256,7 +262,7 @@ def evaluate_command(
 
             agent = agent_options(
                 policy, (turns, tool_calls, tokens), looks, zoom_frames, tools, verify=verify,
-                compress_at=compress_at,
+                compress_at=compress_at, captions=captions,
                 direct_only={"--control shuffled": control == "shuffled", "--thinking": thinking},
             )  # fmt: skip
         options = EvalOptions(
@@ -323,6 +329,12 @@ def ask_command(
     ] = 8192,
     fps: Annotated[float, typer.Option(help="Frames a second of the first look.")] = 2.0,
     max_frames: Annotated[int, typer.Option(min=4, help="Most frames of the first look.")] = 64,
+    captions: Annotated[
+        str,
+        typer.Option(
+            help="Caption the video first, for memory: `model`, or NAME@http://... of a server."
+        ),
+    ] = "",
     compress_at: Annotated[
         int | None,
         typer.Option(
@@ -380,6 +392,7 @@ def ask_command(
             tokens=tokens,
             fps=fps,
             max_frames=max_frames,
+            captions=captions,
             compress_at=compress_at,
             zoom_frames=zoom_frames,
             web=web,
@@ -392,7 +405,7 @@ def ask_command(
             cache=cache,
         )
         with live_view(Console(stderr=True)) as watch:
-            asked = ask(options, watch)
+            asked = ask(options, watch, watch.advance)
         for note in asked.notes:
             print(f"Note: {note}", file=sys.stderr)
         print(asked.answer)
@@ -430,6 +443,12 @@ def serve_command(
     ] = 8192,
     fps: Annotated[float, typer.Option(help="Frames a second of the first look.")] = 2.0,
     max_frames: Annotated[int, typer.Option(min=4, help="Most frames of the first look.")] = 64,
+    captions: Annotated[
+        str,
+        typer.Option(
+            help="Caption the video first, for memory: `model`, or NAME@http://... of a server."
+        ),
+    ] = "",
     compress_at: Annotated[
         int | None,
         typer.Option(
@@ -474,6 +493,7 @@ def serve_command(
             video=Path(), question="", out=Path(), model=model,
             policy=_one_of("--policy", policy, ("controller", "model")), turns=turns,
             tool_calls=tool_calls, tokens=tokens, fps=fps, max_frames=max_frames,
+            captions=captions,
             compress_at=compress_at,
             zoom_frames=zoom_frames, web=web, max_new_tokens=max_new_tokens, device=device,
             dtype=_one_of("--dtype", dtype, ("auto", "float32", "bfloat16")), threads=threads,

@@ -95,6 +95,8 @@ class EvalOptions:
             "the answers are an agent's": self.agent is not None,
             "it is open-web: the agent may search": self.agent is not None
             and "web_search" in self.agent.tools,
+            "another model captions the videos": self.agent is not None
+            and self.agent.captions not in ("", "model"),
         }
         return [reason for reason, holds in given.items() if holds]
 

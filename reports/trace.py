@@ -108,7 +108,7 @@ def duration_s(trace: Mapping[str, Any]) -> float:
 
 
 def timeline(trace: Mapping[str, Any], length_s: float) -> list[Bar]:
-    """Scenes in the first row, then one row for each look, then what memory holds of speech."""
+    """Scenes in the first row, a row for each look, then what was said, read and captioned."""
     evidence = set(trace["answer"]["evidence"])
     bars = [_bar(m["span"], 0, "scene", m["text"], length_s) for m in trace["memory"]
             if m["level"] == "scene"]  # fmt: skip
@@ -117,7 +117,7 @@ def timeline(trace: Mapping[str, Any], length_s: float) -> list[Bar]:
         kind = "evidence" if one["id"] in evidence else "look"
         bars.append(_bar(one["span"], row, kind, f"{one['id']} {one['source']}", length_s))
     row = len(looks) + 1
-    heard = [item for item in trace["memory"] if item["level"] != "scene"]
+    heard = [item for item in trace["memory"] if item["level"] not in ("scene", "story")]
     return bars + [_bar(m["span"], row, "heard", cut(m["text"]), length_s) for m in heard]
 
 

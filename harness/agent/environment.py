@@ -219,7 +219,7 @@ class Environment:
         if isinstance(part, Feedback):
             return part
         found = self.memory.read(action.query, part, action.limit)
-        text = "\n".join(f"{_timed(item)} [{item.level}, {item.evidence}]" for item, _ in found)
+        text = "\n".join(f"{_timed(item)} [{_origin(item)}]" for item, _ in found)
         hits = [{"span": item.span, "likeness": near, "level": item.level} for item, near in found]
         span = None
         if found:
@@ -251,6 +251,10 @@ def _lines(items: list[Item], part: Span, otherwise: str) -> Feedback:
     inside = [item for item in items if overlap_s(item.span, part) >= 0]
     text = "\n".join(_timed(item) for item in inside)
     return Feedback(ok=True, text=text or otherwise, span=part, items=tuple(inside))
+
+
+def _origin(item: Item) -> str:
+    return ", ".join(filter(None, (item.level, item.evidence)))
 
 
 def _timed(item: Item) -> str:

@@ -10,11 +10,13 @@ from typing import Any
 
 from internvideo3.harness.agent.album import open_album
 from internvideo3.harness.agent.budget import Budget, Spending
+from internvideo3.harness.agent.captioning import captioner
+from internvideo3.harness.agent.chronicle import Advance, Chronicler
 from internvideo3.harness.agent.compression import compress
-from internvideo3.harness.agent.context import Context
+from internvideo3.harness.agent.context import Context, Span
 from internvideo3.harness.agent.environment import Environment
 from internvideo3.harness.agent.judging import options_of
-from internvideo3.harness.agent.memory import Memory
+from internvideo3.harness.agent.memory import Item, Known, Memory
 from internvideo3.harness.agent.perception import Eye, Sight, seen_span
 from internvideo3.harness.agent.policies import Controller, Direct, ModelPolicy
 from internvideo3.harness.agent.rollout import (
@@ -45,6 +47,10 @@ class Place:
     """What the model is called."""
     cache: Path | None = None
     """Folder of what is kept of videos; None to keep nothing."""
+    goes_without: bool = True
+    """Whether a question is answered without the captions that a silent server owes."""
+    advance: Advance = lambda done, total: None
+    """Told of captions as they are made."""
     opens: Callable[..., Session] = Session
     """Makes a rollout's session, of the model, the processor and `media_options`."""
 
@@ -52,11 +58,26 @@ class Place:
         """An empty session."""
         return self.opens(self.model, self.processor, media_options={"do_resize": False})
 
+    def known(self, eye: Eye, span: Span, settings: AgentSettings) -> Known:
+        """What is known of a video before any question, made now if it is not kept.
+
+        Raises:
+            CaptionError: a server owes captions, and the place does not go without.
+        """
+        told_by = captioner(settings.captions, self.model, self.processor, self.name)
+        if told_by is None:
+            return Known()
+        chronicler = Chronicler(
+            captioner=told_by, desk=self.desk, cache=self.cache, tools=settings.tools,
+            goes_without=self.goes_without,
+        )  # fmt: skip
+        return chronicler.of(eye, span, self.advance).known()
+
 
 def direct_settings(settings: AgentSettings) -> AgentSettings:
     """The settings of an answer after one look, without tools."""
     one = Budget(turns=1, tool_calls=0, tokens=settings.budget.tokens)
-    return replace(settings, budget=one, looks="none", verifies=False)
+    return replace(settings, budget=one, looks="none", verifies=False, captions="")
 
 
 def policy_of(settings: AgentSettings, limits: Limits, *, direct: bool = False) -> Policy:
@@ -75,8 +96,9 @@ def prepare(
     question: str,
     settings: AgentSettings,
     earlier: Sequence[Earlier] = (),
+    known: Known | None = None,
 ) -> State:
-    """A state that holds nothing yet.
+    """A state that holds nothing yet but what is known of the video.
 
     Args:
         place: the model and the tools.
@@ -85,16 +107,22 @@ def prepare(
         question: with its options, as the user wrote it.
         settings: the agent's.
         earlier: the conversation before the question.
+        known: of the video, in a rollout that is run again; None to ask who captions.
 
     Raises:
         VideoError: the video cannot be read.
+        CaptionError: see `Place.known`.
     """
-    place.desk.begin_rollout()
     threshold, memory = settings.compress_at, Memory(place.desk)
     context = Context(place.session(), place.session if threshold is not None else None)
     start_s, end_s = eye.start_s or 0.0, seen_span(first)[1]
     if eye.end_s is None:
         end_s = first.duration_s
+    if known is None:
+        known = place.known(eye, (start_s, end_s), settings)
+    memory.write(known.items)
+    # How it came to be known is no result of this rollout.
+    place.desk.begin_rollout()
     album, prior = None, dict[str, float]()
     if settings.looks == "new" and settings.budget.tool_calls:
         album = open_album(eye.video, start_s, end_s, eye.reader, place.cache)
@@ -109,6 +137,7 @@ def prepare(
     return State(
         question=question, options=options_of(question), context=context, environment=environment,
         eye=eye, spending=spending, prior=prior, album=album, earlier=tuple(earlier),
+        known=known,
         compress=lambda state: None if threshold is None else compress(state, threshold),
     )  # fmt: skip
 
@@ -162,20 +191,24 @@ def again(trace: Mapping[str, Any], video: Path, place: Place, reader: IsolatedR
     sight = Sight(**settings["sight"] | {"video_pixels": tuple(pixels) if pixels else None})
     eye = Eye(video, sight, reader, *settings["part"])
     limits, direct = Limits(**settings["limits"]), trace["mode"] == "direct"
-    state, ended = answer(place, eye, trace["question"], agent, limits, direct=direct)
+    items = tuple(Item(**one | {"span": tuple(one["span"])}) for one in trace["known"])
+    known = Known(items=items, faults=tuple(trace["faults"]))
+    state, ended = answer(place, eye, trace["question"], agent, limits, direct=direct, known=known)
     return trace_of(state, ended, about(place, eye, agent, limits, direct=direct))
 
 
 def answer(
     place: Place, eye: Eye, question: str, settings: AgentSettings, limits: Limits,
     *, direct: bool = False, watch: Watch = lambda _: None, earlier: Sequence[Earlier] = (),
+    known: Known | None = None,
 ) -> tuple[State, Outcome]:  # fmt: skip
     """A whole rollout.
 
     Raises:
         VideoError: the video cannot be read.
+        CaptionError: see `Place.known`.
     """
     first = eye.first()
     chosen = direct_settings(settings) if direct else settings
-    state = prepare(place, eye, first, question, chosen, earlier)
+    state = prepare(place, eye, first, question, chosen, earlier, known)
     return state, rollout(state, policy_of(settings, limits, direct=direct), first, watch)

@@ -95,7 +95,8 @@ def _cut(spans: Sequence[Span], count: int) -> list[Span]:
 
 
 def _remembered(query: str, within: Span, memory: Memory) -> list[tuple[Span, float]]:
-    return [(item.span, likeness) for item, likeness in memory.read(query, within, 5)]
+    near = memory.read(query, within, 5)
+    return [(item.span, likeness) for item, likeness in near if item.level != "story"]
 
 
 def _raised(span: Span, near: Sequence[tuple[Span, float]]) -> float:

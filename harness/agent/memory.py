@@ -25,9 +25,18 @@ class Item:
     span: Span
     """The part of the video that it is about, in seconds."""
     level: str
-    """scene, speech, text, or note."""
+    """caption, scene, speech, text, story, or note."""
     evidence: str = ""
     """The context entry that it comes from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What is known of a video before a question about it."""
+
+    items: tuple[Item, ...] = ()
+    faults: tuple[str, ...] = ()
+    """What could not be found out, and why."""
 
 
 def overlap_s(one: Span, other: Span) -> float:

@@ -138,7 +138,8 @@ class Controller:
             return self._random(state)
         named = _left(state, _named(state))
         if self.looks == "new":
-            return (*named, *unshown(state, MOST_CANDIDATES))
+            told = _left(state, _hits(state, ("caption", "scene")))
+            return (*named, *told, *unshown(state, MOST_CANDIDATES))
         return (*named, *unseen(state)[:MOST_CANDIDATES])
 
     def _random(self, state: State) -> tuple[Span, ...]:
@@ -194,7 +195,8 @@ def _closest(state: State) -> list[View]:
 
 def _remembered(state: State) -> Action | None:
     """Read memory by the question's meaning, after something was heard or read."""
-    written = any(item.level in ("speech", "text") for item in state.environment.memory.items)
+    levels = ("speech", "text", "caption")
+    written = any(item.level in levels for item in state.environment.memory.items)
     return (
         Recall(query=state.question[:2000]) if written and not state.called("memory_read") else None
     )
@@ -313,13 +315,19 @@ def named_times(question: str) -> list[float]:
     return [time_s for _, time_s in sorted(found)]
 
 
-def _hits(state: State) -> list[Span]:
-    """Parts around what memory gave for the question, nearest in meaning first."""
+def _hits(state: State, levels: Sequence[str] = ()) -> list[Span]:
+    """Parts around what memory gave for the question, nearest in meaning first.
+
+    Args:
+        state: the rollout's.
+        levels: of memory that count; none for all but the story, which is of no part.
+    """
     return [
         _around(state, (hit["span"][0] + hit["span"][1]) / 2)
         for _, feedback in state.feedback
         for hit in feedback.data.get("hits", ())
         if hit["likeness"] >= NEAR
+        and (hit["level"] in levels if levels else hit["level"] != "story")
     ]
 
 

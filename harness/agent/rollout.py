@@ -25,6 +25,7 @@ from internvideo3.harness.agent.budget import RESERVE, Spending
 from internvideo3.harness.agent.context import CALL, Context, Control, Entry, Kind, Quoted, Span
 from internvideo3.harness.agent.environment import Environment, Feedback
 from internvideo3.harness.agent.judging import Judgement, Weighed, shares
+from internvideo3.harness.agent.memory import Known
 from internvideo3.harness.agent.perception import Eye, interval_s, seen_span
 from internvideo3.harness.agent.verification import Check, check, joined, told, weigh_alone
 from internvideo3.model.session import Limits
@@ -32,6 +33,7 @@ from internvideo3.tasks.video import Frames
 
 SUPPORTED = 0.5
 """Probability of an answer, given the evidence alone, from which the evidence supports it."""
+STORY = "The whole video, as it was captioned:\n"
 MOST_REFUSALS = 2
 """Answers that verification may send back; one more is taken as it is."""
 
@@ -83,6 +85,8 @@ class State:
     """Small pictures of the whole video, where memory has them."""
     earlier: tuple[Earlier, ...] = ()
     """The conversation before the question."""
+    known: Known = field(default_factory=Known)
+    """What memory held before the question."""
     compress: Callable[[State], object] = lambda state: None
     """Shortens a context that has grown long, between two turns."""
     weak: Span | None = None
@@ -190,6 +194,10 @@ def begin(state: State, policy: Policy, first: Frames) -> None:
     for turn in state.earlier:
         context.tell(turn.role, [Quoted(turn.text)])
     entry = context.add(Kind.OBSERVATION, "frames", [first], span=span, data=_about([first]))
+    for item in state.known.items:
+        if item.level == "story":
+            said = (Control(STORY), Quoted(item.text), Control("\n"))
+            context.add(Kind.MEMORY, "story", said, span=item.span, data={"ok": True})
     context.add(Kind.INSTRUCTION, "user", [Quoted(state.question)])
     state.views.append(_view(first, entry))
     state.base_tokens = len(context)

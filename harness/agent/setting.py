@@ -9,6 +9,11 @@ from internvideo3.harness.agent.budget import Budget
 
 LEAST_HELD = 512
 """Tokens below which a context is not begun anew."""
+SCHEMES = ("http://", "https://")
+CAPTIONERS = (
+    "give `model`, or NAME@URL with the name of a model and the address of its server, such as "
+    "qwen@http://localhost:8000/v1"
+)
 PolicyName = Literal["controller", "model"]
 Looks = Literal["new", "spread", "random", "none"]
 TOOLS_OF_EVAL = ("video_segmentation", "asr", "ocr", "temporal_grounding")
@@ -39,13 +44,19 @@ class AgentSettings:
     """Of random looks and sampled words."""
     compress_at: int | None = None
     """Tokens from which the context is begun anew with what matters; None: it only grows."""
+    captions: str = ""
+    """Who captions clips and tells the whole video before the first question: "model", the agent's
+    own; "NAME@URL", a server's; empty for nobody."""
 
     def __post_init__(self) -> None:
-        """Checks the threshold.
+        """Checks the threshold and the captioner.
 
         Raises:
-            ValueError: it is too small to hold anything.
+            ValueError: the threshold is too small to hold anything, or the captioner has no form.
         """
+        there, _, url = self.captions.partition("@")
+        if self.captions not in ("", "model") and not (there and url.startswith(SCHEMES)):
+            raise ValueError(f"--captions {self.captions!r} is no captioner; {CAPTIONERS}.")
         if self.compress_at is not None and self.compress_at < LEAST_HELD:
             raise ValueError(
                 f"a context of {self.compress_at} tokens holds nothing; compress at no fewer than "

@@ -10,7 +10,7 @@ from typing import Any
 
 from internvideo3.harness.agent.rollout import Outcome, State
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 def trace_of(state: State, outcome: Outcome, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,6 +36,8 @@ def trace_of(state: State, outcome: Outcome, about: Mapping[str, Any]) -> dict[s
         "judgements": [asdict(one) for one in state.judgements],
         "beliefs": [asdict(one) for one in state.beliefs],
         "checks": [asdict(one) for one in state.checks],
+        "known": [asdict(one) for one in state.known.items],
+        "faults": list(state.known.faults),
         "memory": [asdict(one) for one in memory.items],
         "tool_results": state.environment.desk.results,
         "answer": asdict(outcome),

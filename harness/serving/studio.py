@@ -152,8 +152,11 @@ class Studio:
             shown = len(entries)
             say("content", "")
 
+        def advance(done: int, total: int) -> None:
+            say("reasoning_content", f"captions: {done} of {total} clips\n")
+
         state, ended = answer(
-            self._place(lambda _: say("content", "")),
+            replace(self._place(lambda _: say("content", "")), advance=advance),
             Eye(videos[0], self.sight, self.reader),
             asked.text,
             self.agent,

@@ -91,12 +91,12 @@ OPTIONS = {
     "eval": "model suite out check data preset subtitles thinking limit sample-id control split "
     "fps max-frames min-pixels max-pixels max-new-tokens batch device dtype threads shard "
     "processes frame-cache frame-cache-gb mode policy turns tool-calls tokens looks "
-    "zoom-frames tools verify compress-at retry-errors max-errors profile root",
-    "ask": "mode model policy out turns tool-calls tokens fps max-frames zoom-frames web compress-at "
-    "max-new-tokens temperature seed device dtype threads cache",
+    "zoom-frames tools verify captions compress-at retry-errors max-errors profile root",
+    "ask": "mode model policy out turns tool-calls tokens fps max-frames zoom-frames web captions "
+    "compress-at max-new-tokens temperature seed device dtype threads cache",
     "serve": "model folder host port token-variable name upload-mb waiting reasoning policy turns "
-    "tool-calls tokens fps max-frames zoom-frames web compress-at max-new-tokens device dtype "
-    "threads cache",
+    "tool-calls tokens fps max-frames zoom-frames web captions compress-at max-new-tokens device "
+    "dtype threads cache",
     "table6": "out",
     "suites": "data",
     "score": "",
