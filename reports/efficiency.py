@@ -37,6 +37,8 @@ class Series:
     decode: dict[int, Mapping[str, Any]]
     """Rows of decoding."""
     prefill: dict[int, Mapping[str, Any]]
+    last_chunk: dict[int, Mapping[str, Any]]
+    """Prefills of the last chunk alone."""
     cache: dict[int, Mapping[str, Any]]
     absent: dict[int, str]
     """Why a length has no figures: "out of memory", "does not fit" ..."""
@@ -77,7 +79,7 @@ def read(runs: Iterable[Path]) -> Efficiency:
     for row in rows:
         if "point" in row:
             name = _name(row)
-            made = found.setdefault(name, Series(name, row["attention"], {}, {}, {}, {}))
+            made = found.setdefault(name, Series(name, row["attention"], {}, {}, {}, {}, {}))
             _sort_in(made, row)
     if not any(s.decode or s.absent for s in found.values()):
         raise EfficiencyError(
@@ -106,7 +108,12 @@ def _name(row: Mapping[str, Any]) -> str:
 
 
 def _sort_in(series: Series, row: Mapping[str, Any]) -> None:
-    tables = {"decode": series.decode, "prefill": series.prefill, "cache": series.cache}
+    tables = {
+        "decode": series.decode,
+        "prefill": series.prefill,
+        "last_chunk": series.last_chunk,
+        "cache": series.cache,
+    }
     context = int(row["context_tokens"])
     if row["status"] == "ok":
         tables[row["kind"]][context] = row
@@ -271,6 +278,7 @@ COLUMNS = (
     "context",
     "time to first token, s",
     "prefill, tok/s",
+    "its last chunk, tok/s",
     "decode, tok/s",
     "reply, s",
     "of the roofline",
@@ -305,6 +313,7 @@ def _cells(series: Series, context: int) -> list[str]:
         _tokens(context),
         _number(prefill.get("median_s"), ".3f"),
         _number(prefill.get("tokens_per_s"), ".0f"),
+        _number(series.last_chunk.get(context, {}).get("tokens_per_s"), ".0f"),
         _number(decode.get("tokens_per_s"), ".1f"),
         _number(series.reply_s(context), ".3f"),
         _number(decode.get("roofline_share"), ".0%"),

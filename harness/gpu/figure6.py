@@ -1,12 +1,14 @@
 """The quick form of Figure 6 on a GPU: the 8B shape with random weights, at synthetic depths.
 
     python -m internvideo3.harness.gpu.figure6 --out runs/gpu/figure6 --budget-s 240
+    python -m internvideo3.harness.gpu.figure6 --out runs/gpu/last --last-chunk --contexts 786432
 
 Decoding is timed in the middle of a reply of 16K tokens, 256 steps three times at each length, and
 the reply's time is extrapolated: such rows and their figure say "integrated". The full form is
 `internvideo3 profile --workload figure6` and takes GPU-hours. ``--prefill`` times true prefills
-instead, once each, and a short reply after each. Needs torch, triton and transformers, to draw
-matplotlib; nothing is downloaded. ``--device cpu`` rehearses it on a tiny shape.
+instead, once each, and a short reply after each; ``--last-chunk`` only the last chunk of each, on a
+cache of random numbers, for lengths that would take minutes. Needs torch, triton and transformers,
+to draw matplotlib; nothing is downloaded. ``--device cpu`` rehearses it on a tiny shape.
 """
 
 import argparse
@@ -19,11 +21,11 @@ from internvideo3.harness.profile.command import ProfileOptions, profile
 from internvideo3.harness.profile.workload import FIGURE6, Workload, changed, read_workload
 
 
-def quick(device: str, *, prefill: bool = False) -> Workload:
+def quick(device: str, *, fill: str = "random") -> Workload:
     """The workload: Figure 6's lengths, or a tiny shape to rehearse with."""
-    given: dict[str, Any] = {"runners": ["engine"], "fill": "random", "warmups": 0, "repeats": 3}
-    if prefill:
-        given |= {"fill": "prefill", "repeats": 1, "new_tokens": 64}
+    given: dict[str, Any] = {"runners": ["engine"], "fill": fill, "warmups": 0, "repeats": 3}
+    if fill != "random":
+        given |= {"repeats": 1, "new_tokens": 64}
     if device == "cpu":
         tiny: dict[str, Any] = {
             "models": ["random:tiny-gqa", "random:tiny-m2la"],
@@ -34,9 +36,9 @@ def quick(device: str, *, prefill: bool = False) -> Workload:
             "chunks": 64,
             "dtypes": "float32",
         }
-        small |= {} if prefill else {"integrate": 16}
+        small |= {"integrate": 16} if fill == "random" else {}
         return changed(read_workload(FIGURE6), given | tiny | small)
-    if not prefill:
+    if fill == "random":
         given |= {"new_tokens": 256, "integrate": 16384}
     return changed(read_workload(FIGURE6), given)
 
@@ -48,7 +50,21 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=300.0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--draw-only", action="store_true", help="draw what is there already")
-    parser.add_argument("--prefill", action="store_true", help="time prefills instead")
+    parser.add_argument(
+        "--prefill",
+        dest="fill",
+        action="store_const",
+        const="prefill",
+        default="random",
+        help="time prefills instead",
+    )
+    parser.add_argument(
+        "--last-chunk",
+        dest="fill",
+        action="store_const",
+        const="last",
+        help="time the last chunk of each prefill",
+    )
     parser.add_argument("--contexts", type=int, nargs="+", help="other lengths than the figure's")
     parser.add_argument("--models", nargs="+", help="other models than the figure's")
     parser.add_argument("--batches", type=int, nargs="+", help="sequences decoded together")
@@ -58,7 +74,7 @@ def main() -> None:
     given = parser.parse_args()
     names = ("contexts", "models", "caches", "runners", "batches", "new_tokens")
     workload = changed(
-        quick(given.device, prefill=given.prefill), {name: getattr(given, name) for name in names}
+        quick(given.device, fill=given.fill), {name: getattr(given, name) for name in names}
     )
     options = ProfileOptions(
         workload=workload, out=given.out, device=given.device, budget_s=given.budget_s

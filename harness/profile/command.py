@@ -299,8 +299,11 @@ def _summary(point: Point, rows: Sequence[Row]) -> str:
         f"{decode['roofline_share']:.0%} of the roofline",
         f"cache {cache['cache_bytes'] / 2**20:.2f} MiB",
     ]
-    if "prefill" in by_kind:
-        parts.insert(0, f"prefill {by_kind['prefill']['tokens_per_s']:.0f} tok/s")
+    for kind, name in (("prefill", "prefill"), ("last_chunk", "its last chunk")):
+        if kind in by_kind:
+            row = by_kind[kind]
+            share = f"{row['flop_share']:.0%} of the matrix rate"
+            parts.insert(0, f"{name} {row['tokens_per_s']:.0f} tok/s, {share}")
     return f"{point.key}: {', '.join(parts)}"
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ class Run:
 
     prefill_s: float | None
     """Until the first token is chosen; None where the cache was filled with random numbers."""
+    prefilled: int
+    """Tokens of each sequence that this took."""
     steps_s: tuple[float, ...]
     """Of each decode step."""
     cache_bytes: int
@@ -65,27 +67,29 @@ def run_once(subject: Subject, point: Point) -> Run:
     runner = make_runner(
         subject, point.runner, batch=point.batch, chunk=point.chunk, cache=point.cache
     )
-    prefill_s = None
-    if point.fill == "random":
-        logits_BY = runner.fill(point.depth, point.new_tokens)
-    else:
-        ids_BT = random_ids(subject, point.batch, point.context)
+    prefill_s, prefilled = None, point.prefilled(runner.chunk)
+    if prefilled < point.depth:
+        logits_BY = runner.fill(point.depth - prefilled, point.new_tokens + prefilled)
+    if prefilled:
+        ids_BT = random_ids(subject, point.batch, prefilled)
         _wait(device)
         started = time.perf_counter()
         logits_BY = runner.prefill(ids_BT, point.new_tokens)
         logits_BY.argmax(-1)
         _wait(device)
         prefill_s = time.perf_counter() - started
-    return _decoded(runner, point, logits_BY, prefill_s)
+    return replace(
+        _decoded(runner, point, logits_BY), prefill_s=prefill_s, prefilled=prefilled
+    )  # fmt: skip
 
 
-def _decoded(runner: Runner, point: Point, logits_BY: torch.Tensor, prefill_s: float | None) -> Run:
+def _decoded(runner: Runner, point: Point, logits_BY: torch.Tensor) -> Run:
     clock, before = Clock(runner.device), energy_j(runner.device)
     runner.decode(logits_BY, point.new_tokens, clock)
     steps, after = clock.seconds(), energy_j(runner.device)
     spent = None if before is None or after is None else after - before
     memory = memory_of(runner.device)
-    return Run(prefill_s, tuple(steps), runner.cache_bytes(), runner.step_bytes(), spent, memory)
+    return Run(None, 0, tuple(steps), runner.cache_bytes(), runner.step_bytes(), spent, memory)
 
 
 def _wait(device: torch.device) -> None:
@@ -133,12 +137,19 @@ def rows_of(subject: Subject, point: Point, runs: Sequence[Run], ceilings: Ceili
     rows: list[Row] = []
     prefill = [run.prefill_s for run in runs if run.prefill_s is not None]
     if prefill:
-        tokens = point.batch * point.context
+        tokens = point.batch * last.prefilled
+        before = point.context - last.prefilled
         flops = prefill_flops(subject, point)
+        flops -= prefill_flops(subject, replace(point, context=before)) if before else 0.0
         median = statistics.median(prefill)
         share = flops / median / ceilings.matmul_flop_per_s
         rows.append(
-            {"kind": "prefill", **spread(prefill, tokens), "flops": flops, "flop_share": share}
+            {
+                "kind": "last_chunk" if before else "prefill",
+                **spread(prefill, tokens),
+                "flops": flops,
+                "flop_share": share,
+            }
         )
     steps = [step for run in runs for step in run.steps_s]
     rates = [sum(run.steps_s) for run in runs]

@@ -16,7 +16,7 @@ import yaml
 
 RUNNERS = ("engine", "sdpa", "flash", "static")
 DTYPES = ("float32", "bfloat16")
-FILLS = ("prefill", "random")
+FILLS = ("prefill", "random", "last")
 CACHES = ("native", "fp8")
 FIGURE6 = Path(__file__).parent / "figure6.yaml"
 
@@ -51,7 +51,8 @@ class Workload:
     """`native`: in the model's number format. `fp8`: latents compressed before decoding."""
     fill: str = "prefill"
     """`prefill`: contexts are prefilled, and that is timed too. `random`: the cache is filled with
-    random numbers, and only decoding is timed."""
+    random numbers, and only decoding is timed. `last`: the last chunk is prefilled and timed on a
+    cache of random numbers, since a whole long prefill takes minutes."""
     warmups: int = 0
     """Untimed runs of each point before the timed ones."""
     repeats: int = 5
@@ -129,6 +130,10 @@ class Point:
     def depth(self) -> int:
         """Tokens cached when decoding begins."""
         return self.context + self.integrate // 2
+
+    def prefilled(self, chunk: int) -> int:
+        """Tokens of a sequence whose prefill is timed, in chunks of so many."""
+        return {"prefill": self.context, "random": 0, "last": min(chunk, self.context)}[self.fill]
 
     @property
     def key(self) -> str:

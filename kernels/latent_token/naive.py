@@ -6,7 +6,8 @@ W = R + 2 S row width, C cache slots. A leading 2 is the real and imaginary part
 pairs (f, f + F) of a head.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -38,8 +39,9 @@ class TokenMaps:
 
 def widened(maps: TokenMaps) -> TokenMaps:
     """The same maps in float64, for reference."""
-    tensors = {k: v for k, v in vars(maps).items() if torch.is_tensor(v) and v.is_floating_point()}
-    return replace(maps, **{name: tensor.double() for name, tensor in tensors.items()})
+    fields: dict[str, Any] = vars(maps)
+    tensors = {k: v for k, v in fields.items() if torch.is_tensor(v) and v.is_floating_point()}
+    return TokenMaps(**fields | {name: tensor.double() for name, tensor in tensors.items()})
 
 
 def latent_token(

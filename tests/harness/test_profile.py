@@ -170,6 +170,24 @@ def test_a_synthetic_cache_is_decoded_only(tiny: ProfileOptions) -> None:
     assert decode["label"] == "random weights"
 
 
+def test_the_last_chunk_of_a_prefill_is_timed_on_a_synthetic_cache(
+    tiny: ProfileOptions, tmp_path: Path
+) -> None:
+    workload = replace(tiny.workload, fill="last", contexts=(96, 200), chunks=(64,), models=TINY)
+    runs = profile(replace(tiny, workload=workload))
+    for run in runs:
+        last = [row for row in measured(run) if row["kind"] == "last_chunk"]
+        assert [row["context_tokens"] for row in last] == [96, 200]
+        for row in last:
+            assert row["tokens_per_s"] == pytest.approx(64 / row["median_s"])
+            assert row["flop_share"] > 0
+        # The same tokens see more of a longer context.
+        assert last[0]["flops"] < last[1]["flops"]
+        assert not [row for row in measured(run) if row["kind"] == "prefill"]
+    draw(runs, tmp_path / "figures")
+    assert "its last chunk" in (tmp_path / "figures/efficiency.md").read_text()
+
+
 def test_an_fp8_cache_is_smaller_and_for_latents_only(tiny: ProfileOptions) -> None:
     workload = replace(tiny.workload, caches=("native", "fp8"), contexts=(96,))
     gqa, m2la = (measured(run) for run in profile(replace(tiny, workload=workload)))
