@@ -805,7 +805,10 @@ def profile_command(
         str | None, typer.Option(help="native, or fp8: latents compressed before decoding.")
     ] = None,
     fill: Annotated[
-        str | None, typer.Option(help="prefill; random: decoding only, on a synthetic cache; last: the last chunk on one.")
+        str | None,
+        typer.Option(
+            help="prefill; random: decoding only, on a synthetic cache; last: its last chunk."
+        ),
     ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Timings of each point.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,

@@ -110,7 +110,10 @@ def folded_components(moment_EE: Tensor, kv_heads: int, frequencies: int, fold: 
     pairs = kv_heads * fold
     moment_gJJ = same.reshape(pairs, pairs, groups).permute(2, 0, 1)
     _, vectors_gJc = torch.linalg.eigh(moment_gJJ)
-    return vectors_gJc[..., -fold:].flip(-1).mT.unflatten(-1, (kv_heads, fold))
+    largest_gcKM: Tensor = (
+        vectors_gJc[..., -fold:].flip(-1).mT.unflatten(-1, (kv_heads, fold))
+    )  # fmt: skip
+    return largest_gcKM
 
 
 def folded_residual(mix_gcKM: Tensor) -> Tensor:
