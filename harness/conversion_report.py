@@ -26,11 +26,10 @@ import torch
 
 from internvideo3.harness import provenance
 from internvideo3.harness.calibration import DEFAULT_TEXT, HELD_OUT_TEXT, Reader
-from internvideo3.harness.conversion_baseline import FOLDS, baseline_layer
+from internvideo3.harness.conversion_baseline import FOLDS, baseline_layers
 from internvideo3.harness.store import write_json
 from internvideo3.model.checkpoint import read_json
 from internvideo3.model.conversion.convert import Job
-from internvideo3.model.conversion.converted import layer_config
 from internvideo3.model.conversion.divergence import Agreement, Reference
 from internvideo3.model.conversion.options import ConversionOptions, preset, share
 from internvideo3.model.conversion.recovery import recover
@@ -73,7 +72,10 @@ def absorbed(text: Any, cache_share: float) -> ConversionOptions:
 
 
 def plain_transmla(text: Any, cache_share: float) -> ConversionOptions:
-    """TransMLA's choices: real rotation, one slot a frequency, uncentred and unweighted PCA."""
+    """TransMLA's choices among our options; the baseline itself is `conversion_baseline`.
+
+    Real rotation, one slot a frequency, uncentred and unweighted PCA.
+    """
     return share(text, cache_share).with_(
         rope_slots=text.head_dim // 2,
         mixing="real",
@@ -125,8 +127,8 @@ BARS: dict[str, float] = {
 OVER_BASELINE = ("absorbed 50 %", "transmla 50 %", 0.65)
 """A row, its baseline, and the highest quotient of their perplexity ratios; of the baseline's rows,
 folded or not, the best counts."""
-FOLDED = {f"transmla 50 %, fold {fold}": fold for fold in FOLDS if fold > 1}
-"""The baseline with FreqFold, by row."""
+FOLDED = {OVER_BASELINE[1] + (f", fold {fold}" if fold > 1 else ""): fold for fold in FOLDS}
+"""The baseline's rows, made by `conversion_baseline`, and their folds."""
 
 
 def dequantised(wheels: Path, folder: Path) -> Path:
@@ -192,21 +194,11 @@ class Laboratory:
         agreement = self.held_out.agreement(built.layers)
         return _figures(options, built, agreement) | {"seconds": time.monotonic() - started}
 
-    def folded_row(self, options: ConversionOptions, fold: int) -> dict[str, Any]:
+    def baseline_row(self, options: ConversionOptions, fold: int) -> dict[str, Any]:
         """Figures of the baseline with so many frequencies taken for one."""
         started = time.monotonic()
         job, built = self.convert(options)
-        attentions = [layer.self_attn for layer in self.source.layers]
-        layers = [
-            baseline_layer(
-                job.statistics(index),
-                attention,
-                layer_config(self.source, built.shape.of_layer(index)),
-                fold,
-            )
-            for index, attention in enumerate(attentions)
-        ]
-        agreement = self.held_out.agreement(layers)
+        agreement = self.held_out.agreement(baseline_layers(job, built, fold))
         found = {"fold": fold, "seconds": time.monotonic() - started}
         return _figures(options, built, agreement) | found
 
@@ -256,7 +248,7 @@ def measure(
             laboratory.source.text
         )
         if name in FOLDED:
-            rows[name] = laboratory.folded_row(options, FOLDED[name])
+            rows[name] = laboratory.baseline_row(options, FOLDED[name])
         elif name.endswith(", distilled"):
             rows[name] = laboratory.recovered_row(options, distil_seconds)
         else:
@@ -300,9 +292,7 @@ def bars(seeds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             found[name] = _held(limit, got)
     ours, baseline, limit = OVER_BASELINE
     # The baseline draws no labels, so its rows are the same on every seed.
-    theirs = [
-        rows[name] for rows in ratios.values() for name in (baseline, *FOLDED) if name in rows
-    ]
+    theirs = [rows[name] for rows in ratios.values() for name in FOLDED if name in rows]
     both = {
         seed: rows[ours] / min(theirs) for seed, rows in ratios.items() if theirs and ours in rows
     }
