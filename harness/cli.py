@@ -1231,6 +1231,20 @@ def convert_command(
         float | None,
         typer.Option(help="Share of the source's cached numbers, e.g. 0.75; else the preset's."),
     ] = None,
+    bytes_per_token: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="The budget in bytes instead: most that a token takes in the cache of all layers "
+            "together, in bfloat16, as `inspect` prints it.",
+        ),
+    ] = None,
+    choices: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME=VALUE,...", help="Single choices in place of the preset's; see above."
+        ),
+    ] = "",
     calibration: Annotated[
         list[Path] | None,
         typer.Option(help="A .txt file or a video to calibrate on. Repeatable. Default: shipped."),
@@ -1257,11 +1271,34 @@ def convert_command(
     authors' released layout, linear norm), `prerope` (closest to the source, but slower to
     decode), `small` (a quarter), `mla576` (the row of public MLA kernels), `full` (no loss).
 
+    Each choice of a preset can be made otherwise by `--choices`:
+
+      rope_slots=INTEGER|auto         pairs that are rotated; auto tries several
+      row_form=latent|prerope|released
+      norm=exact|linear               QK-norm when keys are written, or a map in its place
+      norm_fit=constant|affine        of the linear norm: equation 7, or learned
+      mixing=complex|real|mean        of heads within a frequency
+      importance=on|off               slots go where the loss misses them most
+      gain=on|off                     by position, for what is not rotated
+      joint=on|off                    keys and values share latent directions
+      metric=fisher|balanced          of the latent's error
+      token_weights=on|off            tokens count by their loss gradient
+      centred=on|off                  means take no rank
+      tempered=on|off                 ranks differ by layer
+      vision_rank_share=NUMBER        rank of vision tokens, above 0 to 1
+      adapters=on|off|auto            by modality; auto keeps what helps
+      refit_output=on|off             output projection refitted
+      token_floor=NUMBER              least weight of a token
+      metric_ridge=NUMBER             added to the metric
+      refit_ridge=NUMBER              added to the refit
+
     [bold]Examples[/bold]
 
       internvideo3 convert scale:base converted
 
       internvideo3 convert Qwen3-VL-8B-Instruct converted --preset best --calibration talk.mp4
+
+      internvideo3 convert scale:base converted --bytes-per-token 768 --choices tempered=on,gain=off
     """
     with _errors_in_words(out.with_name(out.name + ".work")):
         from internvideo3.harness.calibration import HELD_OUT_TEXT
@@ -1272,6 +1309,8 @@ def convert_command(
             out=out,
             preset=preset,
             cache_share=cache,
+            bytes_per_token=bytes_per_token,
+            choices=choices,
             calibration=tuple(calibration or ()),
             held_out=held_out or HELD_OUT_TEXT,
             tokens=tokens,

@@ -18,11 +18,17 @@ import torch
 
 from internvideo3.harness import provenance
 from internvideo3.harness.calibration import HELD_OUT_TEXT, Reader, first_tokens
+from internvideo3.harness.convert_options import (
+    BUDGET_TYPE,
+    conversion_options,
+    parse_choices,
+)
 from internvideo3.harness.store import write_json
 from internvideo3.model.attention import RowAttention
 from internvideo3.model.checkpoint import (
     ARCHITECTURES,
     CheckpointError,
+    cache_bytes_per_token,
     check_complete,
     read_config,
     read_json,
@@ -35,7 +41,7 @@ from internvideo3.model.conversion.converted import save_converted
 from internvideo3.model.conversion.divergence import Agreement, Reference
 from internvideo3.model.conversion.memory import give_back
 from internvideo3.model.conversion.norms import UNSAFE_CV
-from internvideo3.model.conversion.options import ConversionOptions, preset, share
+from internvideo3.model.conversion.options import ConversionOptions
 from internvideo3.model.conversion.recording import Progress, silent
 from internvideo3.model.conversion.recovery import recover
 from internvideo3.model.conversion.source import Batch, Source, check_config
@@ -68,6 +74,10 @@ class ConvertCommand:
     """Name of a preset."""
     cache_share: float | None = None
     """Share of the source's cached numbers, in place of the preset's."""
+    bytes_per_token: int | None = None
+    """Most bytes of a token in all layers' cache, in bfloat16, in place of the preset's."""
+    choices: str = ""
+    """Single choices in place of the preset's: `NAME=VALUE,...`, see `convert_options`."""
     calibration: tuple[Path, ...] = ()
     """Text files and videos; empty: the shipped set."""
     held_out: Path = HELD_OUT_TEXT
@@ -104,7 +114,14 @@ def convert_checkpoint(given: ConvertCommand, progress: Progress = silent) -> di
     torch.set_num_threads(given.threads)
     path, config = check_source(given)
     text = _text_of(config)
-    options = _options(given, text)
+    options = conversion_options(
+        given.preset,
+        text,
+        seed=given.seed,
+        cache_share=given.cache_share,
+        bytes_per_token=given.bytes_per_token,
+        choices=given.choices,
+    )
     _check_files(given)
     check_fit(options, text, has_norm=config["model_type"] != "llama")
     source = load_source(path, config, given.dtype)
@@ -138,8 +155,7 @@ def convert_checkpoint(given: ConvertCommand, progress: Progress = silent) -> di
     }
     give_back()
     with _writing_in_words(given.work):
-        _write(given, source, path, built, report)
-    return report
+        return _write(given, source, path, built, report)
 
 
 def _check_files(given: ConvertCommand) -> None:
@@ -197,15 +213,6 @@ def _text_of(config: Mapping[str, Any]) -> Any:
 
     kind = str(config["model_type"])
     return CONFIG_MAPPING[kind].from_dict(dict(config)).get_text_config()
-
-
-def _options(given: ConvertCommand, text: Any) -> ConversionOptions:
-    options = replace(preset(given.preset, text), seed=given.seed)
-    if given.cache_share is None:
-        return options
-    if not 0 < given.cache_share <= 1:
-        raise ConvertError(f"a cache share of {given.cache_share} is not above 0, up to 1.")
-    return replace(options, row_width=share(text, given.cache_share).row_width)
 
 
 def load_source(path: Path, config: Mapping[str, Any], dtype: str) -> Source:
@@ -307,6 +314,8 @@ def _report(
         "packages": provenance.packages(),
         "source": given.source,
         "preset": given.preset,
+        "budget": {"cache_share": given.cache_share, "bytes_per_token": given.bytes_per_token},
+        "choices": parse_choices(given.choices),
         "options": asdict(options),
         "cache_share": built.cache_share,
         **{name: _as_row(found) for name, found in agreements.items()},
@@ -347,19 +356,25 @@ def warnings_of(built: Built, options: ConversionOptions) -> list[str]:
 
 
 def _write(
-    given: ConvertCommand, source: Source, path: Path, built: Built, report: Mapping[str, Any]
-) -> None:
-    """Writes the output beside its place and moves it there when it is whole."""
+    given: ConvertCommand, source: Source, path: Path, built: Built, report: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes the output beside its place and moves it there when it is whole.
+
+    Returns:
+        The report, with what the written model caches.
+    """
     partial = given.work / "output"
     shutil.rmtree(partial, ignore_errors=True)
     save_converted(source, built.layers, built.shape, partial)
     for pattern in PROCESSOR_FILES:
         for file in path.glob(pattern):
             shutil.copy2(file, partial / file.name)
+    report |= {"cache_bytes_per_token": cache_bytes_per_token(partial, BUDGET_TYPE)}
     write_json(partial / "conversion.json", report)
     (partial / "conversion.html").write_text(conversion_page(report), encoding="utf-8")
     partial.rename(given.out)
     shutil.rmtree(given.work)
+    return report
 
 
 def lines(report: Mapping[str, Any], out: Path) -> Sequence[str]:
@@ -369,7 +384,8 @@ def lines(report: Mapping[str, Any], out: Path) -> Sequence[str]:
     judged |= {"norm, text": alone.get("held_out"), "norm, video": alone.get("held_out_videos")}
     return [
         f"wrote       {out}",
-        f"cache       {report['cache_share']:.0%} of the source's",
+        f"cache       {report['cache_share']:.0%} of the source's, "
+        f"{report['cache_bytes_per_token']:,} bytes a token in {BUDGET_TYPE}",
         *(f"{name:<12}{_in_words(found)}" for name, found in judged.items() if found),
         f"report      {out / 'conversion.html'}",
         *(f"warning     {text}" for text in report["warnings"]),

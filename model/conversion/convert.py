@@ -173,10 +173,11 @@ class Job:
         """Runs or continues the calibration pass.
 
         Raises:
-            ValueError: there is no calibration batch, the options do not fit the source, or the
-                folder belongs to another source or calibration set.
+            ValueError: there is no calibration batch, the options do not fit the source or the
+                batches, or the folder belongs to another source or calibration set.
         """
         check_fit(options, source.text, source.has_norm)
+        _check_vision(options, source, calibration)
         _claim(folder, source, calibration)
         calls = folder / f"calls-{options.seed}"
         recording = record(source, calibration, calls, seed=options.seed, progress=progress)
@@ -342,11 +343,6 @@ class Job:
         energies = []
         for index in range(self.layer_count):
             stats = self.statistics(index)
-            if float(stats.weight_M[1]) == 0.0:
-                raise ValueError(
-                    "vision_rank_share is below 1, but the calibration batches show no vision "
-                    "tokens; add videos, or leave the share at 1."
-                )
             plan = self._plan(index, slots).cut(ranks[index], stats, self.options)
             seen = stats.covariance(plan.mean_E, modality=1)
             energies.append((plan.low.encoder_RE @ seen * plan.low.encoder_RE).sum(1).cpu())
@@ -551,6 +547,17 @@ def check_fit(options: ConversionOptions, text: Any, has_norm: bool) -> None:
             )
     if options.row_form == "released":
         _check_released(options, text, has_norm)
+
+
+def _check_vision(options: ConversionOptions, source: Source, calibration: Sequence[Batch]) -> None:
+    """Refuses a rank of vision tokens that nothing can be learned for."""
+    if options.vision_rank_share == 1.0:
+        return
+    if not any(bool(source.vision_tokens(batch).any()) for batch in calibration):
+        raise ValueError(
+            f"vision_rank_share is {options.vision_rank_share}, but the calibration set shows no "
+            "vision tokens; add videos (to a model that sees), or leave the share at 1."
+        )
 
 
 def _check_released(options: ConversionOptions, text: Any, has_norm: bool) -> None:

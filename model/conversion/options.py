@@ -72,7 +72,8 @@ class ConversionOptions:
         """Checks the sizes.
 
         Raises:
-            ValueError: an unknown word, a share outside of 0 .. 1, or no room for the latent.
+            ValueError: an unknown word, a share outside of 0 .. 1, a number that is not above 0,
+                or no room for the latent.
         """
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
@@ -84,10 +85,21 @@ class ConversionOptions:
                 f"a row of {self.row_width} numbers has no room for {self.rope_slots} rotary slots "
                 "of two numbers and a latent; give a wider row or fewer slots."
             )
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
         if not 0 < self.vision_rank_share <= 1:
             raise ValueError(
                 f"vision_rank_share is {self.vision_rank_share}; give a share above 0, up to 1."
             )
+        if self.rope_slots is not None and self.rope_slots < 1:
+            raise ValueError(
+                f"rope_slots is {self.rope_slots}; a latent row needs at least one rotary slot. A "
+                "row without any is the form `prerope`, which ignores the number."
+            )
+        for name in ("token_floor", "metric_ridge", "refit_ridge"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; give a number above 0.")
 
     def slot_choices(self) -> list[int]:
         """Numbers of slots to try."""

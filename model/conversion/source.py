@@ -2,7 +2,9 @@
 
 Qwen3-VL (any size), Qwen3 dense, and Llama-style GQA. All three project queries, keys and values,
 rotate queries and keys by the same `rotate_half` convention and hand `position_embeddings` to every
-attention layer; QK-norm is there or not.
+attention layer; QK-norm is there or not. Groups may have any size: with a key/value head for each
+query head, or with one for all, every formula holds as it stands. One head has nothing to be mixed
+with, so there only its frequencies' importance tells slots apart.
 
 Axes: B batch, T tokens, X model width, H query heads, K key/value heads, D head width.
 """

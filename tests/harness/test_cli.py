@@ -108,7 +108,8 @@ OPTIONS = {
     "ablate": "out preset seeds limit threads root",
     "demo": "full videos out root threads",
     "compare-stock": "model videos repeats out root threads",
-    "convert": "preset cache calibration held-out tokens distil-minutes seed dtype threads",
+    "convert": "preset cache bytes-per-token choices calibration held-out tokens distil-minutes "
+    "seed dtype threads",
     "inspect": "",
     "world build": "root split videos sound workers",
     "world show": "index sample-id root split out",

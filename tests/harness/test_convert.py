@@ -28,9 +28,17 @@ from internvideo3.harness.calibration import (
     Reader,
     answer_labelled,
 )
+from internvideo3.harness.cli import convert_command
 from internvideo3.harness.convert import ConvertCommand, convert_checkpoint, lines
+from internvideo3.harness.convert_options import choices_help, conversion_options
 from internvideo3.harness.inspection import describe
-from internvideo3.model.checkpoint import load_model, resolve_checkpoint, weights_digest
+from internvideo3.model.checkpoint import (
+    cache_bytes_per_token,
+    load_model,
+    resolve_checkpoint,
+    weights_digest,
+)
+from internvideo3.model.conversion.options import PRESETS, preset
 from internvideo3.model.scale.build import load_processor
 
 
@@ -200,20 +208,30 @@ def test_recovery_brings_the_model_closer(given: ConvertCommand, text: Path) -> 
     assert after["held_out"]["kl"] < before["held_out"]["kl"]
 
 
-@pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config])
-def test_a_text_model_is_converted(
-    kind: type[PreTrainedConfig], given: ConvertCommand, tmp_path: Path
-) -> None:
-    """No vision; Llama-style without QK-norm, Qwen3 with it."""
+def text_model(kind: type[PreTrainedConfig], kv_heads: int, folder: Path) -> Path:
+    """A random model with four query heads of 16."""
     tokenizer = load_processor().tokenizer
     config = kind(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+        num_attention_heads=4, num_key_value_heads=kv_heads, head_dim=16, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
-    tokenizer.save_pretrained(tmp_path / "source")
-    own = replace(given, source=str(tmp_path / "source"), preset="full")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "kv_heads"),
+    [(LlamaConfig, 2), (Qwen3Config, 2), (LlamaConfig, 4), (LlamaConfig, 1)],
+    ids=["llama", "qwen3", "a key head for each query head", "one key head"],
+)
+def test_a_text_model_is_converted(
+    kind: type[PreTrainedConfig], kv_heads: int, given: ConvertCommand, tmp_path: Path
+) -> None:
+    """No vision; Llama-style without QK-norm, Qwen3 with it; groups of any size."""
+    source = text_model(kind, kv_heads, tmp_path / "source")
+    own = replace(given, source=str(source), preset="full")
     report = convert_checkpoint(own)
     assert report["held_out"]["kl"] <= 1e-6 and report["held_out"]["top1"] >= 0.999
     assert (report["layers"][0]["concentration"] is None) == (kind is LlamaConfig)
@@ -223,8 +241,61 @@ def test_a_text_model_is_converted(
     want = AutoModelForCausalLM.from_pretrained(tmp_path / "source")(ids).logits
     error = (model(ids).logits - want).abs().max() / want.abs().max()
     assert error.item() <= 1e-5
-    halved = replace(own, preset="half", out=tmp_path / "halved")
-    assert convert_checkpoint(halved)["cache_share"] == 0.5
+    halved = replace(own, preset="best", out=tmp_path / "halved")
+    report = convert_checkpoint(halved)
+    assert report["cache_share"] == 0.5 and 0 < report["held_out"]["kl"] < 1
+    assert report["cache_bytes_per_token"] == 2 * 2 * 16 * kv_heads
+
+
+def test_one_key_head_has_no_room_for_every_frequency_at_half(
+    given: ConvertCommand, tmp_path: Path
+) -> None:
+    source = text_model(LlamaConfig, 1, tmp_path / "source")
+    with pytest.raises(ValueError, match="a row of 16 numbers has no room for 8 rotary slots"):
+        convert_checkpoint(replace(given, source=str(source), preset="half"))
+    assert not given.work.exists()
+
+
+def test_a_budget_in_bytes_and_single_choices_are_kept_and_recorded(given: ConvertCommand) -> None:
+    made = replace(
+        given,
+        preset="best",
+        bytes_per_token=700,
+        choices="rope_slots=10, tempered=off,mixing=real,gain=off,adapters=off",
+    )
+    report = convert_checkpoint(made)
+    # 700 bytes are 87 numbers in each of four layers.
+    assert report["cache_bytes_per_token"] == 2 * 4 * 87 <= 700
+    assert cache_bytes_per_token(given.out, "bfloat16") == 2 * 4 * 87
+    assert {layer["rank"] for layer in report["layers"]} == {87 - 2 * 10}
+    assert {layer["rope_slots"] for layer in report["layers"]} == {10}
+    assert report["budget"] == {"cache_share": None, "bytes_per_token": 700}
+    assert report["choices"] == {
+        "rope_slots": 10, "tempered": False, "mixing": "real", "gain": False, "adapters": False,
+    }  # fmt: skip
+    assert report["options"].items() >= report["choices"].items()
+    page = (given.out / "conversion.html").read_text()
+    assert "<code>gain=False</code>" in page and "696 bytes a token" in page
+    model, _ = load_model(given.out, "cpu")
+    gain = model.model.language_model.layers[0].self_attn.nope_gain
+    assert torch.equal(gain[0], torch.ones_like(gain[0])) and not gain[1].any()
+
+
+def test_a_choice_left_to_the_preset_changes_nothing() -> None:
+    config = PreTrainedConfig(
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_hidden_layers=2
+    )
+    for name in PRESETS:
+        assert conversion_options(name, config, seed=0) == preset(name, config)
+    said = "rope_slots=auto,adapters=auto,token_floor=0.5,norm=linear"
+    found = conversion_options("half", config, seed=3, choices=said)
+    assert (found.rope_slots, found.adapters, found.token_floor) == (None, None, 0.5)
+    assert (found.norm, found.seed) == ("linear", 3)
+
+
+def test_help_names_every_choice_with_its_values() -> None:
+    words = set((convert_command.__doc__ or "").split())
+    assert [choice for choice in choices_help() if choice not in words] == []
 
 
 def edited(folder: Path, **changes: Any) -> Path:
@@ -276,7 +347,23 @@ def test_bad_options_are_explained_before_any_work(given: ConvertCommand, tmp_pa
     cases = {
         "below the feasible minimum|no room": replace(given, cache_share=0.1),
         "not above 0, up to 1": replace(given, cache_share=1.5),
-        "no preset 'hlf'": replace(given, preset="hlf"),
+        "no preset 'hlf'. Did you mean half": replace(given, preset="hlf"),
+        "7 bytes a token are less than one": replace(given, bytes_per_token=7),
+        "budget is below the feasible minimum": replace(given, bytes_per_token=7),
+        "no room for 16 rotary slots": replace(given, bytes_per_token=200),
+        "wider than the 128": replace(given, bytes_per_token=2000),
+        "give one": replace(given, cache_share=0.5, bytes_per_token=512),
+        "no 'gian'. Did you mean gain": replace(given, choices="gian=off"),
+        "mixing has no 'reel'. Did you mean real": replace(given, choices="mixing=reel"),
+        "gain is 'maybe'; write on.off": replace(given, choices="gain=maybe"),
+        "adapters is '2'; write on.off.auto": replace(given, choices="adapters=2"),
+        "rope_slots is '1.5'; write INTEGER": replace(given, choices="rope_slots=1.5"),
+        "write NAME=VALUE": replace(given, choices="gain"),
+        "says twice what gain is": replace(given, choices="gain=on,gain=off"),
+        "rope_slots is 0": replace(given, choices="rope_slots=0"),
+        "token_floor is nan": replace(given, choices="token_floor=nan"),
+        "vision_rank_share is 1.5": replace(given, choices="vision_rank_share=1.5"),
+        "Use the preset `official`": replace(given, choices="row_form=released"),
         "exists already": replace(given, out=tmp_path),
         "no file .*none.txt": replace(given, calibration=(tmp_path / "none.txt",)),
         "no file .*other.txt": replace(given, held_out=tmp_path / "other.txt"),

@@ -382,6 +382,9 @@ def test_mistakes_are_explained(source: Any, identity: Any, calibration: Any) ->
         convert(
             source, calibration, cache_share(text, 1).with_(rope_slots=key_width(text) // 2 + 1)
         )
+    shared = cache_share(text, 0.5).with_(rope_slots=8, vision_rank_share=0.5)
+    with pytest.raises(ValueError, match="the calibration set shows no vision tokens"):
+        convert(source, calibration[2:], shared)
     with pytest.raises(ValueError, match="the released layout: norm must be `linear`"):
         convert(source, calibration, PRESETS["official"](text).with_(norm="exact"))
 
