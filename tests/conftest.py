@@ -1,6 +1,8 @@
 """Every room's tests: what is marked gpu needs one, and says so in the JUnit file."""
 
+import json
 import os
+from collections.abc import Callable
 
 # Triton reads this when it is first imported, which other rooms' tests do before tests/kernels.
 os.environ["TRITON_INTERPRET"] = "1"
@@ -21,3 +23,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs an NVIDIA GPU")
+
+
+@pytest.fixture
+def bar(request: pytest.FixtureRequest) -> Callable[[str, float, float], None]:
+    """Holds a figure to its limit and says both in the JUnit file, for `make conversion-bars`."""
+
+    def hold(name: str, found: float, limit: float) -> None:
+        said = json.dumps({"name": name, "found": found, "limit": limit})
+        request.node.user_properties.append(("bar", said))
+        assert found <= limit, f"{name}: {found:.3e}, at most {limit:.3e}"
+
+    return hold
