@@ -8,7 +8,7 @@ from internvideo3.harness.agent.setting import TOOLS_OF_EVAL, AgentSettings
 from internvideo3.harness.preflight import PreflightError, nearest
 
 TOOLS = (*TOOLS_OF_EVAL, "web_search")
-POLICIES = ("controller", "model")
+POLICIES = ("controller", "model", "trained")
 LOOKS = ("new", "spread", "random", "none")
 
 
@@ -27,7 +27,7 @@ def agent_options(
     """The settings of an agent.
 
     Args:
-        policy: controller or model.
+        policy: controller, model or trained.
         budget: most turns, tool calls and tokens.
         looks: where the controller looks again.
         zoom_frames: most frames of a further look.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 USER_ERROR = 1
 INTERRUPTED = 130
+POLICIES = ("controller", "model", "trained")
 
 _EXAMPLES = """
 [bold]First steps[/bold]
@@ -172,7 +173,11 @@ def evaluate_command(
         str, typer.Option(help="direct: one look, one reply. agentic: a rollout a question.")
     ] = "direct",
     policy: Annotated[
-        str, typer.Option(help="Agentic: `controller` (rules), or `model` (its own tool calls).")
+        str,
+        typer.Option(
+            help="Agentic: `controller` (rules), `model` (its own tool calls), `trained` (the "
+            "same, by a model that learnt them from rollouts and is not told of the tools)."
+        ),
     ] = "controller",
     turns: Annotated[int, typer.Option(min=1, help="Agentic: most turns.")] = 16,
     tool_calls: Annotated[
@@ -317,7 +322,11 @@ def ask_command(
     ] = "agentic",
     model: ModelOption = "scale:m2la",
     policy: Annotated[
-        str, typer.Option(help="Who acts: `controller` (rules), or `model` (its own tool calls).")
+        str,
+        typer.Option(
+            help="Who acts: `controller` (rules), `model` (its own tool calls), `trained` (the "
+            "same, by a model that learnt them from rollouts and is not told of the tools)."
+        ),
     ] = "controller",
     out: Annotated[Path, typer.Option(help="Folder for trace.json, trace.html, timings.json.")] = (
         Path("ask")
@@ -386,7 +395,7 @@ def ask_command(
             out=out,
             model=model,
             mode=_one_of("--mode", mode, ("direct", "agentic")),
-            policy=_one_of("--policy", policy, ("controller", "model")),
+            policy=_one_of("--policy", policy, POLICIES),
             turns=turns,
             tool_calls=tool_calls,
             tokens=tokens,
@@ -434,7 +443,11 @@ def serve_command(
         bool, typer.Option(help="Send the agent's turns as reasoning_content, or not at all.")
     ] = True,
     policy: Annotated[
-        str, typer.Option(help="Who acts: `controller` (rules), or `model` (its own tool calls).")
+        str,
+        typer.Option(
+            help="Who acts: `controller` (rules), `model` (its own tool calls), `trained` (the "
+            "same, by a model that learnt them from rollouts and is not told of the tools)."
+        ),
     ] = "controller",
     turns: Annotated[int, typer.Option(min=1, help="Most turns of the agent.")] = 8,
     tool_calls: Annotated[int, typer.Option(min=0, help="Most tool calls of the agent.")] = 12,
@@ -491,7 +504,7 @@ def serve_command(
 
         asking = AskOptions(
             video=Path(), question="", out=Path(), model=model,
-            policy=_one_of("--policy", policy, ("controller", "model")), turns=turns,
+            policy=_one_of("--policy", policy, POLICIES), turns=turns,
             tool_calls=tool_calls, tokens=tokens, fps=fps, max_frames=max_frames,
             captions=captions,
             compress_at=compress_at,
@@ -1094,6 +1107,54 @@ def data_verl_command(
         for where, why in made.dropped.items():
             print(f"left out: {where}: {why}", file=sys.stderr)
         print(f"{made.kept} rows, {len(made.dropped)} left out: {made.rows}, {made.config}")
+
+
+@data_app.command("rollouts")
+def data_rollouts_command(
+    rows: Annotated[Path, typer.Argument(help="Questions in the chat form, .jsonl or .parquet.")],
+    out: Annotated[Path, typer.Option(help="File for the rollouts, .jsonl; repeat to go on.")],
+    model: ModelOption = "scale:m2la",
+    turns: Annotated[int, typer.Option(min=1, help="Most turns.")] = 8,
+    tool_calls: Annotated[int, typer.Option(min=1, help="Most tool calls.")] = 12,
+    tokens: Annotated[
+        int, typer.Option(min=512, help="Most tokens after the first look and the question.")
+    ] = 8192,
+    fps: Annotated[float, typer.Option(help="Frames a second of the first look.")] = 2.0,
+    max_frames: Annotated[int, typer.Option(min=4, help="Most frames of the first look.")] = 64,
+    zoom_frames: Annotated[int, typer.Option(min=2, help="Most frames of a further look.")] = 16,
+    signatures: Annotated[
+        bool, typer.Option(help="Begin with the tools' signatures, as for --policy model.")
+    ] = False,
+    slips: Annotated[
+        float, typer.Option(min=0, max=1, help="Share whose first answer is wrong, not learnt.")
+    ] = 0.25,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the wrong answers.")] = 0,
+    threads: ThreadsOption = 1,
+) -> None:
+    """Write rollouts from which a model learns to act by its own calls, of questions with answers.
+
+    A teacher of rules acts in the model's own form; what it says is learnt by an `sft` stage whose
+    data names the file. Budget and frames must be those with which the model will act
+    (`eval --mode agentic --policy trained`).
+
+    [bold]Example[/bold]
+
+      internvideo3 data rollouts corpus/questions.jsonl --model ./checkpoint --out rollouts.jsonl
+    """
+    with _errors_in_words(out):
+        from internvideo3.harness.ask import AskOptions
+        from internvideo3.harness.rollouts import RolloutsOptions, write_rollouts
+
+        asking = AskOptions(
+            video=Path(), question="", out=out.parent, model=model, turns=turns,
+            policy="model" if signatures else "trained", tool_calls=tool_calls, tokens=tokens,
+            fps=fps, max_frames=max_frames, zoom_frames=zoom_frames, seed=seed, threads=threads,
+        )  # fmt: skip
+        options = RolloutsOptions(rows=rows, out=out, asking=asking, slips=slips, limit=limit)
+        with _bars() as advance:
+            made = write_rollouts(options, lambda done, total: advance("questions", done, total))
+        print(f"{made.rows} rows of {made.questions} questions, {made.left_out} left out: {out}")
 
 
 @app.command("ablate")

@@ -160,8 +160,26 @@ def build_brief(root: Path, split: Split = "test", videos: int = BRIEF.videos) -
     yaml = _YAML.format(suite=BRIEF.name, docs=where, version=d.VERSION)
     write_whole(folder / "lmms" / "iv3_brief.py", _FUNCTIONS.encode())
     write_whole(folder / "lmms" / f"iv3_{BRIEF.name}.yaml", yaml.encode())
+    chats = "".join(json.dumps(_chat(json.loads(line))) + "\n" for line in lines.splitlines())
+    write_whole(folder / f"{BRIEF.name}.chat.jsonl", chats.encode())
     write_whole(docs, lines.encode())
     return docs
+
+
+def _chat(doc: Mapping[str, Any]) -> dict[str, Any]:
+    """A question in the chat form that training reads, its moments among it."""
+    content = [
+        {"type": "video_url", "video_url": {"url": doc["video"]}},
+        {"type": "text", "text": doc["prompt"]},
+    ]
+    return {
+        "id": doc["id"], "category": doc["family"], "options": doc["options"],
+        "answer": doc["answer"], "evidence": doc["evidence"], "duration_s": doc["length_s"],
+        "messages": [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": doc["answer"]},
+        ],
+    }  # fmt: skip
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, dict[str, Any]]:

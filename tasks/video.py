@@ -15,8 +15,8 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -54,6 +54,29 @@ class Frames:
     duration_s: float
     digest: str
     """SHA-256 of pixels, indices and frame rate: equal digests are equal model inputs."""
+
+
+def joined(looks: Sequence[Frames]) -> list[Frames]:
+    """Looks in order of time as one list of frames; those of another size begin a list anew."""
+    lists: list[list[Frames]] = []
+    for look in looks:
+        if lists and lists[-1][-1].pixels_THWC.shape[1:] == look.pixels_THWC.shape[1:]:
+            lists[-1].append(look)
+        else:
+            lists.append([look])
+    return [_one(parts) for parts in lists]
+
+
+def _one(parts: Sequence[Frames]) -> Frames:
+    if len(parts) == 1:
+        return parts[0]
+    digest = hashlib.sha256(" ".join(part.digest for part in parts).encode()).hexdigest()
+    return replace(
+        parts[0],
+        pixels_THWC=np.concatenate([part.pixels_THWC for part in parts]),
+        indices=tuple(index for part in parts for index in part.indices),
+        digest=digest,
+    )
 
 
 def read_frames(

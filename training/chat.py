@@ -22,6 +22,7 @@ from internvideo3.model.fitting import fit_frames, fit_image
 from internvideo3.model.prompt import Prompter
 from internvideo3.model.scale.build import SYSTEM_PROMPT
 from internvideo3.tasks.decoder import IsolatedReader
+from internvideo3.training.acted import Shelf, acted, is_rollout
 from internvideo3.training.curation.records import DataError, Row, read_rows
 from internvideo3.training.documents import Document, Prompt, replied
 from internvideo3.training.mixture import dealt
@@ -65,6 +66,7 @@ class ChatDocuments:
         for name, rows in self.rows.items():
             if not rows:
                 raise DataError(f"{name} has no rows; leave it out of the recipe")
+        self.shelf = Shelf(self._look)
         self.order = dealt(data.files, BLOCK)
         self.seen = 0
         self.bad: dict[tuple[str, int], str] = {}
@@ -72,12 +74,15 @@ class ChatDocuments:
 
     def kind(self, index: int) -> Modality:
         """What the row of an index shows."""
-        parts = _parts(self._row(index)[1])
+        row = self._row(index)[1]
+        if is_rollout(row):
+            return "video"
+        parts = _parts(row)
         kinds = {part["type"] for part in parts}
         return "video" if "video_url" in kinds else "image" if "image_url" in kinds else "text"
 
     def taught(self, index: int) -> Document:
-        """A row and its last reply, which is what is learnt."""
+        """A row and its last reply, which is what is learnt; of a rollout, all its words."""
         made: Document = self._usable(index, self._taught)
         return made
 
@@ -132,6 +137,8 @@ class ChatDocuments:
         return name, chosen[(at + step) % count]
 
     def _taught(self, row: Row, folder: Path) -> Document:
+        if is_rollout(row):
+            return acted(row, folder, self.prompter, self.shelf)
         messages = row["messages"]
         if messages[-1]["role"] != "assistant":
             raise DataError("the last message is not the assistant's")
@@ -178,6 +185,16 @@ class ChatDocuments:
             read, factor=self.factor, min_pixels=self.data.min_pixels,
             max_pixels=self.data.max_pixels,
         )  # fmt: skip
+
+    def _look(self, path: Path, how: Mapping[str, Any]) -> Any:
+        """Frames as a rollout's look says, whatever the recipe says of videos."""
+        read = self.reader.read(
+            path, fps=how["fps"], max_frames=how["max_frames"], start_s=how["start_s"],
+            end_s=how["end_s"],
+        )  # fmt: skip
+        return fit_frames(
+            read, factor=self.factor, min_pixels=how["min_pixels"], max_pixels=how["max_pixels"]
+        )
 
     def _image(self, path: Path) -> Any:
         with Image.open(path) as opened:

@@ -56,6 +56,8 @@ class Document:
     media: tuple[Medium, ...]
     """Images and videos of the trunk in the order of their tokens, cut into patches."""
     branches: tuple[Branch, ...]
+    said: tuple[tuple[int, int], ...] = ()
+    """From and to which token of the trunk the model's own words stand, which are learnt."""
 
     def __len__(self) -> int:
         return len(self.trunk_ids) + sum(len(branch.ids) for branch in self.branches)

@@ -33,7 +33,7 @@ class Pack:
     labels_T: Tensor
     """The id that follows, `IGNORE` where it is not the model's own."""
     response_T: Tensor
-    """Number of the branch in the row, -1 outside of branches."""
+    """Number of the branch, or of the words within a trunk, in the row; -1 elsewhere."""
     pixels: Tensor
     grid_thw: Tensor
 
@@ -95,7 +95,9 @@ def pack(documents: Sequence[Document], model: Any) -> Pack:
     responses = 0
     for number, document in enumerate(documents):
         positions_3P = _trunk_positions(document, model)
-        parts.append(_part(list(document.trunk_ids), positions_3P, number, 0, -1, 0))
+        trunk = _part(list(document.trunk_ids), positions_3P, number, 0, -1, 0)
+        parts.append(_with_said(trunk, document.said, responses))
+        responses += len(document.said)
         first = int(positions_3P.max()) + 1
         for branch_number, branch in enumerate(document.branches, start=1):
             positions_3L = (first + torch.arange(len(branch.ids))).expand(3, -1)
@@ -126,6 +128,17 @@ def _pixels(media: Sequence[Medium]) -> tuple[Tensor, Tensor]:
     if not media:
         return torch.zeros(0, 0), torch.zeros(0, 3, dtype=torch.long)
     return torch.cat([m.pixels for m in media]), torch.stack([m.grid_thw for m in media])
+
+
+def _with_said(
+    trunk: tuple[Tensor, ...], said: Sequence[tuple[int, int]], first: int
+) -> tuple[Tensor, ...]:
+    """A trunk whose words are learnt, each stretch of them under a number of its own."""
+    ids_P, positions_3P, document_P, branch_P, labels_P, response_P = trunk
+    for number, (start, stop) in enumerate(said, start=first):
+        labels_P[start - 1 : stop - 1] = ids_P[start:stop]
+        response_P[start - 1 : stop - 1] = number
+    return ids_P, positions_3P, document_P, branch_P, labels_P, response_P
 
 
 def _part(

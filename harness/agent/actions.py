@@ -55,6 +55,14 @@ class Zoom(_Part):
         return self
 
 
+class Pick(Action):
+    """Look closer around given moments; without any, where something new is shown."""
+
+    name: Literal["pick_clips"] = "pick_clips"
+    around_s: Annotated[tuple[Seconds, ...], Field(max_length=8)] = ()
+    most: Annotated[int, Field(ge=1, le=8)] = 4
+
+
 class Segment(_Part):
     """Find where scenes change, hard cuts and dissolves."""
 
@@ -133,6 +141,7 @@ ACTIONS: Mapping[str, type[Action]] = {
     kind.model_fields["name"].default: kind
     for kind in (
         Zoom,
+        Pick,
         Segment,
         Listen,
         ReadText,

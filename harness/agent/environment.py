@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,9 @@ class Environment:
     """Looks at the video, for tools that the model itself is."""
     most_tokens: Callable[[], int] = lambda: 4_096
     """How many tokens such a tool may still take."""
+    clips: Callable[[int, Sequence[float]], tuple[tuple[Span, ...], float]] = lambda *_: ((), 1.0)
+    """Parts around moments, or else at most so many that no look has shown; and the frames a
+    second of a closer look."""
 
     def available(self, name: str) -> bool:
         """Whether a tool can be called here."""
@@ -86,6 +89,7 @@ class Environment:
             return Feedback(ok=False, text=f"{action.name} is switched off here; do without it")
         handlers: dict[type[Action], Callable[[Any], Feedback]] = {
             actions.Zoom: self._zoom,
+            actions.Pick: self._pick,
             actions.Segment: self._segment,
             actions.Listen: self._listen,
             actions.ReadText: self._read_text,
@@ -115,16 +119,24 @@ class Environment:
         for one in found:
             if isinstance(one, Feedback):
                 return one
-        parts = tuple(sorted(one for one in found if not isinstance(one, Feedback)))
-        said = ", ".join(f"{a:g}-{b:g} s" for a, b in parts)
-        return Feedback(
-            ok=True,
-            text=f"{said} at {action.fps:g} frames a second:",
-            kind=Kind.OBSERVATION,
-            span=(parts[0][0], max(end_s for _, end_s in parts)),
-            look=action.fps,
-            parts=parts,
-        )
+        return _look(tuple(one for one in found if not isinstance(one, Feedback)), action.fps)
+
+    def _pick(self, action: actions.Pick) -> Feedback:
+        outside = [t for t in action.around_s if not self.start_s <= t <= self.duration_s]
+        if outside:
+            return Feedback(
+                ok=False,
+                text=f"{outside[0]:g} s is outside of the video, which lasts "
+                f"{self.duration_s:.2f} s. Give moments within it.",
+            )
+        if action.around_s:
+            return _look(*self.clips(len(action.around_s), action.around_s))
+        # One more than is looked at, to say whether anything is left.
+        found, fps = self.clips(action.most + 1, ())
+        if not found:
+            return Feedback(ok=False, text="no part is left that shows anything new")
+        left = "more is new" if len(found) > action.most else "nothing else is new"
+        return _look(found[: action.most], fps, f"; {left}")
 
     def _call(self, tool: str, part: Span, **arguments: Any) -> dict[str, Any] | Feedback:
         result = self.desk.call(tool, {"path": str(self.video), **arguments})
@@ -245,6 +257,19 @@ class Environment:
     def _verify(self, action: actions.Verify) -> Feedback:
         checks = check(action.claims, self.context)
         return Feedback(ok=False, text=told(checks), checks=tuple(checks))
+
+
+def _look(parts: tuple[Span, ...], fps: float, note: str = "") -> Feedback:
+    parts = tuple(sorted(set(parts)))
+    said = ", ".join(f"{a:g}-{b:g} s" for a, b in parts)
+    return Feedback(
+        ok=True,
+        text=f"{said} at {fps:g} frames a second{note}:",
+        kind=Kind.OBSERVATION,
+        span=(parts[0][0], max(end_s for _, end_s in parts)),
+        look=fps,
+        parts=parts,
+    )
 
 
 def _lines(items: list[Item], part: Span, otherwise: str) -> Feedback:

@@ -8,17 +8,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from internvideo3.harness.agent.actions import ACTIONS
 from internvideo3.harness.agent.album import open_album
 from internvideo3.harness.agent.budget import Budget, Spending
 from internvideo3.harness.agent.captioning import captioner
 from internvideo3.harness.agent.chronicle import Advance, Chronicler
 from internvideo3.harness.agent.compression import compress
 from internvideo3.harness.agent.context import Context, Span
-from internvideo3.harness.agent.environment import Environment
+from internvideo3.harness.agent.environment import NAMED_TOOLS, Environment
 from internvideo3.harness.agent.judging import options_of
 from internvideo3.harness.agent.memory import Item, Known, Memory
 from internvideo3.harness.agent.perception import Eye, Sight, seen_span
-from internvideo3.harness.agent.policies import Controller, Direct, ModelPolicy
+from internvideo3.harness.agent.policies import Controller, Direct, ModelPolicy, clips
 from internvideo3.harness.agent.rollout import (
     Earlier,
     Outcome,
@@ -84,9 +85,17 @@ def policy_of(settings: AgentSettings, limits: Limits, *, direct: bool = False) 
     """Who acts."""
     if direct:
         return Direct(limits)
-    if settings.policy == "model":
-        return ModelPolicy(limits, verifies=settings.verifies)
+    if settings.policy in ("model", "trained"):
+        return model_policy(settings, limits)
     return Controller(limits, looks=settings.looks, verifies=settings.verifies, seed=settings.seed)
+
+
+def model_policy(settings: AgentSettings, limits: Limits) -> ModelPolicy:
+    """The model's own policy; it is told of what may be called here."""
+    off = {*NAMED_TOOLS} - {*settings.tools}
+    told = ACTIONS if settings.policy == "model" else ()
+    tools = tuple(name for name in told if name not in off)
+    return ModelPolicy(limits, verifies=settings.verifies, tools=tools)
 
 
 def prepare(
@@ -132,14 +141,16 @@ def prepare(
     environment = Environment(
         video=eye.video, duration_s=end_s, desk=place.desk, memory=memory, context=context,
         start_s=start_s, tools=settings.tools, eye=eye,
-        most_tokens=lambda: spending.tokens_left // 2,
+        most_tokens=lambda: spending.tokens_left // 2, 
+        clips=lambda most, around_s: clips(state, most, around_s),
     )  # fmt: skip
-    return State(
+    state = State(
         question=question, options=options_of(question), context=context, environment=environment,
         eye=eye, spending=spending, prior=prior, album=album, earlier=tuple(earlier),
         known=known,
         compress=lambda state: None if threshold is None else compress(state, threshold),
     )  # fmt: skip
+    return state
 
 
 def about(

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from internvideo3.harness.agent.actions import (
+    ACTIONS,
     Action,
     Answer,
     Listen,
     Malformed,
+    Pick,
     ReadText,
     Recall,
     Segment,
@@ -73,9 +75,17 @@ class ModelPolicy:
 
     limits: Limits
     verifies: bool = True
+    tools: tuple[str, ...] = tuple(ACTIONS)
+    """What it is told that it may call; nothing, for a model that learnt its calls by training."""
     name: str = "model"
-    system: str = SYSTEM_PROMPT + CALLS.format(signatures=signatures())
     restates: bool = False
+
+    @property
+    def system(self) -> str:
+        """The system prompt, with the signatures of the tools."""
+        if not self.tools:
+            return SYSTEM_PROMPT
+        return SYSTEM_PROMPT + CALLS.format(signatures=signatures(self.tools))
 
     def act(self, said: Entry, state: State) -> Action | Malformed:
         """Reads the call in what the model said."""
@@ -239,6 +249,14 @@ def fine_s(state: State) -> float:
     return max(min(first_s / 2, 1 / state.eye.sight.fps), first_s / 16)
 
 
+def clips(
+    state: State, most: int, around_s: Sequence[float] = ()
+) -> tuple[tuple[Span, ...], float]:
+    """Parts around moments, or else that show what no look has shown; and a closer look's rate."""
+    parts = tuple(_around(state, t) for t in around_s) or unshown(state, most)
+    return parts, min(30.0, 1 / fine_s(state))
+
+
 def _look_s(state: State) -> float:
     """Seconds of a closer look."""
     return state.eye.sight.zoom_frames * fine_s(state)
@@ -291,6 +309,7 @@ def _left(state: State, parts: Sequence[Span]) -> tuple[Span, ...]:
     """The parts that no look was tried at, each once."""
     zooms = [action for action, _ in state.feedback if isinstance(action, Zoom)]
     tried = {part for one in zooms for part in ((one.start_s, one.end_s), *one.also)}
+    tried |= {part for a, found in state.feedback if isinstance(a, Pick) for part in found.parts}
     return tuple(part for part in dict.fromkeys(parts) if part not in tried)
 
 

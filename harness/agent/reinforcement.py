@@ -13,7 +13,7 @@ from typing import Any
 
 from internvideo3.harness.agent.actions import Action
 from internvideo3.harness.agent.context import END, Entry, Kind
-from internvideo3.harness.agent.episode import Place, about, prepare
+from internvideo3.harness.agent.episode import Place, about, model_policy, prepare
 from internvideo3.harness.agent.perception import Eye, Sight
 from internvideo3.harness.agent.policies import ModelPolicy
 from internvideo3.harness.agent.rollout import Outcome, State, begin, call_text, turn
@@ -84,7 +84,7 @@ class AgentEnvironment:
         first = eye.first()
         place = replace(self.place, opens=DictatedSession)
         state = prepare(place, eye, first, task.question, self.agent)
-        policy = ModelPolicy(self.limits, verifies=self.agent.verifies)
+        policy = model_policy(self.agent, self.limits)
         begin(state, policy, first)
         self._running = _Running(task, eye, state, policy)
         return self._running.observe(last=False)

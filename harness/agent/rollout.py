@@ -27,9 +27,9 @@ from internvideo3.harness.agent.environment import Environment, Feedback
 from internvideo3.harness.agent.judging import Judgement, Weighed, shares
 from internvideo3.harness.agent.memory import Known
 from internvideo3.harness.agent.perception import Eye, interval_s, seen_span
-from internvideo3.harness.agent.verification import Check, check, joined, told, weigh_alone
+from internvideo3.harness.agent.verification import Check, check, told, weigh_alone
 from internvideo3.model.session import Limits
-from internvideo3.tasks.video import Frames
+from internvideo3.tasks.video import Frames, joined
 
 SUPPORTED = 0.5
 """Probability of an answer, given the evidence alone, from which the evidence supports it."""

@@ -14,7 +14,7 @@ CAPTIONERS = (
     "give `model`, or NAME@URL with the name of a model and the address of its server, such as "
     "qwen@http://localhost:8000/v1"
 )
-PolicyName = Literal["controller", "model"]
+PolicyName = Literal["controller", "model", "trained"]
 Looks = Literal["new", "spread", "random", "none"]
 TOOLS_OF_EVAL = ("video_segmentation", "asr", "ocr", "temporal_grounding")
 """What may be called unless the command says otherwise: nothing that leaves the machine."""
@@ -25,7 +25,8 @@ class AgentSettings:
     """The agent of one command; equal settings and seeds give equal rollouts."""
 
     policy: PolicyName = "controller"
-    """Who acts: rules, or the model by its own calls."""
+    """Who acts: rules; the model by its own calls; or the model, `trained` on rollouts, which is
+    not told what it may call."""
     budget: Budget = field(default_factory=Budget)
     """What one question may cost."""
     looks: Looks = "new"

@@ -10,7 +10,7 @@ from typing import Any
 
 from internvideo3.harness.agent.rollout import Outcome, State
 
-SCHEMA = 4
+SCHEMA = 5
 
 
 def trace_of(state: State, outcome: Outcome, about: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,8 @@ when it is shown the closer looks and nothing else.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import dataclass
 
 from internvideo3.harness.agent.actions import Claim
 from internvideo3.harness.agent.context import Context, Control, Entry, Kind, Quoted
@@ -19,7 +16,7 @@ from internvideo3.harness.agent.judging import Weighed, shares
 from internvideo3.harness.agent.memory import overlap_s
 from internvideo3.harness.settings import SYSTEM_PROMPT
 from internvideo3.model.session import Session
-from internvideo3.tasks.video import Frames
+from internvideo3.tasks.video import Frames, joined
 
 SHOWING = (Kind.OBSERVATION, Kind.FEEDBACK, Kind.MEMORY)
 """Entries that can be evidence: what the world said, never what the model said."""
@@ -87,6 +84,13 @@ def weigh_alone(
         question: with its options.
         options: their texts.
     """
+    alone = evidence_alone(context, looks, question)
+    weighed = shares(alone, alone.ahead(), options)
+    return weighed, len(alone) + weighed.tokens
+
+
+def evidence_alone(context: Context, looks: Sequence[Frames], question: str) -> Context:
+    """A context of these looks and the question, and of nothing else."""
     of = context.session
     session = Session(
         of.model, of.processor, features=of.features, media_options={"do_resize": False}
@@ -96,31 +100,7 @@ def weigh_alone(
     for look in joined(looks):
         alone.add(Kind.OBSERVATION, "frames", [look])
     alone.add(Kind.INSTRUCTION, "user", [Quoted(question)])
-    weighed = shares(alone, alone.ahead(), options)
-    return weighed, len(alone) + weighed.tokens
-
-
-def joined(looks: Sequence[Frames]) -> list[Frames]:
-    """Looks in order of time as one list of frames; those of another size begin a list anew."""
-    lists: list[list[Frames]] = []
-    for look in looks:
-        if lists and lists[-1][-1].pixels_THWC.shape[1:] == look.pixels_THWC.shape[1:]:
-            lists[-1].append(look)
-        else:
-            lists.append([look])
-    return [_one(parts) for parts in lists]
-
-
-def _one(parts: Sequence[Frames]) -> Frames:
-    if len(parts) == 1:
-        return parts[0]
-    digest = hashlib.sha256(" ".join(part.digest for part in parts).encode()).hexdigest()
-    return replace(
-        parts[0],
-        pixels_THWC=np.concatenate([part.pixels_THWC for part in parts]),
-        indices=tuple(index for part in parts for index in part.indices),
-        digest=digest,
-    )
+    return alone
 
 
 def told(checks: Sequence[Check]) -> str:

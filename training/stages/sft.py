@@ -38,7 +38,7 @@ class SftStage(Stage):
         indices = own_indices(self.options, step, self.group)
         taught = together(self.group, lambda: [self.documents.taught(i) for i in indices])
         works = supervised_works(taught, self.options, policy, self.group)
-        answers = sum(len(one.branches) for one in taught)
+        answers = sum(len(one.branches) + len(one.said) for one in taught)
         return works, {"answers": (answers, 0.0), "documents": (len(taught), 0.0)}
 
 
