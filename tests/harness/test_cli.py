@@ -120,8 +120,8 @@ OPTIONS = {
     "data filter": "out count seed",
     "data check": "out benchmark-videos benchmark-questions",
     "data mix": "out total seed",
-    "data rollouts": "out model turns tool-calls tokens fps max-frames zoom-frames signatures slips "
-    "limit seed threads",
+    "data rollouts": "out model turns tool-calls tokens fps max-frames zoom-frames signatures "
+    "slips limit seed threads",
     "data verl": "out stage",
 }
 
