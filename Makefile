@@ -105,13 +105,19 @@ agent-report: $(STAMP)  ## Long videos with short events: direct, agentic, its a
 		runs/agent/m2la-random --out reports/results/agent/m2la
 
 # The M2LA scale model learns to act from rollouts of the training split, then acts on the test split.
-OWN := --mode agentic --policy trained --max-new-tokens 64 --tools none --zoom-frames 8 --turns 7 --tool-calls 4
 agent-model: $(STAMP)  ## Train the scale model to act by its own calls, measure it (an hour and a half)
 	$(BIN)/python -m internvideo3.tasks.brief --root .cache/brief --split train --videos 80
 	$(BIN)/python -m internvideo3.tasks.brief --root .cache/brief --videos 20
-	$(BIN)/internvideo3 data rollouts .cache/brief/train/world_brief.chat.jsonl --model scale:m2la \
+	test -f runs/agent/rollouts.jsonl || $(BIN)/internvideo3 data rollouts \
+		.cache/brief/train/world_brief.chat.jsonl --model scale:m2la \
 		--turns 7 --tool-calls 4 --zoom-frames 8 --out runs/agent/rollouts.jsonl
 	$(BIN)/internvideo3 train scale_agent --out runs/agent/trained
+	$(BRIEF) --model scale:m2la --out runs/agent/m2la-direct
+	$(BRIEF) --model scale:m2la $(AGENT) --looks random --out runs/agent/m2la-random
+	$(BRIEF) --model runs/agent/trained/1-rollouts/checkpoint $(AGENT) --policy trained \
+		--out runs/agent/own-trained
+	$(BIN)/internvideo3 table6 runs/agent/m2la-direct runs/agent/m2la-random \
+		runs/agent/own-trained --out runs/agent/own
 
 # On a GPU machine, with its own Python (torch, triton, transformers); nothing is installed.
 gpu: gpu-kernels gpu-step gpu-figure6  ## On a GPU: kernels against float64 and the roofline, whole decode steps

@@ -5,14 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from internvideo3.harness.ask import AskOptions, agent_of, load_place, sight_of
-from internvideo3.training.curation.records import DataError, Row, read_rows, videos_of
+from internvideo3.harness.provenance import file_digest
+from internvideo3.tasks.world.files import write_whole
+from internvideo3.training.curation.records import (
+    DataError,
+    Row,
+    read_rows,
+    user_text,
+    videos_of,
+)
 
 log = logging.getLogger("internvideo3.data")
 PARTS = ".part"
@@ -50,30 +59,35 @@ def write_rollouts(options: RolloutsOptions, progress: Callable[[int, int], None
         DataError: a row is no question about one video, or nothing can be learnt.
         ValueError: the model cannot be read.
     """
+    if options.out.suffix != ".jsonl":
+        raise DataError(f"{options.out} must end in .jsonl")
+    if options.out.exists():
+        raise DataError(f"{options.out} is finished; give another --out, or delete it")
     asked = read_rows(options.rows)[: options.limit]
     if not asked:
         raise DataError(f"{options.rows} has no rows")
     lessons = [_lesson(options.rows, number, row) for number, row in enumerate(asked)]
+    _check_keys([lesson.key for lesson, _ in lessons])
     made = _made(options)
-    if set(made) - {lesson.key for lesson, _ in lessons}:
-        raise DataError(
-            f"{_part(options.out)} was begun with other questions; finish them or delete it"
-        )
     with _part(options.out).open("a", encoding="utf-8") as file:
-        for number, (key, rows) in enumerate(_roll(options, lessons, made)):
+        for key, rows in _roll(options, lessons, made):
             made[key] = rows
             file.write(json.dumps({"key": key, "rows": rows}) + "\n")
             file.flush()
-            progress(number + 1, len(lessons))
+            progress(len(made), len(lessons))
     rows = [row for lesson, _ in lessons for row in made[lesson.key]]
     if not rows:
         raise DataError("no rollout came upon its answer; raise --tool-calls, or check evidence")
-    whole = options.out.with_suffix(f".{os.getpid()}{PARTS}")
-    whole.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    whole.replace(options.out)
+    write_whole(options.out, "".join(json.dumps(row) + "\n" for row in rows).encode())
     _part(options.out).unlink()
     dropped = sum(not made[lesson.key] for lesson, _ in lessons)
     return Written(len(rows), len(lessons), dropped)
+
+
+def _check_keys(keys: Sequence[str]) -> None:
+    twice = [key for key, count in Counter(keys).items() if count > 1]
+    if twice:
+        raise DataError(f"{len(twice)} ids stand at several rows, such as {twice[0]!r}")
 
 
 def _roll(options: RolloutsOptions, lessons: Any, made: Mapping[str, list[Row]]) -> Any:
@@ -104,16 +118,43 @@ def _roll(options: RolloutsOptions, lessons: Any, made: Mapping[str, list[Row]])
 
 
 def _made(options: RolloutsOptions) -> dict[str, list[Row]]:
-    """What an interrupted command finished; a line that it did not finish is written again."""
-    path = _part(options.out)
+    """What an interrupted command finished; a line that it did not finish is written again.
+
+    Raises:
+        DataError: it was another command.
+    """
+    path, begun = _part(options.out), {"settings": _settings(options)}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    if not path.is_file():
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    path.write_bytes(whole)
-    made = [json.loads(line) for line in whole.splitlines()]
-    return {one["key"]: one["rows"] for one in made}
+    if path.is_file():
+        content = path.read_bytes()
+        # Cut in place: what is finished stays, also where the disk is full.
+        os.truncate(path, content.rfind(b"\n") + 1)
+    if not path.is_file() or not path.stat().st_size:
+        path.write_text(json.dumps(begun) + "\n", encoding="utf-8")
+    try:
+        first, *made = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        if first == begun:
+            return {one["key"]: one["rows"] for one in made}
+    except (ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}); delete it to begin anew") from error
+    raise DataError(
+        f"{path} was begun with other questions or options; repeat that command, or delete it"
+    )
+
+
+def _settings(options: RolloutsOptions) -> dict[str, Any]:
+    """What decides the rollouts."""
+    from internvideo3.model.checkpoint import resolve_checkpoint, weights_digest
+
+    asking = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in asdict(options.asking).items()
+        if name not in ("video", "out", "cache", "threads", "device")
+    }
+    weights = weights_digest(resolve_checkpoint(options.asking.model))
+    rows = file_digest(options.rows)
+    return {"rows": rows, "limit": options.limit, "slips": options.slips, "weights": weights,
+            "asking": asking}  # fmt: skip
 
 
 def _part(out: Path) -> Path:
@@ -125,19 +166,19 @@ def _lesson(path: Path, number: int, row: Row) -> Any:
     from internvideo3.harness.agent.teaching import Lesson
 
     where = f"{path}, row {number + 1} (id {row.get('id')})"
-    videos = videos_of(row)
-    if len(videos) != 1 or not isinstance(row.get("answer"), str):
-        raise DataError(f"{where} is no question about one video with an `answer`")
-    (user,) = [m for m in row["messages"] if m["role"] == "user"] or [{"content": ""}]
-    said = user["content"]
-    parts = [said] if isinstance(said, str) else [p["text"] for p in said if p["type"] == "text"]
-    video = Path(videos[0])
-    lesson = Lesson(
-        key=str(row.get("id", number)),
-        question="\n".join(parts).strip("\n"),
-        answer=row["answer"],
-        options=tuple(row.get("options") or ()),
-        evidence=tuple((float(a), float(b)) for a, b in row.get("evidence") or ()),
-        category=str(row.get("category", "all")),
-    )
+    try:
+        (video,) = map(Path, videos_of(row))
+        lesson = Lesson(
+            key=str(row.get("id", number)),
+            question=user_text(row).strip("\n"),
+            answer=str(row["answer"]),
+            options=tuple(map(str, row.get("options") or ())),
+            evidence=tuple((float(a), float(b)) for a, b in row.get("evidence") or ()),
+            category=str(row.get("category", "all")),
+        )
+    except (ValueError, LookupError, TypeError) as error:
+        raise DataError(
+            f"{where} is no question about one video with an `answer`, and spans as `evidence` "
+            f"if there is any ({type(error).__name__}: {error})"
+        ) from error
     return lesson, (video if video.is_absolute() else (path.parent / video).resolve())

@@ -85,6 +85,9 @@ def acted(row: Row, folder: Path, prompter: Prompter, shelf: Shelf) -> Document:
             f"the ids have {ids.count(token)} video tokens, the frames make {seen.count(token)}: "
             "the rollout is of another model or another video; write it again with this one"
         )
+    images = {prompter.tokenizer.convert_tokens_to_ids(prompter.processor.image_token)}
+    if images & {*ids} or not all(0 <= one < len(prompter.tokenizer) for one in ids):
+        raise DataError("the ids hold images, or are of another tokenizer")
     _check_said(said, len(ids))
     return Document(tuple(ids), tuple(media), (), tuple(said))
 

@@ -147,6 +147,8 @@ class ChatDocuments:
         return replied(self.prompter, piece, _text(messages[-1]))
 
     def _prompt(self, row: Row, folder: Path) -> Prompt:
+        if is_rollout(row):
+            raise DataError("a rollout by its ids is for supervised stages; give questions here")
         text, media = self._asked(row["messages"][:-1], folder)
         if len(media.frames) != 1 or media.images:
             raise DataError("a rollout needs exactly one video")

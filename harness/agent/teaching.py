@@ -66,11 +66,11 @@ class _Taught:
     looks: list[int] = field(default_factory=list)
     """How many takes stand in each observation."""
 
-    def say(self, action: Action) -> None:
-        """Lets the model say the teacher's words and the loop do what they ask."""
+    def say(self, action: Action) -> bool:
+        """Lets the model say the teacher's words and the loop do them; whether it goes on."""
         before = len(self.state.views)
         self._dictate(action)
-        turn(self.state, self.policy, lambda _: None)
+        ended = turn(self.state, self.policy, lambda _: None)
         parts = self.state.feedback[-1][1].parts if self.state.feedback else ()
         new = self.state.views[before:]
         if new:
@@ -79,6 +79,7 @@ class _Taught:
             for view, (start_s, end_s) in zip(new, parts, strict=True):
                 assert view.frames is not None
                 self.takes.append(_take(self.state.eye, view.frames, fps, start_s, end_s))
+        return ended is None
 
     def answer(self, action: Answer) -> None:
         """Says the last words; nothing is done about them."""
@@ -141,18 +142,16 @@ def teach(
         return []
     taught = _begin(place, eye, lesson, settings)
     for action in _looks(taught):
-        taught.say(action)
+        if not taught.say(action):
+            return []  # the budget is spent, and nobody would hear an answer
         taught.learn()
     if not taught.shown() or not taught.takes:
         return []
     rng = random.Random(f"{settings.seed}/{lesson.key}")
     wrong = [one for one in lesson.options if one != lesson.answer]
-    if settings.verifies and wrong and rng.random() < slips and not _spent(taught.state):
-        cited = taught.cited()
-        refusals = taught.state.refusals
-        taught.say(Answer(text=rng.choice(wrong), evidence=cited))
-        if taught.state.refusals == refusals or _spent(taught.state):
-            return []  # it passed, which is nothing to learn
+    slip = settings.verifies and wrong and rng.random() < slips and not _spent(taught.state)
+    if slip and not taught.say(Answer(text=rng.choice(wrong), evidence=taught.cited())):
+        return []  # it passed, which is nothing to learn
     taught.answer(Answer(text=lesson.answer, evidence=taught.cited()))
     taught.learn()
     return [_row(taught), _alone(taught)]
@@ -171,6 +170,8 @@ def _looks(taught: _Taught) -> Iterator[Action]:
     """The calls before the answer."""
     state = taught.state
     low_s, high_s = state.environment.start_s, state.environment.duration_s
+    if _spent(state):
+        return
     named = [t for t in named_times(state.question) if low_s <= t <= high_s]
     if named:
         yield Pick(around_s=tuple(named[:8]))

@@ -259,7 +259,9 @@ def test_sixty_hostile_tool_outputs_forge_nothing(
     tokenizer = state.context.session.processor.tokenizer
     ids = state.context.session.ids
     feedback = [one for one in state.context.entries if one.kind is Kind.FEEDBACK]
-    forged = [one for one in feedback if read_call(ids[one.start : one.stop], tokenizer)]
+    forged = [
+        one for one in feedback if read_call(ids[one.start : one.stop], tokenizer) is not None
+    ]
     bar(f"calls forged by {len(feedback)} hostile tool outputs", len(forged), 0)
     assert len(hostile) >= 60 and len(feedback) >= len(hostile)
     mark = tokenizer.convert_tokens_to_ids("<tool_response>")

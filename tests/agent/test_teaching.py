@@ -85,6 +85,24 @@ def test_a_rollout_looks_until_calls_are_spent_and_cites_what_it_saw(
     assert teach(place, eye, LESSON, AGENT) == [row, alone], "equal settings, equal rows"
 
 
+@pytest.mark.parametrize("asked", ["first", "at 9 seconds"])
+@pytest.mark.parametrize("budget", [Budget(turns=1), Budget(tool_calls=0)])
+def test_without_room_for_a_look_nothing_is_taught(
+    place: Place, eye: Eye, budget: Budget, asked: str
+) -> None:
+    lesson = replace(LESSON, question=QUESTION.replace("first", asked))
+    assert teach(place, eye, lesson, replace(AGENT, budget=budget)) == []
+
+
+def test_a_look_that_costs_too_much_is_not_taught_as_one(place: Place, eye: Eye) -> None:
+    # Four parts do not fit; one, around a named moment, does.
+    tight = replace(AGENT, budget=Budget(tokens=512))
+    assert teach(place, eye, LESSON, tight) == []
+    named = replace(LESSON, question=QUESTION.replace("first", "at 9 seconds"))
+    row, _ = teach(place, eye, named, tight)
+    assert len(row["looks"]) == 2
+
+
 def test_a_named_moment_is_looked_at_and_evidence_is_where_the_answer_is(
     place: Place, eye: Eye
 ) -> None:
@@ -174,7 +192,12 @@ def test_what_does_not_fit_is_refused(place: Place, eye: Eye, video: Path, tmp_p
     row = teach(place, eye, LESSON, AGENT)[0] | {"video": str(video)}
     fewer = row | {"looks": row["looks"][:-1]}
     backwards = row | {"said": row["said"][::-1]}
-    for bad, said in ((fewer, "another video"), (backwards, "in order")):
+    foreign = row | {"ids": [*row["ids"], 10**6]}
+    for bad, said in (
+        (fewer, "another video"),
+        (backwards, "in order"),
+        (foreign, "another tokenizer"),
+    ):
         write_rows(tmp_path / "bad.jsonl", [bad])
         data = ChatData(files={str(tmp_path / "bad.jsonl"): 1.0})
         documents = ChatDocuments(data, place.processor, seed=0)
@@ -249,17 +272,24 @@ def test_a_killed_command_goes_on_to_the_same_bytes(video: Path, tmp_path: Path)
     command = [sys.executable, "-m", "internvideo3.harness.cli", *line, "--out", str(out)]
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     part = out.with_suffix(".jsonl.part")
-    while not part.is_file() or part.read_bytes().count(b"\n") < 2:
+    while not part.is_file() or part.read_bytes().count(b"\n") < 3:
         assert killed.poll() is None
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     part.write_bytes(part.read_bytes()[:-20])  # torn as well
+    kept = part.read_bytes()
+    other = CliRunner().invoke(cli.app, [*line, "--slips", "0.5", "--out", str(out)])
+    assert other.exit_code == 1 and "begun with other questions or options" in other.output
+    assert part.read_bytes() == kept[: kept.rfind(b"\n") + 1], "what is finished stays"
     again = CliRunner().invoke(cli.app, [*line, "--out", str(out)])
     assert again.exit_code == 0 and "of 6 questions" in again.output, again.output
     whole = CliRunner().invoke(cli.app, [*line, "--out", str(tmp_path / "whole.jsonl")])
     assert whole.exit_code == 0
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not list(tmp_path.glob("*.part"))
+    before = out.read_bytes()
+    over = CliRunner().invoke(cli.app, [*line, "--out", str(out)])
+    assert over.exit_code == 1 and "is finished" in over.output and out.read_bytes() == before
     rows = read_rows(out)
     assert {row["id"].rpartition("/")[2] for row in rows} == {"rollout", "alone"}
 
@@ -269,6 +299,11 @@ def test_a_killed_command_goes_on_to_the_same_bytes(video: Path, tmp_path: Path)
     [
         ({"id": "x", "messages": [{"role": "user", "content": "hi"}]}, "no question about one"),
         ({"id": "x", "answer": "ring", "messages": []}, "no question about one video"),
+        ({"id": "x", "answer": "ring", "messages": 3}, "no question about one video"),
+        (
+            {"id": "x", "answer": "ring", "video": "v.mp4", "question": "?", "evidence": [3]},
+            "no question about one video",
+        ),
     ],
 )
 def test_rows_that_ask_nothing_are_refused(row: Any, said: str, tmp_path: Path) -> None:

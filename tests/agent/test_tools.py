@@ -8,7 +8,7 @@ pytest tests/agent/test_tools.py
 import ctypes
 import re
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,24 @@ def frames() -> Iterator[NDArray[np.uint8]]:
         yield np.roll(shown, n // 3 % 24, axis=1).astype(np.uint8)
 
 
+def write_film(
+    path: Path, pictures: Iterable[NDArray[np.uint8]], sound: NDArray[np.int16], rate: int
+) -> None:
+    """Pictures at `FPS` and sound as H.264 and AAC."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=Fraction(FPS))
+        video.width, video.height = SIZE
+        video.pix_fmt = "yuv420p"
+        audio = container.add_stream("aac", rate=rate)
+        for pixels_HWC in pictures:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels_HWC, format="rgb24")))
+        container.mux(video.encode())
+        frame = av.AudioFrame.from_ndarray(sound[None], format="s16", layout="mono")
+        frame.sample_rate = rate
+        container.mux(audio.encode(frame))
+        container.mux(audio.encode())
+
+
 @pytest.fixture(scope="module")
 def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("film") / "film.mp4"
@@ -108,18 +126,7 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sound = np.zeros(rate * len(WRITTEN) * SCENE_S, np.int16)
     for start_s, (samples, _) in zip((1, 10, 20), spoken, strict=True):
         sound[start_s * rate : start_s * rate + len(samples)] = samples
-    with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=Fraction(FPS))
-        video.width, video.height = SIZE
-        video.pix_fmt = "yuv420p"
-        audio = container.add_stream("aac", rate=rate)
-        for pixels_HWC in frames():
-            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels_HWC, format="rgb24")))
-        container.mux(video.encode())
-        frame = av.AudioFrame.from_ndarray(sound[None], format="s16", layout="mono")
-        frame.sample_rate = rate
-        container.mux(audio.encode(frame))
-        container.mux(audio.encode())
+    write_film(path, frames(), sound, rate)
     return path
 
 
@@ -164,8 +171,7 @@ def test_speech_is_heard_with_its_times(desk: Desk, film: Path, bar: Any) -> Non
 
 
 def test_recorded_speech_is_heard(desk: Desk, tmp_path: Path, bar: Any) -> None:
-    if not RECORDED.is_dir():
-        pytest.skip("needs recorded speech: apt-get install pocketsphinx-testdata")
+    assert RECORDED.is_dir(), "no recorded speech: apt-get install pocketsphinx-testdata"
     lines = (RECORDED / "transcription").read_text().splitlines()
     told = [re.fullmatch(r"<s> (.*) </s> \((.*)\)", line.strip()) for line in lines]
     sound, said = [], ""
@@ -177,18 +183,8 @@ def test_recorded_speech_is_heard(desk: Desk, tmp_path: Path, bar: Any) -> None:
             sound += [file.readframes(file.getnframes()), b"\0\0" * rate]
     samples = np.frombuffer(b"".join(sound), np.int16)
     path = tmp_path / "recorded.mp4"
-    with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=Fraction(2))
-        video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
-        audio = container.add_stream("aac", rate=rate)
-        for _ in range(2 * len(samples) // rate + 1):
-            grey = np.full((64, 64, 3), 127, np.uint8)
-            container.mux(video.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
-        container.mux(video.encode())
-        frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
-        frame.sample_rate = rate
-        container.mux(audio.encode(frame))
-        container.mux(audio.encode())
+    grey = np.full((SIZE[1], SIZE[0], 3), 127, np.uint8)
+    write_film(path, [grey] * (FPS * len(samples) // rate + 1), samples, rate)
     result = desk.call("asr", {"path": str(path), "weights": None})
     assert result.ok, result.message
     # The transcripts spell "mister" where one writes "Mr.".

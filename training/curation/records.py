@@ -125,7 +125,9 @@ def _with_messages(row: Mapping[str, Any], change: Callable[[Any], Any]) -> Row:
 
 
 def user_text(row: Mapping[str, Any]) -> str:
-    """All that the user says in a row."""
+    """All that the user says in a row; of a rollout by its ids, the question."""
+    if "messages" not in row:
+        return str(row["question"])
     texts = []
     for message in row["messages"]:
         if message["role"] == "user":
@@ -137,6 +139,8 @@ def user_text(row: Mapping[str, Any]) -> str:
 
 def videos_of(row: Mapping[str, Any]) -> list[str]:
     """Paths of a row's videos, as they are written."""
+    if "messages" not in row:
+        return [str(row["video"])]
     return [
         part["video_url"]["url"]
         for message in row["messages"]
