@@ -58,7 +58,7 @@ app.add_typer(data_app, name="data")
 
 ModelOption = Annotated[
     str,
-    typer.Option(help="Checkpoint folder, or scale:base, scale:m2la, scale:control."),
+    typer.Option(help="Checkpoint folder, or scale:base, scale:m2la, scale:control, scale:agent."),
 ]
 RootOption = Annotated[
     Path | None,
@@ -587,6 +587,14 @@ def table6_command(
     agentic: Annotated[
         list[Path], typer.Argument(help="Run directories of `eval --mode agentic`, same model.")
     ],
+    other_models: Annotated[
+        bool,
+        typer.Option(
+            "--other-models",
+            help="Take agentic runs of other models too, such as one that was trained to act; "
+            "every row then names its model.",
+        ),
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for table6.md, .tex, .csv, .html, .json.")] = (
         Path("table6")
     ),
@@ -601,7 +609,7 @@ def table6_command(
         from internvideo3.reports.load import load_run, load_runs
         from internvideo3.reports.table6 import write
 
-        files = write(load_run(direct), load_runs(agentic), out)
+        files = write(load_run(direct), load_runs(agentic), out, other_models=other_models)
         print(files[0].read_text(encoding="utf-8"))
         for file in files:
             print(f"Wrote {file}")
@@ -1346,7 +1354,8 @@ def convert_command(
       token_weights=on|off            tokens count by their loss gradient
       centred=on|off                  means take no rank
       tempered=on|off                 ranks differ by layer
-      vision_rank_share=NUMBER        rank of vision tokens, above 0 to 1
+      vision_rank_share=NUMBER|auto   rank of vision tokens over that of text, above 0 to 1;
+                                      what they save goes to text; auto tries several
       adapters=on|off|auto            by modality; auto keeps what helps
       refit_output=on|off             output projection refitted
       token_floor=NUMBER              least weight of a token

@@ -318,6 +318,7 @@ def _report(
         "choices": parse_choices(given.choices),
         "options": asdict(options),
         "cache_share": built.cache_share,
+        "vision_tokens": built.vision_tokens,
         **{name: _as_row(found) for name, found in agreements.items()},
         "warnings": [*_unknown(agreements, vocabulary), *warnings_of(built, options)],
         "layers": [asdict(layer) for layer in built.reports],
@@ -369,7 +370,10 @@ def _write(
     for pattern in PROCESSOR_FILES:
         for file in path.glob(pattern):
             shutil.copy2(file, partial / file.name)
-    report |= {"cache_bytes_per_token": cache_bytes_per_token(partial, BUDGET_TYPE)}
+    report |= {
+        "cache_bytes_per_token": cache_bytes_per_token(partial, BUDGET_TYPE),
+        "cache_bytes_per_vision_token": cache_bytes_per_token(partial, BUDGET_TYPE, vision=True),
+    }
     write_json(partial / "conversion.json", report)
     (partial / "conversion.html").write_text(conversion_page(report), encoding="utf-8")
     partial.rename(given.out)
@@ -385,11 +389,21 @@ def lines(report: Mapping[str, Any], out: Path) -> Sequence[str]:
     return [
         f"wrote       {out}",
         f"cache       {report['cache_share']:.0%} of the source's, "
-        f"{report['cache_bytes_per_token']:,} bytes a token in {BUDGET_TYPE}",
+        f"{_cached_bytes(report)} in {BUDGET_TYPE}",
         *(f"{name:<12}{_in_words(found)}" for name, found in judged.items() if found),
         f"report      {out / 'conversion.html'}",
         *(f"warning     {text}" for text in report["warnings"]),
     ]
+
+
+def _cached_bytes(report: Mapping[str, Any]) -> str:
+    text, vision = report["cache_bytes_per_token"], report["cache_bytes_per_vision_token"]
+    if text == vision:
+        return f"{text:,} bytes a token"
+    return (
+        f"{vision:,} bytes a vision token and {text:,} a text token "
+        f"({report['vision_tokens']:.0%} of the calibration set's are of videos)"
+    )
 
 
 def _in_words(found: Mapping[str, Any]) -> str:

@@ -115,7 +115,7 @@ def _value(name: str, given: str) -> Any:
             )
         return given
     kind = KINDS[name]
-    if given == "auto" and kind in (int | None, bool | None):
+    if given == "auto" and kind in (int | None, bool | None, float | None):
         return None
     if kind in (bool, bool | None):
         if given.lower() in SWITCH:
@@ -132,7 +132,12 @@ def _form(name: str) -> str:
     if name in CHOICES:
         return "|".join(CHOICES[name])
     kind = KINDS[name]
-    words = {bool: "on|off", float: "NUMBER", bool | None: "on|off|auto"}
+    words = {
+        bool: "on|off",
+        float: "NUMBER",
+        bool | None: "on|off|auto",
+        float | None: "NUMBER|auto",
+    }
     return words.get(kind, "INTEGER|auto")
 
 

@@ -32,6 +32,7 @@ def describe(name: str) -> list[str]:
     info = inspect(name)
     share = info.numbers_per_token / info.gqa_numbers_per_token
     bytes_bf16 = cache_bytes_per_token(info.path, "bfloat16")
+    of_vision = cache_bytes_per_token(info.path, "bfloat16", vision=True)
     return [
         f"checkpoint  {info.path}",
         f"weights     {info.parameters:,} values, digest {weights_digest(info.path)[:16]}",
@@ -39,12 +40,28 @@ def describe(name: str) -> list[str]:
         *(_latent(info) if info.attention == "m2la" else _grouped(info)),
         f"cache       {bytes_bf16:,} bytes a token in bfloat16, all layers: "
         f"{share:.0%} of GQA of this shape",
-        f"context     most tokens beside the weights, in bfloat16: {_contexts(info, bytes_bf16)}",
+        *_vision(info, of_vision),
+        f"context     most tokens beside the weights, in bfloat16: {_contexts(info, of_vision)}",
+    ]
+
+
+def _vision(info: CheckpointInfo, bytes_per_token: int) -> list[str]:
+    """What a vision token takes, if that is less."""
+    if info.vision_ranks == info.latent_ranks:
+        return []
+    saved = sum(info.latent_ranks) - sum(info.vision_ranks)
+    share = (info.numbers_per_token - saved) / info.gqa_numbers_per_token
+    return [
+        f"            {bytes_per_token:,} bytes a vision token: {share:.0%}; "
+        f"latent rank {_short(info.vision_ranks)}"
     ]
 
 
 def _contexts(info: CheckpointInfo, bytes_per_token: int) -> str:
-    """Longest context by GPU memory: what weights and a reserve leave, over bytes a token."""
+    """Longest context by GPU memory: what weights and a reserve leave, over bytes a token.
+
+    Of a vision token, because a context that long is a video's.
+    """
     weights = 2 * info.parameters
     fits = {
         name: (size * 10**9 - weights - RESERVE_BYTES) // bytes_per_token

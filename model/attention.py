@@ -142,11 +142,12 @@ class RowAttention(nn.Module, ABC):
     def rebuild(self, row_bNW: Tensor, heads: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Keys [b, K, N, D + 2 S] (rotary part shared by all heads) and values [b, K, N, D].
 
-        `heads` chooses among the key/value heads.
+        `heads` chooses among the key/value heads. Rows may be of a smaller, nested rank.
         """
-        k_up, v_up = self.k_up[heads], self.v_up[heads]
+        rank = self.rank_of(row_bNW)
+        k_up, v_up = self.k_up[heads, :, :rank], self.v_up[heads, :, :rank]
         K, D = len(k_up), self.head_dim
-        c_bNR, rope_bNS = row_bNW.split([self.rank, row_bNW.shape[-1] - self.rank], dim=-1)
+        c_bNR, rope_bNS = row_bNW.split([rank, row_bNW.shape[-1] - rank], dim=-1)
         up = torch.cat([k_up.flatten(0, 1), v_up.flatten(0, 1)])
         k_bNKD, v_bNKD = (
             x.unflatten(-1, (K, D)) for x in functional.linear(c_bNR, up).chunk(2, dim=-1)
@@ -157,10 +158,21 @@ class RowAttention(nn.Module, ABC):
     def attend_absorbed(self, q_BHTW: Tensor, parts: list[Part]) -> Tensor:
         """Attention on the cached rows themselves (one shared head); returns [B, H, T, D]."""
         # The rows are keys and values at once; of the output only the latent part is wanted.
-        rows = [Part((p.tensors[0], p.tensors[0]), p.mask_BxTN, p.causal) for p in parts]
+        rows = [
+            Part((p.tensors[0], p.tensors[0]), p.mask_BxTN, p.causal, self._nested(p.tensors[0]))
+            for p in parts
+        ]
         out_BHTW = attend(q_BHTW[:, None], rows, self.scale)[:, 0]
         c_BKGTR = out_BHTW[..., : self.rank].unflatten(1, (self.num_kv_heads, -1))
         return torch.einsum("bkgtr,kdr->bkgtd", c_BKGTR, self.v_up).flatten(1, 2)
+
+    def rank_of(self, rows: Tensor) -> int:
+        """Latent columns of cached rows [..., W]: of vision tokens they may be fewer."""
+        return rows.shape[-1] - 2 * len(self.slot_frequencies)
+
+    def _nested(self, rows: Tensor) -> int | None:
+        rank = self.rank_of(rows)
+        return None if rank == self.rank else rank
 
     def _absorbs(self, batch: int, new_tokens: int, parts: list[Part]) -> bool:
         """Whether the absorbed form is chosen."""

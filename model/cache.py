@@ -6,6 +6,10 @@ written, so a fork costs O(layers) whatever the context length. Attention runs o
 separately and merges by log-sum-exp (`segments.attend`), so a prefix shared by a batch of forks is
 stored once and read once per step.
 
+Vision tokens of a smaller latent rank are frozen in segments of their own (`narrow`), whose rows
+lack the columns that are zero for them. What is frozen is seen whole by all that follows, and a
+cached row knows its position, so the order in which rows lie does not matter.
+
 Axes: B batch, b batch of a segment (B, or 1 when all rows of the batch share it), K stored heads
 (1 for latent rows), T new tokens, N cached tokens, W width.
 """
@@ -40,12 +44,24 @@ COMPRESSED_TOKENS = 65536
 
 
 @dataclass(frozen=True)
+class Nested:
+    """Rows of a smaller rank, whose latents are the first coordinates of the others'."""
+
+    kept: int
+    """Latent columns that are stored."""
+    missing: int
+    """Latent columns that follow them, which are zero and not stored."""
+
+
+@dataclass(frozen=True)
 class Segment:
     """An immutable run of cached tokens; only the first `length` tokens of the storage count."""
 
     tensors: tuple[Tensor, ...]
     """Storage, each [b, K, capacity, W]. Compressed: latents in fp8, rotary keys, scales."""
     length: int
+    nested: Nested | None = None
+    """Which columns the rows lack; None: none."""
 
     @property
     def compressed(self) -> bool:
@@ -53,27 +69,45 @@ class Segment:
         return self.tensors[0].dtype == FP8
 
     def views(self) -> tuple[Tensor, ...]:
-        """The cached tokens, each [b, K, length, W]; a compressed run is widened for the moment."""
+        """The cached tokens, each [b, K, length, W]; a compressed run is decoded for the moment.
+
+        Columns that the rows lack stay out.
+        """
         cut = tuple(t[:, :, : self.length] for t in self.tensors)
         if not self.compressed:
             return cut
         latent, rope, scale = cut
         return (torch.cat([(latent.float() * scale).to(rope.dtype), rope], dim=-1),)
 
+    def whole(self) -> tuple[Tensor, ...]:
+        """As `views`, with zeros where the rows lack columns."""
+        views = self.views()
+        if self.nested is None:
+            return views
+        rows_bKNW, *others = views
+        kept = rows_bKNW.split([self.nested.kept, rows_bKNW.shape[3] - self.nested.kept], dim=3)
+        zeros = rows_bKNW.new_zeros(*rows_bKNW.shape[:3], self.nested.missing)
+        return (torch.cat([kept[0], zeros, kept[1]], dim=3), *others)
+
     def like(self) -> tuple[Tensor, ...]:
         """Tensors of the kind that new tokens after this run need, [b, K, any, W]."""
-        if not self.compressed:
+        if not self.compressed and self.nested is None:
             return self.tensors
-        latent, rope, _ = self.tensors
-        return (rope.new_empty(*rope.shape[:2], 1, latent.shape[3] + rope.shape[3]),)
+        width = sum(t.shape[3] for t in self.tensors[: 2 if self.compressed else 1])
+        width += self.nested.missing if self.nested else 0
+        kind = self.tensors[1] if self.compressed else self.tensors[0]
+        others = () if self.compressed else self.tensors[1:]
+        return (kind.new_empty(*kind.shape[:2], 1, width), *others)
 
     def compress(self, rank: int) -> Segment:
         """The same run of latent rows with the latents in fp8, which takes a moment's copy."""
         if self.compressed:
             return self
         (rows_b1NW,) = self.views()
-        runs = [_quantized(cut, rank) for cut in rows_b1NW[:, 0].split(COMPRESSED_TOKENS, dim=1)]
-        return Segment(tuple(torch.cat(t, dim=2) for t in zip(*runs, strict=True)), self.length)
+        kept = rank - (self.nested.missing if self.nested else 0)
+        runs = [_quantized(cut, kept) for cut in rows_b1NW[:, 0].split(COMPRESSED_TOKENS, dim=1)]
+        joined = tuple(torch.cat(t, dim=2) for t in zip(*runs, strict=True))
+        return Segment(joined, self.length, self.nested)
 
 
 def _quantized(rows_bNW: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,6 +127,8 @@ class Part:
     """Boolean (True: attend) or additive mask [B or 1, 1, T, N]; None: see `causal`."""
     causal: bool = False
     """The last T tokens are the queries' own: query t sees tokens up to N - T + t."""
+    latent: int | None = None
+    """Where rows are keys and values at once: their latent columns, if fewer than the query's."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +230,41 @@ class SegmentedLayer(CacheLayerMixin):
         self.frozen = tuple(segment.compress(rank) for segment in self.segments())
         self.tail, self.length, self._shared_length = (), 0, 0
 
+    def narrow(self, vision_T: Tensor, nested: Nested) -> None:
+        """Freezes the tail in two runs: its newest tokens that are of a video, and all others.
+
+        Args:
+            vision_T: True for the newest tokens that are.
+            nested: the columns that their rows need to keep; the others are zero.
+        """
+        of_video_N = torch.zeros(self.length, dtype=torch.bool, device=vision_T.device)
+        of_video_N[self.length - len(vision_T) :] = vision_T
+        for chosen_N, lacks in ((of_video_N, nested), (~of_video_N, None)):
+            index_M = chosen_N.nonzero()[:, 0]
+            if not len(index_M):
+                continue
+            rows, *others = (t.index_select(2, index_M) for t in self.tail)
+            if lacks is not None:
+                start, stop = lacks.kept, lacks.kept + lacks.missing
+                rows = torch.cat([rows[..., :start], rows[..., stop:]], dim=3)
+            self.frozen += (Segment((rows, *others), len(index_M), lacks),)
+        self.tail, self.length, self._shared_length = (), 0, 0
+
+    def gather(self, since: int) -> None:
+        """Joins the runs frozen since there were `since` to one of each kind."""
+        kept, new = self.frozen[:since], self.frozen[since:]
+        kinds = dict.fromkeys(segment.nested for segment in new)
+        self.frozen = kept
+        for kind in kinds:
+            same = [segment for segment in new if segment.nested == kind]
+            pieces = zip(*(segment.views() for segment in same), strict=True)
+            joined = same[0] if len(same) == 1 else Segment(
+                tuple(torch.cat(list(piece), dim=2) for piece in pieces),
+                sum(segment.length for segment in same),
+                kind,
+            )  # fmt: skip
+            self.frozen += (joined,)
+
     def write(self, new: tuple[Tensor, ...], placement: Placement | None = None) -> None:
         """Appends tokens, each tensor [B, K, T, W], to the tail.
 
@@ -226,11 +297,17 @@ class SegmentedLayer(CacheLayerMixin):
 
         A given mask spans all cached tokens and rules alone; without one the frozen segments are
         visible and the tail is causal.
+
+        Raises:
+            ValueError: a mask hides a frozen token where those do not lie in order any more.
         """
+        apart = mask_BxTN is not None and any(segment.nested for segment in self.frozen)
+        if apart:
+            self._check_visible(mask_BxTN)
         parts: list[Part] = []
         start = 0
         for segment in self.frozen:
-            part_mask = _columns(mask_BxTN, start, segment.length)
+            part_mask = None if apart else _columns(mask_BxTN, start, segment.length)
             parts.append(Part(segment.views(), part_mask))
             start += segment.length
         tail = tuple(t[:, :, : self.length] for t in self.tail)
@@ -241,13 +318,24 @@ class SegmentedLayer(CacheLayerMixin):
             parts.append(Part(tail, tail_mask, causal=tail_mask is None and new_tokens > 1))
         return parts
 
+    def _check_visible(self, mask_BxTN: Tensor | None) -> None:
+        frozen = _columns(mask_BxTN, 0, sum(segment.length for segment in self.frozen))
+        hidden = frozen is not None and not bool(
+            (frozen if frozen.dtype == torch.bool else frozen == 0).all()
+        )
+        if hidden:
+            raise ValueError(
+                "a mask hides cached tokens, but the cached vision tokens lie apart from the "
+                "others, so it cannot be told which; leave the mask out, or hide new tokens only."
+            )
+
     def joined(self) -> tuple[Tensor, ...]:
         """All cached tokens in one tensor each, [B, K, N, W]; a copy if there are segments."""
         own = tuple(t[:, :, : self.length] for t in self.tail)
         if not self.frozen:
             return own
         batch = max([s.tensors[0].shape[0] for s in self.frozen] + [t.shape[0] for t in own])
-        pieces = [s.views() for s in self.frozen] + ([own] if own else [])
+        pieces = [s.whole() for s in self.frozen] + ([own] if own else [])
         return tuple(
             torch.cat([t.expand(batch, -1, -1, -1) for t in same], dim=2)
             for same in zip(*pieces, strict=True)
@@ -363,6 +451,23 @@ class SegmentedCache(Cache):
             layer = self.segmented(index)
             layer.expected = max(layer.expected, tokens)
 
+    @contextmanager
+    def prefilling(
+        self, config: Any, tokens: int, *, vision: bool
+    ) -> Iterator[Callable[[Tensor | None], None]]:
+        """While the tokens of a prompt of one sequence are appended, run by run.
+
+        Args:
+            config: the text model's.
+            tokens: of the whole prompt.
+            vision: whether there are vision tokens among them.
+
+        Yields:
+            What is to be called after each run, with its vision mask [1, T] (None: all text).
+        """
+        self.expect(tokens)
+        yield lambda _: None
+
     def fork(self) -> Self:
         """A cache with the same past. O(layers): no tensor is copied."""
         return self.of_layers([self.segmented(i).fork() for i in range(len(self.layers))])
@@ -401,6 +506,31 @@ class LatentCache(SegmentedCache):
             raise ValueError("rows before rotation have no fp8 form; they are never absorbed.")
         for index in range(len(self.layers)):
             self.segmented(index).compress(config.rank(index))
+
+    @contextmanager
+    def prefilling(
+        self, config: Any, tokens: int, *, vision: bool
+    ) -> Iterator[Callable[[Tensor | None], None]]:
+        """As `SegmentedCache.prefilling`; vision rows of a smaller rank lose their zeros."""
+        assert isinstance(config, InternVideo3TextConfig)
+        layers = [self.segmented(index) for index in range(len(self.layers))]
+        ranks = [(config.rank_of_vision(i), config.rank(i)) for i in range(len(layers))]
+        if not vision or all(kept == rank for kept, rank in ranks):
+            with super().prefilling(config, tokens, vision=vision) as appended:
+                yield appended
+            return
+        # Layers differ in ranks, but all keep the same tokens in the same segments.
+        nested = [Nested(kept, rank - kept) for kept, rank in ranks]
+        since = [len(layer.frozen) for layer in layers]
+
+        def narrow(vision_1T: Tensor | None) -> None:
+            if vision_1T is not None:
+                for layer, lacks in zip(layers, nested, strict=True):
+                    layer.narrow(vision_1T[0], lacks)
+
+        yield narrow
+        for layer, count in zip(layers, since, strict=True):
+            layer.gather(count)
 
     def update(
         self,

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     import torch
 
 SCALE_FOLDER = Path(__file__).parent / "scale"
-SCALE_NAMES = {f"scale:{kind}": SCALE_FOLDER / kind for kind in ("base", "m2la", "control")}
+SCALE_NAMES = {
+    f"scale:{kind}": SCALE_FOLDER / kind for kind in ("base", "m2la", "control", "agent")
+}
 """Short names of the checkpoints shipped with the package."""
 
 ARCHITECTURES = {"qwen3_vl": "gqa", "internvideo3": "m2la", "internvideo3_text": "m2la"}
@@ -56,10 +58,12 @@ class CheckpointInfo:
     head_dim: int
     latent_ranks: tuple[int, ...]
     """Latent rank of each layer; empty for GQA."""
+    vision_ranks: tuple[int, ...]
+    """Latent rank of vision tokens in each layer; empty for GQA."""
     rope_widths: tuple[int, ...]
     """Numbers of rotary key per token of each layer (2 S); empty for GQA."""
     numbers_per_token: int
-    """Cached numbers per token, all layers together."""
+    """Cached numbers per text token, all layers together."""
     gqa_numbers_per_token: int
     """What a GQA model of the same shape caches."""
     has_kernels: bool
@@ -227,12 +231,15 @@ def weights_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def cache_bytes_per_token(config: Path | Mapping[str, Any] | Any, dtype: str | Any) -> int:
+def cache_bytes_per_token(
+    config: Path | Mapping[str, Any] | Any, dtype: str | Any, *, vision: bool = False
+) -> int:
     """Bytes that one token takes in the cache, all layers together.
 
     Args:
         config: a checkpoint folder, its configuration as a mapping, or as a transformers object.
         dtype: name of a floating type, or a torch dtype.
+        vision: of a vision token, whose rank may be smaller; else of a text token.
 
     Raises:
         CheckpointError: the type or the architecture is not known.
@@ -245,6 +252,8 @@ def cache_bytes_per_token(config: Path | Mapping[str, Any] | Any, dtype: str | A
     elif not isinstance(config, Mapping):
         config = config.to_dict()
     ranks, ropes = _latent_rows(config)
+    if vision:
+        ranks = _vision_ranks(config, ranks)
     numbers = sum(ranks) + sum(ropes) if ranks else _gqa_numbers(text_config(config))
     return numbers * ITEM_BYTES[name]
 
@@ -277,6 +286,7 @@ def inspect(name: str | Path) -> CheckpointInfo:
         kv_heads=text["num_key_value_heads"],
         head_dim=text["head_dim"],
         latent_ranks=ranks,
+        vision_ranks=_vision_ranks(config, ranks),
         rope_widths=ropes,
         numbers_per_token=sum(widths) or _gqa_numbers(text),
         gqa_numbers_per_token=_gqa_numbers(text),
@@ -301,6 +311,14 @@ def _latent_rows(config: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int,
     if text.get("row_form") == "prerope":
         ropes[0] += text["head_dim"]
     return tuple(each(text["latent_rank"])), tuple(ropes)
+
+
+def _vision_ranks(config: Mapping[str, Any], ranks: tuple[int, ...]) -> tuple[int, ...]:
+    """Latent rank of vision tokens in each layer; empty for GQA."""
+    own = text_config(config).get("vision_rank")
+    if own is None or not ranks:
+        return ranks
+    return tuple(own) if isinstance(own, list) else (own,) * len(ranks)
 
 
 def _gqa_numbers(text: Mapping[str, Any]) -> int:

@@ -255,13 +255,13 @@ def _join_layer(layers: Sequence[SegmentedLayer], shared: int, capacity: int) ->
     cached = [segment for layer in layers for segment in layer.segments()]
     if not cached:
         return joined
-    like = tuple(t[:1].expand(len(layers), -1, -1, -1) for t in cached[0].tensors)
+    like = tuple(t[:1].expand(len(layers), -1, -1, -1) for t in cached[0].like())
     joined.reserve(like, capacity)
     joined.length = max(sum(segment.length for segment in rest) for rest in rests)
     for row, rest in enumerate(rests):
         start = 0
         for segment in rest:
-            for storage, value in zip(joined.tail, segment.views(), strict=True):
+            for storage, value in zip(joined.tail, segment.whole(), strict=True):
                 storage[row, :, start : start + segment.length] = value[0]
             start += segment.length
     return joined

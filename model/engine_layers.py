@@ -102,7 +102,7 @@ class GroupedAttend:
         self.keys_BKTD, self.values_BKTD = layer.tail
         self.shared = [
             KeysValues(keys_bKTD=k, values_bKTD=v, lengths_B=lengths)
-            for (k, v), lengths in _frozen(layer)
+            for (k, v), lengths in ((one.tensors, _lengths(one, layer)) for one in layer.frozen)
         ]
 
     @property
@@ -148,12 +148,13 @@ class RowAttend:
         self.first_slots_B = torch.arange(B, device=rows_B1TW.device) * capacity
         frequencies = range(attn.head_dim // 2)
         self.turns_all = tuple(attn.slot_frequencies) == tuple(frequencies)
-        self.shared = [_rows(tensors, n, attn.rank) for tensors, n in _frozen(layer)]
+        self.shared = [_rows(one, _lengths(one, layer), attn.rank) for one in layer.frozen]
 
     @property
     def static(self) -> bool:
         """As `Attend.static`."""
-        return is_static(self.rows_BTW.shape[-1], self.rows_BTW.dtype)
+        widths = {self.rows_BTW.shape[-1], *(run.width for run in self.shared)}
+        return all(is_static(width, self.rows_BTW.dtype) for width in widths)
 
     def weights(self) -> list[Tensor]:
         """As `Attend.weights`."""
@@ -305,23 +306,19 @@ def _merged(weights: Sequence[Tensor]) -> Tensor:
     return merged
 
 
-def _rows(tensors: tuple[Tensor, ...], lengths_B: Tensor, rank: int) -> Rows:
-    """A frozen run of latent rows, compressed or not, as the kernel takes it."""
-    if len(tensors) == 1:
-        return Rows(rows_bTW=tensors[0][:, 0], lengths_B=lengths_B, rank=rank)
-    latent, rope, scale = tensors
+def _rows(segment: Segment, lengths_B: Tensor, rank: int) -> Rows:
+    """A frozen run of latent rows, compressed, of a smaller rank or not, as the kernel takes it."""
+    kept = rank if segment.nested is None else segment.nested.kept
+    if not segment.compressed:
+        return Rows(rows_bTW=segment.tensors[0][:, 0], lengths_B=lengths_B, rank=kept)
+    latent, rope, scale = segment.tensors
     return Rows(
         rows_bTW=latent[:, 0],
         lengths_B=lengths_B,
-        rank=rank,
+        rank=kept,
         rope_bTS=rope[:, 0],
         scale_bT=scale[:, 0, :, 0],
     )
-
-
-def _frozen(layer: SegmentedLayer) -> list[tuple[tuple[Tensor, ...], Tensor]]:
-    """Storage and lengths [B] of a layer's frozen segments."""
-    return [(segment.tensors, _lengths(segment, layer)) for segment in layer.frozen]
 
 
 def _lengths(segment: Segment, layer: SegmentedLayer) -> Tensor:

@@ -104,7 +104,8 @@ class PreropeAttention(RowAttention):
     def rotated(self, row_b1NR: Tensor, turn_b1ND: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated keys and values of cached tokens, both [b, K, N, D]."""
         K, D = self.num_kv_heads, self.head_dim
-        up = torch.cat([self.k_up.flatten(0, 1), self.v_up.flatten(0, 1)])
+        rank = row_b1NR.shape[-1]  # of vision tokens it may be smaller
+        up = torch.cat([self.k_up.flatten(0, 1), self.v_up.flatten(0, 1)])[:, :rank]
         k_bNKD, v_bNKD = (
             x.unflatten(-1, (K, D)) for x in functional.linear(row_b1NR[:, 0], up).chunk(2, dim=-1)
         )

@@ -8,6 +8,7 @@ N cached tokens, W width of a key, V width of a value.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -52,7 +53,8 @@ def attend_blocks(
             cuts.append((past, cached, True))
         for start, stop, causal in cuts:
             cut = tuple(t[:, :, start:stop] for t in part.tensors)
-            block = Part(cut if rebuild is None else rebuild(cut[0][:, 0]), causal=causal)
+            tensors = cut if rebuild is None else rebuild(cut[0][:, 0])
+            block = Part(tensors, causal=causal, latent=part.latent)
             new = _attend_block(q_BKGTW, block, scale)
             found = new if found is None else _merge_two(found, new)
     assert found is not None, "a step always has its own tokens to attend to"
@@ -63,7 +65,8 @@ def attend(q_BKGTW: Tensor, parts: list[Part], scale: float) -> Tensor:
     """Softmax attention over several segments, merged by log-sum-exp.
 
     Each part holds keys [b, K, N, W] and values [b, K, N, V]. With b = 1 and B > 1 the batch is
-    folded into the queries, so that the shared segment is read once and never expanded.
+    folded into the queries, so that the shared segment is read once and never expanded. Rows of a
+    smaller rank (`Part.latent`) meet the query's first columns and its rotary ones.
 
     Returns:
         [B, K, G, T, V].
@@ -71,8 +74,9 @@ def attend(q_BKGTW: Tensor, parts: list[Part], scale: float) -> Tensor:
     B, K, G, T, W = q_BKGTW.shape
     if goes_by_blocks(parts, T) and W <= FUSED_WIDTH:
         return attend_blocks(q_BKGTW, parts, scale)
-    if len(parts) == 1 and parts[0].tensors[0].shape[0] == B and W <= FUSED_WIDTH:
-        return _attend_whole(q_BKGTW, parts[0], scale)
+    one = parts[0] if len(parts) == 1 and parts[0].latent is None else None
+    if one is not None and one.tensors[0].shape[0] == B and W <= FUSED_WIDTH:
+        return _attend_whole(q_BKGTW, one, scale)
     cached = sum(part.tensors[0].shape[2] for part in parts)
     run = max(1, MAX_SCORES // (B * K * G * cached))
     if run >= T:
@@ -114,7 +118,9 @@ def _query_rows(part: Part, start: int, stop: int, new_tokens: int) -> Part:
     if part.causal:
         cached = part.tensors[0].shape[2]
         mask = _causal_mask(new_tokens, cached, part.tensors[0].device)
-    return part if mask is None else Part(part.tensors, mask[..., start:stop, :])
+    return (
+        part if mask is None else Part(part.tensors, mask[..., start:stop, :], latent=part.latent)
+    )
 
 
 def _merge(found: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -135,6 +141,8 @@ def _attend_block(q_BKGTW: Tensor, block: Part, scale: float) -> tuple[Tensor, T
     Either every query sees every key, and then those of a key/value head are one long sequence of
     queries (of all rows of the batch, if they share the block); or query t sees keys up to t.
     """
+    if block.latent is not None:
+        return _attend_nested(_attend_block, q_BKGTW, block, scale)
     k_bNKW, v_bNKV = (t.transpose(1, 2) for t in block.tensors)
     B, K, G, T, _ = q_BKGTW.shape
     if block.causal:
@@ -155,6 +163,25 @@ def _attend_block(q_BKGTW: Tensor, block: Part, scale: float) -> tuple[Tensor, T
     return out[:, :, 0], lse[:, :, 0]
 
 
+def _attend_nested(
+    whole: Callable[[Tensor, Part, float], tuple[Tensor, Tensor]],
+    q_BKGTW: Tensor,
+    part: Part,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`whole` on rows whose latents are the first `part.latent` coordinates of the query's.
+
+    As if the rows had zeros in the coordinates that they lack; of the output only the latent
+    columns count, and those are as wide as the query's.
+    """
+    assert part.latent is not None
+    kept, width = part.latent, q_BKGTW.shape[-1]
+    rope = part.tensors[0].shape[-1] - kept
+    q_cut = torch.cat([q_BKGTW[..., :kept], q_BKGTW[..., width - rope :]], dim=-1)
+    out, lse = whole(q_cut, replace(part, latent=None), scale)
+    return functional.pad(out[..., :kept], (0, width - kept)), lse
+
+
 def _merge_two(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Merges two outputs [B, K, G, T, V] by their log-sum-exp [B, K, G, T]."""
     lse = torch.logaddexp(a[1], b[1])
@@ -165,6 +192,8 @@ def _merge_two(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tens
 
 def _attend_part(q_BKGTW: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
     """Attention over one segment: normalised output [B,K,G,T,V] and log-sum-exp [B,K,G,T]."""
+    if part.latent is not None:
+        return _attend_nested(_attend_part, q_BKGTW, part, scale)
     k_bKNW, v_bKNV = part.tensors
     B, K, G, T, W = q_BKGTW.shape
     b, N, V = k_bKNW.shape[0], k_bKNW.shape[2], v_bKNV.shape[3]

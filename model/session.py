@@ -332,9 +332,11 @@ class Session:
         started, encoded_before_s = time.perf_counter(), self.encode_s
         with torch.no_grad():
             tokens, following = self._place(piece)
-            self.cache.expect(len(piece.ids))
-            for chunk in tokens.chunks(self.chunk):
-                hidden_1TX = run(self.model, self.cache, chunk)
+            text, count = self.model.config.text_config, len(piece.ids)
+            with self.cache.prefilling(text, count, vision=bool(media)) as appended:
+                for chunk in tokens.chunks(self.chunk):
+                    hidden_1TX = run(self.model, self.cache, chunk)
+                    appended(chunk.visual_BT)
             self._logits_Y = logits(self.model, hidden_1TX[0, -1])
         self._position = following
         self._ids = (*self._ids, tuple(piece.ids))

@@ -11,7 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -69,32 +69,52 @@ class Line:
     mended: float | None
     """Share that it made right."""
     run: str
+    model: str
 
 
-def lines(direct: Run, agentic: Sequence[Run]) -> list[Line]:
+def lines(direct: Run, agentic: Sequence[Run], *, other_models: bool = False) -> list[Line]:
     """The table's lines, suite by suite, the direct run first.
+
+    Args:
+        direct: the run that all others are set beside.
+        agentic: the others. Looks at random are those of the same model, if there are any.
+        other_models: whether agentic runs may be of other models; then every line names its model.
 
     Raises:
         Table6Error: a run is of the wrong mode or model, or shares no sample with the direct run.
     """
-    _check(direct, agentic)
+    _check(direct, agentic, other_models)
+    several = len({_model(run) for run in (direct, *agentic)}) > 1
     found: list[Line] = []
     for suite, samples in direct.samples.items():
         others = [run for run in agentic if suite in run.samples]
         if others:
             found.append(_line(direct, suite, samples, None))
-            random = next((run for run in others if _looks(run) == "random"), None)
-            chance = random.samples[suite] if random is not None else None
             found += [
-                _line(run, suite, run.samples[suite], samples, None if run is random else chance)
+                _line(run, suite, run.samples[suite], samples, _at_random(run, others, suite))
                 for run in others
             ]
     if not found:
         raise Table6Error("the runs share no suite; give runs of the same suites.")
-    return found
+    if not several:
+        return found
+    return [replace(line, name=f"{line.model}: {line.name}") for line in found]
 
 
-def _check(direct: Run, agentic: Sequence[Run]) -> None:
+def _at_random(run: Run, others: Sequence[Run], suite: str) -> Sequence[Sample] | None:
+    """The samples of the run whose looks are at random that `run` is to be set beside."""
+    if _looks(run) == "random":
+        return None
+    found = sorted((one for one in others if _looks(one) == "random"),
+                   key=lambda one: _model(one) != _model(run))  # fmt: skip
+    return found[0].samples[suite] if found else None
+
+
+def _model(run: Run) -> Any:
+    return run.model.get("digest")
+
+
+def _check(direct: Run, agentic: Sequence[Run], other_models: bool) -> None:
     if direct.meta.get("mode") != "direct":
         raise Table6Error(f"{direct.path} is not a direct run; give that one first.")
     for run in agentic:
@@ -102,8 +122,11 @@ def _check(direct: Run, agentic: Sequence[Run]) -> None:
             raise Table6Error(
                 f"{run.path} is not an agentic run; `internvideo3 eval --mode agentic` makes one."
             )
-        if run.model.get("digest") != direct.model.get("digest"):
-            raise Table6Error(f"{run.path} and {direct.path} are runs of different models.")
+        if _model(run) != _model(direct) and not other_models:
+            raise Table6Error(
+                f"{run.path} and {direct.path} are runs of different models; if they are meant to "
+                "stand side by side, say --other-models."
+            )
 
 
 def _looks(run: Run) -> str:
@@ -149,7 +172,7 @@ def _line(
         without_tools=fmean(cost["tool_calls"] == 0 for cost in costs) if costs else None,
         spoilt=sum(change < 0 for change in changes) / len(both) if agents else None,
         mended=sum(change > 0 for change in changes) / len(both) if agents else None,
-        run=run.id,
+        run=run.id, model=str(run.model.get("name")),
     )  # fmt: skip
 
 
@@ -268,6 +291,7 @@ def _row(line: Line) -> dict[str, Any]:
     found, above = line.difference, line.over_random
     return {
         "suite": line.suite, "system": line.name, "label": line.label, "run": line.run,
+        "model": line.model,
         "score": line.score.mean, "low": line.score.low, "high": line.score.high,
         "n": line.score.n, "videos": line.score.clusters,
         "difference": found.interval.mean if found else None,
@@ -329,13 +353,16 @@ def provenance(runs: Sequence[Run]) -> list[dict[str, Any]]:
     ]
 
 
-def write(direct: Run, agentic: Sequence[Run], out: Path) -> list[Path]:
-    """Write table6.md, .tex, .csv, .html and .json into a folder.
+def write(
+    direct: Run, agentic: Sequence[Run], out: Path, *, other_models: bool = False
+) -> list[Path]:
+    """Write table6.md, .tex, .csv, .html and .json into a folder; see `lines`.
 
     Raises:
         Table6Error: the runs cannot be set beside each other.
     """
-    found, told = lines(direct, agentic), provenance([direct, *agentic])
+    found = lines(direct, agentic, other_models=other_models)
+    told = provenance([direct, *agentic])
     out.mkdir(parents=True, exist_ok=True)
     data = {"rows": rows(found), "runs": told}
     texts = {

@@ -6,7 +6,9 @@ keep every direction with sv² ≥ τ. That minimum is of the linearised loss; m
 the allocation does better when tempered, r_l ∝ √(r_l of the threshold), within bounds around the
 uniform rank.
 
-Modalities share a latent and differ in its prefix: vision tokens use the first r_v coordinates.
+Modalities share a latent and differ in its prefix: vision tokens use, and cache, the first r_v
+coordinates. Where they take less than the mean, text tokens get what is left (`text_rank`): of a
+long video's context they are few, and a budget in bytes hardly feels them.
 
 Axes: L layers, Q directions of a layer (largest energy first).
 """
@@ -68,18 +70,36 @@ def _fit(shape_L: Tensor, total: int, low: int, top: list[int]) -> list[int]:
     return [int(r) for r in ranks]
 
 
+def text_rank(mean_rank: float, vision_share: float, vision_tokens: float, most: int) -> int:
+    """Rank of text tokens where vision tokens have a share of it.
+
+    With a share f of vision tokens and ranks r and s r, the mean is r (1 - f + f s).
+
+    Args:
+        mean_rank: that the budget leaves, over all tokens.
+        vision_share: s.
+        vision_tokens: f.
+        most: rank beyond which nothing is left to keep.
+    """
+    return min(most, int(mean_rank / (1 - vision_tokens + vision_tokens * vision_share)))
+
+
 def vision_ranks(vision_LR: list[Tensor], ranks: list[int], mean_rank: float) -> list[int]:
     """Rank of vision tokens per layer, `mean_rank` on average: the coordinates they need most.
 
     A nested rank drops coordinates from the end, so a coordinate costs what vision tokens lose
-    from it on: energies are made monotone before the threshold.
+    from it on: energies are made monotone before the threshold, whose ranks are tempered as those
+    of the layers are.
 
     Args:
         vision_LR: energy of each latent coordinate on vision tokens, per layer.
-        ranks: ranks of the layers.
+        ranks: ranks of the layers, which no vision rank exceeds.
         mean_rank: wanted mean.
     """
     monotone = [
         e[:r].flip(0).cummax(0).values.flip(0) for e, r in zip(vision_LR, ranks, strict=True)
     ]
-    return threshold_ranks(monotone, round(mean_rank * len(ranks)))
+    total = round(mean_rank * len(ranks))
+    raw = torch.tensor(threshold_ranks(monotone, total), dtype=torch.float64)
+    low = min(max(1, int(BOUNDS[0] * mean_rank)), *ranks)
+    return _fit(raw.clamp_min(1).pow(EXPONENT), total, low, ranks)

@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor
 
 from internvideo3.model.attention import LatentAttention, RowAttention
-from internvideo3.model.conversion.budget import tempered_ranks, vision_ranks
+from internvideo3.model.conversion.budget import tempered_ranks, text_rank, vision_ranks
 from internvideo3.model.conversion.converted import Shape, converted_model, layer_config
 from internvideo3.model.conversion.divergence import CHOICE_BATCHES, Reference
 from internvideo3.model.conversion.finished import FinishedLayers, load_layer, save_layer
@@ -44,7 +45,7 @@ from internvideo3.model.conversion.plan import LayerPlan, build_layer, plan_laye
 from internvideo3.model.conversion.recording import Progress, Recording, record, silent
 from internvideo3.model.conversion.refit import refit_output
 from internvideo3.model.conversion.rotary import PairGeometry, pair_geometry
-from internvideo3.model.conversion.source import Batch, Projections, Source
+from internvideo3.model.conversion.source import Batch, Projections, Source, valid_tokens
 from internvideo3.model.conversion.statistics import LayerStatistics, collect
 from internvideo3.model.released import ReleasedAttention, release
 
@@ -137,7 +138,9 @@ class Built:
     reports: list[LayerReport]
     shape: Shape
     cache_share: float
-    """Cached numbers per token over the source's."""
+    """Cached numbers per token over the source's, in the mean over the calibration set."""
+    vision_tokens: float
+    """Share of vision tokens in the calibration set."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,7 @@ class Job:
         share = self.options.row_width / (2 * key_width(self.source.text))
         configs = [layer_config(self.source, shape.of_layer(r.layer)) for r in reports]
         layers = self._finished([self._layer_file(r.layer) for r in reports], configs)
-        return Built(layers, reports, shape, share)
+        return Built(layers, reports, shape, share, self.vision_tokens)
 
     def _finished(self, files: Sequence[Path], configs: Sequence[Any]) -> FinishedLayers:
         # The source's own now: while converted layers run, they stand in their places.
@@ -303,12 +306,7 @@ class Job:
         if file.is_file():
             return _Choice(**json.loads(file.read_text(encoding="utf-8")))
         slots = self._best_slots()
-        uniform = self._uniform(slots)
-        ranks = [uniform] * self.layer_count
-        if self.options.tempered:
-            plans = (self._plan(index, slots) for index in range(self.layer_count))
-            ranks = tempered_ranks([plan.low.energies_Q.cpu() for plan in plans], uniform)
-        nested = self._vision_ranks(slots, ranks)
+        ranks, nested = self._best_ranks(slots)
         adapters = self.options.adapters
         if float(self.statistics(0).weight_M[1]) == 0.0:
             adapters = bool(adapters)  # with one modality there is nothing to adapt
@@ -322,23 +320,56 @@ class Job:
         _write_whole(file, asdict(choice))
         return choice
 
-    def _uniform(self, slots: int) -> int:
-        return self.options.latent_rank(slots, self.layer_count, self.source.text.head_dim)
+    def _uniform(self, slots: int, vision_share: float) -> int:
+        """Rank of text tokens in a layer, in the mean over layers."""
+        text = self.source.text
+        mean = self.options.latent_rank(slots, self.layer_count, text.head_dim)
+        return text_rank(mean, vision_share, self.vision_tokens, 2 * key_width(text))
+
+    @cached_property
+    def vision_tokens(self) -> float:
+        """Share of vision tokens among the calibration set's."""
+        seen = sum(int(self.source.vision_tokens(batch).sum()) for batch in self.calibration)
+        return seen / sum(int(valid_tokens(batch).sum()) for batch in self.calibration)
 
     def _best_slots(self) -> int:
         """Number of rotary slots with the least divergence, before any refit."""
         choices = self.options.slot_choices()
         if len(choices) == 1:
             return choices[0]
+        share = self.options.vision_shares()[0]
         found: dict[int, float] = {}
         for slots in choices:
-            ranks = [self._uniform(slots)] * self.layer_count
-            found[slots] = self._candidate(_Choice(slots, False, ranks, ranks))
+            ranks = [self._uniform(slots, share)] * self.layer_count
+            nested = self._vision_ranks(slots, ranks, share)
+            found[slots] = self._candidate(_Choice(slots, False, ranks, nested))
             self.progress("slot numbers tried", len(found), len(choices))
         return min(found, key=lambda slots: found[slots])
 
-    def _vision_ranks(self, slots: int, ranks: list[int]) -> list[int]:
-        if self.options.vision_rank_share == 1.0:
+    def _best_ranks(self, slots: int) -> tuple[list[int], list[int]]:
+        """Ranks of text and of vision tokens; their ratio is that of the least divergence."""
+        shares = self.options.vision_shares()
+        if self.vision_tokens == 0.0:
+            shares = [1.0]  # nothing can be learned for what is not seen
+        tried = {share: self._ranks(slots, share) for share in shares}
+        if len(tried) == 1:
+            return tried[shares[0]]
+        found: dict[float, float] = {}
+        for share, (ranks, nested) in tried.items():
+            found[share] = self._candidate(_Choice(slots, False, ranks, nested))
+            self.progress("vision ranks tried", len(found), len(tried))
+        return tried[min(found, key=lambda share: found[share])]
+
+    def _ranks(self, slots: int, vision_share: float) -> tuple[list[int], list[int]]:
+        uniform = self._uniform(slots, vision_share)
+        ranks = [uniform] * self.layer_count
+        if self.options.tempered:
+            plans = (self._plan(index, slots) for index in range(self.layer_count))
+            ranks = tempered_ranks([plan.low.energies_Q.cpu() for plan in plans], uniform)
+        return ranks, self._vision_ranks(slots, ranks, vision_share)
+
+    def _vision_ranks(self, slots: int, ranks: list[int], share: float) -> list[int]:
+        if share == 1.0:
             return ranks
         energies = []
         for index in range(self.layer_count):
@@ -346,8 +377,7 @@ class Job:
             plan = self._plan(index, slots).cut(ranks[index], stats, self.options)
             seen = stats.covariance(plan.mean_E, modality=1)
             energies.append((plan.low.encoder_RE @ seen * plan.low.encoder_RE).sum(1).cpu())
-        mean = self.options.vision_rank_share * sum(ranks) / len(ranks)
-        return vision_ranks(energies, ranks, mean)
+        return vision_ranks(energies, ranks, share * sum(ranks) / len(ranks))
 
     def _candidate(self, choice: _Choice) -> float:
         """Divergence of a choice, before any refit."""
@@ -551,7 +581,7 @@ def check_fit(options: ConversionOptions, text: Any, has_norm: bool) -> None:
 
 def _check_vision(options: ConversionOptions, source: Source, calibration: Sequence[Batch]) -> None:
     """Refuses a rank of vision tokens that nothing can be learned for."""
-    if options.vision_rank_share == 1.0:
+    if options.vision_rank_share in (1.0, None):
         return
     if not any(bool(source.vision_tokens(batch).any()) for batch in calibration):
         raise ValueError(

@@ -10,6 +10,9 @@ ROPE_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625)
 """Shares of a cached row that are tried for the rotary key. A quarter was best on SmolLM2-135M; on
 the scale model half diverges seven times less than a quarter."""
 
+VISION_SHARES = (1.0, 0.85, 0.7, 0.55)
+"""Ranks of vision tokens over those of text tokens that are tried."""
+
 CHOICES = {
     "norm": ("exact", "linear"),
     "norm_fit": ("constant", "affine"),
@@ -25,7 +28,8 @@ class ConversionOptions:
     """Options of `convert`; each of the better choices can be switched off."""
 
     row_width: int
-    """Numbers cached per token and layer: latent rank r and rotary key 2 S together."""
+    """Numbers cached per token and layer, latent rank r and rotary key 2 S together: in the mean
+    over layers, and over text and vision tokens in the calibration set's shares."""
     rope_slots: int | None = None
     """Number S of rotary slots; None: the one of `ROPE_SHARES` with the least divergence from the
     source on the calibration batches."""
@@ -53,8 +57,10 @@ class ConversionOptions:
     """Whether the latent is affine: keys' and values' means need no rank."""
     tempered: bool = False
     """Whether ranks differ by layer (section 3.2.2), the same on average."""
-    vision_rank_share: float = 1.0
-    """Mean rank of vision tokens, as a share of the layers' ranks (section 3.2.2)."""
+    vision_rank_share: float | None = 1.0
+    """Mean rank of vision tokens, as a share of text tokens' (section 3.2.2). What they save goes
+    to text tokens, within `row_width`. None: the one of `VISION_SHARES` with the least divergence
+    from the source on the calibration batches."""
     adapters: bool | None = None
     """Whether to add modality adapters; None: if they lower the divergence."""
     refit_output: bool = True
@@ -88,7 +94,7 @@ class ConversionOptions:
         self._check_numbers()
 
     def _check_numbers(self) -> None:
-        if not 0 < self.vision_rank_share <= 1:
+        if self.vision_rank_share is not None and not 0 < self.vision_rank_share <= 1:
             raise ValueError(
                 f"vision_rank_share is {self.vision_rank_share}; give a share above 0, up to 1."
             )
@@ -109,8 +115,12 @@ class ConversionOptions:
             return [self.rope_slots]
         return sorted({max(1, round(share * self.row_width / 2)) for share in ROPE_SHARES})
 
+    def vision_shares(self) -> list[float]:
+        """Shares of vision tokens' rank to try."""
+        return [*VISION_SHARES] if self.vision_rank_share is None else [self.vision_rank_share]
+
     def latent_rank(self, slots: int, layers: int, head_dim: int) -> int:
-        """Rank that `slots` rotary slots leave in a layer.
+        """Rank that `slots` rotary slots leave in a layer, in the mean over tokens.
 
         Before rotation a token's angles are cached once for all layers; in the released layout one
         coordinate carries the output bias.

@@ -40,6 +40,7 @@ from internvideo3.model.checkpoint import (
 )
 from internvideo3.model.conversion.options import PRESETS, preset
 from internvideo3.model.scale.build import load_processor
+from internvideo3.model.session import Limits, Session
 
 
 @pytest.fixture
@@ -281,16 +282,39 @@ def test_a_budget_in_bytes_and_single_choices_are_kept_and_recorded(given: Conve
     assert torch.equal(gain[0], torch.ones_like(gain[0])) and not gain[1].any()
 
 
+def test_what_vision_tokens_save_goes_to_text_within_the_budget(given: ConvertCommand) -> None:
+    made = replace(given, preset="best", bytes_per_token=700, choices="vision_rank_share=0.6")
+    report = convert_checkpoint(made)
+    text, vision = report["cache_bytes_per_token"], report["cache_bytes_per_vision_token"]
+    seen = report["vision_tokens"]
+    assert 0.05 < seen < 0.95
+    assert vision < 696 < text
+    # A text rank is a whole number in each of four layers.
+    assert 700 - 2 * 4 * 2 <= (1 - seen) * text + seen * vision <= 700
+    ranks, nested = (
+        sum(layer[name] for layer in report["layers"]) for name in ("rank", "vision_rank")
+    )
+    assert abs(nested - 0.6 * ranks) <= 1
+    said = "\n".join(describe(str(given.out)))
+    assert f"{text:,} bytes a token" in said and f"{vision:,} bytes a vision token" in said
+    page = (given.out / "conversion.html").read_text()
+    assert f"{vision:,} a vision token" in page
+    model, processor = load_model(given.out, "cpu")
+    session = Session(model, processor)
+    session.append_text("Why?")
+    assert len(session.generate(Limits(max_new_tokens=2, stop_ids=())).token_ids) == 2
+
+
 def test_a_choice_left_to_the_preset_changes_nothing() -> None:
     config = PreTrainedConfig(
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_hidden_layers=2
     )
     for name in PRESETS:
         assert conversion_options(name, config, seed=0) == preset(name, config)
-    said = "rope_slots=auto,adapters=auto,token_floor=0.5,norm=linear"
+    said = "rope_slots=auto,adapters=auto,token_floor=0.5,norm=linear,vision_rank_share=auto"
     found = conversion_options("half", config, seed=3, choices=said)
     assert (found.rope_slots, found.adapters, found.token_floor) == (None, None, 0.5)
-    assert (found.norm, found.seed) == ("linear", 3)
+    assert (found.norm, found.seed, found.vision_rank_share) == ("linear", 3, None)
 
 
 def test_help_names_every_choice_with_its_values() -> None:

@@ -171,11 +171,24 @@ def half(
     return convert(source, calibration, options)
 
 
-@pytest.fixture(params=["gqa", "m2la reconstruct", "m2la absorbed"])
-def model(request: pytest.FixtureRequest, source: Any, with_form: Any) -> Any:
-    """Each model that a session must run on; all compute the same function."""
+@pytest.fixture(scope="session")
+def nested(
+    source: Qwen3VLForConditionalGeneration, calibration: list[Inputs]
+) -> InternVideo3ForConditionalGeneration:
+    """As `half`, with half the latent rank for vision tokens, and other ranks in every layer."""
+    options = PRESETS["half"](source.config.text_config).with_(
+        rope_slots=8, adapters=True, tempered=True, vision_rank_share=0.5
+    )
+    return convert(source, calibration, options)
+
+
+@pytest.fixture(
+    params=["gqa", "m2la reconstruct", "m2la absorbed", "nested reconstruct", "nested absorbed"]
+)
+def model(request: pytest.FixtureRequest, source: Any, with_form: Any, nested_form: Any) -> Any:
+    """Each model that a session must run on; a session computes what the whole model does."""
     kind, _, form = request.param.partition(" ")
-    return source if kind == "gqa" else with_form(form)
+    return {"gqa": lambda _: source, "m2la": with_form, "nested": nested_form}[kind](form)
 
 
 @pytest.fixture
@@ -184,11 +197,22 @@ def with_form(
 ) -> Callable[[str], InternVideo3ForConditionalGeneration]:
     """The identity conversion, restricted to one form of attention."""
 
-    def restrict(form: str) -> InternVideo3ForConditionalGeneration:
-        monkeypatch.setattr(identity.config.text_config, "attention_form", form)
-        return identity
+    return lambda form: _restricted(identity, form, monkeypatch)
 
-    return restrict
+
+@pytest.fixture
+def nested_form(
+    nested: InternVideo3ForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], InternVideo3ForConditionalGeneration]:
+    """The conversion with a smaller rank for vision tokens, in one form of attention."""
+    return lambda form: _restricted(nested, form, monkeypatch)
+
+
+def _restricted(
+    model: InternVideo3ForConditionalGeneration, form: str, monkeypatch: pytest.MonkeyPatch
+) -> InternVideo3ForConditionalGeneration:
+    monkeypatch.setattr(model.config.text_config, "attention_form", form)
+    return model
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from internvideo3.model.conversion.norms import linear_norm
 from internvideo3.model.conversion.options import (
     PRESETS,
     ROPE_SHARES,
+    VISION_SHARES,
     ConversionOptions,
     key_width,
 )
@@ -512,6 +513,31 @@ def test_a_nested_vision_rank_is_full_rank_masked(half: Any, calibration: Any, b
     short = torch.einsum("kdr,nr->knd", up, nested[0, :, : layer.vision_rank])
     apart = float((keys[0] - short)[:, vision[0]].abs().max())
     bar("nested vision rank: only its prefix is read", apart, 1e-9)
+
+
+def test_the_rank_of_vision_tokens_can_be_left_to_the_divergence(
+    source: Any, calibration: Any, tmp_path: Path
+) -> None:
+    """The ratio that is taken is the best of those that are tried, all within one budget."""
+    text = source.config.text_config
+    options = cache_share(text, 0.5).with_(rope_slots=8, adapters=False, refit_output=False)
+    found = {}
+    for share in (None, *VISION_SHARES):
+        job = Job.start(
+            Source.of(source), calibration, options.with_(vision_rank_share=share), tmp_path / "w"
+        )
+        built = job.run()
+        ranks = [(layer.rank, layer.vision_rank) for layer in built.reports]
+        seen = job.vision_tokens
+        mean = sum((1 - seen) * rank + seen * nested for rank, nested in ranks) / len(ranks)
+        assert options.row_width - 2 * 8 - 1 <= mean <= options.row_width - 2 * 8 + 0.5
+        found[share] = ranks, job.divergence(built)
+    best = min(VISION_SHARES, key=lambda share: found[share][1])
+    assert found[None] == found[best]
+    # Fewer coordinates for vision, more for text.
+    assert [found[share][0][0][0] for share in VISION_SHARES] == sorted(
+        found[share][0][0][0] for share in VISION_SHARES
+    )
 
 
 def test_positions_that_differ_by_axis_are_exact(

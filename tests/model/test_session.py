@@ -331,7 +331,7 @@ def test_a_batch_stores_the_prefix_once(model: Any, asker: Asker) -> None:
     prefix.prefill()
     forks = [asker.ask(prefix, QUESTIONS[0]) for _ in range(8)]
     Session.generate_batch(forks, Limits(max_new_tokens=2, stop_ids=()))
-    shared = prefix.cache.segmented(0).tail[0]
+    shared = prefix.cache.segmented(0).segments()[0].tensors[0]
     for fork in forks:
         assert fork.cache.segmented(0).segments()[0].tensors[0] is shared
 
