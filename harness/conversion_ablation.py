@@ -78,6 +78,10 @@ def _best(**changes: object) -> Options:
     return lambda text: preset("best", text).with_(**changes)
 
 
+def _shared(cache_share: float, **changes: object) -> Options:
+    return lambda text: share(text, cache_share).with_(**changes)
+
+
 def _fixed_slots(**changes: object) -> Options:
     """One slot a frequency, as rows without importance need."""
     return lambda text: preset("best", text).with_(rope_slots=text.head_dim // 2, **changes)
@@ -102,9 +106,25 @@ ROWS: dict[str, Row] = {
         "5. exact norm: equation 7's constant", _best(norm="linear", norm_fit="constant"), "parts"
     ),
     "vision budget": Row(
-        "4. vision tokens at three quarters of the rank",
+        "4. budget by modality: vision tokens at three quarters of text's rank, the same bytes",
         _best(vision_rank_share=0.75),
         "parts",
+        counting=True,
+    ),
+    "vision auto": Row(
+        "4. budget by modality: the ratio of the least divergence",
+        _best(vision_rank_share=None),
+        "parts",
+        counting=True,
+    ),
+    "three eighths": Row(
+        "`best` at 37.5 % of the cache", _shared(0.375, tempered=True), "shapes", counting=True
+    ),
+    "three eighths, vision auto": Row(
+        "`best` at 37.5 % of the cache, budget by modality",
+        _shared(0.375, tempered=True, vision_rank_share=None),
+        "shapes",
+        counting=True,
     ),
     "half": Row("preset `half`", lambda text: preset("half", text), "shapes", counting=True),
     **{

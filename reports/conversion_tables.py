@@ -163,8 +163,11 @@ def _ablation_row(row: Report) -> Sequence[str]:
 
 
 def _ranks(row: Report) -> str:
-    ranks = row["ranks"]
-    return str(ranks[0]) if len(set(ranks)) == 1 else " ".join(map(str, ranks))
+    """Ranks by layer, those of vision tokens behind a stroke if they are others."""
+    both = dict.fromkeys((tuple(row["ranks"]), tuple(row["vision_ranks"])))
+    return " / ".join(
+        str(ranks[0]) if len(set(ranks)) == 1 else " ".join(map(str, ranks)) for ranks in both
+    )
 
 
 def _points(found: Report) -> str:
