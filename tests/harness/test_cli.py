@@ -97,7 +97,7 @@ OPTIONS = {
     "serve": "model folder host port token-variable name upload-mb waiting reasoning policy turns "
     "tool-calls tokens fps max-frames zoom-frames web captions compress-at max-new-tokens device "
     "dtype threads cache",
-    "table6": "out",
+    "table6": "other-models out",
     "suites": "data",
     "score": "",
     "judge": "endpoint judge key-variable workers",

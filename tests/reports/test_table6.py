@@ -115,5 +115,36 @@ def test_runs_that_do_not_belong_together_are_refused(
     other = json.loads((both[1] / "run.json").read_text())
     other["model"]["digest"] = "another"
     (both[1] / "run.json").write_text(json.dumps(other))
-    with pytest.raises(Table6Error, match="different models"):
+    with pytest.raises(Table6Error, match="different models; .* --other-models"):
         lines(direct, [load_run(both[1])])
+
+
+def of_model(folder: Path, name: str) -> Path:
+    """A run as if another model had made it."""
+    meta = json.loads((folder / "run.json").read_text())
+    meta["model"] |= {"name": name, "digest": name}
+    (folder / "run.json").write_text(json.dumps(meta))
+    return folder
+
+
+def test_a_model_trained_to_act_stands_beside_the_one_it_came_from(tmp_path: Path) -> None:
+    """Every row names its model, and looks at random are those of the same model."""
+    acts = [agent(2, "ring")] * 4
+    direct = run(tmp_path / "direct", ["cross"] * 4)
+    others = [
+        run(tmp_path / "random", ["ring", "cross", "cross", "cross"], acts, looks="random"),
+        of_model(run(tmp_path / "own", ["ring"] * 4, acts), "scale:agent"),
+    ]
+    two = lines(load_run(direct), [load_run(one) for one in others], other_models=True)
+    assert [line.name for line in two] == [
+        "scale:base: direct QA",
+        "scale:base: agentic (controller), looks at random",
+        "scale:agent: agentic (controller)",
+    ]
+    assert two[2].over_random is not None and two[2].over_random.interval.mean == 0.75
+    own = of_model(
+        run(tmp_path / "own-random", ["ring"] * 3 + ["cross"], acts, looks="random"),
+        "scale:agent",
+    )
+    three = lines(load_run(direct), [load_run(one) for one in (*others, own)], other_models=True)
+    assert three[2].over_random is not None and three[2].over_random.interval.mean == 0.25
