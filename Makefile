@@ -87,7 +87,7 @@ kill-report: $(STAMP)  ## Kill eval, its merging and score at every change of th
 # Direct answers see at most 64 frames; every agentic run has the same first look and budget.
 BRIEF := $(BIN)/internvideo3 eval --suite world_brief --root .cache/brief --max-frames 64 --limit 140
 AGENT := --mode agentic --tools none --zoom-frames 8 --turns 7 --tool-calls 4
-agent-report: $(STAMP)  ## Long videos with short events: direct, agentic, its ablations, Table 6 (an hour)
+agent-report: $(STAMP)  ## Long videos with short events: direct, agentic, its ablations, Table 6 (two hours)
 	$(BIN)/python -m internvideo3.tasks.brief --root .cache/brief --videos 20
 	$(BRIEF) --model scale:base --out runs/agent/base-direct
 	$(BRIEF) --model scale:base $(AGENT) --out runs/agent/base-agentic
@@ -101,11 +101,15 @@ agent-report: $(STAMP)  ## Long videos with short events: direct, agentic, its a
 	$(BRIEF) --model scale:m2la --out runs/agent/m2la-direct
 	$(BRIEF) --model scale:m2la $(AGENT) --out runs/agent/m2la-agentic
 	$(BRIEF) --model scale:m2la $(AGENT) --looks random --out runs/agent/m2la-random
+	$(BRIEF) --model scale:m2la $(AGENT) --looks none --out runs/agent/m2la-without-zoom
+	$(BRIEF) --model scale:m2la $(AGENT) --looks spread --out runs/agent/m2la-without-memory
+	$(BRIEF) --model scale:m2la $(AGENT) --no-verify --out runs/agent/m2la-without-verification
 	$(BIN)/internvideo3 table6 runs/agent/m2la-direct runs/agent/m2la-agentic \
-		runs/agent/m2la-random --out reports/results/agent/m2la
+		runs/agent/m2la-random runs/agent/m2la-without-zoom runs/agent/m2la-without-memory \
+		runs/agent/m2la-without-verification --out reports/results/agent/m2la
 
 # The M2LA scale model learns to act from rollouts of the training split, then acts on the test split.
-agent-model: $(STAMP)  ## Train the scale model to act by its own calls, measure it (an hour and a half)
+agent-model: $(STAMP)  ## Train the scale model to act by its own calls, measure it (two hours)
 	$(BIN)/python -m internvideo3.tasks.brief --root .cache/brief --split train --videos 80
 	$(BIN)/python -m internvideo3.tasks.brief --root .cache/brief --videos 20
 	test -f runs/agent/rollouts.jsonl || $(BIN)/internvideo3 data rollouts \
@@ -116,8 +120,10 @@ agent-model: $(STAMP)  ## Train the scale model to act by its own calls, measure
 	$(BRIEF) --model scale:m2la $(AGENT) --looks random --out runs/agent/m2la-random
 	$(BRIEF) --model runs/agent/trained/1-rollouts/checkpoint $(AGENT) --policy trained \
 		--out runs/agent/own-trained
+	$(BRIEF) --model runs/agent/trained/1-rollouts/checkpoint $(AGENT) --looks random \
+		--out runs/agent/own-random
 	$(BIN)/internvideo3 table6 runs/agent/m2la-direct runs/agent/m2la-random \
-		runs/agent/own-trained --out runs/agent/own
+		runs/agent/own-trained runs/agent/own-random --other-models --out runs/agent/own
 
 # On a GPU machine, with its own Python (torch, triton, transformers); nothing is installed.
 gpu: gpu-kernels gpu-step gpu-figure6  ## On a GPU: kernels against float64 and the roofline, whole decode steps

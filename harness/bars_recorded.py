@@ -40,7 +40,7 @@ class Bar:
         cases = f"worst of {count}" if count > 1 else ""
         verdict = "met" if self.met else "MISSED"
         return (
-            f"{self.name:<56} {worst:>9.3g} {cases:<12} "
+            f"{self.name:<62} {worst:>9.3g} {cases:<12} "
             f"{'at least' if self.least else 'at most '} {self.limit:<8.3g} {verdict:<7}"
             f"{self.measured}: {self.source}"
         )
@@ -83,25 +83,31 @@ def conversion(folder: Path = RESULTS / "conversion") -> Iterator[Bar]:
 
 
 def agent(folder: Path = RESULTS / "agent") -> Iterator[Bar]:
-    """Bars of the agent: Table 6 at scale, each as the lower end of its paired interval.
+    """Bars of the agent: Table 6 at scale, the difference and the lower end of its interval.
 
     Raises:
         BarsError: a file is missing, or a table lacks a row.
     """
-    for table, acts, least in (("base", "controller", 10.0), ("m2la", "controller", 10.0)):
+    for table, system in (
+        ("base", "agentic (controller)"),
+        ("m2la", "agentic (controller)"),
+        ("own", "scale:agent: agentic (trained)"),
+        ("fresh", "scale:m2la: agentic (controller)"),
+        ("fresh", "scale:agent: agentic (trained)"),
+    ):
         read = _results(folder / table, "table6.json")["rows"]
-        (row,) = [one for one in read if one["system"] == f"agentic ({acts})"] or [None]
+        (row,) = [one for one in read if one["system"] == system] or [None]
         if row is None:
-            raise BarsError(f"{folder / table}/table6.json has no row agentic ({acts}).")
+            raise BarsError(f"{folder / table}/table6.json has no row {system}.")
         where = f"{table}/table6.json"
         for title, key, most in (
-            ("points over direct", "difference", least),
+            ("points over direct", "difference", 10.0),
             ("points over looks at random", "over_random", 5.0),
         ):
             for name, figure, limit in (
                 (title, row[key], most), (f"{title}, lower end", row[f"{key}_low"], 0.0)
             ):  # fmt: skip
-                said = f"{table}, {acts}: {name}"
+                said = f"{table}, {system.removeprefix('scale:')}: {name}"
                 yield Bar(said, {"": 100 * figure}, limit, where, "recorded", True)
 
 

@@ -46,9 +46,9 @@ def test_the_agents_bars_are_those_of_its_tables(tmp_path: Path) -> None:
     bars = {bar.name: bar for bar in agent()}
     rows = json.loads((RESULTS / "agent/m2la/table6.json").read_text())["rows"]
     (row,) = [row for row in rows if row["system"] == "agentic (controller)"]
-    over = bars["m2la, controller: points over direct"]
+    over = bars["m2la, agentic (controller): points over direct"]
     assert over.found[""] == 100 * row["difference"] and over.limit == 10
-    assert bars["base, controller: points over direct"].limit == 10
+    assert bars["base, agentic (controller): points over direct"].limit == 10
     (tmp_path / "base").mkdir()
     (tmp_path / "base/table6.json").write_text('{"rows": []}')
     with pytest.raises(BarsError, match="no row agentic"):
