@@ -75,13 +75,17 @@ def _grouped(info: CheckpointInfo) -> list[str]:
 
 
 def _latent(info: CheckpointInfo) -> list[str]:
-    widths = [rank + rope for rank, rope in zip(info.latent_ranks, info.rope_widths, strict=True)]
+    widths, of_vision = (
+        [rank + rope for rank, rope in zip(ranks, info.rope_widths, strict=True)]
+        for ranks in (info.latent_ranks, info.vision_ranks)
+    )
+    apart = f" ({_short(of_vision)} of vision tokens)" if of_vision != widths else ""
     known = ", ".join(str(width) for width in KERNEL_WIDTHS)
     fit = "Triton kernels fit" if info.has_kernels else f"runs in torch; the kernels take {known}"
     return [
         f"attention   M²LA: latent rank {_short(info.latent_ranks)}, "
         f"rotary key {_short(info.rope_widths)}{FORMS[info.row_form]}",
-        f"kernels     row width {_short(widths)}: {fit}",
+        f"kernels     row width {_short(widths)}{apart}: {fit}",
     ]
 
 

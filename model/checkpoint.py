@@ -67,7 +67,7 @@ class CheckpointInfo:
     gqa_numbers_per_token: int
     """What a GQA model of the same shape caches."""
     has_kernels: bool
-    """Whether every layer's row has a width that the Triton kernels take."""
+    """Whether every layer's rows, vision tokens' too, have a width that the Triton kernels take."""
 
 
 def resolve_checkpoint(name: str | Path) -> Path:
@@ -274,7 +274,9 @@ def inspect(name: str | Path) -> CheckpointInfo:
     config = read_config(path)
     text = text_config(config)
     ranks, ropes = _latent_rows(config)
+    of_vision = _vision_ranks(config, ranks)
     widths = [rank + rope for rank, rope in zip(ranks, ropes, strict=True)]
+    read = {*widths, *(rank + rope for rank, rope in zip(of_vision, ropes, strict=True))}
     return CheckpointInfo(
         path=path,
         model_type=config["model_type"],
@@ -286,11 +288,11 @@ def inspect(name: str | Path) -> CheckpointInfo:
         kv_heads=text["num_key_value_heads"],
         head_dim=text["head_dim"],
         latent_ranks=ranks,
-        vision_ranks=_vision_ranks(config, ranks),
+        vision_ranks=of_vision,
         rope_widths=ropes,
         numbers_per_token=sum(widths) or _gqa_numbers(text),
         gqa_numbers_per_token=_gqa_numbers(text),
-        has_kernels=bool(widths) and all(width in KERNEL_WIDTHS for width in widths),
+        has_kernels=bool(widths) and all(width in KERNEL_WIDTHS for width in read),
     )
 
 

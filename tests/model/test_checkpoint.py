@@ -6,6 +6,7 @@ Run: .venv/bin/python -m pytest tests/model/test_checkpoint.py -q
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,21 @@ def test_a_description_needs_no_weights(saved: Path, half: Any, source: Any) -> 
     for given in (saved, half.config, half.config.to_dict()):
         assert cache_bytes_per_token(given, "bfloat16") == 2 * found.numbers_per_token
     assert cache_bytes_per_token(source.config, torch.float32) == 4 * found.gqa_numbers_per_token
+
+
+@pytest.mark.parametrize(("of_vision", "fits"), [(None, True), (384, True), (400, False)])
+def test_kernels_have_to_fit_vision_rows_too(
+    saved: Path, tmp_path: Path, of_vision: int | None, fits: bool
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "wide")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"latent_rank": 896, "rope_slots": 64, "vision_rank": of_vision}
+    (folder / "config.json").write_text(json.dumps(config))
+    found, layers = inspect(folder), config["text_config"]["num_hidden_layers"]
+    assert found.has_kernels == fits
+    assert found.vision_ranks == (of_vision or 896,) * layers
+    bytes_of = cache_bytes_per_token(folder, "bfloat16", vision=True)
+    assert bytes_of == 2 * layers * (128 + (of_vision or 896))
 
 
 def test_describing_does_not_import_torch(saved: Path) -> None:
