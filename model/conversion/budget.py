@@ -73,7 +73,7 @@ def _fit(shape_L: Tensor, total: int, low: int, top: list[int]) -> list[int]:
 def text_rank(mean_rank: float, vision_share: float, vision_tokens: float, most: int) -> int:
     """Rank of text tokens where vision tokens have a share of it.
 
-    With a share f of vision tokens and ranks r and s r, the mean is r (1 - f + f s).
+    With a share f of vision tokens and ranks r and s r, the mean is r (1 - f (1 - s)).
 
     Args:
         mean_rank: that the budget leaves, over all tokens.
@@ -81,7 +81,7 @@ def text_rank(mean_rank: float, vision_share: float, vision_tokens: float, most:
         vision_tokens: f.
         most: rank beyond which nothing is left to keep.
     """
-    return min(most, int(mean_rank / (1 - vision_tokens + vision_tokens * vision_share)))
+    return min(most, int(mean_rank / (1 - vision_tokens * (1 - vision_share))))
 
 
 def vision_ranks(vision_LR: list[Tensor], ranks: list[int], mean_rank: float) -> list[int]:
