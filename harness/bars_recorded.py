@@ -40,7 +40,7 @@ class Bar:
         cases = f"worst of {count}" if count > 1 else ""
         verdict = "met" if self.met else "MISSED"
         return (
-            f"{self.name:<62} {worst:>9.3g} {cases:<12} "
+            f"{self.name:<70} {worst:>9.3g} {cases:<12} "
             f"{'at least' if self.least else 'at most '} {self.limit:<8.3g} {verdict:<7}"
             f"{self.measured}: {self.source}"
         )
