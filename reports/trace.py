@@ -108,14 +108,19 @@ def duration_s(trace: Mapping[str, Any]) -> float:
 
 
 def timeline(trace: Mapping[str, Any], length_s: float) -> list[Bar]:
-    """Scenes in the first row, a row for each look, then what was said, read and captioned."""
+    """Scenes in the first row, a row for each look, then what was said, read and captioned.
+
+    A look at several parts has a bar for each: what lies between them was not seen.
+    """
     evidence = set(trace["answer"]["evidence"])
     bars = [_bar(m["span"], 0, "scene", m["text"], length_s) for m in trace["memory"]
             if m["level"] == "scene"]  # fmt: skip
     looks = [one for one in trace["entries"] if one["kind"] == "observation" and one["span"]]
     for row, one in enumerate(looks, 1):
         kind = "evidence" if one["id"] in evidence else "look"
-        bars.append(_bar(one["span"], row, kind, f"{one['id']} {one['source']}", length_s))
+        label = f"{one['id']} {one['source']}"
+        parts = one["data"].get("parts") or [one["span"]]
+        bars += [_bar(part, row, kind, label, length_s) for part in parts]
     row = len(looks) + 1
     heard = [item for item in trace["memory"] if item["level"] not in ("scene", "story")]
     return bars + [_bar(m["span"], row, "heard", cut(m["text"]), length_s) for m in heard]

@@ -18,6 +18,7 @@ from internvideo3.harness.agent.setting import AgentSettings
 from internvideo3.harness.evaluate import evaluate
 from internvideo3.harness.options import EvalOptions
 from internvideo3.model.checkpoint import SCALE_FOLDER, SCALE_NAMES, load_model, weights_digest
+from internvideo3.reports.trace import WIDTH, timeline
 from internvideo3.tasks.brief import build_brief
 from internvideo3.tasks.scoring import score
 
@@ -79,6 +80,23 @@ def test_every_call_is_one_that_the_model_wrote(
                 assert call.model_dump(mode="json") == json.loads(entry["text"])
                 seen += 1
     assert seen >= 7
+
+
+def test_the_timeline_shows_the_parts_that_were_seen_and_no_more(
+    acted: tuple[list[dict[str, Any]], list[Any]],
+) -> None:
+    looks = 0
+    for trace in acted[1]:
+        bars = timeline(trace, 300.0)
+        seen = [e for e in trace["entries"] if e["kind"] == "observation" and e["span"]]
+        for row, entry in enumerate(seen, 1):
+            mine = [bar for bar in bars if bar.row == row]
+            parts = entry["data"].get("parts") or [entry["span"]]
+            assert len(mine) == len(parts)
+            length_s = sum(end_s - start_s for start_s, end_s in parts)
+            assert sum(bar.width for bar in mine) == pytest.approx(WIDTH * length_s / 300, abs=3)
+            looks += len(parts) > 1
+    assert looks >= 7
 
 
 def test_the_card_is_of_the_weights_that_are_shipped() -> None:
