@@ -4,8 +4,9 @@ Nothing heavy is imported at the top, so that `--help` answers at once.
 """
 
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -113,7 +114,7 @@ def evaluate_command(
         bool, typer.Option("--thinking", help="Let replies begin with a thinking block.")
     ] = False,
     limit: Annotated[
-        int | None, typer.Option(help="Answer only the first N samples of each suite.")
+        int | None, typer.Option(min=1, help="Answer only the first N samples of each suite.")
     ] = None,
     sample_id: Annotated[
         list[str] | None,
@@ -131,19 +132,23 @@ def evaluate_command(
     ] = "test",
     fps: Annotated[
         float | None,
-        typer.Option(help="Frames from a second of video. Default: the benchmark's, else 2."),
+        typer.Option(
+            min=1e-3, help="Frames from a second of video. Default: the benchmark's, else 2."
+        ),
     ] = None,
     max_frames: Annotated[
-        int | None, typer.Option(help="Most frames of a video. Default: the benchmark's, else 768.")
+        int | None,
+        typer.Option(min=1, help="Most frames of a video. Default: the benchmark's, else 768."),
     ] = None,
     min_pixels: Annotated[
-        int | None, typer.Option(help="Fewest pixels of a frame. Default: by benchmark.")
+        int | None, typer.Option(min=1, help="Fewest pixels of a frame. Default: by benchmark.")
     ] = None,
     max_pixels: Annotated[
-        int | None, typer.Option(help="Most pixels of a frame. Default: by benchmark.")
+        int | None, typer.Option(min=1, help="Most pixels of a frame. Default: by benchmark.")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of an answer. Default: by benchmark, else 32.")
+        int | None,
+        typer.Option(min=1, help="Most tokens of an answer. Default: by benchmark, else 32."),
     ] = None,
     batch: Annotated[
         int, typer.Option(min=1, help="Most questions of one video decoded together.")
@@ -270,6 +275,16 @@ def evaluate_command(
                 compress_at=compress_at, captions=captions,
                 direct_only={"--control shuffled": control == "shuffled", "--thinking": thinking},
             )  # fmt: skip
+        else:
+            _only_agentic(
+                {
+                    "--policy": policy != "controller", "--turns": turns != 16,
+                    "--tool-calls": tool_calls != 16, "--tokens": tokens != 8192,
+                    "--looks": looks != "new", "--captions": bool(captions),
+                    "--compress-at": compress_at is not None, "--zoom-frames": zoom_frames != 16,
+                    "--tools": tools is not None, "--no-verify": not verify,
+                }
+            )  # fmt: skip
         options = EvalOptions(
             agent=agent,
             model=model,
@@ -291,7 +306,7 @@ def evaluate_command(
             max_pixels=max_pixels,
             max_new_tokens=max_new_tokens,
             batch=batch,
-            device=device,
+            device=_device(device),
             dtype=_one_of("--dtype", dtype, ("auto", "float32", "bfloat16")),
             threads=threads,
             retry_errors=retry_errors,
@@ -1553,6 +1568,26 @@ def _check_only(options: "EvalOptions", profile: Path | None) -> None:
         print(line)
     if not all(one.ready for one in checks):
         _leave(USER_ERROR)
+
+
+def _device(given: str | None) -> str | None:
+    """A device's name, checked for its form before anything is loaded or written."""
+    from internvideo3.harness.preflight import PreflightError
+
+    if given is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", given):
+        raise PreflightError(f"--device {given!r} is no device; give cpu, cuda or cuda:N.")
+    return given
+
+
+def _only_agentic(given: Mapping[str, bool]) -> None:
+    """Refuses what only an agent reads; direct answers would leave it out without a word."""
+    from internvideo3.harness.preflight import PreflightError
+
+    names = [name for name, there in given.items() if there]
+    if names:
+        raise PreflightError(
+            f"{', '.join(names)}: only --mode agentic has a use for it; add that, or leave it out."
+        )
 
 
 def _tell_run(summary: "EvalSummary", max_errors: int) -> None:

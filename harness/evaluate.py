@@ -108,6 +108,8 @@ def _answer(
         )
         for one in benchmarks
     ]
+    for recorder in recorders:
+        recorder.beside = [one for one in recorders if one is not recorder]
     model: InternVideo3 | None = None
     try:
         for recorder in recorders:

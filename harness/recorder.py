@@ -48,6 +48,8 @@ class SuiteRecorder:
         self._store = store
         self._blind = blind
         self._most_errors = options.max_errors
+        self.beside: Sequence[SuiteRecorder] = ()
+        """The command's other suites, whose failures count too."""
         self._progress = progress
         self.report()
 
@@ -90,12 +92,17 @@ class SuiteRecorder:
         self._progress(self.benchmark.suite, done, len(self.mine))
 
     def _check_budget(self) -> None:
-        failed = [row for row in self.answered.values() if row["error"] is not None]
+        failed = [
+            row
+            for one in (*self.beside, self)
+            for row in one.answered.values()
+            if row["error"] is not None
+        ]
         if self._most_errors is None or len(failed) <= self._most_errors:
             return
         reason = failed[-1]["error"]
         raise ErrorBudgetError(
-            f"{len(failed)} samples of {self.benchmark.suite} failed, --max-errors accepts "
+            f"{len(failed)} samples failed, --max-errors accepts "
             f"{self._most_errors}. The last one, {failed[-1]['id']}: {reason['type']}: "
             f"{reason['message']}\nEverything answered is kept. Repair the cause and repeat the "
             "command with --retry-errors, or accept more."

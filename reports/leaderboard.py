@@ -171,5 +171,9 @@ def _reasons(system: System, suite: str, cell: Cell) -> Iterator[str]:
             f"{cell.unreadable} answers are unreadable, to which the official code gives credit in "
             "groups of logic"
         )
+    if cell.no_value:
+        yield f"{cell.no_value} answers are left out: only a judge or a hidden truth could tell"
+    for judge in cell.judges:
+        yield f"answers are judged by {judge}, which is not the official judge"
     if cell.errors:
         yield f"{cell.errors} samples failed and count as wrong"

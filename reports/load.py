@@ -48,6 +48,8 @@ class Sample:
     """Tokens of prompt and reply."""
     agent: Mapping[str, Any] | None = None
     """How a rollout ended and what it cost; None for a direct answer."""
+    judge: str | None = None
+    """The model that gave the score, or rated the reasoning beside it; None where none did."""
 
     @property
     def value(self) -> float | None:
@@ -211,6 +213,7 @@ def _sample(row: Mapping[str, Any], file: Path) -> Sample:
             doc=row.get("doc"),
             tokens=sum(int(n) for n in _mapping(row.get("tokens")).values()),
             agent=row.get("agent"),
+            judge=str(row["judge"]) if row.get("judge") else None,
         )
     except (KeyError, TypeError, ValueError) as problem:
         raise RunError(f"{file}: sample {row.get('id')!r} cannot be read: {problem!r}") from problem

@@ -84,6 +84,8 @@ class Cell:
     errors: int
     no_value: int
     """Answers without a score: their truth is not public, or only a judge could tell."""
+    judges: tuple[str, ...] = ()
+    """Who judged answers that have no other score."""
     above_floor: bool | None
     """Whether the whole interval lies above chance and every control that hides the video; `None`
     for controls."""
@@ -345,6 +347,7 @@ def _cell(system: System, suite: str, samples: Sequence[Sample], *, whole: bool 
         unreadable=outcomes[Outcome.UNREADABLE] + outcomes[Outcome.DROPPED],
         errors=outcomes[Outcome.ERROR],
         no_value=outcomes[Outcome.NO_TRUTH] + outcomes[Outcome.JUDGE_NEEDED],
+        judges=tuple(sorted({x.judge for x in samples if x.judge})),
         above_floor=None,
     )
 
@@ -359,11 +362,7 @@ def _plain(samples: Sequence[Sample], recorded: Mapping[str, Any]) -> float | No
 
 def _aggregate_interval(value: float, samples: Sequence[Sample]) -> Interval:
     """Return the interval of an average that is no mean over questions, by its own rule."""
-
-    def statistic(chosen: Sequence[Sample]) -> float | None:
-        return aggregate(chosen[0].benchmark, [(x.doc or {}, x.official) for x in chosen]).value
-
-    return statistic_interval(value, samples, [x.video_id for x in samples], statistic)
+    return statistic_interval(value, samples, [x.video_id for x in samples], _own_average)
 
 
 def _with_floor(
@@ -406,14 +405,18 @@ def _grouped(tested: Sequence[System], suite: str, key: Callable[[Sample], str |
 def pairs(systems: Sequence[System]) -> list[tuple[System, System]]:
     """Return the pairs worth comparing as (reference, candidate).
 
-    Every M²LA system against every GQA system, then the GQA systems against the first of them;
-    where attention is not told apart, every system against the first.
+    Every M²LA system against every GQA system, then the systems of one kind against the first of
+    it; where attention is not told apart, every system against the first. Controls are compared
+    where there are just two runs.
     """
     real = [s for s in systems if not s.is_control]
+    if len(systems) == 2 and len(real) < 2:
+        return [(systems[0], systems[1])]
     gqa = [s for s in real if s.attention == "gqa"]
     latent = [s for s in real if s.attention == "m2la"]
     if gqa and latent:
-        return [(g, m) for m in latent for g in gqa] + [(gqa[0], g) for g in gqa[1:]]
+        across = [(g, m) for m in latent for g in gqa]
+        return across + [(kind[0], other) for kind in (gqa, latent) for other in kind[1:]]
     return [(real[0], s) for s in real[1:]]
 
 
@@ -444,9 +447,34 @@ def _comparisons(suite: str, tested: Sequence[System]) -> Iterable[Comparison]:
             if i in right and left[i].value is not None and right[i].value is not None
         ]
         if shared:
-            difference = paired_difference(
-                [x.value or 0.0 for x, _ in shared],
-                [y.value or 0.0 for _, y in shared],
-                [x.video_id for x, _ in shared],
-            )
-            yield Comparison(a=a.name, b=b.name, suite=suite, difference=difference)
+            yield Comparison(a=a.name, b=b.name, suite=suite, difference=_difference(shared))
+
+
+def _difference(shared: Sequence[tuple[Sample, Sample]]) -> Difference:
+    """Second minus first, by the benchmark's own average where that is no mean over questions.
+
+    Wins, losses and McNemar's test are of questions in any case.
+    """
+    found = paired_difference(
+        [x.value or 0.0 for x, _ in shared],
+        [y.value or 0.0 for _, y in shared],
+        [x.video_id for x, _ in shared],
+    )
+    if any(one.doc is None for pair in shared for one in pair):
+        return found
+
+    def apart(pairs: Sequence[tuple[Sample, Sample]]) -> float | None:
+        first, second = (_own_average([pair[side] for pair in pairs]) for side in (0, 1))
+        return None if first is None or second is None else second - first
+
+    value = apart(shared)
+    if value is None or abs(value - found.interval.mean) < 1e-6:
+        return found
+    videos = [x.video_id for x, _ in shared]
+    interval = statistic_interval(value, shared, videos, apart, bounds=(-1.0, 1.0))
+    return replace(found, interval=interval)
+
+
+def _own_average(samples: Sequence[Sample]) -> float | None:
+    """The benchmark's average of samples that have documents."""
+    return aggregate(samples[0].benchmark, [(x.doc or {}, x.official) for x in samples]).value

@@ -28,10 +28,13 @@ def records(name: str, rows: Any) -> Iterator[Raw]:
     """The rows of a file; an object of objects gives one row a key, kept as `key`.
 
     Raises:
-        LayoutError: the rows are no objects.
+        LayoutError: the rows are no objects, or there are none.
     """
     if isinstance(rows, Mapping):
         rows = [{"key": key, **row} for key, row in rows.items() if isinstance(row, Mapping)]
+    rows = list(rows)
+    if not rows:
+        raise LayoutError(f"{name} holds no questions; get it again, or take the file away.")
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise LayoutError(

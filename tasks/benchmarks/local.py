@@ -91,6 +91,8 @@ def load_local(
     raws = list(_documents(benchmark, files, folder))
     if benchmark.data.complete is not None:
         raws = list(benchmark.data.complete(raws))
+    if subtitles and benchmark.subtitles is not None:
+        _check_subtitles(benchmark, raws, folder)
     for number, raw in enumerate(raws):
         doc = _checked(benchmark, raw, number, folder, preset, subtitles)
         doc["videos"] = [_place(index, folder, path, missing) for path in doc["videos"]]
@@ -105,6 +107,21 @@ def load_local(
         missing=tuple(sorted(missing)),
         digest=_digest(files),
     )
+
+
+def _check_subtitles(benchmark: Benchmark, raws: Sequence[Raw], folder: Path) -> None:
+    """Some videos have no subtitles; where none has, they are not there."""
+    show = benchmark.subtitles
+    assert show is not None, "only benchmarks with subtitles are asked for them"
+    try:
+        found = any(show(raw, folder) for raw in raws)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        return  # the question's own check tells which field is wrong
+    if raws and not found:
+        raise DataError(
+            f"{benchmark.title}: no video of {folder} has subtitles there. Get them with the "
+            f"benchmark ({benchmark.data.get}), or leave --subtitles off."
+        )
 
 
 def _documents(benchmark: Benchmark, files: Sequence[Path], folder: Path) -> Iterator[Raw]:

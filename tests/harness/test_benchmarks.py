@@ -23,6 +23,7 @@ from internvideo3.harness.check import Rates, check
 from internvideo3.harness.direct import Answerer
 from internvideo3.harness.options import EvalOptions
 from internvideo3.harness.preflight import PreflightError, suite_names
+from internvideo3.harness.recorder import ErrorBudgetError
 from internvideo3.harness.rescore import rescore
 from internvideo3.harness.store import read_rows
 from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS
@@ -182,6 +183,39 @@ def test_missing_subtitles_are_found_before_the_run(data: Path, tmp_path: Path) 
     assert done.exit_code == 1 and "lv_1_en.json" in done.output
 
 
+def test_subtitles_that_are_nowhere_are_not_asked_for(
+    options: EvalOptions, data: Path, tmp_path: Path
+) -> None:
+    """A video may have none; a benchmark may not, or the run would be named for what it lacks."""
+    shutil.copytree(data / "videomme", tmp_path / "videomme")
+    shutil.rmtree(tmp_path / "videomme/subtitle")
+    run = replace(options, data=tmp_path, suites=("videomme_subtitles",), out=tmp_path / "run")
+    with pytest.raises(PreflightError, match="no video of .* has subtitles"):
+        evaluate.evaluate(run)
+    assert not run.out.exists()
+    assert not evaluate.evaluate(replace(run, suites=("videomme",))).errors
+
+
+def test_the_error_budget_is_of_all_suites_together(
+    options: EvalOptions, data: Path, tmp_path: Path
+) -> None:
+    for suite in ("mvbench", "lvbench"):
+        shutil.copytree(data / suite, tmp_path / suite)
+        for video in (tmp_path / suite).rglob("*.mp4"):
+            video.write_bytes(b"no video")
+    run = replace(
+        options, data=tmp_path, suites=("lvbench", "mvbench"), out=tmp_path / "run", max_errors=None
+    )
+    failed = {suite: 0 for suite in run.suites}
+    for row in evaluate.evaluate(run).errors:
+        failed[row["suite"]] += 1
+    assert all(failed.values())
+    fresh = replace(run, out=tmp_path / "again", max_errors=failed["lvbench"])
+    with pytest.raises(ErrorBudgetError, match="samples failed, --max-errors accepts"):
+        evaluate.evaluate(fresh)
+    assert evaluate.evaluate(replace(fresh, max_errors=sum(failed.values()))).errors
+
+
 def test_subtitles_are_shown_where_they_are_asked_for(asked: dict[str, Any]) -> None:
     prompts = [prompt for _, prompt in asked["questions"]]
     for words in ("I am here.", "over here", "Look."):
@@ -320,6 +354,7 @@ def test_thinking_opens_a_block_that_the_scorer_strips(
         ("timelens_charades", "charades-timelens.json", '{"v": {"duration": 4}}', "published"),
         ("videomme", "annotations.json", "[1, 2]", "row 0 is a int, expected an object"),
         ("mlvu", "annotations.json", "[]", "holds no questions"),
+        ("mlvu", "1_plotQA.json", '{"a": 1}', "1_plotQA.json holds no questions"),
         ("lvbench", "annotations.json", "{", "another layout"),
     ],
 )

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
+
+from internvideo3.harness import cli
 
 HEAVY = ("torch", "transformers", "lmms_eval", "datasets", "pandas", "matplotlib", "numpy", "scipy")
 
@@ -144,3 +147,25 @@ def test_the_command_line_is_frozen() -> None:
 
     walk("", get_command(app))
     assert found == {name: set(options.split()) for name, options in OPTIONS.items()}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--policy", "model"], "--policy: only --mode agentic"),
+        (["--turns", "3", "--no-verify"], "--turns, --no-verify: only --mode agentic"),
+        (["--device", "cud"], "'cud' is no device"),
+        (["--max-frames", "-2"], "Invalid value for '--max-frames'"),
+        (["--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
+        (["--fps", "0"], "Invalid value for '--fps'"),
+        (["--limit", "-1"], "Invalid value for '--limit'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_written(
+    given: list[str], said: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    command = ["eval", "--model", "scale:m2la", "--suite", "world_short", "--out", str(out)]
+    done = CliRunner().invoke(cli.app, [*command, *given])
+    assert done.exit_code != 0 and not out.exists()
+    assert said in " ".join(done.output.replace("│", " ").split()), done.output

@@ -7,11 +7,13 @@ import csv
 import io
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 
 from internvideo3.reports import leaderboard, leaderboard_formats, terminal
+from internvideo3.reports.load import load_run
 from internvideo3.reports.page import build_report
 from internvideo3.reports.stats import statistic_interval
 from internvideo3.reports.summary import Summary, summarise_paths
@@ -194,6 +196,56 @@ def test_an_average_that_is_no_mean_has_an_interval_by_its_own_rule(summary: Sum
     assert cell.value == pytest.approx((1 + (1 + 0.1 + 0) / 3 + 0) / 3)
     assert cell.interval_fits
     assert cell.interval.low <= cell.value <= cell.interval.high
+
+
+def test_a_difference_is_of_the_average_that_the_table_shows(tmp_path: Path) -> None:
+    """VSI-Bench takes the mean of tasks, of which one was not asked here and counts as 0."""
+    replies = {"a": ["no idea"] * 5 + ["10"], "b": ["4"] * 3 + ["10", "10", "no idea"]}
+    both = [
+        write_run(tmp_path / name, name, {"vsibench": texts}, paper=False)
+        for name, texts in replies.items()
+    ]
+    (suite,) = summarise_paths(both).suites
+    cells = suite.cells
+    (found,) = suite.comparisons
+    shown = cells["b"].value - cells["a"].value
+    mean = fmean(x.value or 0 for x in load_run(both[1]).samples["vsibench"]) - fmean(
+        x.value or 0 for x in load_run(both[0]).samples["vsibench"]
+    )
+    assert abs(shown - mean) > 0.02, "else the test shows nothing"
+    interval = found.difference.interval
+    assert interval.mean == pytest.approx(shown)
+    assert interval.low <= shown <= interval.high
+    assert (found.difference.wins, found.difference.losses) == (5, 1)
+
+
+def test_two_runs_are_compared_whatever_they_are(tmp_path: Path) -> None:
+    runs = []
+    for name in ("blind", "shuffled"):
+        run = write_run(tmp_path / name, name, {"nextqa": answers("nextqa", 2)}, paper=False)
+        meta = json.loads((run / "run.json").read_text())
+        meta["config"]["control"] = name
+        (run / "run.json").write_text(json.dumps(meta))
+        runs.append(run)
+    (suite,) = summarise_paths(runs).suites
+    assert len(suite.comparisons) == 1
+
+
+def test_what_waits_for_a_judge_and_who_judged_are_reasons(tmp_path: Path) -> None:
+    run = write_run(
+        tmp_path / "r", "m", {"nextqa": answers("nextqa", 0)},
+        paper=True, suites={"nextqa": {"paper": True, "reasons": []}},
+    )  # fmt: skip
+    samples = run / "samples/nextqa.jsonl"
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    rows[0]["official"] = {"value": None, "parsed": None, "outcome": "judge_needed"}
+    rows[1]["judge"] = "somebody-8b"
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (row,) = table(summarise_paths([run]), 3).ours
+    assert row.cells["NextQA"].reasons == (
+        "1 answers are left out: only a judge or a hidden truth could tell",
+        "answers are judged by somebody-8b, which is not the official judge",
+    )
 
 
 def test_statistic_interval_agrees_with_the_mean_where_the_statistic_is_one() -> None:
