@@ -235,6 +235,8 @@ def lines(checks: Sequence[SuiteCheck], options: EvalOptions, rates: Rates | Non
         yield f"{one.title} ({one.suite}): {'ready' if one.ready else 'NOT READY'}"
         yield from (f"  {line}" for line in _block(one, rates))
     yield from _together(checks, rates)
+    if rates is None:
+        yield "time is not estimated; give the rates with --profile RUN (`internvideo3 profile`)"
     yield from _disk(options)
     ready = sum(one.ready for one in checks)
     yield f"{ready} of {len(checks)} suites are ready."

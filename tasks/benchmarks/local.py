@@ -19,6 +19,7 @@ from typing import Any
 
 from internvideo3.tasks.scoring.choice import letter_index
 from internvideo3.tasks.scoring.entry import options as options_of
+from internvideo3.tasks.scoring.entry import score
 from internvideo3.tasks.scoring.entry import truth as truth_of
 
 from .layouts import LayoutError, records
@@ -160,7 +161,10 @@ def _checked(
     benchmark: Benchmark, raw: Raw, number: int, folder: Path, preset: Preset, subtitles: bool
 ) -> Raw:
     try:
-        return _common(benchmark, raw, folder, preset, subtitles)
+        doc = _common(benchmark, raw, folder, preset, subtitles)
+        # What no answer could be scored by is better known before a model is loaded.
+        score(benchmark.scorer, doc["doc"], "")
+        return doc
     except DataError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:

@@ -370,6 +370,22 @@ def test_a_wrong_layout_is_one_message_with_the_way_out(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_question_that_nothing_could_score_is_found_before_the_run(
+    options: EvalOptions, data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data / "vsibench", tmp_path / "vsibench")
+    (tmp_path / "vsibench/annotations.parquet").unlink()
+    row = {
+        "id": 0, "dataset": "scannet", "scene_name": "scene0", "question_type": "new_type",
+        "question": "How many?", "ground_truth": "4", "options": None,
+    }  # fmt: skip
+    (tmp_path / "vsibench/annotations.json").write_text(json.dumps([row]))
+    wrong = replace(options, data=tmp_path, suites=("vsibench",), out=tmp_path / "run")
+    with pytest.raises(PreflightError, match="question 0 .*new_type"):
+        evaluate.evaluate(wrong)
+    assert not wrong.out.exists()
+
+
 def test_images_that_cannot_be_written_out_are_one_message(
     options: EvalOptions, data: Path, tmp_path: Path
 ) -> None:
