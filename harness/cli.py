@@ -6,7 +6,7 @@ Nothing heavy is imported at the top, so that `--help` answers at once.
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -87,6 +87,7 @@ def _settings(
 
 @app.command("eval")
 def evaluate_command(
+    context: typer.Context,
     model: ModelOption,
     suite: Annotated[
         str,
@@ -276,15 +277,7 @@ def evaluate_command(
                 direct_only={"--control shuffled": control == "shuffled", "--thinking": thinking},
             )  # fmt: skip
         else:
-            _only_agentic(
-                {
-                    "--policy": policy != "controller", "--turns": turns != 16,
-                    "--tool-calls": tool_calls != 16, "--tokens": tokens != 8192,
-                    "--looks": looks != "new", "--captions": bool(captions),
-                    "--compress-at": compress_at is not None, "--zoom-frames": zoom_frames != 16,
-                    "--tools": tools is not None, "--no-verify": not verify,
-                }
-            )  # fmt: skip
+            _only_agentic(context)
         options = EvalOptions(
             agent=agent,
             model=model,
@@ -1579,14 +1572,23 @@ def _device(given: str | None) -> str | None:
     return given
 
 
-def _only_agentic(given: Mapping[str, bool]) -> None:
+AGENTIC = (
+    "policy", "turns", "tool_calls", "tokens", "looks", "captions", "compress_at", "zoom_frames",
+    "tools", "verify",
+)  # fmt: skip
+"""Options of `eval` that only an agent reads."""
+
+
+def _only_agentic(context: typer.Context) -> None:
     """Refuses what only an agent reads; direct answers would leave it out without a word."""
     from internvideo3.harness.preflight import PreflightError
 
-    names = [name for name, there in given.items() if there]
-    if names:
+    sources = {name: context.get_parameter_source(name) for name in AGENTIC}
+    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise PreflightError(
-            f"{', '.join(names)}: only --mode agentic has a use for it; add that, or leave it out."
+            f"{names}: only --mode agentic has a use for it; add that, or leave it out."
         )
 
 

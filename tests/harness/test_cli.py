@@ -153,7 +153,8 @@ def test_the_command_line_is_frozen() -> None:
     ("given", "said"),
     [
         (["--policy", "model"], "--policy: only --mode agentic"),
-        (["--turns", "3", "--no-verify"], "--turns, --no-verify: only --mode agentic"),
+        (["--turns", "3", "--no-verify"], "--turns, --verify: only --mode agentic"),
+        (["--turns", "16"], "--turns: only --mode agentic"),
         (["--device", "cud"], "'cud' is no device"),
         (["--max-frames", "-2"], "Invalid value for '--max-frames'"),
         (["--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
