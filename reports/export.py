@@ -10,6 +10,10 @@ COLUMNS = (
     *("system", "model", "label", "control", "run", "suite", "metric", "group", "name"),
     *("value", "low", "high", "se", "n", "videos", "unreadable", "errors", "plain", "chance"),
 )
+_OF_THE_SUITE = (
+    *("system", "model", "label", "control", "run", "suite", "group", "name", "n", "videos"),
+)
+"""Columns that a further number of a benchmark has too."""
 
 
 def render(summary: Summary) -> str:
@@ -35,6 +39,10 @@ def _rows(suite: SuiteSummary, system: System) -> Iterator[dict[str, object]]:
             cell = cells.get((system.name, name))
             if cell is not None:
                 yield _row(suite, system, group, name, cell, suite.family_chance.get(name))
+    if whole is not None:
+        for name, number in whole.further.items():
+            shared = {key: "" for key in COLUMNS if key not in _OF_THE_SUITE}
+            yield _row(suite, system, "further", name, whole, None) | shared | {"value": number}
 
 
 def _row(
@@ -51,11 +59,11 @@ def _row(
         "group": group,
         "name": inert(name),
         "value": cell.value,
-        "low": cell.interval.low if cell.interval_fits else None,
-        "high": cell.interval.high if cell.interval_fits else None,
-        "se": cell.interval.se if cell.interval_fits else None,
+        "low": cell.interval.low if cell.interval else None,
+        "high": cell.interval.high if cell.interval else None,
+        "se": cell.interval.se if cell.interval else None,
         "n": cell.n,
-        "videos": cell.interval.clusters,
+        "videos": cell.videos,
         "unreadable": cell.unreadable,
         "errors": cell.errors,
         "plain": cell.plain,

@@ -1,6 +1,6 @@
 """Which figures a report has, made from its summary."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from internvideo3.reports import wording
 from internvideo3.reports.plots import (
@@ -42,6 +42,7 @@ def families(summary: Summary) -> list[Plot]:
             given,
         )
         for suite in summary.suites
+        if suite.scored
     ]
 
 
@@ -56,7 +57,7 @@ def lengths(summary: Summary) -> list[Plot]:
             given,
         )
         for suite in summary.suites
-        if len(suite.bands) > 1
+        if suite.scored and len(suite.bands) > 1
     ]
 
 
@@ -116,14 +117,17 @@ def _groups(
     groups = []
     for name in names:
         found = [(s.name, cells.get((s.name, name))) for s in summary.systems]
-        points = tuple(_point(series, cell) for series, cell in found if cell is not None)
+        points = tuple(point for series, cell in found for point in _point(series, cell))
         floor = chance.get(name)
         groups.append(Group(label(name), points, None if floor is None else 100 * floor))
     return groups
 
 
-def _point(series: str, cell: Cell) -> Point:
-    return Point(series, 100 * cell.value, 100 * cell.interval.low, 100 * cell.interval.high)
+def _point(series: str, cell: Cell | None) -> Iterator[Point]:
+    if cell is not None and cell.value is not None:
+        low, high = (cell.interval.low, cell.interval.high) if cell.interval else (None, None)
+        ends = (None if end is None else 100 * end for end in (low, high))
+        yield Point(series, 100 * cell.value, *ends)
 
 
 def _difference_point(series: str, interval: Interval) -> Point:

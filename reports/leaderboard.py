@@ -5,15 +5,13 @@ of questions, other frames, a control, or a column whose own meaning is not sett
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from internvideo3.reports.summary import Cell, Summary, System
-from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS, SUBTITLED
-from internvideo3.tasks.scoring import Outcome
+from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS
 
 PAPER = Path(__file__).parent / "paper.json"
 AVERAGE = "Short QA Avg."
@@ -52,8 +50,6 @@ class OurRow:
     system: System
     cells: Mapping[str, OurCell]
     """By column; columns that were not run are absent."""
-    instead: Mapping[str, str]
-    """What stands for a score in columns that were run and have none."""
     average: float | None
     """The mean of the columns, where the table prints one and all were run; a fraction."""
 
@@ -104,36 +100,19 @@ def _table(entry: Mapping[str, Any], summary: Summary) -> Table:
             PaperRow(model=row["model"], group=row["group"], scores=row["scores"])
             for row in entry["rows"]
         ),
-        ours=tuple(row for row in rows if row.cells or row.instead),
+        ours=tuple(row for row in rows if row.cells),
     )
 
 
 def _row(system: System, summary: Summary, number: int, columns: Sequence[str]) -> OurRow:
     cells = dict(_cells(system, summary, number))
     single = [column for column in columns if column != AVERAGE]
-    whole = AVERAGE in columns and all(column in cells for column in single)
-    average = sum(cells[c].cell.value for c in single) / len(single) if whole else None
-    instead = dict(_instead(system, number))
-    return OurRow(system=system, cells=cells, instead=instead, average=average)
-
-
-def _instead(system: System, number: int) -> Iterator[tuple[str, str]]:
-    """What became of answers none of which has a score here."""
-    for suite, samples in system.run.samples.items():
-        benchmark = BENCHMARKS.get(suite)
-        if benchmark is None or benchmark.column is None or benchmark.column[0] != number:
-            continue
-        outcomes = Counter(x.official.outcome for x in samples if x.value is None)
-        if samples and outcomes.total() == len(samples):
-            yield benchmark.column[1], _without_score(outcomes)
-
-
-def _without_score(outcomes: Mapping[Outcome, int]) -> str:
-    if outcomes[Outcome.NO_TRUTH]:
-        return "submission file"
-    if outcomes[Outcome.JUDGE_NEEDED]:
-        return f"judge needed: {outcomes[Outcome.JUDGE_NEEDED]}"
-    return f"unreadable: {outcomes[Outcome.DROPPED]}"
+    found = [cells[column].cell.value if column in cells else None for column in single]
+    values = [value for value in found if value is not None]
+    whole = AVERAGE in columns and len(values) == len(single)
+    return OurRow(
+        system=system, cells=cells, average=sum(values) / len(values) if whole else None
+    )
 
 
 def _cells(system: System, summary: Summary, number: int) -> Iterator[tuple[str, OurCell]]:
@@ -166,11 +145,8 @@ def _reasons(system: System, suite: str, cell: Cell) -> Iterator[str]:
         yield str(verdict.get("reason") or "the run does not say that it is")
     if not cell.complete:
         yield f"{cell.n} of {cell.expected} questions are answered so far"
-    if cell.unreadable and suite.removesuffix(SUBTITLED) == "videomme_v2":
-        yield (
-            f"{cell.unreadable} answers are unreadable, to which the official code gives credit in "
-            "groups of logic"
-        )
+    if cell.caveat:
+        yield cell.caveat
     if cell.no_value:
         yield f"{cell.no_value} answers are left out: only a judge or a hidden truth could tell"
     for judge in cell.judges:

@@ -13,8 +13,8 @@ from internvideo3.reports.markdown import table as markdown_table
 
 COLUMNS = (
     *("table", "column", "system", "from", "label", "run", "suite", "metric", "value", "low"),
-    *("high", "n", "unreadable", "errors", "without_value", "plain", "comparable", "reasons"),
-    "settings",
+    *("high", "n", "unreadable", "errors", "without_value", "plain", "instead", "comparable"),
+    *("reasons", "settings"),
 )
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
@@ -52,17 +52,18 @@ def _markdown_rows(table: Table) -> Iterator[list[str]]:
 
 def _details(table: Table) -> str:
     head = ("our score", "value", "95 % interval", "n", "unreadable", "failed", "no value", "plain",
-            "comparable", "settings from")  # fmt: skip
+            "further", "comparable", "settings from")  # fmt: skip
     rows = [
         [
             f"{escape(row.system.name)}, {column}",
-            wording.percent(one.cell.value),
+            one.cell.instead or wording.percent(one.cell.value),
             interval(one),
             wording.count(one.cell.n),
             str(one.cell.unreadable),
             str(one.cell.errors),
             str(one.cell.no_value),
             wording.percent(one.cell.plain),
+            escape("; ".join(wording.further(one.cell.further))),
             "no" if one.reasons else "yes",
             escape(one.source),
         ]
@@ -116,16 +117,15 @@ def _marked(
     """A score of ours with its interval, and the numbers of the reasons in the foot."""
     one = row.cells.get(column)
     if one is None:
-        return quote(without_score(row, column))
+        return quote(not_run(row, column))
     numbers = ",".join(map(str, sorted(table.reasons[why] for why in one.reasons)))
-    score = quote(f"{wording.percent(one.cell.value)} ({interval(one)})")
-    return score + (mark.format(numbers) if numbers else "")
+    value = f"{wording.percent(one.cell.value)} ({interval(one)})"
+    return quote(one.cell.instead or value) + (mark.format(numbers) if numbers else "")
 
 
-def without_score(row: OurRow, column: str) -> str:
-    """What stands in a column in which a row of ours has no score of its own."""
-    average = wording.percent(row.average if column == AVERAGE else None)
-    return row.instead.get(column, average)
+def not_run(row: OurRow, column: str) -> str:
+    """What stands in a column that is no benchmark of ours: the average, or nothing."""
+    return wording.percent(row.average if column == AVERAGE else None)
 
 
 def number(percent: float | None) -> str:
@@ -135,7 +135,7 @@ def number(percent: float | None) -> str:
 
 def interval(one: OurCell) -> str:
     """The interval of our score, if there is one."""
-    return wording.span(one.cell.interval) if one.cell.interval_fits else "no interval"
+    return wording.span(one.cell.interval) if one.cell.interval else "no interval"
 
 
 def as_csv(tables: Sequence[Table]) -> str:
@@ -178,13 +178,14 @@ def _csv_row(table: Table, row: OurRow, column: str, one: OurCell) -> dict[str, 
         "suite": one.suite,
         "metric": one.metric,
         "value": cell.value,
-        "low": cell.interval.low if cell.interval_fits else None,
-        "high": cell.interval.high if cell.interval_fits else None,
+        "low": cell.interval.low if cell.interval else None,
+        "high": cell.interval.high if cell.interval else None,
         "n": cell.n,
         "unreadable": cell.unreadable,
         "errors": cell.errors,
         "without_value": cell.no_value,
         "plain": cell.plain,
+        "instead": cell.instead,
         "comparable": not one.reasons,
         "reasons": inert("; ".join(one.reasons)),
         "settings": one.source,

@@ -56,6 +56,13 @@ class Sample:
         """The official score, 0 to 1."""
         return self.official.value
 
+    @property
+    def unread(self) -> bool:
+        """Whether text came back and no answer could be read from it, whatever the rule makes of
+        that: 0, no place in the average, or, where the truth is not public, nothing to submit."""
+        hidden = self.official.outcome is Outcome.NO_TRUTH and self.official.parsed is None
+        return hidden or self.official.outcome in (Outcome.UNREADABLE, Outcome.DROPPED)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
@@ -110,7 +117,8 @@ def load_run(path: Path) -> Run:
     """Read one run folder.
 
     Raises:
-        RunError: No run.json, an unknown schema, or a damaged file (other than its last line).
+        RunError: No run.json, an unknown schema, nothing recorded, or a damaged file (other than
+            its last line).
     """
     meta = _read_object(path / "run.json")
     if meta.get("schema") != SCHEMA:
@@ -130,6 +138,11 @@ def load_run(path: Path) -> Run:
     }
     measured = path / "measurements.jsonl"
     results = path / "results.json"
+    if not any(samples.values()) and not measured.exists():
+        raise RunError(
+            f"{path} has no answers and no measurements yet, so there is nothing to report; "
+            "repeat the command that started it"
+        )
     return Run(
         path=path,
         meta=meta,

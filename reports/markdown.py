@@ -19,6 +19,7 @@ def render(summary: Summary, title: str) -> str:
     parts += [_leaderboard(summary), _comparisons(summary)]
     for suite in summary.suites:
         parts.append(f"## {wording.suite_title(suite.name)}")
+        parts.append(_further(suite))
         parts.append(_groups(suite, summary, suite.families, suite.by_family, "family"))
         parts.append(_groups(suite, summary, suite.bands, suite.by_length, "video length"))
     parts += [_provenance(summary.systems), _notes(footnotes(summary))]
@@ -82,6 +83,15 @@ def _groups(
     return table([what, *map(_name, systems), "chance"], rows) if rows else ""
 
 
+def _further(suite: SuiteSummary) -> str:
+    lines = [
+        f"- {escape(system)}: {escape('; '.join(wording.further(cell.further)))}"
+        for system, cell in suite.cells.items()
+        if cell.further
+    ]
+    return "\n".join(lines)
+
+
 def _provenance(systems: Sequence[System]) -> str:
     parts = ["## Provenance"]
     for system in systems:
@@ -111,6 +121,6 @@ def _name(system: System) -> str:
 def _cell(cell: Cell | None) -> str:
     if cell is None:
         return "–"
-    mark = "≈" if cell.above_floor is False else ""
-    note = f" ({wording.span(cell.interval)})" if cell.interval_fits else ""
-    return f"{mark}{wording.percent(cell.value)}{note}" + ("" if cell.complete else " incomplete")
+    note = f" ({wording.span(cell.interval)})" if cell.interval else ""
+    value = escape(cell.instead) or f"{wording.marked(cell)}{note}"
+    return value + ("" if cell.complete else " incomplete")

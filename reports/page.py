@@ -26,6 +26,7 @@ from internvideo3.reports.summary import (
     Summary,
     System,
     pairs,
+    readings,
     summarise_paths,
 )
 
@@ -122,7 +123,7 @@ def render(summary: Summary, plots: _Plots, title: str) -> str:
         facts=[(system, _facts(system)) for system in summary.systems],
         comparable=_comparable(summary),
         lede=_lede(summary),
-        reading=_reading(summary),
+        reading=readings(summary),
         profile_looks={k: v for k, v in plots.looks.items() if k in plots.profile.systems},
         tolerance=TOLERATED_LOSS,
         style=Markup(style),
@@ -210,33 +211,33 @@ def _plural(number: int, noun: str) -> str:
     return f"{wording.count(number)} {noun}{'' if number == 1 else 's'}"
 
 
-def _reading(summary: Summary) -> list[dict[str, Any]]:
-    """Return per system how many answers could be read, and what a plain reader would change."""
-    rows = []
+def _comparable(summary: Summary) -> list[tuple[str, str]]:
+    """Return (reason, of which suites) for every reason why numbers cannot be set beside the
+    paper's; no suites where it holds for everything."""
+    found: dict[str, set[str]] = {}
+    ran: set[str] = set()
     for system in summary.systems:
-        cells = [s.cells[system.name] for s in summary.suites if system.name in s.cells]
-        shifts = [c.plain - c.interval.mean for c in cells if c.plain is not None]
-        rows.append(
-            {
-                "name": system.name,
-                "label": system.label,
-                "n": sum(c.n for c in cells),
-                "unreadable": sum(c.unreadable for c in cells),
-                "errors": sum(c.errors for c in cells),
-                "shift": sum(shifts) / len(shifts) if shifts else 0.0,
-            }
-        )
-    return rows
+        meta = system.run.meta
+        verdict = meta.get("comparable", {})
+        suites = verdict.get("suites") or {}
+        names = set(suites) or set(system.run.samples)
+        ran |= names
+        for name in sorted(names):
+            own = suites.get(name, {}).get("reasons", ()) if suites else ()
+            whole = () if suites or verdict.get("paper") else (_verdict(verdict),)
+            for reason in (*own, *whole):
+                found.setdefault(reason, set()).add(name)
+        if not names and not verdict.get("paper"):
+            found.setdefault(_verdict(verdict), set())
+    return [(reason, _of_suites(names, ran)) for reason, names in found.items()]
 
 
-def _comparable(summary: Summary) -> list[str]:
-    """Return why the numbers cannot be set beside the paper's, one sentence per reason."""
-    reasons: dict[str, None] = {}
-    for system in summary.systems:
-        verdict = system.run.meta.get("comparable", {})
-        if not verdict.get("paper"):
-            reasons[str(verdict.get("reason") or "the run does not say that it is")] = None
-    return list(reasons)
+def _verdict(verdict: Mapping[str, Any]) -> str:
+    return str(verdict.get("reason") or "the run does not say that it is")
+
+
+def _of_suites(names: set[str], ran: set[str]) -> str:
+    return "" if names == ran else ", ".join(sorted(map(wording.suite_title, names)))
 
 
 def _facts(system: System) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ by marker shape as well as by colour. The palette is distinguishable with red-gr
 
 import io
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +39,10 @@ CSS = {
 }
 MARKERS = ("o", "D", "s", "^", "v", "P")
 WIDTH_IN = 3.7
-LABEL_IN = 1.05
+LABEL_IN = 1.2
+LABEL_CHARACTERS = 18
+"""Widest line of a row's label; longer ones are broken, at most to `LABEL_LINES`."""
+LABEL_LINES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,7 @@ def dots(name: str, title: str, groups: Sequence[Group], looks: dict[str, Style]
             _points(axes, group.points, y, looks, horizontal=True)
             if group.chance is not None:
                 axes.plot([group.chance] * 2, [y - 0.36, y + 0.36], color=MUTED, lw=1.1, ls=":")
-        axes.set_yticks(range(len(groups)), [g.label for g in reversed(groups)])
+        axes.set_yticks(range(len(groups)), [_broken(g.label) for g in reversed(groups)])
         axes.set_ylim(-0.6, len(groups) - 0.4)
         axes.set_xlim(-2, 102)
         axes.set_xticks(range(0, 101, 25))
@@ -158,7 +162,7 @@ def forest(
         axes.set_xlim(-reach, reach)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:+g}".replace("-", "−")
                                                      if v else "0"))  # fmt: skip
-        axes.set_yticks(range(len(groups)), [g.label for g in reversed(groups)])
+        axes.set_yticks(range(len(groups)), [_broken(g.label) for g in reversed(groups)])
         axes.set_ylim(-0.6, len(groups) - 0.4)
         axes.grid(axis="x", color=GRID, lw=0.8)
         _left_title(figure, title)
@@ -265,6 +269,7 @@ def _canvas(
         axes.spines[:].set_visible(False)
         axes.set_axisbelow(True)
         axes.tick_params(length=0, colors=MUTED, labelsize=8.5)
+        axes.tick_params(axis="y", labelsize=8)
         yield figure, axes
 
 
@@ -289,6 +294,12 @@ def _points(
         axes.plot(*where, marker=look.marker, color=look.colour, markersize=4.8,
                   markerfacecolor=SURFACE if look.hollow else look.colour,
                   markeredgewidth=1.1 if look.hollow else 0)  # fmt: skip
+
+
+def _broken(label: str) -> str:
+    """Return a row's label in lines that the margin holds; what is too long ends in an ellipsis."""
+    lines = textwrap.wrap(label, LABEL_CHARACTERS, max_lines=LABEL_LINES, placeholder=" …")
+    return "\n".join(lines)
 
 
 def _left_title(figure: Figure, title: str) -> None:

@@ -6,7 +6,7 @@ comes from anywhere but the runs' files.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +39,10 @@ GROUP_RESAMPLES = 2_000
 """Resamples for families and length bands, which are many; whole suites take all."""
 TOLERATED_LOSS = 0.03
 """The loss that a conversion may cost, as a fraction: a reference line, not a test."""
+FEW_VIDEOS = 10
+"""An interval over fewer videos is said to be rough: resampling so few shows little of the rest."""
+GROUP_SCORE = "group score"
+"""The metric of a benchmark whose average is over groups of questions, and not linear in them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -69,15 +73,18 @@ class System:
 class Cell:
     """One system on one suite (or family, or length band)."""
 
-    value: float
-    """The headline number, 0 to 1."""
-    interval: Interval
-    """Interval of the mean score per question."""
-    interval_fits: bool
-    """Whether the headline is that mean; some benchmarks have other averages."""
+    value: float | None
+    """The headline number, 0 to 1; `None` where none of the answers has a score here."""
+    interval: Interval | None
+    """Its interval; `None` without a score, or where its average cannot be taken anew."""
+    instead: str = ""
+    """What there is in place of a score: a submission file, answers that wait for a judge."""
     plain: float | None
-    """Mean score under the plain rule."""
+    """The number under the plain rule."""
+    further: Mapping[str, float]
+    """The benchmark's other numbers by name, as recorded; see `wording.further`."""
     n: int
+    videos: int
     expected: int | None
     """Questions that the run set out to answer."""
     unreadable: int
@@ -86,9 +93,11 @@ class Cell:
     """Answers without a score: their truth is not public, or only a judge could tell."""
     judges: tuple[str, ...] = ()
     """Who judged answers that have no other score."""
-    above_floor: bool | None
+    caveat: str = ""
+    """Why the official number says something else than it seems to."""
+    above_floor: bool | None = None
     """Whether the whole interval lies above chance and every control that hides the video; `None`
-    for controls."""
+    for controls, and where there is no interval or no floor."""
 
     @property
     def complete(self) -> bool:
@@ -134,6 +143,11 @@ class SuiteSummary:
     by_length: Cells
     comparisons: tuple[Comparison, ...]
 
+    @property
+    def scored(self) -> bool:
+        """Whether any system has a score."""
+        return any(cell.value is not None for cell in self.cells.values())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
@@ -154,27 +168,80 @@ class Summary:
         cells = [cell for suite in self.suites for cell in suite.cells.values()]
         return any(cell.above_floor is False for cell in cells)
 
+    @property
+    def caveats(self) -> bool:
+        """Whether any score says something else than it seems to."""
+        return any(cell.caveat for suite in self.suites for cell in suite.cells.values())
+
+    @property
+    def further(self) -> bool:
+        """Whether any benchmark has other numbers than its headline."""
+        return any(cell.further for suite in self.suites for cell in suite.cells.values())
+
+    @property
+    def averaged(self) -> tuple[SuiteSummary, ...]:
+        """The suites that a mean is of: those with scores, a benchmark's once.
+
+        Where a benchmark was run with and without subtitles, the run without them counts.
+        """
+        names = {suite.name for suite in self.suites}
+        return tuple(
+            suite
+            for suite in self.suites
+            if suite.scored
+            and not (suite.name.endswith(SUBTITLED) and suite.name.removesuffix(SUBTITLED) in names)
+        )
+
     def mean(self, system: str) -> Interval | None:
         """Return a system's mean over suites, each with the same weight, if it ran them all."""
-        cells = [suite.cells.get(system) for suite in self.suites]
-        present = [cell for cell in cells if cell is not None]
+        cells = [suite.cells.get(system) for suite in self.averaged]
+        present = [cell.interval for cell in cells if cell is not None and cell.interval]
         if not present or len(present) < len(cells):
             return None
-        return _mean_of([_around(cell) for cell in present])
+        return _mean_of(present)
 
     def mean_difference(self, pair: str) -> Interval | None:
         """Return a pair's difference as the mean over suites, if both ran more than one."""
         found = [
-            c.difference.interval for s in self.suites for c in s.comparisons if c.name == pair
+            c.difference.interval for s in self.averaged for c in s.comparisons if c.name == pair
         ]
         return _mean_of(found) if len(found) > 1 else None
 
 
-def _around(cell: Cell) -> Interval:
-    """Return a cell's interval, moved to its headline number where that is another average."""
-    shift = cell.value - cell.interval.mean
-    low, high = cell.interval.low + shift, cell.interval.high + shift
-    return replace(cell.interval, mean=cell.value, low=low, high=high)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What became of a system's answers, in all suites together."""
+
+    system: System
+    n: int
+    unreadable: int
+    errors: int
+    judge_needed: int
+    """Verdicts and ratings that are still missing."""
+    incomplete: int
+    """Suites that are not answered to their end."""
+    shift: float
+    """What a plain reader would change, as a mean over suites; a fraction."""
+
+
+def readings(summary: Summary) -> list[Reading]:
+    """What became of every system's answers."""
+    return [_reading(summary, system) for system in summary.systems]
+
+
+def _reading(summary: Summary, system: System) -> Reading:
+    cells = [s.cells[system.name] for s in summary.suites if system.name in s.cells]
+    shifts = [c.plain - c.value for c in cells if c.plain is not None and c.value is not None]
+    waiting = [one.get("judge_needed") for one in system.run.results.values()]
+    return Reading(
+        system=system,
+        n=sum(c.n for c in cells),
+        unreadable=sum(c.unreadable for c in cells),
+        errors=sum(c.errors for c in cells),
+        judge_needed=sum(int(number or 0) for number in waiting),
+        incomplete=sum(not c.complete for c in cells),
+        shift=sum(shifts) / len(shifts) if shifts else 0.0,
+    )
 
 
 def _mean_of(intervals: Sequence[Interval]) -> Interval:
@@ -205,17 +272,39 @@ def summarise_paths(paths: Sequence[Path]) -> Summary:
 def summarise(runs: Sequence[Run]) -> Summary:
     """Summarise runs; systems keep the order given, controls go last."""
     systems = tuple(sorted(_systems(runs), key=lambda s: s.is_control))
-    names = {name for run in runs for name, samples in run.samples.items() if _scored(samples)}
+    names = {name for run in runs for name, samples in run.samples.items() if samples}
     known = (*SUITE_ORDER, *(n for b in BENCHMARKS for n in (b, b + SUBTITLED)))
     ordered = [s for s in known if s in names] + sorted(names - set(known))
     notes = [f"{run.id}: {note}" for run in runs for note in run.notes]
     notes += [note for name in ordered for note in _data_notes(name, systems)]
     notes += [note for run in runs for note in _unscored_notes(run)]
-    return Summary(
-        systems=systems,
-        suites=tuple(_suite(name, systems) for name in ordered),
-        notes=tuple(notes),
-    )
+    notes += [f"{run.id}: {suite}: {note}" for run in runs for suite, note in _oddities(run)]
+    suites = tuple(_suite(name, systems) for name in ordered)
+    notes += [note for suite in suites for note in _cell_notes(suite)]
+    summary = Summary(systems=systems, suites=suites, notes=tuple(notes))
+    twice = [s.name for s in suites if s.scored and s not in summary.averaged]
+    if twice:
+        said = "the mean of suites counts a benchmark once, without its subtitles"
+        return replace(summary, notes=(*notes, f"{', '.join(twice)}: {said}"))
+    return summary
+
+
+def _oddities(run: Run) -> Iterator[tuple[str, str]]:
+    """What was odd about the data of a run's suites."""
+    for suite, described in run.meta.get("suites", {}).items():
+        yield from ((suite, str(note)) for note in described.get("notes", ()))
+
+
+def _cell_notes(suite: SuiteSummary) -> Iterator[str]:
+    """What readers of a suite's numbers must know."""
+    for system, cell in suite.cells.items():
+        if cell.caveat:
+            plain = "" if cell.plain is None else f"; the plain score is {100 * cell.plain:.1f}"
+            yield f"{system}: {suite.name}: {cell.caveat}{plain}"
+    few = [c.videos for c in suite.cells.values() if c.interval and c.videos < FEW_VIDEOS]
+    if few:
+        videos = "a single video" if min(few) == 1 else f"{min(few)} videos"
+        yield f"{suite.name}: an interval over {videos} is a rough one"
 
 
 def _systems(runs: Sequence[Run]) -> list[System]:
@@ -257,20 +346,23 @@ def _int(value: Any) -> int | None:
 
 
 def _suite(name: str, systems: Sequence[System]) -> SuiteSummary:
-    tested = [s for s in systems if _scored(s.run.samples.get(name, ()))]
+    tested = [s for s in systems if s.run.samples.get(name)]
     everything = [x for s in tested for x in s.run.samples[name]]
     families = tuple(sorted({x.family for x in everything}))
     bands = {length_band(x.length_s) for x in everything if x.length_s is not None}
+    metric = _metric(name, tested)
+    # Guessing at single questions says nothing about a score of whole groups of them.
+    chance = None if metric == GROUP_SCORE else _chance(everything)
     return SuiteSummary(
         name=name,
-        metric=_metric(name, tested),
-        chance=_chance(everything),
+        metric=metric,
+        chance=chance,
         questions=len({x.id for x in everything}),
         videos=len({x.video_id for x in everything}),
         cells=_with_floor(
             {s.name: _cell(s, name, s.run.samples[name], whole=True) for s in tested},
             systems,
-            _chance(everything),
+            chance,
         ),
         families=families,
         by_family=_grouped(tested, name, lambda x: x.family),
@@ -322,34 +414,69 @@ def _chance(samples: Iterable[Sample]) -> float | None:
 
 
 def _cell(system: System, suite: str, samples: Sequence[Sample], *, whole: bool = False) -> Cell:
-    scored = _scored(samples)
-    interval = cluster_interval(
-        [x.value or 0.0 for x in scored],
-        [x.video_id for x in scored],
-        resamples=RESAMPLES if whole else GROUP_RESAMPLES,
-    )
     recorded = system.run.results.get(suite, {}) if whole else {}
     # A result that was written before the last samples were added is not this suite's result.
-    current = recorded.get("n") == len(samples) and recorded.get("value") is not None
-    value = float(recorded["value"]) if current else interval.mean
-    fits = abs(value - interval.mean) < 1e-6
-    if not fits and all(x.doc is not None for x in samples):
-        interval, fits = _aggregate_interval(value, samples), True
+    recorded = recorded if recorded.get("n") == len(samples) else {}
+    value, interval = _headline(samples, recorded, RESAMPLES if whole else GROUP_RESAMPLES)
     outcomes = Counter(x.official.outcome for x in samples)
     expected = system.run.meta.get("suites", {}).get(suite, {}).get("n") if whole else None
+    further = (recorded.get("extra") or {}).items()
     return Cell(
         value=value,
         interval=interval,
-        interval_fits=fits,
-        plain=_plain(samples, recorded if current else {}),
+        instead=_instead(samples) if value is None else "",
+        plain=_plain(samples, recorded),
+        further={key: float(number) for key, number in further if number is not None},
         n=len(samples),
+        videos=len({x.video_id for x in samples}),
         expected=_int(expected),
-        unreadable=outcomes[Outcome.UNREADABLE] + outcomes[Outcome.DROPPED],
+        unreadable=sum(x.unread for x in samples),
         errors=outcomes[Outcome.ERROR],
         no_value=outcomes[Outcome.NO_TRUTH] + outcomes[Outcome.JUDGE_NEEDED],
         judges=tuple(sorted({x.judge for x in samples if x.judge})),
-        above_floor=None,
+        caveat=_caveat(samples) if whole else "",
     )
+
+
+def _headline(
+    samples: Sequence[Sample], recorded: Mapping[str, Any], resamples: int
+) -> tuple[float | None, Interval | None]:
+    """Return the number of some samples, as recorded or else their mean, and its interval."""
+    scored = _scored(samples)
+    if not scored:
+        return None, None
+    videos = [x.video_id for x in scored]
+    interval = cluster_interval([x.value or 0.0 for x in scored], videos, resamples=resamples)
+    if recorded.get("value") is None:
+        return interval.mean, interval
+    value = float(recorded["value"])
+    if abs(value - interval.mean) < 1e-6:
+        return value, interval
+    known = all(x.doc is not None for x in samples)
+    return value, _aggregate_interval(value, samples) if known else None
+
+
+def _instead(samples: Sequence[Sample]) -> str:
+    """Return what there is of answers none of which has a score here."""
+    outcomes = Counter(x.official.outcome for x in samples)
+    unread = sum(x.unread for x in samples)
+    if outcomes[Outcome.NO_TRUTH]:
+        # EgoSchema is the one whose server takes a file (harness/submission.py).
+        submitted = all(x.benchmark == "egoschema" for x in samples)
+        what = "submission file" if submitted else "truth not public"
+        return f"{what}, unreadable: {unread}" if unread else what
+    if outcomes[Outcome.JUDGE_NEEDED]:
+        return f"judge needed: {outcomes[Outcome.JUDGE_NEEDED]}"
+    return f"unreadable: {unread}"
+
+
+def _caveat(samples: Sequence[Sample]) -> str:
+    """Return what Video-MME-v2's own code makes of answers that it cannot read."""
+    if any(x.benchmark != "videomme_v2" for x in samples):
+        return ""
+    lost = sum(x.unread or x.official.outcome is Outcome.ERROR for x in samples)
+    credit = "to which the official code gives credit in groups of logic"
+    return f"{lost} answers are unreadable or failed, {credit}" if lost else ""
 
 
 def _plain(samples: Sequence[Sample], recorded: Mapping[str, Any]) -> float | None:
@@ -375,13 +502,13 @@ def _with_floor(
     """
     controls = {s.name for s in systems if s.is_control}
     hiding = {s.name for s in systems if s.control in HIDING}
-    floors = [cells[name].value for name in hiding & cells.keys()]
-    floors += [chance] if chance is not None else []
+    hidden = [cells[name].value for name in hiding & cells.keys()]
+    floors = [floor for floor in (*hidden, chance) if floor is not None]
     if not floors:
         return cells
     return {
         name: cell
-        if name in controls
+        if name in controls or cell.interval is None
         else replace(cell, above_floor=cell.interval.low > max(floors))
         for name, cell in cells.items()
     }

@@ -1,6 +1,5 @@
 """The leaderboard in the terminal."""
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from internvideo3.reports import wording
-from internvideo3.reports.summary import Cell, Comparison, Summary, System, summarise_paths
-from internvideo3.tasks.scoring import Outcome
+from internvideo3.reports.summary import (
+    Cell,
+    Comparison,
+    Summary,
+    System,
+    readings,
+    summarise_paths,
+)
 
 
 def print_report(runs: Sequence[Path], *, console: Console | None = None) -> None:
@@ -108,20 +113,14 @@ def footnotes(summary: Summary) -> list[str]:
     lines = [
         "Intervals: 95 %, bootstrap over videos. "
         "≈: not above chance and the controls that hide the video."
+        + (" †: see the notes." if summary.caveats else "")
     ]
-    for system in summary.systems:
-        cells = [s.cells[system.name] for s in summary.suites if system.name in s.cells]
-        missing = [c for c in cells if not c.complete]
-        # Of the run, not of the cells: a suite none of whose answers has a score has no cell.
-        outcomes = Counter(
-            x.official.outcome for samples in system.run.samples.values() for x in samples
-        )
-        n, errors = outcomes.total(), outcomes[Outcome.ERROR]
-        unreadable = outcomes[Outcome.UNREADABLE] + outcomes[Outcome.DROPPED]
-        line = f"{system.name}: {n} answers, {unreadable} unreadable, {errors} failed"
-        judge = sum(int(one.get("judge_needed") or 0) for one in system.run.results.values())
-        line += f"; judge needed: {judge} (`internvideo3 judge`)" if judge else ""
-        lines.append(line + (f"; {len(missing)} suites incomplete" if missing else ""))
+    for one in readings(summary):
+        line = f"{one.system.name}: {one.n} answers, {one.unreadable} unreadable"
+        line += f", {one.errors} failed"
+        judge = f"; judge needed: {one.judge_needed} (`internvideo3 judge`)"
+        line += judge if one.judge_needed else ""
+        lines.append(line + (f"; {one.incomplete} suites incomplete" if one.incomplete else ""))
     return lines + list(summary.notes)
 
 
@@ -138,9 +137,8 @@ def _name(system: System) -> Text:
 def _cell(cell: Cell | None) -> Text:
     if cell is None:
         return Text("–", style="dim")
-    mark = "≈" if cell.above_floor is False else ""
-    text = Text(mark + wording.percent(cell.value), style="dim" if mark else "")
-    note = wording.span(cell.interval) if cell.interval_fits else "no interval"
+    text = Text(wording.marked(cell), style="dim" if cell.above_floor is False else "")
+    note = wording.span(cell.interval) if cell.interval else cell.instead or "no interval"
     return text.append(f"\n{note}", style="dim").append("" if cell.complete else "\nincomplete")
 
 

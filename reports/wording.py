@@ -1,9 +1,14 @@
 """How numbers and names are written, the same in the terminal, Markdown, CSV and page."""
 
 import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from internvideo3.reports.stats import Difference, Interval
 from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS, SUBTITLED
+
+if TYPE_CHECKING:
+    from internvideo3.reports.summary import Cell
 
 SUITE_TITLES = {
     "world_long": "Long video",
@@ -20,6 +25,8 @@ MODEL_TITLES = {
 }
 
 
+COUNTS = ("incomplete groups",)
+"""Further numbers of a benchmark that are no fractions."""
 FAMILY_TITLES = {"attime": "at a time", "ground_flash": "flash", "ground_object": "object"}
 
 
@@ -39,6 +46,21 @@ def suite_title(name: str) -> str:
 def percent(value: float | None, digits: int = 1) -> str:
     """Return a fraction as percent without the sign, `–` for none."""
     return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"
+
+
+def marked(cell: "Cell") -> str:
+    """Return a score in percent: `≈` before one that guessing reaches, `†` after one with a
+    caveat."""
+    floor = "≈" if cell.above_floor is False else ""
+    return f"{floor}{percent(cell.value)}{'†' if cell.caveat else ''}"
+
+
+def further(numbers: Mapping[str, float]) -> list[str]:
+    """Return a benchmark's other numbers, `R1@0.5 61.2`; those in `COUNTS` as they are."""
+    return [
+        f"{name} {number:g}" if name in COUNTS else f"{name} {percent(number)}"
+        for name, number in numbers.items()
+    ]
 
 
 def points(value: float) -> str:

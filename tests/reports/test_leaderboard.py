@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from internvideo3.reports import leaderboard, leaderboard_formats, terminal
+from internvideo3.reports import export, leaderboard, leaderboard_formats, markdown, terminal
 from internvideo3.reports.load import load_run
 from internvideo3.reports.page import build_report
 from internvideo3.reports.stats import statistic_interval
@@ -47,6 +47,11 @@ def documents(suite: str) -> list[dict[str, Any]]:
         "tempcompass": {
             "qtype": "multi-choice", "question": f"What?\n{lettered}",
             "answer": "B. a star", "dim": "action",
+        },
+        "egoschema": {"option": ["A. x", "B. y", "C. z", "D. v", "E. w"], "video_idx": "v"},
+        "vrbench": {
+            "options": dict(zip("ABC", OPTIONS, strict=True)), "answer": "B", "rate": 7,
+            "reasoning_type": "Event Attribution", "reasoning_process": {"1": "a step"},
         },
         "videomme": {"options": OPTIONS, "answer": "B", "duration": "short"},
         "videomme_v2": {
@@ -156,9 +161,69 @@ def test_what_has_no_score_here_says_what_it_has_instead(tmp_path: Path) -> None
     texts = {"tempcompass": ["It is red."] * 6, "tomato": ["B"] * 6}
     found = summarise_paths([write_run(tmp_path / "open", "open-8B", texts, paper=True)])
     (row,) = table(found, 3).ours
-    assert row.instead == {"TempCompass": "judge needed: 6"} and row.average is None
-    for form, text in leaderboard_formats.FORMS.items():
-        assert ("judge needed: 6" in text(leaderboard.tables(found))) == (form != "csv")
+    cell = row.cells["TempCompass"].cell
+    assert (cell.instead, cell.n, cell.no_value) == ("judge needed: 6", 6, 6)
+    assert row.average is None
+    for text in (form(leaderboard.tables(found)) for form in leaderboard_formats.FORMS.values()):
+        assert "judge needed: 6" in text and "6 answers are left out" in text
+    # It takes no part in the mean of what has a score, and does not hinder it.
+    mean, (tomato,) = found.mean("open-8B"), found.averaged
+    assert mean is not None and mean.mean == tomato.cells["open-8B"].value
+
+
+def test_an_unreadable_answer_counts_where_its_truth_is_hidden(tmp_path: Path) -> None:
+    replies = {"egoschema": ["no idea at all", "B", "B", "?", "C", "A"]}
+    found = summarise_paths([write_run(tmp_path / "run", "ours", replies, paper=True)])
+    (row,) = table(found, 2).ours
+    cell = row.cells["EgoSchema"].cell
+    assert (cell.value, cell.unreadable, cell.n) == (None, 2, 6)
+    assert cell.instead == "submission file, unreadable: 2"
+    assert "ours: 6 answers, 2 unreadable, 0 failed" in terminal.footnotes(found)
+    page = build_report([tmp_path / "run"], tmp_path / "page", title="T").read_text()
+    assert "submission file, unreadable: 2" in page
+
+
+def test_the_benchmarks_other_numbers_are_shown(tmp_path: Path) -> None:
+    """VRBench's headline is its multiple-choice half; a judge rates the other."""
+    run = write_run(tmp_path / "run", "ours", {"vrbench": ["B"] * 3 + ["A"] * 3}, paper=True)
+    found = summarise_paths([run])
+    (suite,) = found.suites
+    assert suite.cells["ours"].further["process"] == pytest.approx(0.7)
+    for text in (
+        leaderboard_formats.markdown(leaderboard.tables(found)),
+        markdown.render(found, "T"),
+        build_report([run], tmp_path / "page", title="T").read_text(),
+    ):
+        assert "process 70.0; overall 60.0" in text
+    rows = csv.DictReader(io.StringIO(export.render(found)))
+    further = {row["name"]: row for row in rows if row["group"] == "further"}
+    assert float(further["process"]["value"]) == pytest.approx(0.7)
+    assert further["process"]["low"] == "" and further["process"]["n"] == "6"
+
+
+def test_a_benchmark_with_and_without_subtitles_counts_once(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "ours", {"videomme": ["B"] * 6, "nextqa": ["A"] * 6})
+    shown = run / "samples/videomme_subtitles.jsonl"
+    text = (run / "samples/videomme.jsonl").read_text().replace("videomme/", "videomme_subtitles/")
+    shown.write_text(text)
+    found = summarise_paths([run])
+    assert [one.name for one in found.averaged] == ["videomme", "nextqa"]
+    mean = found.mean("ours")
+    assert mean is not None and mean.mean == pytest.approx(0.5)
+    assert any("counts a benchmark once" in note for note in found.notes)
+
+
+def test_an_interval_over_few_videos_is_said_to_be_rough(summary: Summary) -> None:
+    assert "nextqa: an interval over 3 videos is a rough one" in summary.notes
+
+
+def test_the_head_of_the_page_says_which_suites_are_not_comparable(
+    paths: list[Path], tmp_path: Path
+) -> None:
+    page = build_report(paths, tmp_path / "page", title="T").read_text()
+    head = page[page.index("Not comparable with the paper") : page.index("<main>")]
+    assert "It is the text control (TOMATO)." in head
+    assert "Settings differ (VSI-Bench)." in head
 
 
 def test_a_cell_says_why_it_is_not_comparable(summary: Summary) -> None:
@@ -194,7 +259,7 @@ def test_an_average_that_is_no_mean_has_an_interval_by_its_own_rule(summary: Sum
     # Counting is all right; of the sizes one is right, one half, which is right at one threshold of
     # ten, and one unreadable. Directions were not asked and count as 0, officially.
     assert cell.value == pytest.approx((1 + (1 + 0.1 + 0) / 3 + 0) / 3)
-    assert cell.interval_fits
+    assert cell.interval is not None
     assert cell.interval.low <= cell.value <= cell.interval.high
 
 
@@ -320,11 +385,17 @@ def test_answers_without_a_score_are_counted_and_credit_for_unreadable_ones_is_s
     assert "ours: 12 answers, 10 unreadable, 0 failed" in said
     (table,) = leaderboard.tables(found)
     (row,) = table.ours
-    assert row.instead == {"Video-MME": "unreadable: 6"}
+    assert row.cells["Video-MME"].cell.instead == "unreadable: 6"
     cell = row.cells["VideoMME-v2"]
     # Four unreadable answers in a group of logic: officially a whole chain.
     assert (cell.cell.value, cell.cell.plain) == (1, pytest.approx(2 / 6))
     assert any(why.startswith("4 answers are unreadable") for why in cell.reasons)
+    # Also where the number stands outside the paper's table, which has such a foot.
+    (note,) = (one for one in said if one.startswith("ours: videomme_v2"))
+    assert "credit in groups of logic; the plain score is 33.3" in note
+    assert "100.0†" in markdown.render(found, "T") and any("†" in one for one in said)
+    v2 = next(one for one in found.suites if one.name == "videomme_v2")
+    assert v2.chance is None, "a group's score is not reached by guessing at questions"
 
 
 def test_runs_of_the_world_alone_have_no_such_tables(runs: list[Path], tmp_path: Path) -> None:

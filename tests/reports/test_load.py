@@ -50,6 +50,14 @@ def test_damage_elsewhere_is_an_error_that_says_where(make_run: MakeRun) -> None
         load_run(folder)
 
 
+def test_a_run_without_anything_recorded_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"schema": 1}')
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples/world_long.jsonl").touch()
+    with pytest.raises(RunError, match="no answers and no measurements yet"):
+        load_run(tmp_path)
+
+
 def test_a_repeated_sample_counts_once(make_run: MakeRun) -> None:
     folder = make_run()
     file = folder / "samples" / "world_long.jsonl"
