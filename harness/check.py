@@ -8,17 +8,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from internvideo3.harness.comparable import comparable
+from internvideo3.harness.comparable import comparable, reasons_of
 from internvideo3.harness.evaluate import load_suite
 from internvideo3.harness.options import EvalOptions
 from internvideo3.harness.preflight import Benchmark, PreflightError, missing_media
 from internvideo3.harness.settings import Settings
 from internvideo3.harness.store import Row, read_rows
+from internvideo3.reports.wording import suite_title
 from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS, SUBTITLED
 from internvideo3.tasks.benchmarks.local import data_root
 from internvideo3.tasks.benchmarks.protocol import TOKEN_PIXELS, no_images
 from internvideo3.tasks.benchmarks.protocol import Benchmark as Protocol
 from internvideo3.tasks.video import FRAME_FACTOR
+from internvideo3.tasks.world.build import world_root
 
 GIB = 1 << 30
 _SHOWN = 3
@@ -65,6 +67,10 @@ class SuiteCheck:
     """Whether annotations tell no lengths, so that every video counts with the most frames."""
     reasons: tuple[str, ...] = ()
     """Why the number will not be comparable with the paper's."""
+    holds: int | None = None
+    """Questions that the annotations hold; None where they cannot be read."""
+    notes: tuple[str, ...] = ()
+    """What is odd about the annotations."""
 
     @property
     def ready(self) -> bool:
@@ -95,7 +101,7 @@ def check(options: EvalOptions) -> list[SuiteCheck]:
 
 def _check(suite: str, options: EvalOptions) -> SuiteCheck:
     known = BENCHMARKS.get(suite.removesuffix(SUBTITLED))
-    title = known.title if known else suite
+    title = suite_title(suite)
     try:
         one = load_suite(suite, options)
     except PreflightError as error:
@@ -128,6 +134,8 @@ def _check(suite: str, options: EvalOptions) -> SuiteCheck:
         new_tokens=len(one.docs) * (settings.max_new_tokens or 0),
         guessed_lengths=None in lengths.values(),
         reasons=_reasons(one, options),
+        holds=one.whole,
+        notes=one.local.notes if one.local else (),
     )
 
 
@@ -147,21 +155,25 @@ def _unread(suite: str, known: Protocol, problem: str, options: EvalOptions) -> 
     frames = settings.max_frames if known.images is no_images else 0
     return SuiteCheck(
         suite=suite,
-        title=known.title,
+        title=suite_title(suite),
         problem=problem,
         questions=asked,
         frames=asked * frames,
         tokens=asked * visual_tokens(settings, frames, merged) if frames else 0,
         new_tokens=asked * (settings.max_new_tokens or 0),
         guessed_lengths=True,
+        reasons=tuple(reasons_of(suite, known, asked, _label(options), options.departures())),
     )
 
 
 def _reasons(one: Benchmark, options: EvalOptions) -> tuple[str, ...]:
-    label = "scale" if options.model.startswith("scale:") else None
-    verdict = comparable([one], label, options.departures())
+    verdict = comparable([one], _label(options), options.departures())
     found = verdict.get("suites", {}).get(one.suite, {}).get("reasons")
     return tuple(found if found is not None else [verdict["reason"]])
+
+
+def _label(options: EvalOptions) -> str | None:
+    return "scale" if options.model.startswith("scale:") else None
 
 
 def video_frames(settings: Settings, length_s: float | None) -> int:
@@ -231,15 +243,25 @@ def _longest(rows: Sequence[Row], kind: str) -> Row | None:
 
 def lines(checks: Sequence[SuiteCheck], options: EvalOptions, rates: Rates | None) -> Iterator[str]:
     """The findings as text, a block for each suite and a verdict at the end."""
+    if not options.model:
+        yield "no --model is given; frames are counted as large as any model sees them"
     for one in checks:
-        yield f"{one.title} ({one.suite}): {'ready' if one.ready else 'NOT READY'}"
+        yield f"{one.title} ({one.suite}): {_state(one)}"
         yield from (f"  {line}" for line in _block(one, rates))
     yield from _together(checks, rates)
     if rates is None:
         yield "time is not estimated; give the rates with --profile RUN (`internvideo3 profile`)"
-    yield from _disk(options)
+    yield from _places(options)
     ready = sum(one.ready for one in checks)
     yield f"{ready} of {len(checks)} suites are ready."
+
+
+def _state(one: SuiteCheck) -> str:
+    known = BENCHMARKS.get(one.suite.removesuffix(SUBTITLED))
+    if not one.ready:
+        return "NOT READY"
+    part = known is not None and (one.holds or 0) < known.data.questions
+    return "ready, a part of it" if part else "ready"
 
 
 def _together(checks: Sequence[SuiteCheck], rates: Rates | None) -> Iterator[str]:
@@ -270,7 +292,20 @@ def _block(one: SuiteCheck, rates: Rates | None) -> Iterator[str]:
             ) + f", {one.new_tokens:,} tokens of answers"
             if rates is not None and one.tokens:
                 yield f"at most {one.seconds(rates) / 3600:,.0f} h at the profile's rates"
+            verdict = "; ".join(one.reasons)
+            yield (
+                f"not comparable with the paper: {verdict}"
+                if verdict
+                else "comparable with the paper, once all of it is answered"
+            )
     else:
+        if known is not None and one.holds != known.data.questions:
+            stated = "" if known.data.counted == "verified" else ", as commonly stated"
+            yield (
+                f"the annotations hold {one.holds:,} questions; published are "
+                f"{known.data.questions:,}{stated}"
+            )
+        yield from one.notes
         yield f"{one.questions:,} questions, {one.videos:,} videos, {one.bytes_here / GIB:.2f} GiB"
         yield from _missing(one)
         guess = ", where no lengths are told as many as a video can have"
@@ -286,6 +321,8 @@ def _block(one: SuiteCheck, rates: Rates | None) -> Iterator[str]:
         verdict = "; ".join(one.reasons)
         yield f"not comparable with the paper: {verdict}" if verdict else "comparable"
     if known is not None:
+        if known.verdict:
+            yield known.verdict
         yield f"get: {known.data.get}"
         yield f"licence: {known.data.licence}"
 
@@ -308,18 +345,25 @@ def _missing(one: SuiteCheck) -> Iterator[str]:
             yield f"they need about {need / GIB:.2f} GiB, if they are as large as those here"
 
 
-def _disk(options: EvalOptions) -> Iterator[str]:
+def _places(options: EvalOptions) -> Iterator[str]:
+    """Where the suites' files lie and what is free there, and what the archives take."""
     known = [BENCHMARKS.get(suite.removesuffix(SUBTITLED)) for suite in options.suites]
     data = {one.home: one for one in known if one is not None}.values()
-    root = data_root(options.data)
-    there = next(path for path in (root, *root.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    if None in known:
+        yield _free(world_root(options.root))
+    if not data:
+        return
     needs = "".join(
         f"; {one.title}'s videos take {one.data.gigabytes:g} GB"
         for one in data
         if one.data.gigabytes
     )
-    yield f"{root}: {free / GIB:,.0f} GiB free{needs}"
+    yield _free(data_root(options.data)) + needs
     unknown = [one.title for one in data if not one.data.gigabytes]
     if unknown and needs:
         yield f"how much the videos of the others take is not known: {', '.join(unknown)}"
+
+
+def _free(root: Path) -> str:
+    there = next(path for path in (root, *root.absolute().parents) if path.exists())
+    return f"{root}: {shutil.disk_usage(there).free / GIB:,.0f} GiB free"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 USER_ERROR = 1
 INTERRUPTED = 130
+BROKEN_PIPE = 141
 POLICIES = ("controller", "model", "trained")
 
 _EXAMPLES = """
@@ -88,7 +89,6 @@ def _settings(
 @app.command("eval")
 def evaluate_command(
     context: typer.Context,
-    model: ModelOption,
     suite: Annotated[
         str,
         typer.Option(
@@ -96,6 +96,13 @@ def evaluate_command(
             "`long`, `short`, `grounding`, `spatial`, `paper` for many (`internvideo3 suites`)."
         ),
     ],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Checkpoint folder, or scale:base, scale:m2la, scale:control, scale:agent. "
+            "Required; --check does without."
+        ),
+    ] = "",
     out: Annotated[
         Path | None,
         typer.Option(help="Run directory; repeat the command to continue. Default: runs/..."),
@@ -254,13 +261,17 @@ def evaluate_command(
 
       internvideo3 eval --model scale:m2la --suite world_long --control blind --out runs/blind
 
-      internvideo3 eval --model ./checkpoint --suite videomme,mvbench --data /data --check
+      internvideo3 eval --suite videomme,mvbench --data /data --check
 
       internvideo3 eval --model scale:m2la --suite world_long --mode agentic --out runs/agent
 
       torchrun --nproc-per-node 8 -m internvideo3.harness.cli eval --processes 8
       --model ./checkpoint --suite long --data /data --out runs/long
     """
+    if not model and not check:
+        raise typer.BadParameter(
+            "An evaluation needs a model: --model FOLDER, or scale:m2la.", param_hint="--model"
+        )
     place = out or _default_run(model, suite)
     with _errors_in_words(place):
         from internvideo3.harness.options import EvalOptions
@@ -630,7 +641,7 @@ def suites_command(
     ] = None,
     data: DataOption = None,
 ) -> None:
-    """List the benchmarks: how they are asked and scored, and whether their data is here.
+    """List benchmarks and suites: how they are asked and scored, and whether their data is here.
 
     [bold]Examples[/bold]
 
@@ -728,7 +739,9 @@ def report_command(
 
         page = build_report(runs, out, title=title)
         _print_runs(runs)
+        beside = sorted(path.name for path in out.glob("*.*") if path != page and path.is_file())
         print(f"Page: {page}")
+        print(f"Beside it: {', '.join(beside)}, plots/*.svg")
 
 
 @world_app.command("build")
@@ -1468,6 +1481,8 @@ def _errors_in_words(out: Path) -> Iterator[None]:
         )
         _leave(INTERRUPTED)
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            os._exit(BROKEN_PIPE)
         if os.environ.get("IV3_DEBUG"):
             raise
         print(f"Error: {error}", file=sys.stderr)
@@ -1481,6 +1496,15 @@ def _errors_in_words(out: Path) -> Iterator[None]:
             file=sys.stderr,
         )
         _leave(USER_ERROR)
+
+
+def _nobody_reads() -> bool:
+    """Whether it is the standard output that is closed, as by `| head`."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _leave(status: int) -> NoReturn:
@@ -1537,18 +1561,24 @@ def _print_runs(runs: list[Path]) -> None:
 
 
 def _print_suites(root: Path) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     from internvideo3.harness.suites import listed
+    from internvideo3.tasks.world.build import world_root
 
-    table = Table(title=f"Benchmarks; data in {root}", title_justify="left")
+    world = world_root()
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("suite", "paper", "questions", "metric", "data"):
-        table.add_column(name, justify="right" if name == "questions" else "left", no_wrap=True)
-    for one in listed(root):
-        here = "here" if one.here else "–"
-        table.add_row(one.name, one.where, f"{one.questions:,}", one.metric, here)
-    Console().print(table)
+        right, words = name == "questions", name == "metric"
+        table.add_column(name, justify="right" if right else "left", no_wrap=not words)
+    for one in listed(root, world):
+        count = "drawn" if one.questions is None else f"{one.questions:,}"
+        table.add_row(one.name, one.where, count, one.metric, "here" if one.here else "–")
+    console = Console()
+    console.print(f"Data of benchmarks: {root}; the scale world: {world}", soft_wrap=True)
+    console.print(table)
 
 
 def _check_only(options: "EvalOptions", profile: Path | None) -> None:

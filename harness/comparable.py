@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from internvideo3.harness.preflight import Benchmark
 from internvideo3.harness.store import Row
+from internvideo3.tasks.benchmarks.protocol import Benchmark as Protocol
 
 _WORLD = "the scale world and the scale model are this repository's own"
 _SCALE = "the scale model is this repository's own"
@@ -39,15 +40,29 @@ def comparable(
 def _reasons(one: Benchmark, label: str | None, departures: Sequence[str]) -> list[str]:
     if one.local is None:
         return [_WORLD]
-    benchmark = one.local.benchmark
+    return reasons_of(one.suite, one.local.benchmark, len(one.docs), label, departures)
+
+
+def reasons_of(
+    suite: str, benchmark: Protocol, answered: int, label: str | None, departures: Sequence[str]
+) -> list[str]:
+    """Why a benchmark's number cannot be set beside the paper's; empty if it can.
+
+    Args:
+        suite: its name, with the ending for subtitles where they are shown.
+        benchmark: its protocol.
+        answered: how many questions are answered.
+        label: the model's label.
+        departures: what of the command leaves the protocol.
+    """
     expected = benchmark.data.questions
     found = [_SCALE] if label == "scale" else []
     if benchmark.column is None and not benchmark.not_comparable:
         found.append("the paper has no such number")
     if benchmark.not_comparable:
         found.append(benchmark.not_comparable)
-    if one.suite != benchmark.name:
+    if suite != benchmark.name:
         found.append("subtitles are shown")
-    if len(one.docs) != expected:
-        found.append(f"{len(one.docs):,} of {expected:,} questions")
+    if answered != expected:
+        found.append(f"{answered:,} of {expected:,} questions")
     return [*found, *departures]

@@ -301,11 +301,13 @@ def compared(summary: Summary) -> dict[str, Any]:
     suites = {}
     for suite in summary.suites:
         difference = suite.comparisons[0].difference
+        before, after = suite.cells[first].value, suite.cells[second].value
+        assert before is not None and after is not None, "every question of the world has a score"
         suites[suite.name] = {
             "questions": difference.interval.n,
             "videos": difference.interval.clusters,
-            "source": 100 * suite.cells[first].value,
-            "converted": 100 * suite.cells[second].value,
+            "source": 100 * before,
+            "converted": 100 * after,
             "difference": in_points(difference.interval),
         }
     pair = summary.suites[0].comparisons[0].name

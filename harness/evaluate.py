@@ -220,6 +220,8 @@ def _describe_suite(benchmark: Benchmark, options: EvalOptions) -> Row:
     found: Row = {"n": len(benchmark.docs), "data_digest": benchmark.digest}
     if benchmark.local is None or benchmark.preset is None:
         return found
+    if benchmark.local.notes:
+        found["notes"] = list(benchmark.local.notes)
     protocol = {"preset": options.preset, "source": benchmark.preset.source}
     return found | {
         "benchmark": benchmark.scorer,

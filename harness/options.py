@@ -20,7 +20,8 @@ class EvalOptions:
     """One evaluation command."""
 
     model: str
-    """Checkpoint folder, or a name such as `scale:m2la`."""
+    """Checkpoint folder, or a name such as `scale:m2la`; empty for none, which suffices to check
+    what is there."""
     suites: tuple[str, ...]
     """Suites, in order."""
     out: Path
@@ -106,7 +107,7 @@ class EvalOptions:
         Raises:
             CheckpointError: the checkpoint is unknown.
         """
-        path = resolve_checkpoint(self.model)
+        path = resolve_checkpoint(self.model) if self.model else None
         preset = benchmark.preset if benchmark else None
         asked = self.min_pixels, self.max_pixels
         protocol = (preset.min_pixels, preset.max_pixels) if preset else (None, None)

@@ -119,6 +119,8 @@ def suite_names(text: str, subtitles: Subtitles = "off") -> list[str]:
     """
     groups = suites() | {ALL_SUITES: tuple(SUITES)}
     names: list[str] = []
+    if subtitles != "off":
+        _check_subtitled(text, groups)
     for part in (part.strip() for part in text.split(",")):
         if part in groups:
             names.extend(groups[part])
@@ -128,6 +130,18 @@ def suite_names(text: str, subtitles: Subtitles = "off") -> list[str]:
             offer = nearest(part, [*EVALUABLE, *BENCHMARKS, *groups])
             raise PreflightError(f"Unknown suite {part!r}. {offer}")
     return list(dict.fromkeys(one for name in names for one in _subtitled(name, subtitles)))
+
+
+def _check_subtitled(text: str, groups: Mapping[str, Sequence[str]]) -> None:
+    """Refuse to ask for subtitles where nothing that is named has any."""
+    parts = [part.strip() for part in text.split(",")]
+    asked = {name for part in parts for name in groups.get(part, (part,))}
+    having = {one.name for one in BENCHMARKS.values() if one.subtitles is not None}
+    if asked <= {*EVALUABLE, *BENCHMARKS} - having:
+        raise PreflightError(
+            f"--subtitles: none of {', '.join(parts)} has subtitles to show; these have: "
+            f"{', '.join(sorted(having))}. Leave the option out."
+        )
 
 
 def _subtitled(name: str, subtitles: Subtitles) -> tuple[str, ...]:

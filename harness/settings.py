@@ -54,19 +54,19 @@ class Settings:
 
 
 def pixel_range(
-    checkpoint: Path, min_pixels: int | None = None, max_pixels: int | None = None
+    checkpoint: Path | None, min_pixels: int | None = None, max_pixels: int | None = None
 ) -> tuple[int, int]:
     """Fewest and most pixels of a frame: as asked, else what the checkpoint's processor names.
 
     Args:
-        checkpoint: the checkpoint's folder.
+        checkpoint: the checkpoint's folder; None for one that names no sizes.
         min_pixels: what was asked for, or None.
         max_pixels: what was asked for, or None.
 
     Raises:
         ValueError: the range is empty.
     """
-    size = _image_size(checkpoint)
+    size = _image_size(checkpoint) if checkpoint else {}
     high = max_pixels or min(int(size.get("longest_edge", MOST_PIXELS)), MOST_PIXELS)
     low = min_pixels or min(int(size.get("shortest_edge", high)), high)
     if low > high:

@@ -118,7 +118,7 @@ class RunStore:
                     home.mkdir(parents=True, exist_ok=True)
                     locks.append(_locked(home))
                 with _creating(root):
-                    kept = _continued(root, run)
+                    kept = _continued(root, run, alone=part is None)
                     write_json(root / "run.json", kept)
                 _prepare(home)
                 _sweep(root if part is None else home)
@@ -291,11 +291,17 @@ def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix, json.dumps(value, ensure_ascii=False)
 
 
-def _continued(root: Path, run: Row) -> Row:
-    """The run.json to keep: the present one if it is of the same command, else `run`."""
+def _continued(root: Path, run: Row, *, alone: bool) -> Row:
+    """The run.json to keep: the present one if it is of the same command, else `run`.
+
+    Where another command recorded nothing (its weights could not be loaded, it was stopped before
+    its first answer), there is nothing to keep, and whoever has the directory alone may take it.
+    """
     if (root / "run.json").exists():
         before = read_run(root)
         differing = differences(before, run)
+        if differing and alone and not _recorded(root):
+            return run
         if differing:
             listed = "\n".join(f"  {line}" for line in differing)
             raise StoreError(
@@ -315,6 +321,12 @@ def _continued(root: Path, run: Row) -> Row:
             "Give a new --out."
         )
     return run
+
+
+def _recorded(root: Path) -> bool:
+    """Whether a run directory holds anything beside its description."""
+    written = (*root.glob("*.jsonl"), *root.glob("*/*.jsonl"), *root.glob(f"{PARTS}/*/*/*.jsonl"))
+    return (root / "results.json").exists() or any(path.stat().st_size for path in written)
 
 
 def _prepare(root: Path) -> None:

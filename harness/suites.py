@@ -1,15 +1,18 @@
-"""`internvideo3 suites`: which benchmarks there are, how they are run, where their data goes."""
+"""`internvideo3 suites`: the benchmarks and suites, how they are run, where their data goes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from internvideo3.harness.preflight import PreflightError, nearest
+from internvideo3.harness.preflight import ALL_SUITES, PreflightError, nearest
+from internvideo3.reports.wording import suite_title
 from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS, suites
 from internvideo3.tasks.benchmarks.local import annotation_files
 from internvideo3.tasks.benchmarks.protocol import Benchmark, Preset
 from internvideo3.tasks.benchmarks.wording import place, sampling, task
+from internvideo3.tasks.brief import EVALUABLE
 from internvideo3.tasks.scoring.entry import sources
+from internvideo3.tasks.world.suites import SUITES, Suite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,17 +22,42 @@ class Listed:
     name: str
     title: str
     where: str
-    """Table of the paper."""
-    questions: int
+    """Table of the paper, or `scale`."""
+    questions: int | None
+    """None where they are drawn when the suite is built."""
     metric: str
     task: str
     """lmms-eval's task, or ours."""
     here: bool
-    """Whether its annotations are in the data root."""
+    """Whether its annotations are in the data root, or the suite is built."""
 
 
-def listed(root: Path) -> list[Listed]:
-    """All benchmarks, in the paper's order."""
+def listed(root: Path, world: Path) -> list[Listed]:
+    """All benchmarks in the paper's order, and the suites of the scale world.
+
+    Args:
+        root: where benchmarks are.
+        world: where the scale world is built.
+    """
+    return [*_benchmarks(root), *_world(world)]
+
+
+def _world(world: Path) -> list[Listed]:
+    return [
+        Listed(
+            name=one.name,
+            title=suite_title(one.name),
+            where="scale",
+            questions=None,
+            metric=one.metric,
+            task="ours",
+            here=(world / "test" / f"{one.name}.jsonl").is_file(),
+        )
+        for one in EVALUABLE.values()
+    ]
+
+
+def _benchmarks(root: Path) -> list[Listed]:
     return [
         Listed(
             name=one.name,
@@ -46,7 +74,7 @@ def listed(root: Path) -> list[Listed]:
 
 def groups() -> Iterator[str]:
     """Names that stand for several benchmarks, one line each."""
-    for name, members in suites().items():
+    for name, members in (suites() | {ALL_SUITES: tuple(SUITES)}).items():
         yield f"{name}: {', '.join(members)}"
 
 
@@ -56,8 +84,12 @@ def describe(name: str, root: Path) -> Iterator[str]:
     Raises:
         PreflightError: there is no such benchmark.
     """
+    if name in EVALUABLE:
+        yield from _of_the_world(EVALUABLE[name])
+        return
     if name not in BENCHMARKS:
-        raise PreflightError(f"Unknown benchmark {name!r}. {nearest(name, BENCHMARKS)}")
+        known = [*BENCHMARKS, *EVALUABLE]
+        raise PreflightError(f"Unknown benchmark {name!r}. {nearest(name, known)}")
     one = BENCHMARKS[name]
     folder = root / one.home
     files = annotation_files(one, folder)
@@ -72,10 +104,29 @@ def describe(name: str, root: Path) -> Iterator[str]:
     yield f"metric     {one.metric}"
     yield from (f"scorer     {source}" for source in sources(one.scorer))
     yield f"task       {task(one)}. {one.reason}"
+    if one.verdict:
+        yield f"verdict    {one.verdict}"
     if one.not_comparable:
         yield f"compare    not with the paper: {one.not_comparable}"
     yield from _preset("paper", one.paper)
     yield from _preset("official", one.official)
+
+
+def _of_the_world(one: Suite) -> Iterator[str]:
+    """What a suite of the scale world asks; it is drawn here, and needs no data."""
+    lengths = ", ".join(
+        f"{seconds} s {100 * share:.0f} %" for seconds, share in one.lengths.items()
+    )
+    brief = one.name not in SUITES
+    yield f"{suite_title(one.name)} ({one.name}), of the scale world"
+    yield f"videos     {one.videos}: {lengths}"
+    yield f"questions  at most {one.questions_per_video} a video: {', '.join(one.families)}"
+    yield f"metric     {one.metric}"
+    building = (
+        "python -m internvideo3.tasks.brief" if brief else f"internvideo3 world build {one.name}"
+    )
+    yield f"get        {building}"
+    yield from (f"scorer     {source}" for source in sources(one.name))
 
 
 def _counted(one: Benchmark) -> str:

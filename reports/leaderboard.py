@@ -71,6 +71,10 @@ class Table:
         every = dict.fromkeys(reason for cell in cells for reason in cell.reasons)
         return {reason: number for number, reason in enumerate(every, start=1)}
 
+    def marks(self, one: OurCell) -> list[int]:
+        """The numbers of a score's reasons, in order."""
+        return sorted(self.reasons[why] for why in one.reasons)
+
     @property
     def name(self) -> str:
         """Its heading."""
@@ -110,9 +114,7 @@ def _row(system: System, summary: Summary, number: int, columns: Sequence[str]) 
     found = [cells[column].cell.value if column in cells else None for column in single]
     values = [value for value in found if value is not None]
     whole = AVERAGE in columns and len(values) == len(single)
-    return OurRow(
-        system=system, cells=cells, average=sum(values) / len(values) if whole else None
-    )
+    return OurRow(system=system, cells=cells, average=sum(values) / len(values) if whole else None)
 
 
 def _cells(system: System, summary: Summary, number: int) -> Iterator[tuple[str, OurCell]]:

@@ -118,7 +118,7 @@ def _marked(
     one = row.cells.get(column)
     if one is None:
         return quote(not_run(row, column))
-    numbers = ",".join(map(str, sorted(table.reasons[why] for why in one.reasons)))
+    numbers = ",".join(map(str, table.marks(one)))
     value = f"{wording.percent(one.cell.value)} ({interval(one)})"
     return quote(one.cell.instead or value) + (mark.format(numbers) if numbers else "")
 

@@ -58,8 +58,11 @@ class Sample:
 
     @property
     def unread(self) -> bool:
-        """Whether text came back and no answer could be read from it, whatever the rule makes of
-        that: 0, no place in the average, or, where the truth is not public, nothing to submit."""
+        """Whether text came back and no answer could be read from it.
+
+        The rule may make that a 0, leave it out of the average, or, where the truth is not public,
+        have nothing to submit.
+        """
         hidden = self.official.outcome is Outcome.NO_TRUTH and self.official.parsed is None
         return hidden or self.official.outcome in (Outcome.UNREADABLE, Outcome.DROPPED)
 

@@ -212,8 +212,10 @@ def _plural(number: int, noun: str) -> str:
 
 
 def _comparable(summary: Summary) -> list[tuple[str, str]]:
-    """Return (reason, of which suites) for every reason why numbers cannot be set beside the
-    paper's; no suites where it holds for everything."""
+    """Return why numbers cannot be set beside the paper's, as (reason, of which suites).
+
+    No suites are named where it holds for everything.
+    """
     found: dict[str, set[str]] = {}
     ran: set[str] = set()
     for system in summary.systems:

@@ -43,6 +43,8 @@ LABEL_IN = 1.2
 LABEL_CHARACTERS = 18
 """Widest line of a row's label; longer ones are broken, at most to `LABEL_LINES`."""
 LABEL_LINES = 3
+TITLE_CHARACTERS = 42
+"""Longest title in full size; longer ones are set smaller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +305,8 @@ def _broken(label: str) -> str:
 
 
 def _left_title(figure: Figure, title: str) -> None:
-    figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=9.5, fontweight="bold")
+    size = 9.5 * min(1.0, TITLE_CHARACTERS / max(1, len(title)))
+    figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=size, fontweight="bold")
 
 
 def _tokens(count: float) -> str:

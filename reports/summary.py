@@ -280,7 +280,8 @@ def summarise(runs: Sequence[Run]) -> Summary:
     notes += [note for run in runs for note in _unscored_notes(run)]
     notes += [f"{run.id}: {suite}: {note}" for run in runs for suite, note in _oddities(run)]
     suites = tuple(_suite(name, systems) for name in ordered)
-    notes += [note for suite in suites for note in _cell_notes(suite)]
+    notes += [note for suite in suites for note in _caveats(suite)]
+    notes += _few_videos(suites)
     summary = Summary(systems=systems, suites=suites, notes=tuple(notes))
     twice = [s.name for s in suites if s.scored and s not in summary.averaged]
     if twice:
@@ -295,16 +296,22 @@ def _oddities(run: Run) -> Iterator[tuple[str, str]]:
         yield from ((suite, str(note)) for note in described.get("notes", ()))
 
 
-def _cell_notes(suite: SuiteSummary) -> Iterator[str]:
-    """What readers of a suite's numbers must know."""
+def _caveats(suite: SuiteSummary) -> Iterator[str]:
     for system, cell in suite.cells.items():
         if cell.caveat:
             plain = "" if cell.plain is None else f"; the plain score is {100 * cell.plain:.1f}"
             yield f"{system}: {suite.name}: {cell.caveat}{plain}"
-    few = [c.videos for c in suite.cells.values() if c.interval and c.videos < FEW_VIDEOS]
+
+
+def _few_videos(suites: Sequence[SuiteSummary]) -> Iterator[str]:
+    """Say which intervals are over so few videos that they are rough."""
+    fewest = {
+        suite.name: min((c.videos for c in suite.cells.values() if c.interval), default=FEW_VIDEOS)
+        for suite in suites
+    }
+    few = [f"{name} ({count})" for name, count in fewest.items() if count < FEW_VIDEOS]
     if few:
-        videos = "a single video" if min(few) == 1 else f"{min(few)} videos"
-        yield f"{suite.name}: an interval over {videos} is a rough one"
+        yield f"rough intervals, over fewer than {FEW_VIDEOS} videos: {', '.join(few)}"
 
 
 def _systems(runs: Sequence[Run]) -> list[System]:

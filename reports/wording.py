@@ -49,16 +49,15 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def marked(cell: "Cell") -> str:
-    """Return a score in percent: `≈` before one that guessing reaches, `†` after one with a
-    caveat."""
+    """Return a score in percent, after `≈` where guessing reaches it, before `†` with a caveat."""
     floor = "≈" if cell.above_floor is False else ""
     return f"{floor}{percent(cell.value)}{'†' if cell.caveat else ''}"
 
 
 def further(numbers: Mapping[str, float]) -> list[str]:
-    """Return a benchmark's other numbers, `R1@0.5 61.2`; those in `COUNTS` as they are."""
+    """Return a benchmark's other numbers, `R1@0.5: 61.2`; those in `COUNTS` as they are."""
     return [
-        f"{name} {number:g}" if name in COUNTS else f"{name} {percent(number)}"
+        f"{name}: {number:g}" if name in COUNTS else f"{name}: {percent(number)}"
         for name, number in numbers.items()
     ]
 

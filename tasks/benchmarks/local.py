@@ -47,6 +47,8 @@ class Local:
     """Media that the documents name and the folder lacks, as paths below it."""
     digest: str
     """SHA-256 of the annotation files' content."""
+    notes: tuple[str, ...] = ()
+    """What is odd about the documents, in words."""
 
 
 def data_root(root: str | Path | None = None) -> Path:
@@ -107,7 +109,33 @@ def load_local(
         docs=tuple(_distinct(docs)),
         missing=tuple(sorted(missing)),
         digest=_digest(files),
+        notes=(*_absent_parts(benchmark, files), *_impossible(benchmark, docs)),
     )
+
+
+def _absent_parts(benchmark: Benchmark, files: Sequence[Path]) -> Iterator[str]:
+    """Say which of several annotation files, or folders of them, are not there."""
+    here = {name for path in files for name in (path.stem, path.parent.name)}
+    absent = [part for part in benchmark.data.parts if part not in here]
+    if absent and "annotations" not in here:
+        yield f"no annotations of {', '.join(absent)}"
+
+
+def _impossible(benchmark: Benchmark, docs: Sequence[Raw]) -> Iterator[str]:
+    """Say which documents nobody can answer rightly; published data has some."""
+    impossible = [
+        doc["id"]
+        for doc in docs
+        if doc["options"]
+        and (letter := truth_of(benchmark.scorer, doc["doc"])) is not None
+        and letter_index(letter, len(doc["options"])) is None
+    ]
+    if impossible:
+        yield (
+            f"the right answer of {len(impossible)} questions is none of their options, so that "
+            f"every reply to them is wrong: {', '.join(impossible[:3])}"
+            + (", ..." if len(impossible) > 3 else "")
+        )
 
 
 def _check_subtitles(benchmark: Benchmark, raws: Sequence[Raw], folder: Path) -> None:

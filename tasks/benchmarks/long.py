@@ -329,6 +329,8 @@ VRBENCH = Benchmark(
     "once for its judge; ours rates the reasoning of the same reply, and only by `judge`.",
     not_comparable="no script was published, and whether the paper's number is multiple choice or "
     "the judged overall is unknown",
+    verdict="the score is the multiple-choice half; the reasoning is rated by a judge, "
+    "`internvideo3 judge`, and its mean stands beside the score",
     kept=(
         *("options", "answer", "reasoning_type", "question", "original_answer"),
         *("reasoning_process", "judge_summary"),
@@ -371,6 +373,10 @@ def _egoschema(name: str, title: str, questions: int, note: str, reason: str) ->
         lmms=Lmms(yaml=f"egoschema/{name}.yaml"),
         reason=reason,
         not_comparable="" if full else "500 of the 5,031 questions; the paper has all of them",
+        verdict="there is no score here, since the answers are not public: the run leaves a "
+        "submission file for the benchmark's server"
+        if full
+        else "",
         kept=("option", "answer", "video_idx"),
         identify=lambda doc: str(doc.get("question_idx") or doc["video_idx"]),
         videos=lambda doc: (f"{doc['video_idx']}.mp4",),

@@ -74,6 +74,8 @@ class Data:
     """Size of the published archive of videos of all splits; None where it is not known."""
     annotations: tuple[str, ...] = ("annotations.*",)
     """Names of the annotation files below the folder, as patterns; json, jsonl, csv or parquet."""
+    parts: tuple[str, ...] = ()
+    """Stems of the published annotation files, where each holds a part of the questions."""
     read: Callable[[str, Any], Iterator[Raw]] | None = None
     """(file's stem, its rows) → documents, where the file has another layout than a row each."""
     complete: Callable[[Sequence[Raw]], Iterator[Raw]] | None = None
@@ -135,6 +137,8 @@ class Benchmark:
     """Table and column of the paper."""
     not_comparable: str = ""
     """Why even a full run under `paper` cannot be set beside the paper's number."""
+    verdict: str = ""
+    """Who has the last word on answers, where it is not the run: a server, a judge."""
     folder: str = ""
     """Folder below the data root; the name by default."""
     kept: tuple[str, ...]

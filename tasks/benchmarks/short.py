@@ -5,6 +5,7 @@ from .protocol import LMMS, SCRIPTS, Benchmark, Data, Doc, Lmms, Preset, tokens
 
 _OPEN = "leaves frames open; Qwen3-VL's own sampling"
 _WHOLE_VIDEO = "The pixel bounds are of a whole video, as the script sets them."
+_JUDGED = "a reply that no rule matches waits for a judge, `internvideo3 judge`"
 _MVBENCH_FOLDERS = {
     "object_interaction": "star/Charades_segment",
     "action_sequence": "star/Charades_segment",
@@ -123,6 +124,7 @@ MVBENCH = Benchmark(
         licence="as on the data set's page; videos of eleven sources",
         get="Hugging Face OpenGVLab/MVBench, revision `video`",
         annotations=("annotations.*", "json/*.json", "*.json", "*/*.parquet"),
+        parts=tuple(_MVBENCH_FOLDERS),
         read=layouts.mvbench,
     ),
     paper=Preset(
@@ -178,6 +180,7 @@ TOMATO = Benchmark(
         note="16 frames spread over the video, as TOMATO's paper has it.",
     ),
     reason='lmms-eval\'s parser reads "D. Counter-clockwise" as C and "Answer: C" as A.',
+    verdict=_JUDGED,
     kept=("options", "answer", "reason_type", "demonstration_type"),
     identify=lambda doc: f"{doc['reason_type']}/{doc['key']}/{doc['question'][:80]}",
     videos=lambda doc: (f"{doc['demonstration_type']}/{doc['key']}.mp4",),
@@ -259,6 +262,7 @@ def _tempcompass(name: str, title: str, questions: int, patterns: tuple[str, ...
         ),
         reason="lmms-eval sends what its rules do not match to a network judge, eleven times, and "
         "then gives 0; ours counts it as judge needed, and asks only where `judge` is run.",
+        verdict=_JUDGED + ("; so does every caption" if whole else ""),
         kept=("qtype", "question", "answer", "dim", "mc_question", "mc_answer"),
         identify=_tempcompass_id,
         videos=lambda doc: (f"{doc['video_id']}.mp4",),

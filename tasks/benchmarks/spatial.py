@@ -188,6 +188,7 @@ DSI_BENCH = Benchmark(
         licence="as on the data set's page",
         get="Hugging Face Viglong/DSI-Bench: four csv files and four folders of videos",
         annotations=("metadatas/*.csv", "std.csv", "reverse.csv", "hflip.csv", "reverse_hflip.csv"),
+        parts=("std", "reverse", "hflip", "reverse_hflip"),
         read=layouts.dsi_bench,
     ),
     paper=Preset(

@@ -1,6 +1,7 @@
 """A benchmark's protocol in words, and all of them as a table for the documentation."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from .catalogue import BENCHMARKS
 from .protocol import TOKEN_PIXELS, Benchmark, Preset
@@ -36,7 +37,10 @@ def _count(pixels: int) -> str:
 
 def table() -> str:
     """The Markdown table of all benchmarks."""
-    head = ("suite", "benchmark", "paper", "questions", "metric", "`paper` preset", "task", "why")
+    head = (
+        *("suite", "benchmark", "paper", "questions", "metric"),
+        *("`paper` preset", "`official` preset", "task", "why"),
+    )
     lines = [head, ("---",) * len(head), *_rows()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
@@ -44,6 +48,20 @@ def table() -> str:
 def _rows() -> Iterator[tuple[str, ...]]:
     for one in BENCHMARKS.values():
         count = f"{one.data.questions:,}{'' if one.data.counted == 'verified' else ' (stated)'}"
-        setting = f"{sampling(one.paper)}, {one.paper.max_new_tokens} new tokens"
+        paper, official = _setting(one.paper), _setting(one.official)
+        if _asked(one.paper) == _asked(one.official):
+            official = "the same"
+        elif paper == official:
+            official = "the same, but another prompt"
         run = f"`{one.lmms.yaml}`" if one.lmms else "ours"
-        yield f"`{one.name}`", one.title, place(one), count, one.metric, setting, run, one.reason
+        start = (f"`{one.name}`", one.title, place(one), count, one.metric)
+        yield (*start, paper, official, run, one.reason)
+
+
+def _setting(preset: Preset) -> str:
+    return f"{sampling(preset)}, {preset.max_new_tokens} new tokens"
+
+
+def _asked(preset: Preset) -> Preset:
+    """A preset without what is written about it."""
+    return replace(preset, source="", note="")

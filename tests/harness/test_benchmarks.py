@@ -26,8 +26,10 @@ from internvideo3.harness.preflight import PreflightError, suite_names
 from internvideo3.harness.recorder import ErrorBudgetError
 from internvideo3.harness.rescore import rescore
 from internvideo3.harness.store import read_rows
+from internvideo3.reports.summary import summarise_paths
 from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS
 from internvideo3.tasks.benchmarks.wording import table
+from internvideo3.tasks.brief import EVALUABLE
 from internvideo3.tasks.scoring import aggregate, score
 from internvideo3.tasks.scoring.result import Score
 
@@ -442,6 +444,56 @@ def test_check_lists_what_is_missing_and_what_it_will_cost(
     assert "1 of 3 suites are ready." in done.output
 
 
+def test_check_needs_no_model_and_tells_what_is_known_without_annotations(tmp_path: Path) -> None:
+    told = check_of("egoschema,tempcompass,timelens_charades", tmp_path)
+    assert "no --model is given" in told
+    assert told.count("comparable with the paper, once all of it is answered") >= 1
+    assert "there is no score here, since the answers are not public" in told
+    assert "a reply that no rule matches waits for a judge, `internvideo3 judge`" in told
+    part = check_of("egoschema", tmp_path, "--limit", "5", "--fps", "1")
+    assert "not comparable with the paper: 5 of 5,031 questions; frames a second were" in part
+    done = CliRunner().invoke(cli.app, ["eval", "--suite", "egoschema"])
+    assert done.exit_code == 2 and "An evaluation needs a model" in done.output
+
+
+def check_of(suites: str, data: Path, *more: str) -> str:
+    """What `--check` says, on one line."""
+    command = ["eval", "--suite", suites, "--data", str(data), "--check", *more]
+    return " ".join(CliRunner().invoke(cli.app, command).output.split())
+
+
+def test_check_compares_what_is_there_with_what_is_published(data: Path, tmp_path: Path) -> None:
+    told = check_of("mvbench,videomme", data, "--subtitles", "on")
+    assert "MVBench (mvbench): ready, a part of it" in told
+    assert "the annotations hold 3 questions; published are 4,000" in told
+    assert "no annotations of" in told and "counterfactual_inference" in told
+    assert "Video-MME with subtitles (videomme_subtitles): ready, a part of it" in told
+    assert f"{data}: " in told
+    world = check_of("world_long", data, "--root", str(tmp_path / "w"))
+    assert f"{tmp_path / 'w'}: " in world and f"{data}: " not in world
+
+
+def test_a_right_answer_that_is_no_option_is_told(
+    options: EvalOptions, data: Path, tmp_path: Path
+) -> None:
+    """Published data has such questions; a run of thousands does not stop for one of them."""
+    shutil.copytree(data / "vrbench", tmp_path / "vrbench")
+    file = tmp_path / "vrbench/VRBench_eval.jsonl"
+    file.write_text(file.read_text().replace('"answer": "D"', '"answer": "Z"', 1))
+    told = "the right answer of 1 questions is none of their options"
+    assert told in check_of("vrbench", tmp_path)
+    run = replace(options, data=tmp_path, suites=("vrbench",), out=tmp_path / "run")
+    evaluate.evaluate(run)
+    assert any(told in note for note in summarise_paths([run.out]).notes)
+
+
+@pytest.mark.parametrize("suites", ["mvbench", "world_long,short", "scale"])
+def test_subtitles_are_not_asked_of_suites_that_have_none(suites: str) -> None:
+    with pytest.raises(PreflightError, match="has subtitles to show; these have: longvideobench,"):
+        suite_names(suites, "on")
+    assert "videomme_subtitles" in suite_names(f"{suites},videomme", "on")
+
+
 def test_the_estimate_counts_images_and_waits_for_a_slow_decoder(
     options: EvalOptions, data: Path
 ) -> None:
@@ -465,7 +517,9 @@ def test_the_estimate_counts_images_and_waits_for_a_slow_decoder(
 def test_the_list_and_one_benchmark(data: Path) -> None:
     listed = CliRunner().invoke(cli.app, ["suites", "--data", str(data)])
     assert listed.exit_code == 0
-    assert all(name in listed.output for name in BENCHMARKS)
+    assert all(name in listed.output for name in (*BENCHMARKS, *EVALUABLE))
+    world = CliRunner().invoke(cli.app, ["suites", "world_long"])
+    assert "at most 5 a video: needle, order, count, attime" in world.output
     one = CliRunner().invoke(cli.app, ["suites", "qvhighlights", "--data", str(data)])
     assert "highlight_val_release.jsonl" in one.output
     assert "jayleicn/moment_detr@" in one.output

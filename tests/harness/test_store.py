@@ -96,7 +96,8 @@ def test_the_merged_bytes_do_not_depend_on_the_order_of_answering(
 
 
 def test_another_command_is_refused_with_what_differs(tmp_path: Path) -> None:
-    RunStore.open(tmp_path, run_json()).__exit__()
+    with RunStore.open(tmp_path, run_json()) as run:
+        run.add("s", rows("a"), seconds("a"))
     other = run_json(config={"fps": 4.0, "limit": 5}, model={"name": "x", "digest": "def"})
     with pytest.raises(StoreError) as refusal:
         RunStore.open(tmp_path, other)
@@ -106,6 +107,16 @@ def test_another_command_is_refused_with_what_differs(tmp_path: Path) -> None:
     assert 'model.digest: "abc" in the directory, "def" now' in message
     assert "created" not in message
     assert json.loads((tmp_path / "run.json").read_text()) == run_json()
+
+
+def test_a_directory_in_which_nothing_was_answered_is_anybodys(tmp_path: Path) -> None:
+    """As after weights that could not be loaded: the repaired command may use the same --out."""
+    RunStore.open(tmp_path, run_json()).__exit__()
+    other = run_json(config={"fps": 4.0})
+    with pytest.raises(StoreError, match="holds the run of another command"):
+        RunStore.open(tmp_path, other, "rank-0")  # beside processes that may be at work
+    RunStore.open(tmp_path, other).__exit__()
+    assert json.loads((tmp_path / "run.json").read_text()) == other
 
 
 def test_a_resume_by_other_code_is_recorded(tmp_path: Path) -> None:

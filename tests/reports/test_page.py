@@ -16,6 +16,7 @@ from internvideo3.reports.browser import collect
 from internvideo3.reports.page import build_report
 from internvideo3.reports.summary import summarise_paths
 from internvideo3.reports.thumbnails import Thumbnailer, Wanted, moments
+from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS
 
 # The system's Chromium, or else the one that `playwright install chromium` fetched.
 CHROMIUM = (
@@ -238,6 +239,25 @@ def test_a_phone_needs_no_horizontal_scroll(visit: Callable[..., Visit], scheme:
     page.locator("#next").click()
     assert page.locator(".step small").inner_text().startswith("2 /")
     assert seen.trouble == []
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_thirty_suites_stand_below_one_another(
+    browser: Browser, runs: list[Path], tmp_path: Path, width: int
+) -> None:
+    names = [*BENCHMARKS, "videomme_subtitles"]
+    copies = [Path(shutil.copytree(run, tmp_path / run.name)) for run in runs[:2]]
+    for copy in copies:
+        for name in names:
+            shutil.copy(copy / "samples/world_long.jsonl", copy / f"samples/{name}.jsonl")
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(build_report(copies, tmp_path / "page", title="All").as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    rows = page.locator(".board.tall tbody tr")
+    assert rows.count() == len(names) + 2 + 1, "the suites, the world's two, the mean"
+    assert rows.nth(0).locator("td b").count() == 2
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
