@@ -3,6 +3,7 @@
 Nothing heavy is imported at the top, so that `--help` answers at once.
 """
 
+import json
 import os
 import re
 import sys
@@ -1635,7 +1636,8 @@ def _tell_run(summary: "EvalSummary", max_errors: int) -> None:
         _print_runs([summary.run])
     _tell_summary(summary, max_errors)
     for file in sorted((summary.run / "submissions").glob("*.json")):
-        print(f"Answers for the benchmark's server: {file}")
+        count = len(json.loads(file.read_text(encoding="utf-8")))
+        print(f"Answers for the benchmark's server, to {count} questions: {file}")
 
 
 def _tell_summary(summary: "EvalSummary", max_errors: int) -> None:

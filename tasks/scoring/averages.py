@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
-from .result import Doc, Group, Outcome, Row, Rule, TaskResult
+from .result import Doc, Group, Outcome, Row, Rule, Score, TaskResult
 
 LENGTH_BANDS_S = (8.0, 16.0, 32.0, 64.0, 128.0)
 """Upper ends of the bands of video length, in seconds."""
@@ -66,6 +66,12 @@ def field(*names: str) -> Callable[[Doc], tuple[str, ...]]:
     return groups
 
 
+def _unread(score: Score) -> bool:
+    """Whether nothing could be read, also where the truth is hidden; a dropped row is another."""
+    hidden = score.outcome is Outcome.NO_TRUTH and score.parsed is None
+    return hidden or score.outcome is Outcome.UNREADABLE
+
+
 def summarise(
     benchmark: str,
     rows: Sequence[Row],
@@ -101,7 +107,7 @@ def summarise(
         value=mean(score.value for _, score in rows) if value == "mean" else value,
         n=len(rows),
         n_scored=sum(score.value is not None for _, score in rows),
-        unreadable=outcomes[Outcome.UNREADABLE],
+        unreadable=sum(_unread(score) for _, score in rows),
         errors=outcomes[Outcome.ERROR],
         dropped=outcomes[Outcome.DROPPED],
         judge_needed=outcomes[Outcome.JUDGE_NEEDED],

@@ -84,6 +84,8 @@ class TaskResult:
     n_scored: int
     """Rows with a value: the denominator of a plain mean."""
     unreadable: int
+    """Replies that nothing could be read from; those of `dropped` are not among them, those of
+    `no_truth` are."""
     errors: int
     dropped: int = 0
     judge_needed: int = 0

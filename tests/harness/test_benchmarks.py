@@ -238,6 +238,16 @@ def test_answers_without_public_truth_are_written_for_the_server(
     assert not (options.out / "submissions" / "egoschema_subset.json").exists()
 
 
+def test_unreadable_answers_count_where_the_truth_is_hidden(
+    options: EvalOptions, asked: dict[str, Any]
+) -> None:
+    result = json.loads((options.out / "results.json").read_text())["egoschema"]
+    unread = sum(row["official"]["parsed"] is None for row in samples(options, "egoschema"))
+    assert (result["no_truth"], result["unreadable"]) == (2, unread)
+    sent = json.loads((options.out / "submissions/egoschema.json").read_text())
+    assert len(sent) == 2 - unread
+
+
 def test_both_presets_run_and_leave_the_documents_alone(
     options: EvalOptions, tmp_path: Path
 ) -> None:
