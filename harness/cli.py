@@ -681,6 +681,54 @@ def score_command(
         _print_runs([run])
 
 
+@app.command("serve-policy")
+def serve_policy_command(
+    model: ModelOption = "scale:m2la",
+    host: Annotated[str, typer.Option(help="Where to listen; others need a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any that is free.")] = 8001,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder below which trainers may name new weights: their --out, under the same "
+            "path. Default: the weights stay, as a teacher's do."
+        ),
+    ] = None,
+    token_variable: Annotated[
+        str | None,
+        typer.Option(help="Environment variable with the token that clients must send."),
+    ] = None,
+    upload_mb: Annotated[int, typer.Option(min=1, help="Most MiB of one request.")] = 1024,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1. Default: cuda if there is one.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32 (as trainers compute), bfloat16, or auto.")
+    ] = "float32",
+    threads: ThreadsOption = 1,
+) -> None:
+    """Serve a policy or a teacher to trainers: ids and frames in, ids and log-probabilities out.
+
+    A GSPO or OPD stage with `rollouts: http://HOST:8001/v1` samples here, and pushes its weights
+    before each step; `teacher: http://HOST:8001/v1` has the model here judge the student's tokens.
+    On one machine the result is the same to the bit as without a server.
+
+    [bold]Examples[/bold]
+
+      internvideo3 serve-policy --model scale:control
+
+      internvideo3 serve-policy --model scale:m2la --weights runs/train
+    """
+    with _errors_in_words(Path()):
+        from internvideo3.harness.serving.command import PolicyOptions, serve_policy
+
+        options = PolicyOptions(
+            model=model, host=host, port=port, weights=weights, token_variable=token_variable,
+            upload_mb=upload_mb, device=_device(device),
+            dtype=_one_of("--dtype", dtype, ("auto", "float32", "bfloat16")), threads=threads,
+        )  # fmt: skip
+        serve_policy(options, lambda line: print(line, flush=True))
+
+
 @app.command("judge")
 def judge_command(
     run: Annotated[Path, typer.Argument(help="Run directory of an earlier eval.")],

@@ -185,6 +185,30 @@ class Session:
         self.prefill()
         return len(ids)
 
+    def append_piece(self, piece: Piece) -> int:
+        """Appends token ids together with their media and prefills them at once.
+
+        Returns:
+            Number of tokens appended.
+
+        Raises:
+            PromptError: the vision tokens are not as many as the media have.
+        """
+        config, merged = self.model.config, self.model.config.vision_config.spatial_merge_size**2
+        for kind, token in (("image", config.image_token_id), ("video", config.video_token_id)):
+            places = piece.ids.count(token)
+            seen = sum(int(m.grid_thw.prod()) // merged for m in piece.media if m.kind == kind)
+            if places != seen:
+                raise PromptError(
+                    f"the ids have {places} {kind} tokens, and their media make {seen}; tokenise "
+                    "the prompt with the processor of this model, at the same frame size."
+                )
+        self._pending += piece.ids
+        self._tail = ""
+        self._reply_open = False
+        self._prefill(piece.media)
+        return len(piece.ids)
+
     def log_likelihood(self, ids: Sequence[int]) -> float:
         """Natural logarithm of the probability that `ids` follow, in one pass on a fork.
 

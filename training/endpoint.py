@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,10 @@ class Endpoint:
     first_wait_s: float = 1.0
     """Wait before the second attempt; it doubles from attempt to attempt."""
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False, compare=False)
+
+    def beside_version(self) -> Endpoint:
+        """The same server's paths beside `/v1`."""
+        return replace(self, url=self.url.rstrip("/").removesuffix("/v1"))
 
     def write(
         self,

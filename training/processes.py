@@ -88,6 +88,14 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
+    def from_first(self, value: str) -> str:
+        """The first process's text, on every process."""
+        if self.count == 1:
+            return value
+        told = [value]
+        dist.broadcast_object_list(told, src=0)
+        return told[0]
+
     def leave(self) -> None:
         """Ends the group, if there is one."""
         if self.count > 1:

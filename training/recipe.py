@@ -187,6 +187,10 @@ class Gspo(StageOptions):
     group: Annotated[int, Field(ge=2)]
     """Responses sampled for each prompt."""
     max_new_tokens: Annotated[int, Field(ge=1)]
+    rollouts: str | None = None
+    """Address of a server that samples the responses (`internvideo3 serve-policy`), or several with
+    commas between, dealt out to the processes; None: they are sampled in the processes themselves.
+    It does not decide what is sampled."""
     updates: Annotated[int, Field(ge=1)] = 1
     """Optimiser updates on one batch of responses; the clipped ratio acts from the second on."""
     clip_low: Annotated[float, Field(gt=0)] = 3e-4
@@ -207,6 +211,10 @@ class Opd(StageOptions):
     group: Annotated[int, Field(ge=1)] = 1
     """Responses sampled for each prompt."""
     max_new_tokens: Annotated[int, Field(ge=1)]
+    rollouts: str | None = None
+    """Address of a server that samples the responses (`internvideo3 serve-policy`), or several with
+    commas between, dealt out to the processes; None: they are sampled in the processes themselves.
+    It does not decide what is sampled."""
     top_k: Annotated[int, Field(ge=1)] | None = None
     """Divergence over the student's likeliest tokens and one bucket for the rest; None: exact."""
     chunk: Annotated[int, Field(ge=1)] = 1024
@@ -295,6 +303,10 @@ def _checked(name: str, merged: dict[str, Any]) -> Recipe:
         raise RecipeError(f"recipe {name}:\n{told}") from None
 
 
+ELSEWHERE = frozenset({"rollouts"})
+"""Options that say where something is computed, and do not decide the weights."""
+
+
 def stage_digest(
     stage: StageOptions | Convert, seed: int, start: str, teacher: str | None = None
 ) -> str:
@@ -313,7 +325,8 @@ def stage_digest(
     """
     files = stage.data.files if isinstance(stage.data, ChatData) else {}
     rows = {name: _file_digest(Path(name)) for name in files}
-    decides = [_without_none(asdict(stage)), seed, start, rows, teacher]
+    options = {key: one for key, one in asdict(stage).items() if key not in ELSEWHERE}
+    decides = [_without_none(options), seed, start, rows, teacher]
     text = json.dumps(decides, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,18 +1,27 @@
-"""A teacher behind a server: log-probabilities of the ids that the student sampled.
+"""A teacher, or the policy itself, behind a server (`internvideo3 serve-policy` is one).
 
-The request is OpenAI's legacy completion with `echo`: `prompt` (ids), `max_tokens` 0, `logprobs`
-0, and beside it `videos`, the very frames that the student saw, so that the teacher is not blind.
-The reply has `choices[0].logprobs.tokens` and `.token_logprobs`, one of each for each id. The
-tokens (as the vocabulary spells them, as text, or as `token_id:ID`) are compared with ours: a
-teacher with other token ids would judge other words. Its probabilities are over the whole
-vocabulary, the student's over what it may sample.
+**Teacher**: log-probabilities of the ids that the student sampled. The request is OpenAI's legacy
+completion with `echo`: `prompt` (ids), `max_tokens` 0, `logprobs` 0, and beside it `videos`, the
+very frames that the student saw, so that the teacher is not blind. The reply has
+`choices[0].logprobs.tokens` and `.token_logprobs`, one of each for each id. The tokens (as the
+vocabulary spells them, as text, or as `token_id:ID`) are compared with ours: a teacher with other
+token ids would judge other words. Its probabilities are over the whole vocabulary, the student's
+over what it may sample.
+
+**Rollouts**: the same request without `echo`, with `n`, `seed`, `temperature` 1, and `logit_bias`
+-100 for the ids that are never sampled. The reply's choices have `token_ids` and `token_logprobs`;
+its `system_fingerprint` is the digest of the weights that sampled. Before each step the trainer
+writes its weights as a checkpoint and names the folder to `update_weights_from_disk` (a path that
+SGLang has too); a server that came back with older weights is given them again.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +29,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from internvideo3.model.prompt import Prompter
 from internvideo3.tasks.video import Frames
 from internvideo3.training.documents import Prompt
 from internvideo3.training.endpoint import Endpoint, EndpointError
@@ -75,6 +85,124 @@ class RemoteTeacher:
     def _is(self, token_id: int, ours: str, theirs: str) -> bool:
         """Whether a server's token is the one of an id."""
         return theirs in (ours, f"token_id:{token_id}", self.tokenizer.decode([token_id]))
+
+
+@dataclass(frozen=True)
+class PushedWeights:
+    """A checkpoint that a server was told to answer with."""
+
+    endpoint: Endpoint
+    folder: Path
+    """Which the server sees under the same path."""
+    digest: str
+    """Of its weights."""
+
+    def push(self) -> None:
+        """Tell the server.
+
+        Raises:
+            EndpointError: It does not answer, cannot read the folder, or read something else.
+        """
+        beside = self.endpoint.beside_version()
+        reply = beside.post("update_weights_from_disk", {"model_path": str(self.folder)})
+        found = reply.get("digest") if isinstance(reply, dict) else None
+        if found not in (None, self.digest):
+            raise EndpointError(
+                f"{self.endpoint.url} read other weights from {self.folder} ({found:.12}, not "
+                f"{self.digest:.12}): it must see the trainer's disk under the same path."
+            )
+
+
+@dataclass(frozen=True)
+class RemoteSampler:
+    """Samples responses through an endpoint, from weights that were pushed to it."""
+
+    weights: PushedWeights
+    prompter: Prompter
+    barred: tuple[int, ...]
+    max_new_tokens: int
+
+    def sample(self, prompt: Prompt, count: int, seed: int) -> list[Response]:
+        """Answer a prompt `count` times.
+
+        Raises:
+            EndpointError: The server does not answer, in another form, or keeps to other weights.
+        """
+        ids = self.prompter.piece(prompt.text, [prompt.frames]).ids
+        body = {
+            "prompt": ids, "videos": [encoded(prompt.frames)], "n": count, "seed": seed,
+            "temperature": 1.0, "max_tokens": self.max_new_tokens, "logprobs": 0,
+            "logit_bias": {str(one): -100 for one in self.barred}, "return_token_ids": True,
+        }  # fmt: skip
+        reply = self.weights.endpoint.post("completions", body)
+        if self._older(reply):
+            self.weights.push()
+            reply = self.weights.endpoint.post("completions", body)
+        if self._older(reply):
+            raise EndpointError(
+                f"{self.weights.endpoint.url} samples from weights "
+                f"{reply['system_fingerprint']:.12}, the policy's are {self.weights.digest:.12}. "
+                "Does another trainer push to it?"
+            )
+        return self._responses(reply, count)
+
+    def _older(self, reply: Any) -> bool:
+        told = reply.get("system_fingerprint") if isinstance(reply, dict) else None
+        return told not in (None, self.weights.digest)
+
+    def _responses(self, reply: Any, count: int) -> list[Response]:
+        try:
+            made = [self._response(choice) for choice in reply["choices"]]
+        except (LookupError, TypeError, ValueError) as error:
+            raise EndpointError(
+                f"{self.weights.endpoint.url} gives no sampled ids with their log-probabilities "
+                f"(return_token_ids, logprobs): {reply!r:.300}"
+            ) from error
+        if len(made) != count or not all(one.ids for one in made):
+            raise EndpointError(
+                f"{self.weights.endpoint.url} gave {len(made)} responses of "
+                f"{[len(one.ids) for one in made]} tokens; {count} were asked for."
+            )
+        return made
+
+    def _response(self, choice: Mapping[str, Any]) -> Response:
+        ids = tuple(map(int, choice["token_ids"]))
+        logps = tuple(map(float, choice["logprobs"]["token_logprobs"]))
+        if len(ids) != len(logps):
+            raise ValueError("as many log-probabilities as ids are needed")
+        text = self.prompter.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return Response(ids, logps, text)
+
+
+def decoded(video: Mapping[str, Any]) -> Frames:
+    """What `encoded` made of frames.
+
+    Raises:
+        ValueError: It is no such thing.
+    """
+    try:
+        pictures = [_picture(one) for one in video["frames"]]
+        return Frames(
+            pixels_THWC=np.stack(pictures),
+            indices=tuple(map(int, video["indices"])),
+            source_fps=float(video["source_fps"]),
+            total_frames=int(video["total_frames"]),
+            duration_s=int(video["total_frames"]) / float(video["source_fps"]),
+            digest="",
+        )
+    except (KeyError, TypeError, OSError, ValueError, ArithmeticError) as error:
+        raise ValueError(
+            f"a video needs frames (pictures of one size, base64), indices, source_fps and "
+            f"total_frames: {error}"
+        ) from error
+
+
+def _picture(text: str) -> np.ndarray[Any, Any]:
+    content = base64.b64decode(text, validate=True)
+    try:
+        return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from error
 
 
 def encoded(frames: Frames) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Responses of the policy to a prompt, sampled in a session with a fork for each.
 
+A `Sampler` has the policy in this process; `remote.RemoteSampler` asks a server that has it.
+
 Vision ids are barred: a policy that says one could not be continued. The log-probabilities are of
 the sampled ids under the barred distribution at temperature 1, which is what training recomputes.
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -28,6 +30,17 @@ class Response:
     """Without special tokens."""
 
 
+class Samples(Protocol):
+    """Who samples responses."""
+
+    @property
+    def barred(self) -> tuple[int, ...]:
+        """Ids that are never sampled."""
+
+    def sample(self, prompt: Prompt, count: int, seed: int) -> list[Response]:
+        """Answer a prompt `count` times."""
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Samples responses with one model."""
@@ -37,11 +50,19 @@ class Sampler:
     barred: tuple[int, ...]
     max_new_tokens: int
 
-    @torch.no_grad()
+    def session(self) -> Session:
+        """An empty context; frames come as they are to be seen."""
+        return Session(self.model, self.processor, media_options={"do_resize": False})
+
     def sample(self, prompt: Prompt, count: int, seed: int) -> list[Response]:
         """Answer a prompt `count` times; the prompt is encoded once."""
-        trunk = Session(self.model, self.processor, media_options={"do_resize": False})
+        trunk = self.session()
         trunk.append_text(prompt.text, [prompt.frames])
+        return self.answers(trunk, count, seed)
+
+    @torch.no_grad()
+    def answers(self, trunk: Session, count: int, seed: int) -> list[Response]:
+        """Continue a context `count` times; equal seeds give equal ids."""
         return [self._one(trunk.fork(), seed * 4099 + n) for n in range(count)]
 
     def _one(self, session: Session, seed: int) -> Response:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from internvideo3.model.checkpoint import load_model, resolve_checkpoint, weights_digest
+from internvideo3.model.prompt import Prompter
 from internvideo3.training.captions import WorldCaptions
 from internvideo3.training.chat import ChatDocuments
 from internvideo3.training.checkpoints import CheckpointMismatchError
@@ -38,12 +39,12 @@ from internvideo3.training.recipe import (
     require,
     stage_digest,
 )
-from internvideo3.training.remote import RemoteTeacher
+from internvideo3.training.remote import PushedWeights, RemoteSampler, RemoteTeacher
 from internvideo3.training.rollouts import Sampler
 from internvideo3.training.sources import documents_of
 from internvideo3.training.stages.convert import convert
 from internvideo3.training.stages.cpt import CptStage
-from internvideo3.training.stages.gspo import GspoStage
+from internvideo3.training.stages.gspo import GspoStage, SamplerOf
 from internvideo3.training.stages.opd import OpdStage, check_teacher
 from internvideo3.training.stages.sft import SftStage
 
@@ -64,6 +65,10 @@ def quiet(name: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
 
 
+ROLLOUT_S = 3600.0
+"""Longest wait for the responses to one prompt, or for weights to be read."""
+PUSHED = "pushed"
+"""Folder of a stage with the weights that a server samples from."""
 Place = Callable[[int, str, str], str]
 """(number of a stage from 1, its name, its digest) → the name of its folder."""
 
@@ -167,7 +172,7 @@ class Job:
             model, train_vision=options.train_vision, recompute=options.recompute,
             backend=options.attention, sharing=group.sharing,
         )  # fmt: skip
-        stage = build_stage(options, processor, policy, self.seed, group)
+        stage = build_stage(options, processor, policy, self.seed, group, self.folder)
         loop = Loop(
             self.name, options, stage, policy, self.folder, self.digest, self.seed, group, progress
         )
@@ -176,6 +181,8 @@ class Job:
             return False
         self._probe("after CPT", policy, processor, group)
         _export(self.folder, policy, processor, self.digest, group)
+        if group.first:
+            shutil.rmtree(self.folder / PUSHED, ignore_errors=True)
         return True
 
     def _describe(self) -> None:
@@ -196,9 +203,19 @@ class Job:
 
 
 def build_stage(
-    options: StageOptions, processor: Any, policy: Policy, seed: int, group: Processes
-) -> Stage:
-    """The stage that the options describe, before the policy is sharded."""
+    options: StageOptions, processor: Any, policy: Policy, seed: int, group: Processes,
+    folder: Path | None = None,
+) -> Stage:  # fmt: skip
+    """The stage that the options describe, before the policy is sharded.
+
+    Args:
+        options: Of the stage.
+        processor: The policy's.
+        policy: What learns.
+        seed: Of the recipe.
+        group: The processes that train.
+        folder: The stage's, where weights for a server are written; needed with `rollouts`.
+    """
     data = require(options.data, "data")
     if isinstance(options, Cpt) and isinstance(data, WorldData):
         captions = WorldCaptions(data, processor, seed, options.shares.by_kind())
@@ -209,7 +226,10 @@ def build_stage(
     if isinstance(options, Sft):
         return SftStage(options, documents, group)
     assert isinstance(options, Gspo | Opd)
-    sampler_of = _sampler_of(policy, processor, options.max_new_tokens, group)
+    if options.rollouts:
+        sampler_of = _remote_sampler_of(options, processor, require(folder, "folder"), group)
+    else:
+        sampler_of = _sampler_of(policy, processor, options.max_new_tokens, group)
     if isinstance(options, Gspo):
         reference = policy.copied()
         return GspoStage(options, documents, reference, sampler_of, seed, group)
@@ -222,9 +242,7 @@ def build_stage(
     return OpdStage(options, documents, policy.beside(teacher), sampler_of, seed, group)
 
 
-def _sampler_of(
-    policy: Policy, processor: Any, max_new_tokens: int, group: Processes
-) -> Callable[[Policy], Sampler]:
+def _sampler_of(policy: Policy, processor: Any, max_new_tokens: int, group: Processes) -> SamplerOf:
     """Samples with the policy itself, or under FSDP with a whole copy that follows its weights."""
     copy = None if group.count == 1 else policy.copied()
     barred = vision_ids(policy.model, processor)
@@ -238,6 +256,32 @@ def _sampler_of(
     return sampler_of
 
 
+def _remote_sampler_of(
+    options: Gspo | Opd, processor: Any, folder: Path, group: Processes
+) -> SamplerOf:
+    """Samples at servers, to which the policy's weights are pushed before each step."""
+    addresses = [one.strip() for one in str(options.rollouts).split(",")]
+    endpoints = [Endpoint(url=one, model="policy", timeout_s=ROLLOUT_S) for one in addresses]
+    prompter = Prompter(processor, {"do_resize": False})
+
+    def sampler_of(policy: Policy) -> RemoteSampler:
+        weights = group.whole_weights(policy) if group.count > 1 else policy.state_dict()
+        digest = ""
+        if group.first:
+            _write(folder, policy.model, weights, processor, "for a server", PUSHED)
+            digest = weights_digest(folder / PUSHED)
+        digest = group.from_first(digest)
+        pushed = [PushedWeights(one, (folder / PUSHED).resolve(), digest) for one in endpoints]
+        for one in pushed if group.first else []:
+            one.push()
+        group.wait()
+        barred = vision_ids(policy.model, processor)
+        mine = pushed[group.rank % len(pushed)]
+        return RemoteSampler(mine, prompter, barred, options.max_new_tokens)
+
+    return sampler_of
+
+
 def _export(folder: Path, policy: Policy, processor: Any, digest: str, group: Processes) -> None:
     """The trained model as a checkpoint that every command takes; whole or not there."""
     weights = group.whole_weights(policy) if group.count > 1 else policy.state_dict()
@@ -246,8 +290,10 @@ def _export(folder: Path, policy: Policy, processor: Any, digest: str, group: Pr
     group.wait()
 
 
-def _write(folder: Path, model: Any, weights: Any, processor: Any, digest: str) -> None:
-    part = folder / "checkpoint.part"
+def _write(
+    folder: Path, model: Any, weights: Any, processor: Any, digest: str, name: str = "checkpoint"
+) -> None:
+    part = folder / f"{name}.part"
     shutil.rmtree(part, ignore_errors=True)
     named = {key.removeprefix("model."): value.cpu() for key, value in weights.items()}
     if model.config.tie_word_embeddings:
@@ -256,4 +302,5 @@ def _write(folder: Path, model: Any, weights: Any, processor: Any, digest: str) 
     processor.save_pretrained(part)
     (part / "trained.txt").write_text(digest + "\n")
     os.sync()
-    part.rename(folder / "checkpoint")
+    shutil.rmtree(folder / name, ignore_errors=True)
+    part.rename(folder / name)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
-import json
-import re
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -15,13 +12,12 @@ from pathlib import Path
 from typing import Protocol
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from internvideo3.harness.serving.hosts import of_this_machine
+from internvideo3.harness.serving.admission import HANDLERS, admit, json_body
 from internvideo3.harness.serving.jobs import Event, Job, Line, Words
 from internvideo3.harness.serving.studio import Say, Told, Turn
 from internvideo3.harness.serving.videos import Shelf
@@ -41,8 +37,6 @@ from internvideo3.harness.serving.wire import (
 )
 from internvideo3.model.session import Limits
 
-BODY_SECONDS = 120.0
-"""Time in which a body must arrive."""
 LOOK_EVERY_S = 0.25
 """Time between two looks at whether the client is still there."""
 ALIVE_EVERY_S = 15.0
@@ -85,8 +79,16 @@ class Serving:
                 Route("/v1/models/{name:path}", self.model, methods=["GET"]),
                 Route("/v1/chat/completions", self.complete, methods=["POST"]),
             ],
-            exception_handlers={ApiError: _told, HTTPException: _told_http, Exception: _told_any},
+            exception_handlers=HANDLERS,
         )
+
+    def close(self) -> None:
+        """Ends the answer in progress and those that wait."""
+        self.line.close()
+
+    def join(self, seconds: float) -> None:
+        """Waits until nothing is answered any more."""
+        self.line.join(seconds)
 
     async def health(self, request: Request) -> Response:
         """Whether the server is up."""
@@ -94,24 +96,21 @@ class Serving:
 
     async def models(self, request: Request) -> Response:
         """What can be asked."""
-        self._admit(request)
+        admit(request, self.token)
         data = [self._listed(name) for name in self._names()]
         return JSONResponse({"object": "list", "data": data})
 
     async def model(self, request: Request) -> Response:
         """One of them."""
-        self._admit(request)
+        admit(request, self.token)
         return JSONResponse(self._listed(self._known(request.path_params["name"])))
 
     async def complete(self, request: Request) -> Response:
         """Answers a conversation."""
-        self._admit(request)
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            # Anything else could come from a page of another site in the user's browser.
-            raise ApiError(415, "send the request as content-type application/json.")
+        admit(request, self.token)
         with ExitStack() as stack:
             stack.enter_context(self.line.place())
-            asked = read_request(await _body(request, self.upload_bytes))
+            asked = read_request(await json_body(request, self.upload_bytes))
             agentic = self._known(asked.model).endswith(AGENTIC)
             uploads = stack.enter_context(tempfile.TemporaryDirectory(prefix="iv3-upload-"))
             shelf = Shelf(self.folder, Path(uploads))
@@ -173,29 +172,6 @@ class Serving:
         told = asked.stream_options is not None and asked.stream_options.include_usage
         return [writer.chunk({}, finish), *([writer.usage(usage)] if told else []), DONE]
 
-    def _admit(self, request: Request) -> None:
-        """Refuses who may not ask.
-
-        Raises:
-            ApiError: the token is missing or wrong; or, without one, the request is for a name
-                that is not this machine's, as when a page has rebound its own name to it.
-        """
-        if self.token is None:
-            if not of_this_machine(re.sub(r":\d+$", "", request.headers.get("host", ""))):
-                said = "this server answers to localhost only."
-                raise ApiError(403, said, kind="permission_error")
-            return
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        # Headers are bytes, which the framework reads as latin-1.
-        same = hmac.compare_digest(given.strip().encode("latin-1"), self.token.encode())
-        if scheme.lower() != "bearer" or not same:
-            raise ApiError(
-                401,
-                "the token is missing or wrong; send it as Authorization: Bearer ….",
-                kind="authentication_error",
-                code="invalid_api_key",
-            )
-
     def _names(self) -> tuple[str, str]:
         return self.name, self.name + AGENTIC
 
@@ -235,39 +211,6 @@ class _Stream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._held:
             await super().__call__(scope, receive, send)
-
-
-async def _body(request: Request, most: int) -> bytes:
-    """The body, if it is no longer than allowed.
-
-    Raises:
-        ApiError: it is longer, or does not arrive.
-    """
-    declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > most:
-        raise _too_large(most)
-    try:
-        return await asyncio.wait_for(_pieces(request, most), BODY_SECONDS)
-    except TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s.") from None
-
-
-async def _pieces(request: Request, most: int) -> bytes:
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > most:
-            raise _too_large(most)
-    return bytes(body)
-
-
-def _too_large(most: int) -> ApiError:
-    return ApiError(
-        413,
-        f"the request is larger than {most / 2**20:g} MiB. Send a shorter or smaller video, or put "
-        "it into the server's folder.",
-        code="request_too_large",
-    )
 
 
 def _turns(asked: ChatRequest, shelf: Shelf) -> list[Turn]:
@@ -313,25 +256,3 @@ async def _first(events: AsyncIterator[Event | None]) -> Event:
 def _left() -> ApiError:
     """Nobody reads it; it ends the request."""
     return ApiError(499, "the client has left.")
-
-
-def _told(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "5"}}
-    # A body that was not read to its end cannot be followed by another request.
-    closing = {"Connection": "close"} if error.status in (408, 413, 429) else {}
-    return JSONResponse(
-        error.body(), status_code=error.status, headers=headers.get(error.status, {}) | closing
-    )
-
-
-def _told_http(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    path = json.dumps(request.url.path)[:120]
-    said = {404: f"there is nothing at {path}.", 405: f"{path} takes no {request.method}."}
-    return _told(request, ApiError(error.status_code, said.get(error.status_code, error.detail)))
-
-
-def _told_any(request: Request, error: Exception) -> Response:
-    message = "the request failed; the server's log says where."
-    return _told(request, ApiError(500, message, kind="server_error"))

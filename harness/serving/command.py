@@ -1,4 +1,4 @@
-"""`serve`: a server for one model, until Ctrl-C or SIGTERM."""
+"""`serve` and `serve-policy`: a server for one model, until Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -37,6 +37,61 @@ class ServeOptions:
     """Whether the agent's turns are sent, as `reasoning_content`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptions:
+    """Which policy or teacher to serve to trainers, where, and to whom."""
+
+    model: str
+    """Checkpoint folder or name."""
+    host: str = "127.0.0.1"
+    """Address to listen at; one that is not of this machine alone needs a token."""
+    port: int = 8001
+    """0 for any that is free."""
+    weights: Path | None = None
+    """Folder below which trainers may name new weights; None: the weights stay."""
+    token_variable: str | None = None
+    """Environment variable with the token that clients must bring."""
+    upload_mb: int = 1024
+    """Most mebibytes of a request."""
+    device: str | None = None
+    """torch device; None for CUDA if there is one."""
+    dtype: str = "float32"
+    """As a trainer's weights are, so that both find the same probabilities."""
+    threads: int = 1
+    """CPU threads of torch."""
+
+
+def serve_policy(options: PolicyOptions, tell: Callable[[str], None]) -> None:
+    """Serves a policy to trainers until it is told to stop.
+
+    Args:
+        options: what to serve.
+        tell: told where it listens.
+
+    Raises:
+        ValueError: the options do not fit together, a package is missing, or the model cannot be
+            read.
+        OSError: the port is taken.
+    """
+    token = _token(options.token_variable)
+    _check(options.host, options.weights, "--weights", token)
+    with suppress(KeyboardInterrupt), closing(_listen(options.host, options.port)) as listening:
+        import torch
+
+        from internvideo3.harness.serving.policy import PolicyServing
+        from internvideo3.harness.serving.server import Server
+        from internvideo3.training.served import ServedPolicy
+
+        torch.set_num_threads(options.threads)
+        serving = PolicyServing(
+            policy=ServedPolicy(options.model, options.device, options.dtype),
+            name=Path(options.model).name, weights=options.weights, token=token,
+            upload_bytes=options.upload_mb << 20,
+        )  # fmt: skip
+        tell(f"Serving the policy {serving.name} at {_address(listening)}/v1")
+        Server(serving).run_until_told(listening)
+
+
 def serve(options: ServeOptions, tell: Callable[[str], None]) -> None:
     """Serves until it is told to stop.
 
@@ -49,8 +104,8 @@ def serve(options: ServeOptions, tell: Callable[[str], None]) -> None:
             read.
         OSError: the port is taken.
     """
-    token = _token(options)
-    _check(options, token)
+    token = _token(options.token_variable)
+    _check(options.host, options.folder, "--folder", token)
     # Before it serves, nothing is there to be ended but itself.
     with suppress(KeyboardInterrupt), closing(_listen(options.host, options.port)) as listening:
         _serve(options, token, listening, tell)
@@ -80,23 +135,25 @@ def _serve(
             folder=options.folder, token=token, upload_bytes=options.upload_mb << 20,
             new_tokens=asking.max_new_tokens, reasoning=options.reasoning,
         )  # fmt: skip
-        host, port = listening.getsockname()[:2]
-        tell(f"Serving {serving.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+        tell(f"Serving {serving.name} at {_address(listening)}/v1")
         Server(serving).run_until_told(listening)
 
 
-def _token(options: ServeOptions) -> str | None:
-    if options.token_variable is None:
+def _address(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _token(variable: str | None) -> str | None:
+    if variable is None:
         return None
-    token = os.environ.get(options.token_variable, "").strip()
+    token = os.environ.get(variable, "").strip()
     if not token:
-        raise ValueError(
-            f"the environment variable {options.token_variable} is empty; put the token there."
-        )
+        raise ValueError(f"the environment variable {variable} is empty; put the token there.")
     return token
 
 
-def _check(options: ServeOptions, token: str | None) -> None:
+def _check(host: str, folder: Path | None, option: str, token: str | None) -> None:
     """Refuses what cannot work, before weights are read."""
     import importlib.util
 
@@ -105,11 +162,11 @@ def _check(options: ServeOptions, token: str | None) -> None:
         raise ValueError(
             f"serving needs {' and '.join(missing)}: pip install 'internvideo3[serve]'."
         )
-    if options.folder is not None and not options.folder.is_dir():
-        raise ValueError(f"there is no folder {options.folder}; --folder names one with videos.")
-    if token is None and not of_this_machine(options.host):
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; {option} names one that is there.")
+    if token is None and not of_this_machine(host):
         raise ValueError(
-            f"--host {options.host} lets other machines ask. Give a token by --token-variable, or "
+            f"--host {host} lets other machines ask. Give a token by --token-variable, or "
             "leave --host at 127.0.0.1."
         )
 

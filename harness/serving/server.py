@@ -5,14 +5,26 @@ from __future__ import annotations
 import signal
 import socket
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import uvicorn
-
-from internvideo3.harness.serving.app import Serving
+from starlette.applications import Starlette
 
 LAST_SECONDS = 10
 """Time for open connections to end, after which they are cut."""
+
+
+class Served(Protocol):
+    """What is served."""
+
+    def app(self) -> Starlette:
+        """The application."""
+
+    def close(self) -> None:
+        """Ends what is in progress; nothing new is begun."""
+
+    def join(self, seconds: float) -> None:
+        """Waits until it has ended."""
 
 
 class Server(uvicorn.Server):
@@ -22,7 +34,7 @@ class Server(uvicorn.Server):
         serving: what is served.
     """
 
-    def __init__(self, serving: Serving) -> None:
+    def __init__(self, serving: Served) -> None:
         super().__init__(
             uvicorn.Config(
                 serving.app(),
@@ -31,11 +43,11 @@ class Server(uvicorn.Server):
                 server_header=False,
             )
         )
-        self.line = serving.line
+        self.serving = serving
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """What uvicorn installs for both signals."""
-        self.line.close()
+        self.serving.close()
         super().handle_exit(sig, frame)
 
     def run_until_told(self, listening: socket.socket) -> None:
@@ -45,7 +57,7 @@ class Server(uvicorn.Server):
         try:
             self.run([listening])
         except (KeyboardInterrupt, _Ended):
-            self.line.join(LAST_SECONDS)
+            self.serving.join(LAST_SECONDS)
         finally:
             signal.signal(signal.SIGTERM, before)
 

@@ -131,11 +131,16 @@ def read_request(body: bytes) -> ChatRequest:
     try:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False, include_context=False)
-        if found[0]["type"] == "json_invalid":
-            raise ApiError(400, f"the body is not JSON: {found[0]['msg']}.") from None
-        told = "; ".join(f"{_place(one['loc'])}: {_problem(one)}" for one in found[:3])
-        raise ApiError(400, f"{told}.", param=_place(found[0]["loc"])) from None
+        raise in_words(error) from None
+
+
+def in_words(error: ValidationError) -> ApiError:
+    """What is wrong with a body; the message names the first problems."""
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    if found[0]["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {found[0]['msg']}.")
+    told = "; ".join(f"{_place(one['loc'])}: {_problem(one)}" for one in found[:3])
+    return ApiError(400, f"{told}.", param=_place(found[0]["loc"]))
 
 
 def _place(location: Sequence[int | str]) -> str:

@@ -100,6 +100,7 @@ OPTIONS = {
     "serve": "model folder host port token-variable name upload-mb waiting reasoning policy turns "
     "tool-calls tokens fps max-frames zoom-frames web captions compress-at max-new-tokens device "
     "dtype threads cache",
+    "serve-policy": "model host port weights token-variable upload-mb device dtype threads",
     "table6": "other-models out",
     "suites": "data",
     "score": "",

@@ -27,9 +27,9 @@ from internvideo3.training.packing import pack, packs
 from internvideo3.training.policy import Policy, token_logps
 from internvideo3.training.processes import Processes
 from internvideo3.training.recipe import Gspo
-from internvideo3.training.rollouts import Response, Sampler, answered
+from internvideo3.training.rollouts import Response, Samples, answered
 
-SamplerOf = Callable[[Policy], Sampler]
+SamplerOf = Callable[[Policy], Samples]
 """Makes a sampler of the policy's present weights."""
 
 
@@ -80,7 +80,7 @@ class GspoStage(Stage):
             first += len(row)
         return works, _noted(groups)
 
-    def _rollout(self, sampler: Sampler, index: int) -> Group:
+    def _rollout(self, sampler: Samples, index: int) -> Group:
         prompt = self.documents.prompt(index)
         seed = self.seed * 1_000_003 + index
         responses = sampler.sample(prompt, self.options.group, seed)
