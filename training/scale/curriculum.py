@@ -1,7 +1,8 @@
 """What the scale model sees when: short before long, two options before four.
 
-Three curricula: `base` from random weights, `late` for what validation then shows unlearnt, and
-`final`, the end of `late` unchanged, for the equal extra training of base and conversion.
+Four curricula: `base` from random weights, `late` for what validation then shows unlearnt,
+`final`, the end of `late` unchanged, for the equal extra training of base and conversion, and
+`teacher`, for a deeper model that starts where that ends.
 """
 
 from __future__ import annotations
@@ -88,7 +89,34 @@ LATE: tuple[Stretch, ...] = (
     ),
 )
 
-CURRICULA: Mapping[str, tuple[Stretch, ...]] = {"base": BASE, "late": LATE, "final": LATE[-1:]}
+HARDEST: FamilyShares = {
+    "main": {
+        "needle": 0.5, "order": 4.0, "count": 1.5, "attime": 6.0, "whereabouts": 0.3,
+        "motion": 0.7, "depth": 0.7, "shape": 0.3, "colour": 0.7, "ground_object": 4.0,
+        "ground_flash": 4.0, "holistic": 0.4, "describe": 1.5,
+    },
+    "ego": PROFILE_FAMILIES["ego"],
+    "spatial": {
+        "relation": 2.0, "distance": 3.0, "objects": 1.0, "shape": 0.2, "colour": 0.2,
+        "locate": 3.0,
+    },
+}  # fmt: skip
+"""On validation `scale:control` answers questions about a moment at .60, flashes at .30, objects
+at .51 and videos of 64 s at .65, and what has a small share here at .9 and more."""
+
+TEACHER: tuple[Stretch, ...] = (
+    Stretch(
+        until=1.0,
+        lengths={2: 0.04, 4: 0.10, 8: 0.20, 16: 0.27, 32: 0.22, 64: 0.11, 120: 0.06},
+        easy_share=0.05,
+        profiles={"main": 0.62, "ego": 0.06, "spatial": 0.32},
+        families=HARDEST,
+    ),
+)
+
+CURRICULA: Mapping[str, tuple[Stretch, ...]] = {
+    "base": BASE, "late": LATE, "final": LATE[-1:], "teacher": TEACHER,
+}  # fmt: skip
 
 
 def difficulty_at(curriculum: str, done: float) -> Difficulty:
