@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from internvideo3.model.checkpoint import load_model
+from internvideo3.model.checkpoint import (
+    load_model,
+)
 from internvideo3.training.documents import WorldDocuments
 from internvideo3.training.recipe import WorldData
 from internvideo3.training.rollouts import Sampler
-from internvideo3.training.scale import publish_teacher
+from internvideo3.training.scale import language_stage, publish_teacher
 from internvideo3.training.scale.grow import grow
 
 DATA = WorldData(lengths={4: 1.0}, videos=2, profiles={"main": 1.0})
@@ -59,3 +61,16 @@ def test_an_unfinished_teacher_is_not_published(tmp_path: Path) -> None:
 def test_time_is_that_of_all_processes() -> None:
     rows = [{"seconds": s} for s in (10.0, 20.0, 5.0, 15.0)]
     assert publish_teacher._seconds(rows) == 35.0
+
+
+def test_the_commands_of_the_card_are_those_that_the_stage_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is said of a recorded run makes the same options again."""
+    taken: list[language_stage.Options] = []
+    monkeypatch.setattr(language_stage, "run", lambda options, **pace: taken.append(options))
+    given = ["--steps", "9", "--init", "grown", "--curriculum", "teacher", "--no-bfloat16"]
+    language_stage.main(["--out", str(tmp_path / "run"), *given])
+    said = publish_teacher._arguments(json.loads((tmp_path / "run/options.json").read_text()))
+    language_stage.main(said.split())
+    assert taken[0] == taken[1]
