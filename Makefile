@@ -31,7 +31,7 @@ check: $(STAMP)  ## Lint and type-check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-scale-model: $(STAMP)  ## Train the scale model from random weights (about two and a half hours on two cores)
+scale-model: $(STAMP)  ## Train the scale model from random weights, then its teacher (about four hours on two cores)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash training/scale/recipe.sh
 
 test-transformers-5.17: $(STAMP)  ## Run the model's tests on the oldest supported transformers

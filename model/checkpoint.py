@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SCALE_FOLDER = Path(__file__).parent / "scale"
 SCALE_NAMES = {
-    f"scale:{kind}": SCALE_FOLDER / kind for kind in ("base", "m2la", "control", "agent")
+    f"scale:{kind}": SCALE_FOLDER / kind for kind in ("base", "m2la", "control", "agent", "teacher")
 }
 """Short names of the checkpoints shipped with the package."""
 

@@ -25,7 +25,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("harness", "kernels", "model", "reports", "tasks", "training")
-CHECKPOINTS = ("base", "m2la", "control", "agent")
+CHECKPOINTS = ("base", "m2la", "control", "agent", "teacher")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,18 @@ import pytest
 import torch
 
 from internvideo3.model.checkpoint import (
+    SCALE_FOLDER,
+    SCALE_NAMES,
+    inspect,
     load_model,
+    weights_digest,
 )
 from internvideo3.training.documents import WorldDocuments
 from internvideo3.training.recipe import WorldData
 from internvideo3.training.rollouts import Sampler
 from internvideo3.training.scale import language_stage, publish_teacher
 from internvideo3.training.scale.grow import grow
+from internvideo3.training.stages.opd import check_teacher
 
 DATA = WorldData(lengths={4: 1.0}, videos=2, profiles={"main": 1.0})
 
@@ -74,3 +80,20 @@ def test_the_commands_of_the_card_are_those_that_the_stage_takes(
     said = publish_teacher._arguments(json.loads((tmp_path / "run/options.json").read_text()))
     language_stage.main(said.split())
     assert taken[0] == taken[1]
+
+
+def test_the_card_is_of_the_weights_that_are_shipped() -> None:
+    text = (SCALE_FOLDER / publish_teacher.CARD).read_text(encoding="utf-8")
+    (told,) = re.findall(r"Weights digest `(\w+)`", text)
+    assert weights_digest(SCALE_NAMES["scale:teacher"]).startswith(told)
+    assert (SCALE_FOLDER / publish_teacher.CURVE).is_file()
+
+
+def test_the_shipped_teacher_is_larger_than_the_student_and_has_its_ids() -> None:
+    teacher, theirs = load_model("scale:teacher", "cpu", torch.float32)
+    _, ours = load_model("scale:m2la", "cpu", torch.float32)
+    check_teacher(ours, theirs)
+    assert torch.isfinite(logits(teacher, theirs)).all()
+    larger, student = inspect("scale:teacher"), inspect("scale:m2la")
+    assert larger.layers == 2 * student.layers
+    assert larger.parameters > 1.3 * student.parameters

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The scale model's history, from random weights to the three shipped checkpoints.
+# The scale model's history, from random weights to the shipped checkpoints, then a deeper teacher.
 # Every stage resumes where it stopped; delete $WORK to start over.
 set -euo pipefail
 WORK=${WORK:-runs/scale_training}
@@ -27,3 +27,10 @@ recover m2la "$WORK/converted" & M2LA=$!
 recover control "$WORK/base/checkpoint"
 wait $M2LA
 python -m $STAGE.publish --work "$WORK"
+# The teacher starts as the shipped control, so after publication.
+[ -f "$WORK/grown/model.safetensors" ] ||
+  python -m $STAGE.grow --source scale:control --out "$WORK/grown"
+[ -d "$WORK/teacher/checkpoint" ] ||
+  python -m $STAGE.language_stage --init "$WORK/grown" --curriculum teacher --out "$WORK/teacher" \
+    --steps 8000 --learning-rate 1e-3 --warmup 200 --seed 5 --bfloat16
+python -m $STAGE.publish_teacher --run "$WORK/teacher"
