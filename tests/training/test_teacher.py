@@ -18,7 +18,7 @@ from internvideo3.model.checkpoint import (
     weights_digest,
 )
 from internvideo3.training.documents import WorldDocuments
-from internvideo3.training.recipe import WorldData
+from internvideo3.training.recipe import Opd, WorldData, load_recipe
 from internvideo3.training.rollouts import Sampler
 from internvideo3.training.scale import language_stage, publish_teacher
 from internvideo3.training.scale.grow import grow
@@ -97,3 +97,9 @@ def test_the_shipped_teacher_is_larger_than_the_student_and_has_its_ids() -> Non
     larger, student = inspect("scale:teacher"), inspect("scale:m2la")
     assert larger.layers == 2 * student.layers
     assert larger.parameters > 1.3 * student.parameters
+
+
+def test_the_scale_recipe_distils_from_the_larger_teacher() -> None:
+    stage = load_recipe("scale").stages["opd"]
+    assert isinstance(stage, Opd)
+    assert stage.teacher == "scale:teacher"
