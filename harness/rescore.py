@@ -28,10 +28,14 @@ def rescore(root: Path) -> Row:
     with RunStore.open(root, run) as store:
         for suite in suites:
             verdicts = judgements(root, suite)
-            again = [_again(suite, row, verdicts) for row in store.answered(suite).values()]
-            store.rewrite(suite, again)
-            store.finish(suite, [row["id"] for row in again], suite_result(suite, again))
-            write_submission(root, suite, again)
+            rows = list(store.answered(suite).values())
+            for index, row in enumerate(rows):
+                rows[index] = _again(suite, row, verdicts)
+            store.rewrite(suite, rows)
+            write_submission(root, suite, rows)
+            order, result = [row["id"] for row in rows], suite_result(suite, rows)
+            del rows  # `finish` reads them back
+            store.finish(suite, order, result)
         return store.results()
 
 

@@ -52,7 +52,7 @@ def write_json(path: Path, value: object) -> None:
     Raises:
         StoreError: no space left, or the directory cannot be written.
     """
-    _replace(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    _replace(path, [json.dumps(value, ensure_ascii=False, indent=2), "\n"])
 
 
 def write_text(path: Path, text: str) -> None:
@@ -65,7 +65,7 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             return
-    _replace(path, text)
+    _replace(path, [text])
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -160,13 +160,13 @@ class RunStore:
         _append(self._home / "timings" / f"{suite}.jsonl", timings)
         _append(self._home / "samples" / f"{suite}.jsonl", rows)
 
-    def rewrite(self, suite: str, rows: Sequence[Row]) -> None:
+    def rewrite(self, suite: str, rows: Iterable[Row]) -> None:
         """Replace the samples of a suite, all or nothing.
 
         Raises:
             StoreError: no space left; the old samples stay.
         """
-        _replace(self._samples(suite), "".join(dumps(row) + "\n" for row in rows))
+        _replace(self._samples(suite), (dumps(row) + "\n" for row in rows))
 
     def finish(self, suite: str, order: Sequence[str], result: Row) -> None:
         """Sort the suite's files into the data set's order and record its result.
@@ -181,7 +181,7 @@ class RunStore:
         """
         samples, timings = self.answered(suite), self._times(suite)
         for path, rows in ((self._timings(suite), timings), (self._samples(suite), samples)):
-            _replace(path, "".join(dumps(rows[key]) + "\n" for key in order if key in rows))
+            _replace(path, [dumps(rows[key]) + "\n" for key in order if key in rows])
         results = self.results() | {suite: result}
         write_json(self.root / "results.json", dict(sorted(results.items())))
         self._drop_parts(suite)
@@ -430,17 +430,17 @@ def _write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, pieces: Iterable[str]) -> None:
+    """Write a file from its pieces, all or nothing, without holding the whole of it."""
     with _explained(path):
         descriptor, name = tempfile.mkstemp(
             dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED
         )
         try:
-            try:
-                _write_all(descriptor, text.encode())
+            with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
+                file.writelines(pieces)
+                file.flush()
                 os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
             Path(name).chmod(0o644)
             Path(name).replace(path)
         except BaseException:

@@ -9,7 +9,7 @@ resampled in the same clusters, and by McNemar's exact test.
 Letters: N samples, C clusters, R resamples.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 from scipy.special import bdtr, ndtr, ndtri, stdtrit
 
 Floats = NDArray[np.float64]
-Row = TypeVar("Row")
+Part = TypeVar("Part", bound=Hashable)
 RESAMPLES = 10_000
-STATISTIC_RESAMPLES = 300
-"""Resamples of a statistic that is computed anew, in Python, for each of them."""
 _CHUNK = 2_000_000  # draws held at once in full width
+_KEPT = 40_000_000  # draws kept for the next system, a byte each
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,46 +105,60 @@ def cluster_interval(
 
 def statistic_interval(
     value: float,
-    rows: Sequence[Row],
-    clusters: Sequence[str],
-    statistic: Callable[[Sequence[Row]], float | None],
+    units: Sequence[tuple[str, Part, float]],
+    statistic: Callable[[Mapping[Part, float | None]], float | None],
     *,
+    n: int,
     level: float = 0.95,
-    resamples: int = STATISTIC_RESAMPLES,
+    resamples: int = RESAMPLES,
     seed: int = 0,
     bounds: tuple[float, float] = (0.0, 1.0),
 ) -> Interval:
-    """Return a cluster-bootstrap interval of any statistic of the samples.
+    """Return a cluster-bootstrap interval of what is made of the means of parts.
 
     Args:
-        value: The statistic of all samples.
-        rows: [N] samples; those of a cluster keep their order in every resample.
-        clusters: [N] the cluster (video) of each sample.
-        statistic: Samples to number; None where it is not defined, and the draw does not count.
+        value: The statistic of all units.
+        units: Cluster (video), part and value of each; a part's mean is over its units.
+        statistic: Means by part to number, `None` for a part of which no unit was drawn; itself
+            `None` where it is not defined, and the draw does not count.
+        n: Samples that the units are made of.
         level: Coverage of the interval.
         resamples: Bootstrap resamples.
         seed: Seed of the resampling.
         bounds: Smallest and largest possible value; the interval where there is no spread to see.
 
     Raises:
-        ValueError: No samples.
+        ValueError: No units.
     """
-    members: dict[str, list[Row]] = {}
-    for row, name in zip(rows, clusters, strict=True):
-        members.setdefault(name, []).append(row)
-    groups, rng = list(members.values()), np.random.default_rng(seed)
-    if not groups:
-        raise ValueError("need samples for an interval, got none")
-    drawn = (rng.integers(0, len(groups), len(groups)) for _ in range(resamples))
-    found = [statistic([row for at in index for row in groups[at]]) for index in drawn]
+    if not units:
+        raise ValueError("need units for an interval, got none")
+    names, clusters_N = np.unique([cluster for cluster, _, _ in units], return_inverse=True)
+    parts = list(dict.fromkeys(part for _, part, _ in units))
+    column = {part: at for at, part in enumerate(parts)}
+    table_C2P = np.zeros((len(names), 2, len(parts)))
+    for cluster, (_, part, number) in zip(clusters_N, units, strict=True):
+        table_C2P[cluster, :, column[part]] += number, 1.0
+    drawn_R2P = _resampled(table_C2P.reshape(len(names), -1), resamples, seed).reshape(
+        resamples, 2, len(parts)
+    )
+    found = [statistic(_means(parts, *drawn_2P)) for drawn_2P in drawn_R2P.tolist()]
     values_R = np.asarray([one for one in found if one is not None], float)
-    if len(groups) == 1 or len(values_R) < 2 or np.ptp(values_R) < 1e-12:
+    if len(names) == 1 or len(values_R) < 2 or np.ptp(values_R) < 1e-6:
         low, high = bounds
     else:
-        tail = _expanded_tail(level, len(groups))
+        tail = _expanded_tail(level, len(names))
         low, high = (float(q) for q in np.quantile(values_R, [tail, 1 - tail]))
     se = float(values_R.std(ddof=1)) if len(values_R) > 1 else float("nan")
-    return Interval(value, low, high, se, len(rows), len(groups), level)
+    return Interval(value, low, high, se, n, len(names), level)
+
+
+def _means(
+    parts: Sequence[Part], sums_P: Sequence[float], sizes_P: Sequence[float]
+) -> dict[Part, float | None]:
+    return {
+        part: total / size if size else None
+        for part, total, size in zip(parts, sums_P, sizes_P, strict=True)
+    }
 
 
 def clustered_se(values: Sequence[float] | Floats, clusters: Sequence[str]) -> float:
@@ -210,25 +223,37 @@ def _standard_error(data: _Clustered) -> float:
 
 def _resampled_means(data: _Clustered, resamples: int, seed: int) -> Floats:
     """Return [R] means of resamples of C whole clusters with replacement."""
-    both_C2 = np.stack([data.sums_C, data.sizes_C], 1).astype(np.float32)
-    sums_R, sizes_R = (_draws(len(data.sums_C), resamples, seed) @ both_C2).T.astype(np.float64)
+    sums_R, sizes_R = _resampled(np.stack([data.sums_C, data.sizes_C], 1), resamples, seed).T
     return np.asarray(sums_R / sizes_R)
+
+
+def _resampled(table_CX: Floats, resamples: int, seed: int) -> Floats:
+    """Return [R, X] the column sums of resamples of C rows with replacement."""
+    clusters = len(table_CX)
+    kept = clusters * resamples <= _KEPT
+    draws = _kept_draws(clusters, resamples, seed) if kept else _draws(clusters, resamples, seed)
+    table32_CX = table_CX.astype(np.float32)
+    return np.concatenate(
+        [counts_NC.astype(np.float32) @ table32_CX for counts_NC in draws]
+    ).astype(np.float64)
+
+
+def _draws(clusters: int, resamples: int, seed: int) -> Iterator[NDArray[np.uint8]]:
+    """Yield [N, C], R rows in all: how often each cluster was drawn; once on average."""
+    rng = np.random.default_rng(seed)
+    rows = max(1, _CHUNK // clusters)
+    for start in range(0, resamples, rows):
+        size = min(rows, resamples - start)
+        index_NC = rng.integers(0, clusters, (size, clusters), dtype=np.int32)
+        index_NC += np.arange(size, dtype=np.int32)[:, None] * clusters
+        counted = np.bincount(index_NC.ravel(), minlength=size * clusters)
+        yield counted.reshape(size, clusters).astype(np.uint8)
 
 
 # Systems on one suite have the same number of videos, so they share their draws.
 @lru_cache(maxsize=2)
-def _draws(clusters: int, resamples: int, seed: int) -> NDArray[np.float32]:
-    """Return [R, C]: how often each cluster was drawn; counts are exact in single precision."""
-    rng = np.random.default_rng(seed)
-    counts_RC = np.empty((resamples, clusters), np.float32)
-    rows = max(1, _CHUNK // clusters)
-    for start in range(0, resamples, rows):
-        stop = min(start + rows, resamples)
-        index_RC = rng.integers(0, clusters, (stop - start, clusters), dtype=np.int32)
-        index_RC += np.arange(stop - start, dtype=np.int32)[:, None] * clusters
-        counted = np.bincount(index_RC.ravel(), minlength=(stop - start) * clusters)
-        counts_RC[start:stop] = counted.reshape(stop - start, clusters)
-    return counts_RC
+def _kept_draws(clusters: int, resamples: int, seed: int) -> tuple[NDArray[np.uint8], ...]:
+    return tuple(_draws(clusters, resamples, seed))
 
 
 def _expanded_tail(level: float, clusters: int) -> float:

@@ -22,8 +22,9 @@ from internvideo3.reports.stats import (
 )
 from internvideo3.reports.wording import MODEL_TITLES
 from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS, SUBTITLED
-from internvideo3.tasks.scoring import Outcome, aggregate
+from internvideo3.tasks.scoring import Outcome, headline
 from internvideo3.tasks.scoring.averages import band_order, length_band
+from internvideo3.tasks.scoring.result import Row
 
 SUITE_ORDER = (
     "world_long",
@@ -460,7 +461,7 @@ def _headline(
     if abs(value - interval.mean) < 1e-6:
         return value, interval
     known = all(x.doc is not None for x in samples)
-    return value, _aggregate_interval(value, samples) if known else None
+    return value, _own_interval(value, samples, resamples) if known else None
 
 
 def _instead(samples: Sequence[Sample]) -> str:
@@ -478,12 +479,16 @@ def _instead(samples: Sequence[Sample]) -> str:
 
 
 def _caveat(samples: Sequence[Sample]) -> str:
-    """Return what Video-MME-v2's own code makes of answers that it cannot read."""
-    if any(x.benchmark != "videomme_v2" for x in samples):
-        return ""
-    lost = sum(x.unread or x.official.outcome is Outcome.ERROR for x in samples)
-    credit = "to which the official code gives credit in groups of logic"
-    return f"{lost} answers are unreadable or failed, {credit}" if lost else ""
+    """Return what credit a benchmark's own code gives to answers that say nothing."""
+    if all(x.benchmark == "videomme_v2" for x in samples):
+        lost = sum(x.unread or x.official.outcome is Outcome.ERROR for x in samples)
+        credit = "to which the official code gives credit in groups of logic"
+        return f"{lost} answers are unreadable or failed, {credit}" if lost else ""
+    if all(x.benchmark == "mvbench" for x in samples):
+        empty = sum(bool(x.value) and x.plain.outcome is Outcome.UNREADABLE for x in samples)
+        credit = "which the official code takes for right"
+        return f"{empty} answers are empty or a lone bracket, {credit}" if empty else ""
+    return ""
 
 
 def _plain(samples: Sequence[Sample], recorded: Mapping[str, Any]) -> float | None:
@@ -494,9 +499,25 @@ def _plain(samples: Sequence[Sample], recorded: Mapping[str, Any]) -> float | No
     return sum(values) / len(values) if values else None
 
 
-def _aggregate_interval(value: float, samples: Sequence[Sample]) -> Interval:
+def _own_interval(value: float, samples: Sequence[Sample], resamples: int) -> Interval | None:
     """Return the interval of an average that is no mean over questions, by its own rule."""
-    return statistic_interval(value, samples, [x.video_id for x in samples], _own_average)
+    own = headline(samples[0].benchmark)
+    found = own.units(_rows(samples), "official")
+    units = [(samples[u.row].video_id, u.part, u.value) for u in found]
+    if not units:
+        return None
+    return statistic_interval(
+        value,
+        units,
+        lambda means: own.combine(means, "official"),
+        n=len(samples),
+        resamples=resamples,
+    )
+
+
+def _rows(samples: Sequence[Sample]) -> list[Row]:
+    """Return samples that have documents as scoring's rows."""
+    return [(x.doc or {}, x.official) for x in samples]
 
 
 def _with_floor(
@@ -597,18 +618,21 @@ def _difference(shared: Sequence[tuple[Sample, Sample]]) -> Difference:
     if any(one.doc is None for pair in shared for one in pair):
         return found
 
-    def apart(pairs: Sequence[tuple[Sample, Sample]]) -> float | None:
-        first, second = (_own_average([pair[side] for pair in pairs]) for side in (0, 1))
-        return None if first is None or second is None else second - first
-
-    value = apart(shared)
-    if value is None or abs(value - found.interval.mean) < 1e-6:
+    own = headline(shared[0][0].benchmark)
+    before, after = ([pair[side] for pair in shared] for side in (0, 1))
+    first, second = own.value(_rows(before), "official"), own.value(_rows(after), "official")
+    if first is None or second is None or abs(second - first - found.interval.mean) < 1e-6:
         return found
-    videos = [x.video_id for x, _ in shared]
-    interval = statistic_interval(value, shared, videos, apart, bounds=(-1.0, 1.0))
+
+    def apart(means: Mapping[tuple[int, str], float | None]) -> float | None:
+        sides = [{part: m for (at, part), m in means.items() if at == side} for side in (0, 1)]
+        drawn = [own.combine(of_side, "official") for of_side in sides]
+        return None if drawn[0] is None or drawn[1] is None else drawn[1] - drawn[0]
+
+    units = [
+        (samples[unit.row].video_id, (side, unit.part), unit.value)
+        for side, samples in enumerate((before, after))
+        for unit in own.units(_rows(samples), "official")
+    ]
+    interval = statistic_interval(second - first, units, apart, n=len(shared), bounds=(-1.0, 1.0))
     return replace(found, interval=interval)
-
-
-def _own_average(samples: Sequence[Sample]) -> float | None:
-    """The benchmark's average of samples that have documents."""
-    return aggregate(samples[0].benchmark, [(x.doc or {}, x.official) for x in samples]).value

@@ -6,19 +6,22 @@
 Pure Python: no torch, no network, no randomness, no state.
 """
 
-from .entry import aggregate, benchmark_names, score, sources
-from .result import Group, Outcome, Row, Rule, Score, ScoringError, TaskResult
+from .entry import aggregate, benchmark_names, headline, score, sources
+from .result import Group, Headline, Outcome, Row, Rule, Score, ScoringError, TaskResult, Unit
 
 __all__ = [
     "Group",
+    "Headline",
     "Outcome",
     "Row",
     "Rule",
     "Score",
     "ScoringError",
     "TaskResult",
+    "Unit",
     "aggregate",
     "benchmark_names",
+    "headline",
     "score",
     "sources",
 ]

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
-from .result import Doc, Group, Outcome, Row, Rule, Score, TaskResult
+from .result import Doc, Group, Outcome, Row, Rule, Score, TaskResult, Unit
 
 LENGTH_BANDS_S = (8.0, 16.0, 32.0, 64.0, 128.0)
 """Upper ends of the bands of video length, in seconds."""
@@ -48,6 +48,16 @@ def group_means(rows: Sequence[Row], keys: Callable[[Doc], Iterable[str]]) -> di
         for name in keys(doc):
             values.setdefault(name, []).append(score.value)
     return {name: Group(mean(v), len(v)) for name, v in sorted(values.items())}
+
+
+def group_units(rows: Sequence[Row], keys: Callable[[Doc], Iterable[str]]) -> list[Unit]:
+    """Return every row that has a value as a unit of each of its groups."""
+    return [
+        Unit(index, name, score.value)
+        for index, (doc, score) in enumerate(rows)
+        if score.value is not None
+        for name in keys(doc)
+    ]
 
 
 def field(*names: str) -> Callable[[Doc], tuple[str, ...]]:

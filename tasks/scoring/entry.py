@@ -31,6 +31,7 @@ from .result import (
     RULES,
     Benchmark,
     Doc,
+    Headline,
     Outcome,
     Row,
     Rule,
@@ -138,6 +139,17 @@ def aggregate(benchmark: str, scored_rows: Iterable[Row], rule: Rule = "official
     scorer, rows = _find(benchmark, rule), list(scored_rows)
     with _layout_explained(benchmark):
         return scorer.aggregate(benchmark, rows, rule)
+
+
+def headline(benchmark: str) -> Headline:
+    """Return what a benchmark's headline number is made of, for resampling.
+
+    Its `units` take `(doc, Score)` rows as `aggregate` does, and `aggregate(…).value` is its value.
+
+    Raises:
+        ScoringError: Unknown benchmark.
+    """
+    return _find(benchmark, "official").headline
 
 
 @contextlib.contextmanager

@@ -7,12 +7,12 @@ be the letter; nothing is stripped, so a trailing blank or dot is wrong. The tes
 options.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from .averages import field, group_means, mean, summarise
+from .averages import field, group_units, mean, summarise
 from .letters import lettered_options, public_letter
 from .multiple_choice import MultipleChoice, only_letter
-from .result import Doc, Row, Rule, TaskResult
+from .result import Doc, Headline, Row, Rule, TaskResult
 
 MOST_OPTIONS = 6
 
@@ -23,15 +23,21 @@ def _read(text: str, doc: Doc) -> str | None:
     return only_letter(text if end < 0 else text[max(end - 1, 0) : end], MOST_OPTIONS)
 
 
+def _mean_of_tasks(means: Mapping[str, float | None], rule: Rule) -> float | None:
+    return mean(means[name] for name in sorted(means))
+
+
+HEADLINE = Headline(lambda rows, rule: group_units(rows, field("task_type")), _mean_of_tasks)
+
+
 def aggregate(benchmark: str, rows: Sequence[Row], rule: Rule) -> TaskResult:
     """Average the accuracies of the task types that are present."""
-    tasks = group_means(rows, field("task_type"))
     return summarise(
         benchmark,
         rows,
         rule,
         metric="M-Avg",
-        value=mean(group.value for group in tasks.values()),
+        value=HEADLINE.value(rows, rule),
         families=field("task_type"),
         extra={"accuracy over questions": mean(score.value for _, score in rows)},
     )
@@ -45,4 +51,5 @@ BENCHMARK = MultipleChoice(
     n_options=MOST_OPTIONS,
     read=_read,
     aggregate=aggregate,
+    headline=HEADLINE,
 ).build()

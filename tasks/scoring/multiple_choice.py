@@ -8,9 +8,11 @@ from typing import Any
 from .averages import summarise
 from .choice import letter_index, read_plain
 from .result import (
+    MEAN,
     AggregateFunction,
     Benchmark,
     Doc,
+    Headline,
     Outcome,
     Row,
     Rule,
@@ -40,7 +42,8 @@ class MultipleChoice:
     """`DROPPED` where the official code leaves unread rows out of the denominator."""
     families: Callable[[Doc], Iterable[str]] = lambda doc: ()
     aggregate: AggregateFunction | None = None
-    """Where the average is not the mean over questions."""
+    """Where there is more to say than the mean over questions."""
+    headline: Headline = MEAN
 
     def build(self) -> Benchmark:
         """Return the benchmark for the registry."""
@@ -48,6 +51,7 @@ class MultipleChoice:
             name=self.name,
             score=self.score,
             aggregate=self.aggregate or self.mean_over_questions,
+            headline=self.headline,
             sources=self.sources,
             options=self.options,
             truth=self.truth,

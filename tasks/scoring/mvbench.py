@@ -3,8 +3,10 @@
 Document: `candidates` (list), `answer` (text of the right one), and the task's name in `task_type`
 or `sub_task` where the runner adds it.
 
-Official quirks, copied: the first word of the reply and the truth as "(b)" are compared as
-substrings of one another, case ignored; so empty text, "(" and ")" are right.
+Official reading: the reply's first line, blanks around it removed. Official quirks, copied: its
+first word and the truth as "(b)" are compared as substrings of one another, case ignored; so empty
+text, "(" and ")" are right. (The notebook has its own model go on after "Best option:(" and puts
+that bracket before the reply; here replies bring their own.)
 """
 
 from .averages import field
@@ -25,7 +27,8 @@ def _truth(doc: Doc) -> str:
 
 
 def _official(doc: Doc, text: str) -> Score:
-    word = text.lower().split(" ")[0]
+    line = text.strip().split("\n")[0]
+    word = line.lower().split(" ")[0]
     truth = f"({_truth(doc).lower()})"
     right = word.replace(".", "") in truth or truth in word
     letters = {letter(i).lower() for i in range(len(_options(doc)))}

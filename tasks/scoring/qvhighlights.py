@@ -18,7 +18,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Real
 from typing import Any
 
@@ -27,10 +27,12 @@ from .numeric import iou, read_spans
 from .result import (
     Benchmark,
     Doc,
+    Headline,
     Row,
     Rule,
     Score,
     TaskResult,
+    Unit,
     answered,
     unreadable,
 )
@@ -115,26 +117,31 @@ def _exact_iou(a: Sequence[float], b: Sequence[float]) -> float:
     return intersection / union if union else 0.0
 
 
-def average_precision(
-    windows: Sequence[Sequence[float]], truths: Sequence[Sequence[float]], threshold: float
-) -> float:
-    """Return interpolated average precision (VOC style) of ranked windows at one threshold.
-
-    A window is a true positive for the free true window that it overlaps most, if it reaches the
-    threshold; each true window is matched once.
-    """
+def average_precisions(
+    windows: Sequence[Sequence[float]], truths: Sequence[Sequence[float]]
+) -> tuple[float, ...]:
+    """Return interpolated average precision (VOC style) of ranked windows at each threshold."""
     ranked = sorted(windows, key=lambda w: -w[2])
-    free = set(range(len(truths)))
-    hits: list[bool] = []
-    for window in ranked:
-        overlaps = {i: _exact_iou(window, truths[i]) for i in free}
+    overlaps_MK = [[_exact_iou(window, truth) for truth in truths] for window in ranked]
+    return tuple(_area(_hits(overlaps_MK, at), len(truths)) for at in THRESHOLDS)
+
+
+def _hits(overlaps_MK: Sequence[Sequence[float]], threshold: float) -> list[bool]:
+    """Return which windows, the best first, are true positives.
+
+    A window is one for the free true window that it overlaps most, if it reaches the threshold;
+    each true window is matched once.
+    """
+    free = set(range(len(overlaps_MK[0]) if overlaps_MK else 0))
+    hits = []
+    for overlaps_K in overlaps_MK:
         # Of two that it overlaps alike the later one, as the official order has it.
-        best = max(overlaps, key=lambda i: (overlaps[i], i), default=None)
-        hit = best is not None and overlaps[best] >= threshold
+        best = max(free, key=lambda k: (overlaps_K[k], k), default=None)
+        hit = best is not None and overlaps_K[best] >= threshold
         if hit and best is not None:
             free.discard(best)
         hits.append(hit)
-    return _area(hits, len(truths))
+    return hits
 
 
 def _area(hits: Sequence[bool], n_truths: int) -> float:
@@ -151,42 +158,50 @@ def _area(hits: Sequence[bool], n_truths: int) -> float:
     return area
 
 
-def _mean_ap(
+def _precisions(
     rows: Sequence[Row], rule: Rule, span: tuple[int, int] | None = None
-) -> dict[float, float | None]:
-    """Return mAP at each threshold over the rows that have true windows of the given lengths."""
-    per_threshold: dict[float, list[float]] = {t: [] for t in THRESHOLDS}
-    for doc, row_score in rows:
+) -> Iterator[tuple[int, tuple[float, ...]]]:
+    """Yield the average precisions of rows that have true windows of the given lengths."""
+    for index, (doc, row_score) in enumerate(rows):
         truths = doc["relevant_windows"]
         if span is not None:
             truths = [w for w in truths if span[0] < w[1] - w[0] <= span[1]]
-        if not truths:
-            continue
         windows = row_score.parsed or []
         windows = windows[:LISTED] if rule == "official" else windows
-        for threshold in THRESHOLDS:
-            per_threshold[threshold].append(average_precision(windows, truths, threshold))
-    return {t: mean(values) for t, values in per_threshold.items()}
+        if truths:
+            yield index, average_precisions(windows, truths)
+
+
+def _units(rows: Sequence[Row], rule: Rule) -> list[Unit]:
+    return [Unit(i, "", sum(at) / len(at)) for i, at in _precisions(rows, rule)]
+
+
+HEADLINE = Headline(_units, lambda means, rule: means.get(""))
+
+
+def _mean_ap(rows: Sequence[Row], rule: Rule, span: tuple[int, int]) -> float | None:
+    """Return mAP over the rows that have true windows of the given lengths."""
+    return mean(sum(at) / len(at) for _, at in _precisions(rows, rule, span))
 
 
 def aggregate(benchmark: str, rows: Sequence[Row], rule: Rule) -> TaskResult:
     """Average: mAP over thresholds (the headline), mAP and R1 at some of them, mAP by length."""
-    full = _mean_ap(rows, rule)
+    full = [at for _, at in _precisions(rows, rule)]
     extra: dict[str, float | None] = {
-        "mAP@0.5": full[0.5],
-        "mAP@0.75": full[0.75],
+        "mAP@0.5": mean(at[THRESHOLDS.index(0.5)] for at in full),
+        "mAP@0.75": mean(at[THRESHOLDS.index(0.75)] for at in full),
         "mIoU": mean(score.value for _, score in rows),
     }
     for threshold in (0.3, 0.5, 0.7):
         extra[f"R1@{threshold}"] = mean(float((s.value or 0.0) >= threshold) for _, s in rows)
     for name, span in LENGTHS_S.items():
-        extra[f"mAP {name}"] = mean(_mean_ap(rows, rule, span).values())
+        extra[f"mAP {name}"] = _mean_ap(rows, rule, span)
     return summarise(
         benchmark,
         rows,
         rule,
         metric="mAP",
-        value=mean(full.values()),
+        value=mean(sum(at) / len(at) for at in full),
         length_s=lambda doc: doc.get("duration"),
         extra=extra,
     )
@@ -196,6 +211,7 @@ BENCHMARK = Benchmark(
     name="qvhighlights",
     score=score,
     aggregate=aggregate,
+    headline=HEADLINE,
     sources=("jayleicn/moment_detr@b7e553a:standalone_eval/eval.py",),
     ranked_windows=True,
 )

@@ -8,7 +8,7 @@ outcome says why.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 Rule: TypeAlias = Literal["official", "plain"]
 Doc: TypeAlias = Mapping[str, Any]
@@ -101,6 +101,42 @@ class TaskResult:
         return asdict(self)
 
 
+class Unit(NamedTuple):
+    """What a headline number averages: a question, or a group of questions."""
+
+    row: int
+    """Index of the unit's row; of its last one where it is a group."""
+    part: str
+    """The mean that it enters."""
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """A benchmark's headline number: means of parts, and what the benchmark makes of them.
+
+    In this form `aggregate` computes it once and reports resample it without scoring again.
+    """
+
+    units: Callable[[Sequence[Row], Rule], Sequence[Unit]]
+    combine: Callable[[Mapping[str, float | None], Rule], float | None]
+    """Means by part to the number. A part may be absent or `None`: none of its units was drawn."""
+
+    def value(self, rows: Sequence[Row], rule: Rule) -> float | None:
+        """Return the number of some rows; `None` where they do not determine it."""
+        parts: dict[str, list[float]] = {}
+        for unit in self.units(rows, rule):
+            parts.setdefault(unit.part, []).append(unit.value)
+        return self.combine({part: sum(v) / len(v) for part, v in parts.items()}, rule)
+
+
+def _questions(rows: Sequence[Row], rule: Rule) -> list[Unit]:
+    return [Unit(i, "", s.value) for i, (_, s) in enumerate(rows) if s.value is not None]
+
+
+MEAN = Headline(_questions, lambda means, rule: means.get(""))
+"""The mean over questions that have a value, as most benchmarks have it."""
+
 ScoreFunction: TypeAlias = Callable[[Doc, Any, Rule], Score]
 AggregateFunction: TypeAlias = Callable[[str, Sequence[Row], Rule], TaskResult]
 
@@ -113,6 +149,7 @@ class Benchmark:
     score: ScoreFunction
     aggregate: AggregateFunction
     sources: tuple[str, ...]
+    headline: Headline = MEAN
     ranked_windows: bool = False
     """Whether a prediction may be ranked windows instead of text."""
     options: Callable[[Doc], Sequence[str]] = lambda doc: ()

@@ -20,7 +20,7 @@ from typing import Any
 from .averages import field, mean, summarise
 from .letters import first_capital, lettered_options, public_letter
 from .multiple_choice import MultipleChoice
-from .result import Doc, Outcome, Row, Rule, ScoringError, TaskResult
+from .result import Doc, Headline, Outcome, Row, Rule, ScoringError, TaskResult, Unit
 
 GROUP = 4
 PREFIXES = (
@@ -98,13 +98,25 @@ def _mark(row: Row, rule: Rule) -> int:
     return int(bool(score.value))
 
 
-def _groups(rows: Sequence[Row], rule: Rule) -> list[Sequence[Row]]:
+def _groups(rows: Sequence[Row], rule: Rule) -> list[Sequence[int]]:
+    """Return the indices of each group's rows; a limited run's groups may be incomplete."""
     if rule == "official":
-        return [rows[i : i + GROUP] for i in range(0, len(rows), GROUP)]
-    by_video: dict[str, list[Row]] = {}
-    for row in rows:
-        by_video.setdefault(str(row[0]["video_id"]), []).append(row)
-    return [sorted(group, key=lambda row: _place(row[0])) for group in by_video.values()]
+        return [range(i, min(i + GROUP, len(rows))) for i in range(0, len(rows), GROUP)]
+    by_video: dict[str, list[int]] = {}
+    for index, (doc, _) in enumerate(rows):
+        by_video.setdefault(str(doc["video_id"]), []).append(index)
+    return [sorted(group, key=lambda i: _place(rows[i][0])) for group in by_video.values()]
+
+
+def _units(rows: Sequence[Row], rule: Rule) -> list[Unit]:
+    return [
+        Unit(group[-1], "", _group_score([rows[i] for i in group], rule))
+        for group in _groups(rows, rule)
+        if len(group) == GROUP
+    ]
+
+
+HEADLINE = Headline(_units, lambda means, rule: means.get(""))
 
 
 def _place(doc: Doc) -> tuple[int, str]:
@@ -119,8 +131,8 @@ def _level(doc: Doc) -> str:
 
 def aggregate(benchmark: str, rows: Sequence[Row], rule: Rule) -> TaskResult:
     """Average over groups; beside it by type and level of group, and question accuracy."""
-    groups = _groups(rows, rule)
-    whole = [(group[-1][0], _group_score(group, rule)) for group in groups if len(group) == GROUP]
+    groups = len(_groups(rows, rule))
+    whole = [(rows[unit.row][0], unit.value) for unit in _units(rows, rule)]
     read = [s.value for _, s in rows if s.outcome is Outcome.ANSWERED]
     extra: dict[str, float | None] = {
         "accuracy": mean(score.value for _, score in rows),
@@ -130,8 +142,8 @@ def aggregate(benchmark: str, rows: Sequence[Row], rule: Rule) -> TaskResult:
         extra[kind] = mean(value for doc, value in whole if doc["group_type"] == kind)
     for level in ("1", "2", "3"):
         extra[f"level_{level}"] = mean(v for doc, v in whole if _level(doc) == level)
-    if len(whole) < len(groups):
-        extra["incomplete groups"] = float(len(groups) - len(whole))
+    if len(whole) < groups:
+        extra["incomplete groups"] = float(groups - len(whole))
     return summarise(
         benchmark,
         rows,
@@ -151,4 +163,5 @@ BENCHMARK = MultipleChoice(
     n_options=8,
     read=_read,
     aggregate=aggregate,
+    headline=HEADLINE,
 ).build()

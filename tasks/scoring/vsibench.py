@@ -10,16 +10,16 @@ Official quirk, copied: a level of relative direction that is absent (a limited 
 and relative direction as a task even if all are absent. The plain rule averages what is there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from .averages import field, group_means, mean, summarise
+from .averages import field, group_units, mean, summarise
 from .choice import read_plain
 from .letters import letter, option_text, public_letter
 from .numeric import mean_relative_accuracy, read_number
 from .result import (
     Benchmark,
     Doc,
-    Group,
+    Headline,
     Row,
     Rule,
     Score,
@@ -92,27 +92,36 @@ def _as_float(word: str) -> float | None:
     return value if value - value == 0 else None
 
 
+def _mean_of_tasks(means: Mapping[str, float | None], rule: Rule) -> float | None:
+    tasks = [means[name] for name in sorted(means) if name not in DIRECTIONS]
+    return mean((*tasks, _direction(means, rule))) if means else None
+
+
+HEADLINE = Headline(lambda rows, rule: group_units(rows, field("question_type")), _mean_of_tasks)
+
+
 def aggregate(benchmark: str, rows: Sequence[Row], rule: Rule) -> TaskResult:
     """Average the tasks, each with the same weight."""
-    tasks = group_means(rows, field("question_type"))
-    levels = [tasks.pop(name, None) for name in DIRECTIONS]
-    means = {name: group.value for name, group in tasks.items()}
-    direction = _direction(levels, rule) if rows else None
-    if direction is not None:
-        means[DIRECTION] = direction
+    levels = {
+        name: mean(score.value for doc, score in rows if doc["question_type"] == name)
+        for name in DIRECTIONS
+    }
     return summarise(
         benchmark,
         rows,
         rule,
         metric="mean of tasks",
-        value=mean(means.values()),
+        value=HEADLINE.value(rows, rule),
         families=field("question_type"),
-        extra={DIRECTION: direction, "mean over questions": mean(s.value for _, s in rows)},
+        extra={
+            DIRECTION: _direction(levels, rule) if rows else None,
+            "mean over questions": mean(s.value for _, s in rows),
+        },
     )
 
 
-def _direction(levels: Sequence[Group | None], rule: Rule) -> float | None:
-    values = [None if level is None else level.value for level in levels]
+def _direction(means: Mapping[str, float | None], rule: Rule) -> float | None:
+    values = [means.get(name) for name in DIRECTIONS]
     if rule == "official":
         return sum(value or 0.0 for value in values) / len(values)
     return mean(values)
@@ -122,6 +131,7 @@ BENCHMARK = Benchmark(
     name="vsibench",
     score=score,
     aggregate=aggregate,
+    headline=HEADLINE,
     sources=("vision-x-nyu/thinking-in-space@51e089c:lmms_eval/tasks/vsibench/utils.py",),
     options=lambda doc: [option_text(str(option)) for option in doc.get("options") or ()],
     truth=lambda doc: public_letter(doc["ground_truth"]) if doc.get("options") else None,

@@ -5,6 +5,7 @@ pytest tests/harness/test_store.py
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -173,18 +174,16 @@ def test_no_space_left_is_a_clear_error_and_keeps_what_is_finished(tmp_path: Pat
     assert (tmp_path / "samples/s.jsonl").read_bytes().endswith(b"\n")
 
 
-def test_a_full_disk_at_the_end_leaves_the_unsorted_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_at_the_end_leaves_the_unsorted_file(tmp_path: Path) -> None:
     with RunStore.open(tmp_path, run_json()) as run:
         run.add("s", rows("b", "a"), seconds("b", "a"))
         before = (tmp_path / "samples/s.jsonl").read_bytes()
-
-        def no_space(*_: object) -> int:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(os, "write", no_space)
-        with pytest.raises(StoreError, match="no space left"):
-            run.finish("s", ["a", "b"], {})
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+        try:
+            with pytest.raises(StoreError, match="no space left"):
+                run.finish("s", ["a", "b"], {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "samples/s.jsonl").read_bytes() == before
     assert not [path for path in (tmp_path / "samples").iterdir() if path.name != "s.jsonl"]

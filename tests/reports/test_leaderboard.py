@@ -317,16 +317,15 @@ def test_what_waits_for_a_judge_and_who_judged_are_reasons(tmp_path: Path) -> No
 def test_statistic_interval_agrees_with_the_mean_where_the_statistic_is_one() -> None:
     values = [0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0] * 10
     names = [f"v{i // 2}" for i in range(100)]
-    found = statistic_interval(
-        0.7, values, names, lambda chosen: sum(chosen) / len(chosen), resamples=4000
-    )
+    units = [(name, "all", value) for name, value in zip(names, values, strict=True)]
+    found = statistic_interval(0.7, units, lambda means: means["all"], n=100, resamples=4000)
     # The clustered standard error of ten times the same five clusters.
     spread = [0.5, 0.5, 1.0, 0.5, 1.0] * 10
     error = (sum((x - 0.7) ** 2 for x in spread) / 50 / 50) ** 0.5
     assert found.se == pytest.approx(error, rel=0.05)
     assert found.low == pytest.approx(0.7 - 2 * error, abs=0.01)
     assert (found.n, found.clusters) == (100, 50)
-    single = statistic_interval(0.5, [0.5], ["v"], lambda chosen: chosen[0])
+    single = statistic_interval(0.5, [("v", "all", 0.5)], lambda means: means["all"], n=1)
     assert (single.low, single.high) == (0.0, 1.0)
 
 

@@ -21,6 +21,7 @@ from internvideo3.tasks.scoring import (
     ScoringError,
     aggregate,
     benchmark_names,
+    headline,
     score,
     sources,
 )
@@ -191,6 +192,12 @@ OFFICIAL = [
     ("mvbench", "", 1),
     ("mvbench", "(", 1),
     ("mvbench", ")", 1),
+    ("mvbench", " \n", 1),
+    ("mvbench", " C", 0),
+    ("mvbench", "\n(C) blue square", 0),
+    ("mvbench", " B. red circle", 1),
+    ("mvbench", "B\nThe red circle is seen at the end.", 1),
+    ("mvbench", "(C)\nand not (B)", 0),
     ("mvbench", "The answer is B", 0),
     ("tomato", "b", 1),
     ("tomato", "Answer is:(B)", 1),
@@ -474,6 +481,34 @@ def test_mlvu_is_macro_over_the_tasks_present() -> None:
     result = aggregate("mlvu", rows_of("mlvu", plan))
     assert result.value == 0.5 and result.metric == "M-Avg"
     assert result.extra["accuracy over questions"] == 0.75
+
+
+VARIED: dict[str, list[dict[str, Any]]] = {
+    "videomme_v2": [
+        {"video_id": str(i // 4), "question_id": f"{i // 4}-{i % 4 + 1}",
+         "group_type": ("relevance", "logic")[i // 4 % 2], "group_structure": "[1, [2, 3], 4]"}
+        for i in range(24)
+    ],
+    "vsibench": [{"question_type": f"object_rel_direction_{one}"} for one in ("easy", "hard")]
+    + [{"question_type": one} for one in ("object_rel_distance", "route_planning")],
+    "mlvu": [{"task_type": one} for one in ("ego", "count", "count")],
+    "qvhighlights": [{"relevant_windows": one} for one in ([[10, 20]], [], [[5, 45]])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ["official", "plain"])
+@pytest.mark.parametrize("benchmark", DOCS)
+def test_the_headline_is_what_its_units_combine_to(benchmark: str, rule: Any) -> None:
+    """Reports resample the units; what they combine to must be what `aggregate` says."""
+    changes = VARIED.get(benchmark, [{}])
+    replies = ["B", "C", "hm", "4 - 9 s", "[[10, 20, 0.9], [12, 44, 0.5]]", "B", "B"]
+    rows = []
+    for i in range(24):
+        doc = DOCS[benchmark] | changes[i % len(changes)]
+        rows.append((doc, score(benchmark, doc, replies[i % 7], rule=rule)))
+    for part in (rows, rows[4:16], rows[:3], []):
+        expected = aggregate(benchmark, part, rule=rule).value
+        assert headline(benchmark).value(part, rule) == pytest.approx(expected, abs=1e-12)
 
 
 def test_lvbench_question_counts_in_each_of_its_types() -> None:
