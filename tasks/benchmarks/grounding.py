@@ -1,7 +1,18 @@
 """Table 4 of the paper, grounding: TimeLens-Bench; and the classic annotations beside it."""
 
 from . import layouts, prompts
-from .protocol import LMMS, QWEN3_VL_VIDEO, SCRIPTS, Benchmark, Data, Doc, Lmms, Preset, tokens
+from .protocol import (
+    LMMS,
+    QWEN3_VL_VIDEO,
+    SCRIPTS,
+    Benchmark,
+    Data,
+    Doc,
+    Lmms,
+    Preset,
+    fields,
+    tokens,
+)
 
 
 def _span(doc: Doc) -> str:
@@ -47,7 +58,7 @@ def _timelens(part: str, title: str, column: str, questions: int) -> Benchmark:
             max_new_tokens=512,
             note="Its floor of 64 tokens a frame is not applied.",
         ),
-        lmms=Lmms(yaml=f"timelens/timelens_{part}.yaml"),
+        lmms=Lmms(yaml=f"timelens/timelens_{part}.yaml", shows=fields("query")),
         reason="Documents and the official prompt are lmms-eval's; it does not round to seconds as "
         "the official scorer does, so scores are ours, with both roundings.",
         kept=("span", "duration"),

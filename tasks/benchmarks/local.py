@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from internvideo3.tasks.scoring.choice import letter_index
+from internvideo3.tasks.scoring.entry import aggregate, score
 from internvideo3.tasks.scoring.entry import options as options_of
-from internvideo3.tasks.scoring.entry import score
 from internvideo3.tasks.scoring.entry import truth as truth_of
+from internvideo3.tasks.scoring.result import ScoringError
 
 from .layouts import LayoutError, records
 from .protocol import Benchmark, Doc, Preset, Raw
@@ -102,6 +103,7 @@ def load_local(
         docs.append(doc)
     if not docs:
         raise DataError(f"{benchmark.title}: {files[0]} holds no questions.")
+    _check_average(benchmark, docs, folder)
     return Local(
         benchmark=benchmark,
         folder=folder,
@@ -192,6 +194,8 @@ def _checked(
         doc = _common(benchmark, raw, folder, preset, subtitles)
         # What no answer could be scored by is better known before a model is loaded.
         score(benchmark.scorer, doc["doc"], "")
+        if preset.prompt is None:
+            _check_shown(benchmark, raw)
         return doc
     except DataError:
         raise
@@ -199,6 +203,26 @@ def _checked(
         raise DataError(
             f"{benchmark.title}: question {number} in {folder} does not have the published "
             f"layout: {type(error).__name__}: {error}. Its fields: {', '.join(sorted(raw))}."
+        ) from error
+
+
+def _check_shown(benchmark: Benchmark, raw: Raw) -> None:
+    """A prompt of lmms-eval's is made when the run asks; what it is made of must be there."""
+    shown = benchmark.lmms.shows(raw) if benchmark.lmms else ()
+    for name in shown:
+        if not raw.get(name):
+            raise KeyError(name)
+
+
+def _check_average(benchmark: Benchmark, docs: Sequence[Raw], folder: Path) -> None:
+    """What groups documents is read when all are answered, and must not fail only then."""
+    rows = [(doc["doc"], score(benchmark.scorer, doc["doc"], None)) for doc in docs]
+    try:
+        aggregate(benchmark.scorer, rows)
+    except ScoringError as error:
+        raise DataError(
+            f"{benchmark.title}: the questions in {folder} cannot be averaged as published: "
+            f"{error}. Get the annotations again: {benchmark.data.get}."
         ) from error
 
 

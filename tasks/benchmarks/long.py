@@ -15,6 +15,7 @@ from .protocol import (
     Lmms,
     Preset,
     Raw,
+    fields,
     tokens,
 )
 
@@ -83,6 +84,7 @@ VIDEOMME = Benchmark(
     official=Preset(source=f"{LMMS}/videomme/videomme.yaml, {_OPEN}", max_new_tokens=16),
     lmms=Lmms(
         yaml="videomme/videomme.yaml",
+        shows=fields("question", "options"),
         prompt_settings={
             "format": "qwen3_vl",
             "pre_prompt": "Question: ",
@@ -127,6 +129,7 @@ VIDEOMME_V2 = Benchmark(
     ),
     lmms=Lmms(
         yaml="videomme_v2/videomme_v2.yaml",
+        shows=fields("question", "options"),
         prompt_settings={
             "format": "qwen3_vl",
             "pre_prompt": "Question: ",
@@ -189,7 +192,12 @@ def _longvideobench(name: str, title: str, paper: Preset, official: Preset) -> B
         ),
         paper=paper,
         official=official,
-        lmms=None if own else Lmms(yaml="longvideobench/longvideobench_val_v.yaml"),
+        lmms=None
+        if own
+        else Lmms(
+            yaml="longvideobench/longvideobench_val_v.yaml",
+            shows=fields("question", *(f"option{i}" for i in range(5))),
+        ),
         reason="The benchmark's own loader. lmms-eval's longvideobench_val_i places subtitles by "
         "times that are not quite its pictures'."
         if own
@@ -255,7 +263,7 @@ MLVU = Benchmark(
         max_new_tokens=16,
     ),
     official=Preset(source=f"{LMMS}/mlvu/mlvu_dev.yaml, {_OPEN}", max_new_tokens=16),
-    lmms=Lmms(yaml="mlvu/mlvu_dev.yaml"),
+    lmms=Lmms(yaml="mlvu/mlvu_dev.yaml", shows=fields("question")),
     reason=_EXTRACTOR + " Its mlvu_test is not offered: it reads four of six options.",
     not_comparable="the paper's column seems to mix the dev and test splits",
     kept=("question", "answer", "task_type"),
@@ -292,7 +300,7 @@ LVBENCH = Benchmark(
         max_new_tokens=16,
     ),
     official=Preset(source=f"{LMMS}/lvbench/lvbench.yaml, {_OPEN}", max_new_tokens=16),
-    lmms=Lmms(yaml="lvbench/lvbench.yaml"),
+    lmms=Lmms(yaml="lvbench/lvbench.yaml", shows=fields("question")),
     reason=_EXTRACTOR,
     kept=("question", "options", "answer", "question_type"),
     identify=lambda doc: str(doc["uid"]),
@@ -324,7 +332,7 @@ VRBENCH = Benchmark(
         note="The prompt holds the human-written summary of the video, as the official one does.",
     ),
     official=Preset(source=f"{LMMS}/vrbench/vrbench_mcq.yaml, {_OPEN}", max_new_tokens=1024),
-    lmms=Lmms(yaml="vrbench/vrbench_mcq.yaml"),
+    lmms=Lmms(yaml="vrbench/vrbench_mcq.yaml", shows=fields("question", "options")),
     reason="A faithful port of the official prompt and scorer. lmms-eval asks everything twice, "
     "once for its judge; ours rates the reasoning of the same reply, and only by `judge`.",
     not_comparable="no script was published, and whether the paper's number is multiple choice or "
@@ -370,7 +378,7 @@ def _egoschema(name: str, title: str, questions: int, note: str, reason: str) ->
             note=note,
         ),
         official=Preset(source=f"{LMMS}/egoschema/{name}.yaml, {_OPEN}", max_new_tokens=16),
-        lmms=Lmms(yaml=f"egoschema/{name}.yaml"),
+        lmms=Lmms(yaml=f"egoschema/{name}.yaml", shows=fields("question", "option")),
         reason=reason,
         not_comparable="" if full else "500 of the 5,031 questions; the paper has all of them",
         verdict="there is no score here, since the answers are not public: the run leaves a "

@@ -88,8 +88,15 @@ class Lmms:
 
     yaml: str
     """Its file below lmms-eval's `tasks` folder."""
+    shows: Callable[[Doc], Sequence[str]]
+    """Fields of a document that its prompt is made of; without them it cannot be asked."""
     prompt_settings: Mapping[str, str] | None = None
     """The prompt settings, where lmms-eval would choose them by the model's name."""
+
+
+def fields(*names: str) -> Callable[[Doc], Sequence[str]]:
+    """The same fields for every document."""
+    return lambda doc: names
 
 
 def no_images(_doc: Doc) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Table 3 of the paper: short video and motion."""
 
 from . import layouts, prompts
-from .protocol import LMMS, SCRIPTS, Benchmark, Data, Doc, Lmms, Preset, tokens
+from .protocol import LMMS, SCRIPTS, Benchmark, Data, Doc, Lmms, Preset, fields, tokens
 
 _OPEN = "leaves frames open; Qwen3-VL's own sampling"
 _WHOLE_VIDEO = "The pixel bounds are of a whole video, as the script sets them."
@@ -100,7 +100,9 @@ PERCEPTIONTEST = Benchmark(
     official=Preset(
         source=f"{LMMS}/perceptiontest/val/perceptiontest_mc.yaml, {_OPEN}", max_new_tokens=32
     ),
-    lmms=Lmms(yaml="perceptiontest/val/perceptiontest_mc.yaml"),
+    lmms=Lmms(
+        yaml="perceptiontest/val/perceptiontest_mc.yaml", shows=fields("question", "options")
+    ),
     reason="Prompt and reading are right for the letters it asks for; scores are ours, of the "
     "same reading.",
     kept=("options", "answer_id", "area"),

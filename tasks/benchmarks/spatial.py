@@ -1,13 +1,19 @@
 """Table 4 of the paper, spatial reasoning; and DSI-Bench, which its section 5 names."""
 
+from internvideo3.tasks.scoring.vsibench import CHOICES
+
 from . import layouts, prompts
-from .protocol import LMMS, SCRIPTS, Benchmark, Data, Doc, Lmms, Preset, tokens
+from .protocol import LMMS, SCRIPTS, Benchmark, Data, Doc, Lmms, Preset, fields, tokens
 
 _OPEN = "leaves frames open; Qwen3-VL's own sampling"
 
 
 def _ground_truth(doc: Doc) -> str:
     return str(doc["ground_truth"])
+
+
+def _shown(doc: Doc) -> tuple[str, ...]:
+    return ("question", *(("options",) if doc["question_type"] in CHOICES else ()))
 
 
 VSIBENCH = Benchmark(
@@ -34,7 +40,7 @@ VSIBENCH = Benchmark(
         max_new_tokens=16,
     ),
     official=Preset(source=f"{LMMS}/vsibench/vsibench.yaml, {_OPEN}", max_new_tokens=16),
-    lmms=Lmms(yaml="vsibench/vsibench.yaml"),
+    lmms=Lmms(yaml="vsibench/vsibench.yaml", shows=_shown),
     reason="Documents and prompt are lmms-eval's; its numbers are read more leniently than "
     "officially, and a limited run raises KeyError, so scores are ours.",
     kept=("question_type", "ground_truth", "options"),
@@ -68,7 +74,7 @@ MMSI_BENCH = Benchmark(
         note="Several images, no video.",
     ),
     official=Preset(source=f"{LMMS}/mmsi_bench/msr_bench.yaml", max_new_tokens=2048),
-    lmms=Lmms(yaml="mmsi_bench/msr_bench.yaml"),
+    lmms=Lmms(yaml="mmsi_bench/msr_bench.yaml", shows=fields("question")),
     reason="Documents and prompt are lmms-eval's; it takes letters A-F in either case out of any "
     "word, so scores are ours.",
     kept=("question", "answer", "question_type"),

@@ -4,11 +4,12 @@ pytest tests/harness/test_benchmarks.py
 """
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +29,9 @@ from internvideo3.harness.rescore import rescore
 from internvideo3.harness.store import read_rows
 from internvideo3.reports.summary import summarise_paths
 from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS
+from internvideo3.tasks.benchmarks.lmms import task_files
+from internvideo3.tasks.benchmarks.local import DataError, load_local
+from internvideo3.tasks.benchmarks.protocol import Benchmark, Raw
 from internvideo3.tasks.benchmarks.wording import table
 from internvideo3.tasks.brief import EVALUABLE
 from internvideo3.tasks.scoring import aggregate, score
@@ -118,6 +122,78 @@ def test_the_recorded_answer_is_right_when_it_is_given(
         found = score(row["benchmark"], row["doc"], text, rule="plain")
         hidden = suite in HIDDEN or found.outcome == "judge_needed"
         assert found.value == (None if hidden else 1.0), (row["id"], text, found)
+
+
+PROMPTS = {
+    "videomme": "videomme.utils.videomme_doc_to_text",
+    "videomme_v2": "videomme_v2.utils.videomme_v2_doc_to_text",
+    "longvideobench": "longvideobench.utils.longvideobench_doc_to_text",
+    "mlvu": "mlvu.utils.mlvu_doc_to_text",
+    "lvbench": "lvbench.utils.lvbench_doc_to_text",
+    "vrbench": "vrbench.utils.vrbench_doc_to_text",
+    "egoschema": "egoschema.utils.egoschema_doc_to_text",
+    "egoschema_subset": "egoschema.utils.egoschema_doc_to_text",
+    "perceptiontest": "perceptiontest.val.utils.perceptiontest_val_doc_to_text",
+    "vsibench": "vsibench.utils.vsibench_doc_to_text",
+    "mmsi_bench": "mmsi_bench.utils.msr_doc_to_text",
+    **{f"timelens_{part}": "timelens.utils.timelens_doc_to_text"
+       for part in ("activitynet", "charades", "qvhighlights")},
+}  # fmt: skip
+"""Where lmms-eval builds the prompts that are reused."""
+REUSED = [name for name, one in BENCHMARKS.items() if one.lmms and one.official.prompt is None]
+
+
+def without(benchmark: Benchmark, field: str) -> Benchmark:
+    def drop(raws: Sequence[Raw]) -> Iterator[Raw]:
+        whole = benchmark.data.complete(raws) if benchmark.data.complete else iter(raws)
+        yield from ({k: v for k, v in raw.items() if k != field} for raw in whole)
+
+    return replace(benchmark, data=replace(benchmark.data, complete=drop))
+
+
+@pytest.fixture(scope="module")
+def prompt_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """(benchmark, its document in the task's file) → lmms-eval's own prompt."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
+
+        def build(name: str, doc: dict[str, Any]) -> str:
+            module, function = f"lmms_eval.tasks.{PROMPTS[name]}".rsplit(".", 1)
+            settings = {"pre_prompt": "", "post_prompt": "", "mca_post_prompt": "",
+                        "na_post_prompt": ""}  # fmt: skip
+            made: str = getattr(importlib.import_module(module), function)(doc, settings)
+            return made
+
+        yield build
+
+
+@pytest.mark.parametrize("name", REUSED)
+def test_what_preflight_passes_can_be_asked_and_averaged(
+    name: str, data: Path, tmp_path: Path, prompt_of: Any
+) -> None:
+    """Whatever field the annotations lack: it is said at once, or nothing needs it."""
+    known = BENCHMARKS[name]
+    refused = []
+    for field in load_local(known, data, known.official).docs[0]["raw"]:
+        poorer = without(known, field)
+        try:
+            local = load_local(poorer, data, known.official)
+        except DataError as error:
+            assert field in str(error)
+            refused.append(field)
+            continue
+        files = task_files(name, poorer, known.official, local.docs, tmp_path, tmp_path)
+        docs = [json.loads(line) for line in files[tmp_path / f"{name}.jsonl"].splitlines()]
+        assert all(prompt_of(name, doc).strip() for doc in docs)
+        blank = [(doc["doc"], score(known.scorer, doc["doc"], "B")) for doc in local.docs]
+        aggregate(known.scorer, blank)
+    assert refused
+
+
+def test_preflight_names_what_only_the_average_reads(data: Path) -> None:
+    known = BENCHMARKS["videomme_v2"]
+    with pytest.raises(DataError, match="cannot be averaged as published.*group_type"):
+        load_local(without(known, "group_type"), data, known.official)
 
 
 @pytest.mark.parametrize("suite", BENCHMARKS)
