@@ -1,29 +1,36 @@
 """`internvideo3 eval --check`: what a run needs and what is missing, before anything is loaded.
 
 Reads annotations, names of files and headers of a checkpoint; opens no video, imports no torch.
+`check_lines` puts the findings in words.
 """
 
-import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from internvideo3.harness.comparable import comparable, reasons_of
 from internvideo3.harness.evaluate import load_suite
 from internvideo3.harness.options import EvalOptions
-from internvideo3.harness.preflight import Benchmark, PreflightError, missing_media
+from internvideo3.harness.preflight import (
+    Benchmark,
+    Doc,
+    PreflightError,
+    blind_videos,
+    check_sample_ids,
+    lost_questions,
+    missing_media,
+)
+from internvideo3.harness.ranks import share_of
 from internvideo3.harness.settings import Settings
 from internvideo3.harness.store import Row, read_rows
 from internvideo3.reports.wording import suite_title
 from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS, SUBTITLED
-from internvideo3.tasks.benchmarks.local import data_root
 from internvideo3.tasks.benchmarks.protocol import TOKEN_PIXELS, no_images
 from internvideo3.tasks.benchmarks.protocol import Benchmark as Protocol
 from internvideo3.tasks.video import FRAME_FACTOR
-from internvideo3.tasks.world.build import world_root
 
-GIB = 1 << 30
-_SHOWN = 3
+TOKEN_BYTES = 4
+"""Bytes of English text that a token stands for, as a rule of thumb."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +60,10 @@ class SuiteCheck:
     """Different videos, present or not."""
     missing: tuple[str, ...] = ()
     """Paths of files that are not there."""
+    lost: int = 0
+    """Questions about them."""
+    accepted: bool = False
+    """Whether the command accepts that these fail."""
     files_here: int = 0
     """Files that are there."""
     bytes_here: int = 0
@@ -60,9 +71,14 @@ class SuiteCheck:
     frames: int = 0
     """Most frames that are decoded: each video once."""
     tokens: int = 0
-    """Most visual tokens: each video once, each question's images."""
+    """Most visual tokens: each video once, each question's images; for an agent each question's
+    first look."""
+    text_tokens: int = 0
+    """About how many tokens of text are shown, subtitles included."""
     new_tokens: int = 0
-    """Most tokens of all answers together."""
+    """Most tokens of all answers together; for an agent those of all that it does."""
+    agentic: bool = False
+    """Whether an agent answers, so that only limits are known."""
     guessed_lengths: bool = False
     """Whether annotations tell no lengths, so that every video counts with the most frames."""
     reasons: tuple[str, ...] = ()
@@ -75,14 +91,15 @@ class SuiteCheck:
     @property
     def ready(self) -> bool:
         """Whether it can be run."""
-        return self.problem is None and not self.missing
+        return self.problem is None and (self.accepted or not self.missing)
 
     def seconds(self, rates: Rates) -> float:
         """Time to encode, prefill and answer at measured rates.
 
         Videos are decoded meanwhile; only where that takes longer does it count, in full.
         """
-        model = self.tokens / rates.prefill + self.new_tokens / rates.decode
+        read = self.tokens + self.text_tokens
+        model = read / rates.prefill + self.new_tokens / rates.decode
         if rates.encode is not None:
             model += self.tokens / rates.encode
         return model if rates.frames is None else max(model, self.frames / rates.frames)
@@ -93,10 +110,16 @@ def check(options: EvalOptions) -> list[SuiteCheck]:
 
     Raises:
         PreflightError: an option makes no sense.
+        RanksError: the part is none of a whole.
         CheckpointError: the checkpoint is unknown.
     """
     options.settings()
-    return [_check(suite, options) for suite in options.suites]
+    share_of(options.shard, options.processes)
+    check_sample_ids(options.suites, options.sample_ids)
+    found = [_check(suite, options) for suite in options.answered_suites]
+    if sum(one.lost for one in found) <= (options.max_errors or 0):
+        return [replace(one, accepted=one.lost > 0) for one in found]
+    return found
 
 
 def _check(suite: str, options: EvalOptions) -> SuiteCheck:
@@ -104,39 +127,68 @@ def _check(suite: str, options: EvalOptions) -> SuiteCheck:
     title = suite_title(suite)
     try:
         one = load_suite(suite, options)
+        if options.control == "blind":
+            blind_videos(one)
     except PreflightError as error:
         if known is None:
             return SuiteCheck(suite=suite, title=title, problem=str(error))
         return _unread(suite, known, str(error), options)
     settings = options.settings(one)
-    lengths = {str(doc["video_id"]): doc["length_s"] for doc in one.docs if one.videos(doc)}
+    filmed = [doc for doc in one.docs if one.videos(doc)]
+    # Forks of one reading answer all questions about a video; an agent looks for each anew.
+    looks = filmed if options.agent else {str(doc["video_id"]): doc for doc in filmed}.values()
     paths = {path for doc in one.docs for path in one.media(doc)}
     missing = missing_media(one)
-    single = known is not None and known.between is not None
-    frames_of = pictures if single else video_frames
-    images = sum(len(doc.get("images") or ()) for doc in one.docs)
-
-    def image_tokens(length_s: float | None) -> int:
-        return visual_tokens(settings, frames_of(settings, length_s), 1 if single else FRAME_FACTOR)
-
+    seen = options.control != "text"
+    images = sum(len(doc.get("images") or ()) for doc in one.docs) if seen else 0
+    bounds = [_bound(one, doc, settings) for doc in looks] if seen else []
     return SuiteCheck(
         suite=suite,
         title=title,
         problem=None,
         questions=len(one.docs),
-        videos=len(lengths),
+        videos=len({doc["video_id"] for doc in filmed}),
         missing=missing,
+        lost=lost_questions([one], missing),
         files_here=len(paths) - len(missing),
         bytes_here=sum(path.stat().st_size for path in paths if path.is_file()),
-        frames=sum(frames_of(settings, length) for length in lengths.values()),
-        tokens=sum(map(image_tokens, lengths.values()))
-        + images * (settings.max_pixels // TOKEN_PIXELS),
-        new_tokens=len(one.docs) * (settings.max_new_tokens or 0),
-        guessed_lengths=None in lengths.values(),
+        frames=sum(frames for frames, _ in bounds),
+        tokens=sum(tokens for _, tokens in bounds) + images * (settings.max_pixels // TOKEN_PIXELS),
+        text_tokens=sum(map(_text_bytes, one.docs)) // TOKEN_BYTES,
+        new_tokens=len(one.docs) * _most_new(options, settings),
+        agentic=options.agent is not None,
+        guessed_lengths=bool(bounds) and any(doc["length_s"] is None for doc in looks),
         reasons=_reasons(one, options),
         holds=one.whole,
         notes=one.local.notes if one.local else (),
     )
+
+
+def _bound(one: Benchmark, doc: Doc, settings: Settings) -> tuple[int, int]:
+    """Most frames and most visual tokens of a document's videos."""
+    single = doc.get("between") is not None
+    count = len(one.videos(doc))
+    each = (pictures if single else video_frames)(settings, doc["length_s"])
+    shared = one.preset.question_frames if one.preset else None
+    if shared:
+        each = min(each, max(FRAME_FACTOR, -(-shared // count)))
+    return count * each, count * visual_tokens(settings, each, 1 if single else FRAME_FACTOR)
+
+
+def _text_bytes(doc: Doc) -> int:
+    """Bytes of what a document shows as text."""
+    asked = doc.get("prompt") or "\n".join([doc["question"], *(doc["options"] or ())])
+    between = doc.get("between")
+    subtitles = Path(between["path"]) if between else None
+    return len(asked.encode()) + (
+        subtitles.stat().st_size if subtitles and subtitles.is_file() else 0
+    )
+
+
+def _most_new(options: EvalOptions, settings: Settings) -> int:
+    """Most tokens of an answer; an agent's budget holds its looks and calls too."""
+    answer = settings.max_new_tokens or 0
+    return options.agent.budget.tokens + answer if options.agent else answer
 
 
 def _unread(suite: str, known: Protocol, problem: str, options: EvalOptions) -> SuiteCheck:
@@ -150,9 +202,11 @@ def _unread(suite: str, known: Protocol, problem: str, options: EvalOptions) -> 
     )  # fmt: skip
     settings = options.settings(empty)
     whole = known.data.questions
-    asked = len(options.sample_ids) or min(whole, options.limit or whole)
+    mine = [sample for sample in options.sample_ids if sample.split("/")[0] == suite]
+    asked = len(mine) if options.sample_ids else min(whole, options.limit or whole)
     merged = FRAME_FACTOR if known.between is None else 1
-    frames = settings.max_frames if known.images is no_images else 0
+    filmed = known.images is no_images and options.control != "text"
+    frames = settings.max_frames if filmed else 0
     return SuiteCheck(
         suite=suite,
         title=suite_title(suite),
@@ -160,7 +214,8 @@ def _unread(suite: str, known: Protocol, problem: str, options: EvalOptions) -> 
         questions=asked,
         frames=asked * frames,
         tokens=asked * visual_tokens(settings, frames, merged) if frames else 0,
-        new_tokens=asked * (settings.max_new_tokens or 0),
+        new_tokens=asked * _most_new(options, settings),
+        agentic=options.agent is not None,
         guessed_lengths=True,
         reasons=tuple(reasons_of(suite, known, asked, _label(options), options.departures())),
     )
@@ -239,131 +294,3 @@ def _longest(rows: Sequence[Row], kind: str) -> Row | None:
         key=lambda row: int(row.get("context_tokens") or 0),
         default=None,
     )
-
-
-def lines(checks: Sequence[SuiteCheck], options: EvalOptions, rates: Rates | None) -> Iterator[str]:
-    """The findings as text, a block for each suite and a verdict at the end."""
-    if not options.model:
-        yield "no --model is given; frames are counted as large as any model sees them"
-    for one in checks:
-        yield f"{one.title} ({one.suite}): {_state(one)}"
-        yield from (f"  {line}" for line in _block(one, rates))
-    yield from _together(checks, rates)
-    if rates is None:
-        yield "time is not estimated; give the rates with --profile RUN (`internvideo3 profile`)"
-    yield from _places(options)
-    ready = sum(one.ready for one in checks)
-    yield f"{ready} of {len(checks)} suites are ready."
-
-
-def _state(one: SuiteCheck) -> str:
-    known = BENCHMARKS.get(one.suite.removesuffix(SUBTITLED))
-    if not one.ready:
-        return "NOT READY"
-    part = known is not None and (one.holds or 0) < known.data.questions
-    return "ready, a part of it" if part else "ready"
-
-
-def _together(checks: Sequence[SuiteCheck], rates: Rates | None) -> Iterator[str]:
-    """What all suites that can be read cost, where that is more than one."""
-    read = [one for one in checks if one.problem is None]
-    if len(read) < 2:
-        return
-    hours = sum(one.seconds(rates) for one in read) / 3600 if rates is not None else None
-    yield (
-        f"together: {sum(one.questions for one in read):,} questions, at most "
-        f"{sum(one.tokens for one in read):,} visual tokens and "
-        f"{sum(one.new_tokens for one in read):,} tokens of answers"
-        + (f", about {hours:.2f} h" if hours is not None else "")
-    )
-
-
-def _block(one: SuiteCheck, rates: Rates | None) -> Iterator[str]:
-    known = BENCHMARKS.get(one.suite.removesuffix(SUBTITLED))
-    if one.problem:
-        yield one.problem
-        if known is not None:
-            yield f"the whole of it: {known.data.questions:,} questions"
-            yield (
-                f"at most {one.tokens:,} visual tokens, were each of {one.questions:,} questions "
-                "about a longest video of its own"
-                if one.tokens
-                else "how many images are shown only the annotations tell"
-            ) + f", {one.new_tokens:,} tokens of answers"
-            if rates is not None and one.tokens:
-                yield f"at most {one.seconds(rates) / 3600:,.0f} h at the profile's rates"
-            verdict = "; ".join(one.reasons)
-            yield (
-                f"not comparable with the paper: {verdict}"
-                if verdict
-                else "comparable with the paper, once all of it is answered"
-            )
-    else:
-        if known is not None and one.holds != known.data.questions:
-            stated = "" if known.data.counted == "verified" else ", as commonly stated"
-            yield (
-                f"the annotations hold {one.holds:,} questions; published are "
-                f"{known.data.questions:,}{stated}"
-            )
-        yield from one.notes
-        yield f"{one.questions:,} questions, {one.videos:,} videos, {one.bytes_here / GIB:.2f} GiB"
-        yield from _missing(one)
-        guess = ", where no lengths are told as many as a video can have"
-        yield (
-            f"at most {one.tokens:,} visual tokens{guess if one.guessed_lengths else ''}, "
-            f"{one.new_tokens:,} tokens of answers"
-        )
-        if rates is not None:
-            yield (
-                f"about {one.seconds(rates) / 3600:.2f} h at the profile's rates "
-                f"(measured at {rates.context:,} tokens; {_counted(rates)})"
-            )
-        verdict = "; ".join(one.reasons)
-        yield f"not comparable with the paper: {verdict}" if verdict else "comparable"
-    if known is not None:
-        if known.verdict:
-            yield known.verdict
-        yield f"get: {known.data.get}"
-        yield f"licence: {known.data.licence}"
-
-
-def _counted(rates: Rates) -> str:
-    """What of the way from file to answer is in the estimate."""
-    if rates.encode is None or rates.frames is None:
-        return "without the vision tower and decoding: give a profile that was made with --video"
-    return "with the vision tower; videos are decoded meanwhile"
-
-
-def _missing(one: SuiteCheck) -> Iterator[str]:
-    if one.missing:
-        yield f"{len(one.missing):,} files are missing or empty:"
-        yield from (f"  {path}" for path in one.missing[:_SHOWN])
-        if len(one.missing) > _SHOWN:
-            yield f"  and {len(one.missing) - _SHOWN:,} more"
-        if one.files_here:
-            need = one.bytes_here / one.files_here * len(one.missing)
-            yield f"they need about {need / GIB:.2f} GiB, if they are as large as those here"
-
-
-def _places(options: EvalOptions) -> Iterator[str]:
-    """Where the suites' files lie and what is free there, and what the archives take."""
-    known = [BENCHMARKS.get(suite.removesuffix(SUBTITLED)) for suite in options.suites]
-    data = {one.home: one for one in known if one is not None}.values()
-    if None in known:
-        yield _free(world_root(options.root))
-    if not data:
-        return
-    needs = "".join(
-        f"; {one.title}'s videos take {one.data.gigabytes:g} GB"
-        for one in data
-        if one.data.gigabytes
-    )
-    yield _free(data_root(options.data)) + needs
-    unknown = [one.title for one in data if not one.data.gigabytes]
-    if unknown and needs:
-        yield f"how much the videos of the others take is not known: {', '.join(unknown)}"
-
-
-def _free(root: Path) -> str:
-    there = next(path for path in (root, *root.absolute().parents) if path.exists())
-    return f"{root}: {shutil.disk_usage(there).free / GIB:,.0f} GiB free"

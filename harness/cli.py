@@ -1632,7 +1632,8 @@ def _print_suites(root: Path) -> None:
 
 def _check_only(options: "EvalOptions", profile: Path | None) -> None:
     """Print what `--check` finds; exit with 1 if a suite cannot be run."""
-    from internvideo3.harness.check import check, lines, read_rates
+    from internvideo3.harness.check import check, read_rates
+    from internvideo3.harness.check_lines import lines
 
     rates = read_rates(profile) if profile else None
     checks = check(options)

@@ -14,6 +14,7 @@ from internvideo3.harness.preflight import (
     Benchmark,
     PreflightError,
     blind_videos,
+    check_sample_ids,
     check_videos,
     find_benchmark,
     load_benchmark,
@@ -142,16 +143,12 @@ def load_benchmarks(options: EvalOptions) -> list[Benchmark]:
     Raises:
         PreflightError: a suite is not built, an id unknown, a video missing.
     """
-    chosen = [
-        one for one in map(lambda name: load_suite(name, options), options.suites) if one.docs
-    ]
-    for sample in options.sample_ids:
-        if not any(sample == doc["id"] for one in chosen for doc in one.docs):
-            raise PreflightError(
-                f"--sample-id {sample} belongs to none of the suites "
-                f"{', '.join(options.suites)}; an id starts with its suite's name."
-            )
-    check_videos(chosen)
+    check_sample_ids(options.suites, options.sample_ids)
+    suites = [load_suite(name, options) for name in options.answered_suites]
+    chosen = [one for one in suites if one.docs]
+    check_videos(chosen, options.max_errors or 0)
+    for one in chosen:
+        _blind(one, options.control)  # refused before anything is written
     return chosen
 
 
@@ -189,7 +186,8 @@ def describe_run(options: EvalOptions, benchmarks: Sequence[Benchmark]) -> Row:
     commit, dirty = provenance.revision()
     config = asdict(options.settings())
     model = describe_model(options.model, dtype)
-    return {
+    left_out = {"left_out": options.left_out} if options.left_out else {}
+    return left_out | {
         "schema": SCHEMA,
         "id": options.out.resolve().name,
         "created": provenance.now(),

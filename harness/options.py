@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from internvideo3.harness.agent.setting import AgentSettings
-from internvideo3.harness.preflight import Benchmark
+from internvideo3.harness.preflight import Benchmark, PreflightError, shows_videos
 from internvideo3.harness.settings import SYSTEM_PROMPT, THINKING_TOKENS, Settings, pixel_range
 from internvideo3.model.checkpoint import resolve_checkpoint
 from internvideo3.tasks.benchmarks.protocol import PresetName
@@ -81,6 +81,28 @@ class EvalOptions:
     """Most bytes that the folder takes."""
     command: tuple[str, ...] = ()
     """The command line, for the record."""
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Suites that the command's control has no form for, and why."""
+        if self.control != "blind":
+            return {}
+        why = "the blind control shows another video, and this suite shows images only"
+        return {suite: why for suite in self.suites if not shows_videos(suite)}
+
+    @property
+    def answered_suites(self) -> tuple[str, ...]:
+        """The suites without those left out.
+
+        Raises:
+            PreflightError: none is left.
+        """
+        if self.suites and len(self.left_out) == len(self.suites):
+            raise PreflightError(
+                f"{', '.join(self.suites)}: images only; the blind control shows another video. "
+                "Take --control text."
+            )
+        return tuple(suite for suite in self.suites if suite not in self.left_out)
 
     def departures(self) -> list[str]:
         """What of the command leaves the benchmarks' protocol, in words."""

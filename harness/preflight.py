@@ -15,7 +15,7 @@ from internvideo3.tasks.benchmarks import prompts
 from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS, SUBTITLED, suites
 from internvideo3.tasks.benchmarks.lmms import METRIC, task_name
 from internvideo3.tasks.benchmarks.local import DataError, Local, load_local
-from internvideo3.tasks.benchmarks.protocol import Preset, PresetName
+from internvideo3.tasks.benchmarks.protocol import Preset, PresetName, no_videos
 from internvideo3.tasks.brief import EVALUABLE
 from internvideo3.tasks.world.suites import SUITES
 
@@ -150,6 +150,26 @@ def _subtitled(name: str, subtitles: Subtitles) -> tuple[str, ...]:
     return (f"{name}{SUBTITLED}",) if subtitles == "on" else (name, f"{name}{SUBTITLED}")
 
 
+def shows_videos(suite: str) -> bool:
+    """Whether a suite is about videos, and not about images alone."""
+    known = BENCHMARKS.get(suite.removesuffix(SUBTITLED))
+    return known is None or known.videos is not no_videos
+
+
+def check_sample_ids(suites: Sequence[str], sample_ids: Sequence[str]) -> None:
+    """Raise if a sample's id begins with the name of no suite.
+
+    Raises:
+        PreflightError: with the id.
+    """
+    for sample in sample_ids:
+        if sample.split("/")[0] not in suites:
+            raise PreflightError(
+                f"--sample-id {sample} belongs to none of the suites {', '.join(suites)}; an id "
+                "starts with its suite's name."
+            )
+
+
 def find_benchmark(
     suite: str,
     data: Path,
@@ -243,11 +263,15 @@ def load_benchmark(
     )
 
 
-def check_videos(benchmarks: Sequence[Benchmark]) -> None:
+def check_videos(benchmarks: Sequence[Benchmark], accepted: int = 0) -> None:
     """Raise if files that the documents show are missing.
 
     A video without content is the run's to record, like any other that cannot be decoded; where
     files are missing it is listed with them.
+
+    Args:
+        benchmarks: the suites.
+        accepted: how many questions may fail; so many are left to the run to record.
 
     Raises:
         PreflightError: with the first few paths and how many there are.
@@ -255,7 +279,8 @@ def check_videos(benchmarks: Sequence[Benchmark]) -> None:
     wanted = {path for one in benchmarks for doc in one.docs for path in one.media(doc)}
     missing = sorted({path for one in benchmarks for path in missing_media(one)})
     videos = {str(path) for one in benchmarks for doc in one.docs for path in one.videos(doc)}
-    if any(not Path(path).is_file() or path not in videos for path in missing):
+    lost = lost_questions(benchmarks, missing)
+    if lost > accepted and any(not Path(path).is_file() or path not in videos for path in missing):
         listed = "\n".join(f"  {path}" for path in missing[:_SHOWN])
         more = f"\n  and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         ours = any(one.local is None for one in benchmarks)
@@ -263,7 +288,16 @@ def check_videos(benchmarks: Sequence[Benchmark]) -> None:
             f"{len(missing)} of {len(wanted)} videos are missing or empty:\n{listed}{more}\n"
             + ("Run `internvideo3 world build` for these suites again; it makes only what is "
                "missing." if ours else "`internvideo3 eval --check` says where to get them.")
+            + f" Or accept that {lost} questions fail and count as wrong: --max-errors {lost}."
         )  # fmt: skip
+
+
+def lost_questions(benchmarks: Sequence[Benchmark], missing: Iterable[str]) -> int:
+    """How many of the chosen questions show one of these files."""
+    paths = set(missing)
+    return sum(
+        any(str(path) in paths for path in one.media(doc)) for one in benchmarks for doc in one.docs
+    )
 
 
 def missing_media(benchmark: Benchmark) -> tuple[str, ...]:

@@ -277,6 +277,7 @@ def summarise(runs: Sequence[Run]) -> Summary:
     known = (*SUITE_ORDER, *(n for b in BENCHMARKS for n in (b, b + SUBTITLED)))
     ordered = [s for s in known if s in names] + sorted(names - set(known))
     notes = [f"{run.id}: {note}" for run in runs for note in run.notes]
+    notes += [f"{run.id}: without {suite}: {why}" for run in runs for suite, why in _absent(run)]
     notes += [note for name in ordered for note in _data_notes(name, systems)]
     notes += [note for run in runs for note in _unscored_notes(run)]
     notes += [f"{run.id}: {suite}: {note}" for run in runs for suite, note in _oddities(run)]
@@ -289,6 +290,11 @@ def summarise(runs: Sequence[Run]) -> Summary:
         said = "the mean of suites counts a benchmark once, without its subtitles"
         return replace(summary, notes=(*notes, f"{', '.join(twice)}: {said}"))
     return summary
+
+
+def _absent(run: Run) -> Iterable[tuple[str, str]]:
+    """Suites that the command named and the run leaves out, with the reason."""
+    return dict(run.meta.get("left_out") or {}).items()
 
 
 def _oddities(run: Run) -> Iterator[tuple[str, str]]:

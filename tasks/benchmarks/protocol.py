@@ -99,6 +99,11 @@ def fields(*names: str) -> Callable[[Doc], Sequence[str]]:
     return lambda doc: names
 
 
+def no_videos(_doc: Doc) -> tuple[str, ...]:
+    """The videos of a document of a benchmark on images alone."""
+    return ()
+
+
 def no_images(_doc: Doc) -> tuple[str, ...]:
     """The images of a document of a benchmark on video alone."""
     return ()

@@ -3,7 +3,7 @@
 from internvideo3.tasks.scoring.vsibench import CHOICES
 
 from . import layouts, prompts
-from .protocol import LMMS, SCRIPTS, Benchmark, Data, Doc, Lmms, Preset, fields, tokens
+from .protocol import LMMS, SCRIPTS, Benchmark, Data, Doc, Lmms, Preset, fields, no_videos, tokens
 
 _OPEN = "leaves frames open; Qwen3-VL's own sampling"
 
@@ -79,7 +79,7 @@ MMSI_BENCH = Benchmark(
     "word, so scores are ours.",
     kept=("question", "answer", "question_type"),
     identify=lambda doc: str(doc["id"]),
-    videos=lambda doc: (),
+    videos=no_videos,
     images=lambda doc: doc["images"],
     family=lambda doc: str(doc["question_type"]),
 )

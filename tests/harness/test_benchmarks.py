@@ -15,11 +15,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from internvideo3.harness import cli, evaluate
+from internvideo3.harness.agent.budget import Budget
+from internvideo3.harness.agent.setting import AgentSettings
 from internvideo3.harness.check import Rates, check
 from internvideo3.harness.direct import Answerer
 from internvideo3.harness.options import EvalOptions
@@ -503,17 +507,23 @@ def test_check_lists_what_is_missing_and_what_it_will_cost(
     command += ["--data", str(tmp_path), "--check", "--profile", str(measured)]
     done = CliRunner().invoke(cli.app, command)
     assert done.exit_code == 1
-    assert "1 files are missing or empty" in done.output and "yt_a.mp4" in done.output
+    assert "1 files are missing or empty, of 2 questions" in " ".join(done.output.split())
+    assert "yt_a.mp4" in done.output
     assert "EgoSchema (egoschema): ready" in done.output
     # 720 frames in pairs, 128 tokens each; 2 answers of 16 tokens.
-    assert "at most 46,080 visual tokens, 32 tokens of answers" in done.output
-    assert f"about {(46_080 / 8 + 32 / 4) / 3600:.2f} h" in done.output
+    text = re.search(
+        r"at most 46,080 visual tokens, about (\d+) of text, 32 tokens of answers",
+        " ".join(done.output.split()),
+    )
+    assert text is not None and 20 < int(text[1]) < 200
+    read = 46_080 + int(text[1])
+    assert f"about {(read / 8 + 32 / 4) / 3600:.2f} h" in done.output
     assert "without the vision tower and decoding" in " ".join(done.output.split())
     with measured.open("a") as file:
         file.write(json.dumps({"kind": "vision_encoding", "tokens_per_s": 16.0}) + "\n")
         file.write(json.dumps({"kind": "video_decoding", "frames_per_s": 1.0}) + "\n")
     whole = CliRunner().invoke(cli.app, command)
-    assert f"about {(46_080 / 8 + 32 / 4 + 46_080 / 16) / 3600:.2f} h" in whole.output
+    assert f"about {(read / 8 + 32 / 4 + 46_080 / 16) / 3600:.2f} h" in whole.output
     assert "with the vision tower" in " ".join(whole.output.split())
     assert "VRBench (vrbench): NOT READY" in done.output
     assert "the whole of it: 8,243 questions" in done.output
@@ -595,9 +605,94 @@ def test_the_estimate_counts_images_and_waits_for_a_slow_decoder(
     # Two questions of two images; one video of two seconds, so two pictures. 4 tokens each.
     assert (images.frames, images.tokens) == (0, 2 * 2 * 4)
     assert (pictures.frames, pictures.tokens) == (2, 2 * 4)
-    rates = Rates(prefill=8.0, decode=64.0, context=100, encode=8.0, frames=0.1)
-    assert pictures.seconds(rates) == 20
-    assert pictures.seconds(replace(rates, frames=10.0)) == 1 + 1 + 2 * 32 / 64
+    rates = Rates(prefill=8.0, decode=64.0, context=100, encode=8.0, frames=0.01)
+    assert pictures.seconds(rates) == 200
+    read = 1 + pictures.text_tokens / 8
+    assert pictures.seconds(replace(rates, frames=10.0)) == read + 1 + 2 * 32 / 64
+
+
+def test_bounds_are_of_what_the_command_shows(options: EvalOptions, data: Path) -> None:
+    direct = EvalOptions(model="", suites=("videomme", "mmsi_bench"), out=options.out, data=data)
+    film, pictures = check(direct)
+    assert film.tokens > 0 and pictures.tokens > 0 and film.videos < film.questions
+    for one in check(replace(direct, control="text")):
+        assert (one.frames, one.tokens) == (0, 0) and one.text_tokens > 0
+    assert "no visual tokens, since the text control shows nothing" in check_of(
+        "videomme", data, "--control", "text"
+    )
+    (subtitled,) = check(replace(direct, suites=("videomme_subtitles",)))
+    assert subtitled.text_tokens > film.text_tokens
+    agent = AgentSettings(budget=Budget(tokens=1000))
+    acted, _ = check(replace(direct, agent=agent))
+    # Each question's own first look, and all that it may spend beside it and its answer.
+    assert acted.tokens == film.tokens * film.questions // film.videos
+    assert acted.new_tokens == film.questions * (1000 + 16)
+    told = check_of("videomme", data, "--mode", "agentic", "--tokens", "1000")
+    assert f"at most {acted.new_tokens:,} tokens of all that the agent does" in told
+    assert "time is not estimated; an agent decides" in told
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "said"),
+    [("--shard", "3/2", "is no part of a whole"), ("--sample-id", "foo", "belongs to none of")],
+)
+def test_check_refuses_what_eval_refuses(option: str, given: str, said: str, data: Path) -> None:
+    for command in (("--check",), ("--model", "scale:base")):
+        told = CliRunner().invoke(
+            cli.app, ["eval", "--suite", "mlvu", "--data", str(data), option, given, *command]
+        )
+        assert told.exit_code == 1 and said in told.output
+
+
+def test_the_blind_control_leaves_suites_of_images_out(
+    options: EvalOptions, data: Path, tmp_path: Path
+) -> None:
+    suites = ("mmsi_bench", "mvbench")
+    run = replace(options, suites=suites, control="blind", out=tmp_path / "run")
+    evaluate.evaluate(run)
+    described = json.loads((run.out / "run.json").read_text())
+    assert list(described["suites"]) == ["mvbench"]
+    assert list(described["left_out"]) == ["mmsi_bench"]
+    notes = summarise_paths([run.out]).notes
+    assert any("without mmsi_bench: the blind control shows another" in note for note in notes)
+    told = check_of("mmsi_bench,mvbench", data, "--control", "blind")
+    assert "MMSI-Bench (mmsi_bench): left out; the blind control" in told
+    assert "MVBench (mvbench): ready" in told
+    assert "1 of 1 suites are ready" in told
+    with pytest.raises(PreflightError, match="images only.*Take --control text"):
+        evaluate.evaluate(replace(run, suites=("mmsi_bench",), out=tmp_path / "none"))
+    poor = replace(options, data=tmp_path / "one", suites=("videomme",), control="blind")
+    shutil.copytree(data / "videomme", tmp_path / "one/videomme")
+    only_one_video(tmp_path / "one/videomme")
+    assert "needs two videos; videomme has 1" in str(check(poor)[0].problem)
+    with pytest.raises(PreflightError, match="needs two videos"):
+        evaluate.evaluate(replace(poor, out=tmp_path / "poor"))
+    assert not (tmp_path / "poor").exists()
+
+
+def only_one_video(folder: Path) -> None:
+    (file,) = folder.glob("*.parquet")
+    rows = [row for row in pq.read_table(file).to_pylist() if row["videoID"] == "yt_a"]
+    pq.write_table(pa.Table.from_pylist(rows), file)
+
+
+def test_missing_videos_fail_where_the_command_accepts_it(
+    options: EvalOptions, data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data / "mvbench", tmp_path / "mvbench")
+    gone = sorted((tmp_path / "mvbench").rglob("*.mp4"))[0]
+    gone.unlink()
+    run = replace(options, data=tmp_path, suites=("mvbench",), out=tmp_path / "run")
+    with pytest.raises(PreflightError, match="accept that 1 questions fail.*--max-errors 1"):
+        evaluate.evaluate(run)
+    accepting = replace(run, max_errors=1)
+    assert "ready; 1 questions will fail and count as wrong" in check_of(
+        "mvbench", tmp_path, "--max-errors", "1"
+    )
+    summary = evaluate.evaluate(accepting)
+    (failed,) = summary.errors
+    assert failed["error"]["type"] == "FileNotFoundError" and gone.name in str(failed["error"])
+    assert summary.computed == 3
 
 
 def test_the_list_and_one_benchmark(data: Path) -> None:
