@@ -6,6 +6,7 @@ Nothing heavy is imported at the top, so that `--help` answers at once.
 import json
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,7 +62,10 @@ app.add_typer(data_app, name="data")
 
 ModelOption = Annotated[
     str,
-    typer.Option(help="Checkpoint folder, or scale:base, scale:m2la, scale:control, scale:agent."),
+    typer.Option(
+        help="Checkpoint folder, or scale:base, scale:m2la, scale:control, scale:teacher, "
+        "scale:agent."
+    ),
 ]
 RootOption = Annotated[
     Path | None,
@@ -100,8 +104,8 @@ def evaluate_command(
     model: Annotated[
         str,
         typer.Option(
-            help="Checkpoint folder, or scale:base, scale:m2la, scale:control, scale:agent. "
-            "Required; --check does without."
+            help="Checkpoint folder, or scale:base, scale:m2la, scale:control, scale:teacher, "
+            "scale:agent. Required; --check does without."
         ),
     ] = "",
     out: Annotated[
@@ -769,6 +773,11 @@ def judge_command(
             f"{done.asked} verdicts, {done.kept} kept from before, {unread}{done.left} left open: "
             f"{run}"
         )
+        for name, count in done.others.items():
+            print(
+                f"{count} of the kept verdicts are {name}'s, not {judge}'s. To have {judge} asked "
+                f"for those too, take {run / 'judgements'} away and repeat the command."
+            )
 
 
 @app.command("report")
@@ -1534,7 +1543,7 @@ def _errors_in_words(out: Path) -> Iterator[None]:
             os._exit(BROKEN_PIPE)
         if os.environ.get("IV3_DEBUG"):
             raise
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {_worded(error)}", file=sys.stderr)
         _leave(USER_ERROR)
     except (RuntimeError, LookupError, TypeError, ArithmeticError) as error:
         if os.environ.get("IV3_DEBUG"):
@@ -1549,11 +1558,16 @@ def _errors_in_words(out: Path) -> Iterator[None]:
 
 def _nobody_reads() -> bool:
     """Whether it is the standard output that is closed, as by `| head`."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return True
-    return False
+    output = select.poll()
+    output.register(1, 0)
+    return bool(output.poll(0))
+
+
+def _worded(error: ValueError | OSError) -> str:
+    """An error's text; a file's own, which the system words, with what it was about first."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}. Give another place, or make this one usable."
+    return str(error)
 
 
 def _leave(status: int) -> NoReturn:

@@ -45,7 +45,7 @@ class EvalSummary:
     run: Path
     """The run directory."""
     computed: int
-    """Samples answered by this command."""
+    """Samples answered by this command, by all processes of a launch together."""
     kept: int
     """Samples that an earlier command had answered."""
     errors: tuple[Row, ...] = field(default=())
@@ -80,14 +80,18 @@ def evaluate(options: EvalOptions, progress: Progress = lambda *_: None) -> Eval
     run = describe_run(options, benchmarks)
     with RunStore.open(options.out, run, share.part) as store:
         recorders = _answer(options, benchmarks, store, share, progress)
+    computed = sum(recorder.computed for recorder in recorders)
+    meeting.total("computed", computed)
     meeting.wait("answered")
     if share.launched and share.index == 0:
         with RunStore.open(options.out, run) as store:
             for recorder in recorders:
                 recorder.answered = store.answered(recorder.benchmark.suite)
                 _finish(store, recorder)
+    if share.launched:
+        computed = meeting.total("computed", 0)
     meeting.leave()
-    return _summary(options, recorders)
+    return _summary(options, recorders, computed)
 
 
 def _answer(
@@ -125,13 +129,15 @@ def _answer(
     return recorders
 
 
-def _summary(options: EvalOptions, recorders: Sequence[SuiteRecorder]) -> EvalSummary:
+def _summary(
+    options: EvalOptions, recorders: Sequence[SuiteRecorder], computed: int
+) -> EvalSummary:
     docs = [(recorder, doc["id"]) for recorder in recorders for doc in recorder.benchmark.docs]
     rows = [recorder.answered[key] for recorder, key in docs if key in recorder.answered]
     return EvalSummary(
         run=options.out,
-        computed=sum(recorder.computed for recorder in recorders),
-        kept=sum(recorder.kept for recorder in recorders),
+        computed=computed,
+        kept=len(rows) - computed,
         errors=tuple(row for row in rows if row["error"] is not None),
         left=len(docs) - len(rows),
     )

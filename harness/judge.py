@@ -10,6 +10,7 @@ The endpoint is asked at temperature 0 and without a penalty, so that a verdict 
 """
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ class Judged:
     """Verdicts of earlier commands."""
     left: int
     """Answers that this judge cannot score."""
+    others: Mapping[str, int]
+    """How many of the kept verdicts were given by another judge, by its name."""
     unread: int
     """Answers of the judge that hold no verdict; they are asked for again by the next command."""
 
@@ -89,11 +92,17 @@ def judge(
             for suite, row, form in needed
             if form is not None and key(row) not in known[suite]
         ]
+        kept_of = Counter(
+            str(known[suite][key(row)]["judge"])
+            for suite, row, form in needed
+            if form is not None and key(row) in known[suite]
+        )
         left = sum(form is None for _, _, form in needed)
-        kept = len(needed) - left - len(waiting)
+        kept = kept_of.total()
         book = _Book(root=root, whom=whom, kept=kept, waiting=len(waiting), progress=progress)
         _ask_all(waiting, whom, workers, book)
-    return Judged(asked=book.given, kept=kept, left=left, unread=book.unread)
+    kept_of.pop(whom.model, None)
+    return Judged(asked=book.given, kept=kept, left=left, others=kept_of, unread=book.unread)
 
 
 class _Book:

@@ -165,6 +165,10 @@ class Meeting:
             if seen < self.share.count:
                 time.sleep(_POLL_S)
 
+    def total(self, name: str, mine: int) -> int:
+        """Add this process's number to the launch's; whole once all have passed the next point."""
+        return mine if self._store is None else int(self._store.add(f"total {name}", mine))
+
     def leave(self) -> None:
         """Part; the process that hosts the meeting leaves last."""
         if self._store is None:

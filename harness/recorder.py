@@ -42,7 +42,6 @@ class SuiteRecorder:
         self.answered = store.answered(benchmark.suite)
         if options.retry_errors:
             self.answered = {key: row for key, row in self.answered.items() if row["error"] is None}
-        self.kept = sum(doc["id"] in self.answered for doc in benchmark.docs)
         self.computed = 0
         self._docs = {str(doc["id"]): doc for doc in mine}
         self._store = store

@@ -119,8 +119,10 @@ def _marked(
     if one is None:
         return quote(not_run(row, column))
     numbers = ",".join(map(str, table.marks(one)))
+    # A count of answers would read as one number with the marks of reasons that follow it.
     value = f"{wording.percent(one.cell.value)} ({interval(one)})"
-    return quote(one.cell.instead or value) + (mark.format(numbers) if numbers else "")
+    value = f"{one.cell.instead} " if one.cell.instead else value
+    return quote(value).strip() if not numbers else quote(value) + mark.format(numbers)
 
 
 def not_run(row: OurRow, column: str) -> str:

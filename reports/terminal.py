@@ -1,6 +1,6 @@
 """The leaderboard in the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -18,6 +18,11 @@ from internvideo3.reports.summary import (
     summarise_paths,
 )
 
+_LEAST_NAME, _WIDTH, _CHANCE_WIDTH = 18, len("unreadable:"), len("chance")
+"""Fewest characters of suites' names, of one system's scores, of chance."""
+_FRAME = 3
+"""Characters between two columns."""
+
 
 def print_report(runs: Sequence[Path], *, console: Console | None = None) -> None:
     """Print the leaderboard and the paired differences of runs.
@@ -33,11 +38,26 @@ def show(summary: Summary, console: Console) -> None:
     wide = leaderboard(summary)
     unbounded = console.options.update(max_width=10_000)
     fits = Measurement.get(console, unbounded, wide).maximum <= console.width
-    console.print(wide if fits else by_suite(summary))
+    if fits:
+        console.print(wide)
+    else:
+        # As many systems side by side as have room for their numbers.
+        titles = [len(wording.suite_title(suite.name)) for suite in summary.suites]
+        names = min(max(titles, default=0), max(_LEAST_NAME, console.width // 4))
+        room = console.width - names - _CHANCE_WIDTH - 3 * _FRAME
+        for systems in _batches(summary.systems, room // (_WIDTH + _FRAME)):
+            console.print(by_suite(summary, systems, names))
     if any(suite.comparisons for suite in summary.suites):
         console.print(differences(summary))
     for line in footnotes(summary):
         console.print(Text(line, style="dim"))
+
+
+def _batches(systems: Sequence[System], size: int) -> Iterator[Sequence[System]]:
+    """Systems in groups of about equal size, none larger than `size`."""
+    count = -(-len(systems) // max(1, size))
+    each = -(-len(systems) // count)
+    yield from (systems[at : at + each] for at in range(0, len(systems), each))
 
 
 def leaderboard(summary: Summary) -> Table:
@@ -55,19 +75,25 @@ def leaderboard(summary: Summary) -> Table:
     return table
 
 
-def by_suite(summary: Summary) -> Table:
-    """Return the same table with a row for each suite, for terminals of 80 columns."""
+def by_suite(summary: Summary, systems: Sequence[System], names: int) -> Table:
+    """Return the same table with a row for each suite, for terminals of 80 columns.
+
+    Args:
+        summary: what to show.
+        systems: its columns.
+        names: characters of the first column.
+    """
     table = Table(title=_title(summary), title_justify="left")
-    table.add_column("suite")
-    for system in summary.systems:
-        table.add_column(_name(system), justify="right")
-    table.add_column(Text("chance", style="dim"), justify="right")
+    table.add_column("suite", width=names, overflow="fold")
+    for system in systems:
+        table.add_column(_name(system), justify="right", overflow="fold")
+    table.add_column(Text("chance", style="dim"), justify="right", no_wrap=True)
     for suite in summary.suites:
-        cells = [_cell(suite.cells.get(system.name)) for system in summary.systems]
+        cells = [_cell(suite.cells.get(system.name)) for system in systems]
         chance = Text(wording.percent(suite.chance), style="dim")
         name = Text(wording.suite_title(suite.name)).append(f"\n{suite.metric}", style="dim")
         table.add_row(name, *cells, chance)
-    means = [_mean(summary, system) for system in summary.systems]
+    means = [_mean(summary, system) for system in systems]
     table.add_row("Mean of suites", *means, "", style="bold")
     return table
 
@@ -77,18 +103,18 @@ def differences(summary: Summary) -> Table:
     label = " · ".join(summary.labels)
     title = "Paired differences, percentage points" + (f" ({label})" if label else "")
     table = Table(title=title, title_justify="left")
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
     for name in ("difference", "95 % interval", "won", "lost", "McNemar p", "n"):
         table.add_column(name, justify="right", no_wrap=True)
     for pair in dict.fromkeys(c.name for suite in summary.suites for c in suite.comparisons):
         table.add_section()
         table.add_row(Text(pair, style="bold"))
         for suite, c in _of_pair(summary, pair):
-            table.add_row(f"  {wording.suite_title(suite)}", *_difference(c))
+            table.add_row(f" {wording.suite_title(suite)}", *_difference(c))
         mean = summary.mean_difference(pair)
         if mean:
             numbers = wording.points(mean.mean), wording.signed_span(mean)
-            table.add_row("  Mean of suites", *numbers, "", "", "", str(mean.n), style="bold")
+            table.add_row(" Mean of suites", *numbers, "", "", "", str(mean.n), style="bold")
     return table
 
 

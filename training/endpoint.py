@@ -114,15 +114,31 @@ class Endpoint:
         request = urllib.request.Request(f"{self.url.rstrip('/')}/{path}", data, headers)
         try:
             with urllib.request.urlopen(request, timeout=self.timeout_s) as reply:
-                return json.load(reply)
+                said = reply.read()
         except urllib.error.HTTPError as error:
             said = f"{error.code}: {error.read(300).decode(errors='replace')}"
             if error.code in AGAIN:
                 raise _TryAgainError(said) from error
             raise EndpointError(f"{self.url} refused the request, {said}") from error
         except (OSError, ValueError, http.client.HTTPException) as error:
-            # Also a reply cut off in the middle: the server went away while it spoke.
-            raise _TryAgainError(str(error) or repr(error)) from error
+            raise _TryAgainError(_reason(error)) from error
+        try:
+            return json.loads(said)
+        except ValueError as error:
+            begun = said[:80].decode(errors="replace")
+            if begun.lstrip().startswith("<"):
+                raise EndpointError(
+                    f"{self.url} answers with a page ({begun!r}), which no API does; give the base "
+                    "of one, such as http://localhost:8000/v1"
+                ) from error
+            # It may be cut off in the middle: the server went away while it spoke.
+            raise _TryAgainError(f"the answer is no JSON: {begun!r}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong on the way, in the system's words where it has some."""
+    inner = getattr(error, "reason", error)
+    return getattr(inner, "strerror", None) or str(inner) or repr(error)
 
 
 class _TryAgainError(Exception):

@@ -3,6 +3,7 @@
 pytest tests/harness/test_cli.py
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -82,6 +83,28 @@ def test_score_of_something_else_says_what_to_give(tmp_path: Path) -> None:
     done = internvideo3("score", str(tmp_path))
     assert done.returncode == 1
     assert "is not a run directory: it has no run.json" in done.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
+    """As `| head -1` does; also where every line is written at once."""
+    check = f"{sys.executable} -m internvideo3.harness.cli eval --check --suite paper"
+    done = subprocess.run(
+        ["bash", "-c", f"{check} --data {tmp_path} | head -1"],
+        capture_output=True, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.startswith("no --model is given") and done.stderr == ""
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "samples").mkdir(parents=True)
+    (run / "run.json").write_text('{"schema": 1}')
+    scored = {"value": 1.0, "parsed": "B", "outcome": "answered"}
+    row = {"id": "mlvu/0", "video_id": "v", "answer": "B", "official": scored, "plain": scored}
+    (run / "samples/mlvu.jsonl").write_text(json.dumps(row) + "\n")
+    done = internvideo3("report", str(run), "--out", "/proc/nowhere")
+    assert done.returncode == 1
+    assert "Error: /proc/nowhere: No such file or directory. Give another place" in done.stderr
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

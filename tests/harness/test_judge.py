@@ -79,6 +79,11 @@ class Endpoint(BaseHTTPRequestHandler):
     def _fail(self, mood: str) -> None:
         if mood == "silent":
             time.sleep(1.0)
+        elif mood == "page":
+            self.send_response(200)
+            self.send_header("Content-Length", "13")
+            self.end_headers()
+            self.wfile.write(b"<html></html>")
         elif mood == "cut":  # half of what was announced
             self.send_response(200)
             self.send_header("Content-Length", "1000")
@@ -305,6 +310,25 @@ def test_an_endpoint_that_is_no_judge_is_one_message(
     done = CliRunner().invoke(cli.app, command(run, endpoint))
     assert done.exit_code == 1 and said in " ".join(done.output.split())
     assert (run / "samples/tempcompass_full.jsonl").read_bytes() == before
+
+
+def test_a_page_is_no_answer_and_not_asked_for_again(run: Path, endpoint: str) -> None:
+    Endpoint.moods = ["page"] * 4
+    done = CliRunner().invoke(cli.app, command(run, endpoint))
+    assert "answers with a page ('<html></html>'), which no API does" in " ".join(
+        done.output.split()
+    )
+    assert "again in" not in done.output
+
+
+def test_verdicts_of_another_judge_stay_and_are_told(run: Path, endpoint: str) -> None:
+    CliRunner().invoke(cli.app, command(run, endpoint))
+    other = CliRunner().invoke(cli.app, [*command(run, endpoint)[:-1], "judge-2"])
+    told = " ".join(other.output.split())
+    assert "0 verdicts, 3 kept from before" in told
+    assert "3 of the kept verdicts are judge-1's, not judge-2's" in told
+    again = CliRunner().invoke(cli.app, command(run, endpoint))
+    assert "of the kept verdicts" not in again.output
 
 
 def test_no_endpoint_and_no_run(run: Path, tmp_path: Path, endpoint: str) -> None:

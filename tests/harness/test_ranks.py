@@ -179,7 +179,10 @@ def test_two_processes_of_a_launcher_write_the_bytes_of_one(
     assert process.returncode == 0, said[-3000:]
     assert content(run.out) == alone
     assert not (run.out / "parts").exists()
+    # Of all processes together: the first speaks for them.
+    answered = sum(len(read_rows(path)) for path in (run.out / "samples").glob("*.jsonl"))
     assert said.count("samples answered") == 1
+    assert f"{answered} samples answered, 0 kept from before" in said
 
 
 @pytest.mark.slow

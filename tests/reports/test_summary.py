@@ -162,6 +162,33 @@ def test_no_number_is_cropped_in_a_narrow_terminal(
         assert wording.span(suite.cells["M²LA"].interval) in text
 
 
+@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.parametrize("count", [3, 6])
+def test_many_systems_of_long_names_keep_their_numbers_in_a_narrow_terminal(
+    make_run: MakeRun, tmp_path: Path, width: int, count: int
+) -> None:
+    names = [
+        f"internvideo3-8b-m2la_checkpoint_{number}_of_a_longer_training" for number in range(9)
+    ]
+    copies = []
+    for name in names[:count]:
+        copies.append(Path(shutil.copytree(make_run(), tmp_path / name)))
+        file = copies[-1] / "run.json"
+        run = json.loads(file.read_text())
+        run["model"] |= {"name": name, "attention": ""}
+        file.write_text(json.dumps(run))
+    summary = summarise_paths(copies)
+    out = io.StringIO()
+    print_report(copies, console=Console(file=out, width=width))
+    text = out.getvalue()
+    assert "…" not in text.replace(" … ", "") and max(map(len, text.splitlines())) <= width
+    for suite in summary.suites:
+        for cell in suite.cells.values():
+            assert text.count(wording.span(cell.interval)) >= count
+        for pair in suite.comparisons:
+            assert wording.signed_span(pair.difference.interval) in text
+
+
 def test_markdown_is_labelled_and_inert(summary: Summary) -> None:
     text = markdown.render(summary, "<b>|x|</b>")
     assert text.startswith("# \\<b\\>\\|x\\|")
