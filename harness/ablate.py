@@ -10,9 +10,10 @@ Repeat the command to continue it, or to add recipes and seeds.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,8 +47,20 @@ class AblateOptions:
     root: Path | None = None
     """The scale world's root; None for the usual place."""
     threads: int = 1
+    """CPU threads of each process."""
+    jobs: int = 1
+    """Processes that train and evaluate side by side."""
     command: tuple[str, ...] = ()
     """The command line, for the record."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A recipe and seed that is evaluated, or whose training a signal stopped."""
+
+    recipe: str
+    seed: int
+    trained: Trained
 
 
 def ablate(options: AblateOptions, progress: Progress) -> Path | None:
@@ -59,24 +72,37 @@ def ablate(options: AblateOptions, progress: Progress) -> Path | None:
     settle_environment()
     torch.set_num_threads(options.threads)
     for name in options.recipes:
-        _recipe(options, name)
+        recipe_of(options, name)
     _check_labels(options)
     options.out.mkdir(parents=True, exist_ok=True)
     plan = _plan(options)
-    for seed in options.seeds:
-        for name in options.recipes:
-            trained = _train(options, name, seed, progress)
-            if trained.checkpoint is None:
+    if options.jobs > 1:
+        from internvideo3.harness.ablate_jobs import side_by_side
+
+        results = side_by_side(options, progress)
+    else:
+        results = _in_turn(options, progress)
+    with contextlib.closing(results):
+        for one in results:
+            if one.trained.checkpoint is None:
                 return None
-            plan["runs"][f"{label(name)}-s{seed}"] = {
-                "recipe": label(name),
-                "seed": seed,
-                "stages": [os.path.relpath(folder, options.out) for folder in trained.folders],
+            plan["runs"][f"{label(one.recipe)}-s{one.seed}"] = {
+                "recipe": label(one.recipe),
+                "seed": one.seed,
+                "stages": [os.path.relpath(path, options.out) for path in one.trained.folders],
             }
-            _evaluate(options, trained.checkpoint, name, seed, progress)
             write_json(options.out / "ablation.json", plan)
             write_table5(options.out)
     return options.out / "table5.md"
+
+
+def _in_turn(options: AblateOptions, progress: Progress) -> Generator[Finished]:
+    for seed in options.seeds:
+        for name in options.recipes:
+            trained = train_one(options, name, recipe_of(options, name), seed, progress)
+            if trained.checkpoint is not None:
+                evaluate_one(options, trained.checkpoint, name, seed, progress)
+            yield Finished(name, seed, trained)
 
 
 def _plan(options: AblateOptions) -> Row:
@@ -86,7 +112,7 @@ def _plan(options: AblateOptions) -> Row:
     before = json.loads(path.read_text()) if path.is_file() else {"runs": {}, "about": {}}
     told = variants()
     about = {
-        label(name): told.get(name) or _recipe(options, name).about for name in options.recipes
+        label(name): told.get(name) or recipe_of(options, name).about for name in options.recipes
     }
     return {
         "created": provenance.now(),
@@ -129,22 +155,28 @@ def label(name: str) -> str:
     return Path(name).stem
 
 
-def _recipe(options: AblateOptions, name: str) -> Recipe:
+def recipe_of(options: AblateOptions, name: str) -> Recipe:
+    """A recipe of the command by its name or file."""
     return load_recipe(name) if Path(name).is_file() else load_variant(options.preset, name)
 
 
-def _train(options: AblateOptions, name: str, seed: int, progress: Progress) -> Trained:
-    recipe = replace(_recipe(options, name), seed=seed)
+def train_one(
+    options: AblateOptions, name: str, recipe: Recipe, seed: int, progress: Progress
+) -> Trained:
+    """Train what is missing of a recipe, or of its first stages."""
 
     def told(stage: str, done: int, total: int) -> None:
         progress(f"{name} {seed} {stage}", done, total)
 
-    return train(recipe, options.out / "stages", told, Processes(), by_content)
+    seeded = replace(recipe, seed=seed)
+    return train(seeded, options.out / "stages", told, Processes(), by_content)
 
 
-def _evaluate(
+def evaluate_one(
     options: AblateOptions, checkpoint: Path, name: str, seed: int, progress: Progress
 ) -> None:
+    """Answer what is missing of a recipe's questions."""
+
     def told(suite: str, done: int, total: int) -> None:
         progress(f"{name} {seed} {suite}", done, total)
 

@@ -1260,6 +1260,13 @@ def ablate_command(
     limit: Annotated[
         int | None, typer.Option(help="Answer only the first N questions of each suite.")
     ] = None,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Processes that train and evaluate side by side; one a core is fastest.",
+        ),
+    ] = 1,
     threads: ThreadsOption = 1,
     root: RootOption = None,
 ) -> None:
@@ -1273,7 +1280,7 @@ def ablate_command(
 
       internvideo3 world build world_long world_grounding world_ego world_manyq
 
-      internvideo3 ablate --out runs/ablation
+      internvideo3 ablate --jobs 2 --out runs/ablation
 
       internvideo3 ablate full no_cpt --seeds 0 --limit 200 --out runs/quick
     """
@@ -1287,6 +1294,7 @@ def ablate_command(
             out=out,
             root=root,
             limit=limit,
+            jobs=jobs,
             threads=threads,
             command=_command(),
         )

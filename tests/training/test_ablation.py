@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +18,8 @@ from typing import Any
 import pytest
 
 from internvideo3.harness.ablate import AblateOptions, ablate
+from internvideo3.harness.ablate_jobs import AblationStoppedError, graph
+from internvideo3.model.checkpoint import weights_digest
 from internvideo3.reports.ablation import Change, change, is_hard, unmet
 from internvideo3.reports.load import Sample
 from internvideo3.tasks.scoring import Outcome, Score
@@ -82,6 +91,77 @@ def test_shared_stages_are_trained_once_and_a_stopped_ablation_goes_on(
     assert all(path.read_bytes() == held for path, held in evaluated.items())
     ablate(replace(options, recipes=("no_opd",)), lambda *_: None)
     assert "| full |" in table.read_text(), "a later command adds to the table"
+
+
+def weights(out: Path) -> dict[str, str]:
+    return {
+        path.parts[-2]: weights_digest(path)
+        for path in (out / "stages").glob("*/checkpoint")
+    }  # fmt: skip
+
+
+def answers(out: Path) -> dict[str, bytes]:
+    found = (out / "runs").glob("*/samples/*.jsonl")
+    return {str(path.relative_to(out)): path.read_bytes() for path in found}
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does_also_after_a_kill(world: Path, tmp_path: Path) -> None:
+    preset = tmp_path / "tiny.yaml"
+    preset.write_text(TINY)
+    alone = AblateOptions(
+        recipes=("full", "no_opd", "no_cpt"), preset=str(preset), seeds=(0,), limit=1, root=world,
+        out=tmp_path / "alone",
+    )  # fmt: skip
+    assert ablate(alone, lambda *_: None) is not None
+    several = replace(alone, out=tmp_path / "several", jobs=2)
+    begun = threading.Event()
+
+    def kills(name: str, done: int, total: int) -> None:
+        if not begun.is_set() and "sft_short" in name:
+            begun.set()
+            os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+
+    with pytest.raises(AblationStoppedError, match="was killed.*Repeat the command"):
+        ablate(several, kills)
+    assert begun.is_set() and not multiprocessing.active_children()
+    assert weights(several.out).items() < weights(alone.out).items()
+    table = ablate(several, lambda *_: None)
+    assert table is not None and "| no_cpt |" in table.read_text()
+    assert weights(several.out) == weights(alone.out)
+    assert answers(several.out) == answers(alone.out)
+
+
+@pytest.mark.slow
+def test_a_signal_saves_the_states_of_all_processes_and_leaves_none(
+    world: Path, tmp_path: Path
+) -> None:
+    preset = tmp_path / "long.yaml"
+    preset.write_text(TINY.replace("sft_short: {steps: 1,", "sft_short: {steps: 400,"))
+    command = [sys.executable, "-m", "internvideo3.harness.cli", "ablate", "sft_only", "--jobs=2",
+               "--seeds", "0,1", "--preset", str(preset), "--out", str(tmp_path / "out"),
+               "--root", str(world), "--limit", "1"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    stages = tmp_path / "out" / "stages"
+    deadline = time.monotonic() + 200
+    while len([p for p in stages.glob("sft_short-*/metrics.jsonl") if p.stat().st_size]) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == 130 and "repeat the same command to continue" in said
+    assert len(list(stages.glob("sft_short-*/states/*"))) == 2, "each saved its state"
+
+
+def test_what_recipes_share_is_one_piece_of_work() -> None:
+    recipes = {name: load_variant("scale", name) for name in variants()}
+    work = graph(recipes, (0, 1, 2))
+    of_first = [one for one in work if one.seed == 0]
+    # 8 evaluations; convert, cpt, two of SFT, GSPO, OPD; what each variant has of its own.
+    own = {"no_cpt": 4, "no_long_context": 3, "no_long_video_data": 3, "no_rl": 1, "no_m2la": 5}
+    assert len(of_first) == 8 + 6 + sum(own.values())
+    assert len(work) == 3 * len(of_first)
+    assert all(before in work for waits in work.values() for before in waits)
 
 
 def test_two_recipes_of_one_name_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
