@@ -114,7 +114,7 @@ def check(options: EvalOptions) -> list[SuiteCheck]:
         CheckpointError: the checkpoint is unknown.
     """
     options.settings()
-    share_of(options.shard, options.processes)
+    share_of(options.shard, None)  # the launcher comes later
     check_sample_ids(options.suites, options.sample_ids)
     found = [_check(suite, options) for suite in options.answered_suites]
     if sum(one.lost for one in found) <= (options.max_errors or 0):
@@ -177,7 +177,9 @@ def _bound(one: Benchmark, doc: Doc, settings: Settings) -> tuple[int, int]:
 
 def _text_bytes(doc: Doc) -> int:
     """Bytes of what a document shows as text."""
-    asked = doc.get("prompt") or "\n".join([doc["question"], *(doc["options"] or ())])
+    question = str(doc["question"])
+    options = [one for one in doc["options"] or () if one not in question]
+    asked = doc.get("prompt") or "\n".join([question, *options])
     between = doc.get("between")
     subtitles = Path(between["path"]) if between else None
     return len(asked.encode()) + (
