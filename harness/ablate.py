@@ -11,6 +11,7 @@ Repeat the command to continue it, or to add recipes and seeds.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Generator, Sequence
@@ -97,12 +98,14 @@ def ablate(options: AblateOptions, progress: Progress) -> Path | None:
 
 
 def _in_turn(options: AblateOptions, progress: Progress) -> Generator[Finished]:
-    for seed in options.seeds:
-        for name in options.recipes:
-            trained = train_one(options, name, recipe_of(options, name), seed, progress)
-            if trained.checkpoint is not None:
-                evaluate_one(options, trained.checkpoint, name, seed, progress)
-            yield Finished(name, seed, trained)
+    whole = len(options.seeds) * len(options.recipes)
+    for number, (seed, name) in enumerate(itertools.product(options.seeds, options.recipes)):
+        progress(ALL, number, whole)
+        trained = train_one(options, name, recipe_of(options, name), seed, progress)
+        if trained.checkpoint is not None:
+            evaluate_one(options, trained.checkpoint, name, seed, progress)
+        yield Finished(name, seed, trained)
+    progress(ALL, whole, whole)
 
 
 def _plan(options: AblateOptions) -> Row:
@@ -193,6 +196,10 @@ def evaluate_one(
         ),
         told,
     )
+
+
+ALL = "recipes and seeds"
+"""Name of the progress of the whole."""
 
 
 def chosen(recipes: Sequence[str]) -> tuple[str, ...]:

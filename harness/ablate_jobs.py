@@ -26,6 +26,8 @@ from internvideo3.harness.ablate import Progress as Told
 from internvideo3.training.recipe import Recipe
 from internvideo3.training.train import Trained
 
+ALL_WORK = "stages and runs"
+"""Name of the progress of the whole."""
 _told: Any = None
 """Where a worker process puts its progress."""
 
@@ -73,11 +75,14 @@ def side_by_side(options: AblateOptions, progress: Told) -> Generator[Finished]:
     recipes = {name: recipe_of(options, name) for name in options.recipes}
     work = graph(recipes, options.seeds)
     with _pool(options, progress) as pool:
-        yield from _done(options, work, pool)
+        yield from _done(options, work, pool, progress)
 
 
 def _done(
-    options: AblateOptions, work: dict[Work, set[Work]], pool: ProcessPoolExecutor
+    options: AblateOptions,
+    work: dict[Work, set[Work]],
+    pool: ProcessPoolExecutor,
+    progress: Told,
 ) -> Iterator[Finished]:
     order = TopologicalSorter(work)
     order.prepare()
@@ -85,7 +90,9 @@ def _done(
     place = {one: number for number, one in enumerate(work)}
     ready: list[tuple[int, int, Work]] = []
     running: dict[Future[Trained], Work] = {}
+    left = len(work)
     while order.is_active():
+        progress(ALL_WORK, len(work) - left, len(work))
         for one in order.get_ready():
             heapq.heappush(ready, (-heights[one], place[one], one))
         while ready and len(running) < options.jobs:
@@ -97,6 +104,8 @@ def _done(
             if trained.checkpoint is None or one.evaluates:
                 yield Finished(one.recipe, one.seed, trained)
             order.done(one)
+            left -= 1
+    progress(ALL_WORK, len(work), len(work))
 
 
 def _result(future: Future[Trained]) -> Trained:

@@ -1592,6 +1592,10 @@ def _evaluate_with_bars(options: "EvalOptions") -> "EvalSummary":
         return evaluate(options, advance)
 
 
+_FULL_BARS = 5
+"""Most bars of finished work that stay on the screen."""
+
+
 @contextmanager
 def _bars(*, shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
     """One progress bar a name, with the time that is left; yields what moves them."""
@@ -1614,6 +1618,7 @@ def _bars(*, shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
     )
     with Progress(*columns, disable=not shown) as bars:
         tasks: dict[str, TaskID] = {}
+        full: list[str] = []
 
         def advance(name: str, done: int, total: int) -> None:
             if name not in tasks:
@@ -1621,6 +1626,11 @@ def _bars(*, shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
                 # about how fast this command is.
                 tasks[name] = bars.add_task(name, completed=done, total=total)
             bars.update(tasks[name], completed=done, total=total)
+            if done >= total and name not in full:
+                full.append(name)
+                if len(full) > _FULL_BARS:
+                    # What moves must stay on the screen, however much there is to do.
+                    bars.update(tasks[full[-1 - _FULL_BARS]], visible=False)
 
         yield advance
 
