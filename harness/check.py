@@ -115,8 +115,9 @@ def check(options: EvalOptions) -> list[SuiteCheck]:
     """
     options.settings()
     share_of(options.shard, None)  # the launcher comes later
-    check_sample_ids(options.suites, options.sample_ids)
-    found = [_check(suite, options) for suite in options.answered_suites]
+    check_sample_ids(options.answered_suites, options.sample_ids)
+    every = [_check(suite, options) for suite in options.answered_suites]
+    found = [one for one in every if one.questions or one.problem]
     if sum(one.lost for one in found) <= (options.max_errors or 0):
         return [replace(one, accepted=one.lost > 0) for one in found]
     return found

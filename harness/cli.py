@@ -773,11 +773,15 @@ def judge_command(
             f"{done.asked} verdicts, {done.kept} kept from before, {unread}{done.left} left open: "
             f"{run}"
         )
+        if done.unread:
+            print("Repeat the command to ask for those again.", file=sys.stderr)
         for name, count in done.others.items():
             print(
                 f"{count} of the kept verdicts are {name}'s, not {judge}'s. To have {judge} asked "
                 f"for those too, take {run / 'judgements'} away and repeat the command."
             )
+        if done.unread:
+            _leave(USER_ERROR)
 
 
 @app.command("report")

@@ -149,7 +149,7 @@ def load_benchmarks(options: EvalOptions) -> list[Benchmark]:
     Raises:
         PreflightError: a suite is not built, an id unknown, a video missing.
     """
-    check_sample_ids(options.suites, options.sample_ids)
+    check_sample_ids(options.answered_suites, options.sample_ids)
     suites = [load_suite(name, options) for name in options.answered_suites]
     chosen = [one for one in suites if one.docs]
     check_videos(chosen, options.max_errors or 0)

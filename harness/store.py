@@ -202,7 +202,15 @@ class RunStore:
     def results(self) -> Row:
         """The results recorded so far, by suite."""
         path = self.root / "results.json"
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        if not path.exists():
+            return {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise StoreError(
+                f"{path} is damaged ({error}). Delete it and run `internvideo3 score {self.root}`: "
+                "it is made again from the answers."
+            ) from None
 
     def _all(self, kind: str, suite: str) -> list[Path]:
         """The whole run's file, then those of the parts."""

@@ -8,7 +8,19 @@ from internvideo3.reports.summary import Cell, SuiteSummary, Summary, System
 
 COLUMNS = (
     *("system", "model", "label", "control", "run", "suite", "metric", "group", "name"),
-    *("value", "low", "high", "se", "n", "videos", "unreadable", "errors", "plain", "chance"),
+    *(
+        "value",
+        "low",
+        "high",
+        "se",
+        "n",
+        "scored",
+        "videos",
+        "unreadable",
+        "errors",
+        "plain",
+        "chance",
+    ),
 )
 _OF_THE_SUITE = (
     *("system", "model", "label", "control", "run", "suite", "group", "name", "n", "videos"),
@@ -63,6 +75,7 @@ def _row(
         "high": cell.interval.high if cell.interval else None,
         "se": cell.interval.se if cell.interval else None,
         "n": cell.n,
+        "scored": cell.scored,
         "videos": cell.videos,
         "unreadable": cell.unreadable,
         "errors": cell.errors,

@@ -28,7 +28,8 @@ def render(summary: Summary, title: str) -> str:
 
 def escape(text: str) -> str:
     """Return text that Markdown and the HTML in it show literally, on one line."""
-    return _SPECIAL.sub(r"\\\1", " ".join(text.split())).replace("&", "&amp;")
+    shown = wording.printable(" ".join(text.split()))
+    return _SPECIAL.sub(r"\\\1", shown).replace("&", "&amp;")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -22,7 +22,7 @@ from internvideo3.reports.stats import (
 )
 from internvideo3.reports.wording import MODEL_TITLES
 from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS, SUBTITLED
-from internvideo3.tasks.scoring import Outcome, headline
+from internvideo3.tasks.scoring import Outcome, aggregate, headline
 from internvideo3.tasks.scoring.averages import band_order, length_band
 from internvideo3.tasks.scoring.result import Row
 
@@ -85,6 +85,8 @@ class Cell:
     further: Mapping[str, float]
     """The benchmark's other numbers by name, as recorded; see `wording.further`."""
     n: int
+    scored: int
+    """Answers that the number is of; the rule leaves out the others, or cannot score them."""
     videos: int
     expected: int | None
     """Questions that the run set out to answer."""
@@ -96,9 +98,16 @@ class Cell:
     """Who judged answers that have no other score."""
     caveat: str = ""
     """Why the official number says something else than it seems to."""
+    partial: str = ""
+    """Which answers the number leaves out, and why."""
     above_floor: bool | None = None
     """Whether the whole interval lies above chance and every control that hides the video; `None`
     for controls, and where there is no interval or no floor."""
+
+    @property
+    def note(self) -> str:
+        """What a reader of the number must know."""
+        return "; ".join(filter(None, (self.partial, self.caveat)))
 
     @property
     def complete(self) -> bool:
@@ -172,7 +181,7 @@ class Summary:
     @property
     def caveats(self) -> bool:
         """Whether any score says something else than it seems to."""
-        return any(cell.caveat for suite in self.suites for cell in suite.cells.values())
+        return any(cell.note for suite in self.suites for cell in suite.cells.values())
 
     @property
     def further(self) -> bool:
@@ -305,9 +314,9 @@ def _oddities(run: Run) -> Iterator[tuple[str, str]]:
 
 def _caveats(suite: SuiteSummary) -> Iterator[str]:
     for system, cell in suite.cells.items():
-        if cell.caveat:
+        if cell.note:
             plain = "" if cell.plain is None else f"; the plain score is {100 * cell.plain:.1f}"
-            yield f"{system}: {suite.name}: {cell.caveat}{plain}"
+            yield f"{system}: {suite.name}: {cell.note}{plain}"
 
 
 def _few_videos(suites: Sequence[SuiteSummary]) -> Iterator[str]:
@@ -364,7 +373,8 @@ def _suite(name: str, systems: Sequence[System]) -> SuiteSummary:
     everything = [x for s in tested for x in s.run.samples[name]]
     families = tuple(sorted({x.family for x in everything}))
     bands = {length_band(x.length_s) for x in everything if x.length_s is not None}
-    metric = _metric(name, tested)
+    records = {s.name: _record(s.run, name) for s in tested}
+    metric = _metric(everything, records)
     # Guessing at single questions says nothing about a score of whole groups of them.
     chance = None if metric == GROUP_SCORE else _chance(everything)
     return SuiteSummary(
@@ -374,7 +384,7 @@ def _suite(name: str, systems: Sequence[System]) -> SuiteSummary:
         questions=len({x.id for x in everything}),
         videos=len({x.video_id for x in everything}),
         cells=_with_floor(
-            {s.name: _cell(s, name, s.run.samples[name], whole=True) for s in tested},
+            {s.name: _cell(s, name, s.run.samples[name], records[s.name]) for s in tested},
             systems,
             chance,
         ),
@@ -410,12 +420,27 @@ def _unscored_notes(run: Run) -> list[str]:
     return notes
 
 
-def _metric(suite: str, tested: Sequence[System]) -> str:
-    for system in tested:
-        metric = system.run.results.get(suite, {}).get("metric")
-        if metric:
-            return str(metric)
-    kinds = {x.answer_type for s in tested for x in s.run.samples[suite]}
+def _record(run: Run, suite: str) -> Mapping[str, Any]:
+    """Return a suite's result: as recorded, or taken anew if answers came after it.
+
+    Of samples without documents (the scale world) nothing is taken anew; their number is the mean.
+    """
+    samples, recorded = run.samples[suite], run.results.get(suite, {})
+    if recorded.get("n") == len(samples):
+        return recorded
+    if any(x.doc is None for x in samples):
+        return {}
+    benchmark = samples[0].benchmark
+    plain = aggregate(benchmark, [(x.doc or {}, x.plain) for x in samples], "plain")
+    official = aggregate(benchmark, _rows(samples))
+    return official.as_dict() | {"plain": plain.as_dict()}
+
+
+def _metric(samples: Sequence[Sample], records: Mapping[str, Mapping[str, Any]]) -> str:
+    for record in records.values():
+        if record.get("metric"):
+            return str(record["metric"])
+    kinds = {x.answer_type for x in samples}
     names = {"choice": "accuracy", "span": "mIoU"}
     return names.get(kinds.pop(), "score") if len(kinds) == 1 else "score"
 
@@ -427,10 +452,14 @@ def _chance(samples: Iterable[Sample]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(shares) else None
 
 
-def _cell(system: System, suite: str, samples: Sequence[Sample], *, whole: bool = False) -> Cell:
-    recorded = system.run.results.get(suite, {}) if whole else {}
-    # A result that was written before the last samples were added is not this suite's result.
-    recorded = recorded if recorded.get("n") == len(samples) else {}
+def _cell(
+    system: System,
+    suite: str,
+    samples: Sequence[Sample],
+    recorded: Mapping[str, Any] | None = None,
+) -> Cell:
+    """Return the cell of a suite and its result, or of a part of one, which has none."""
+    whole, recorded = recorded is not None, recorded or {}
     value, interval = _headline(samples, recorded, RESAMPLES if whole else GROUP_RESAMPLES)
     outcomes = Counter(x.official.outcome for x in samples)
     expected = system.run.meta.get("suites", {}).get(suite, {}).get("n") if whole else None
@@ -438,31 +467,38 @@ def _cell(system: System, suite: str, samples: Sequence[Sample], *, whole: bool 
     return Cell(
         value=value,
         interval=interval,
-        instead=_instead(samples) if value is None else "",
+        instead=_instead(samples, recorded) if value is None else "",
         plain=_plain(samples, recorded),
         further={key: float(number) for key, number in further if number is not None},
         n=len(samples),
+        scored=len(_scored(samples)),
         videos=len({x.video_id for x in samples}),
         expected=_int(expected),
         unreadable=sum(x.unread for x in samples),
         errors=outcomes[Outcome.ERROR],
         no_value=outcomes[Outcome.NO_TRUTH] + outcomes[Outcome.JUDGE_NEEDED],
         judges=tuple(sorted({x.judge for x in samples if x.judge})),
-        caveat=_caveat(samples) if whole else "",
+        caveat=_caveat(samples) if whole and value is not None else "",
+        partial=_partial(samples) if whole and value is not None else "",
     )
 
 
 def _headline(
     samples: Sequence[Sample], recorded: Mapping[str, Any], resamples: int
 ) -> tuple[float | None, Interval | None]:
-    """Return the number of some samples, as recorded or else their mean, and its interval."""
+    """Return the number of some samples, as recorded or else their mean, and its interval.
+
+    A benchmark's own number may not be determined by the samples; then it is `None`.
+    """
     scored = _scored(samples)
     if not scored:
         return None, None
     videos = [x.video_id for x in scored]
     interval = cluster_interval([x.value or 0.0 for x in scored], videos, resamples=resamples)
-    if recorded.get("value") is None:
+    if "value" not in recorded:
         return interval.mean, interval
+    if recorded["value"] is None:
+        return None, None
     value = float(recorded["value"])
     if abs(value - interval.mean) < 1e-6:
         return value, interval
@@ -470,8 +506,11 @@ def _headline(
     return value, _own_interval(value, samples, resamples) if known else None
 
 
-def _instead(samples: Sequence[Sample]) -> str:
-    """Return what there is of answers none of which has a score here."""
+def _instead(samples: Sequence[Sample], recorded: Mapping[str, Any]) -> str:
+    """Return what there is of answers that have no score here, or not the benchmark's own."""
+    if _scored(samples):
+        groups = recorded.get("metric") == GROUP_SCORE
+        return "no complete group" if groups else "not determined by these answers"
     outcomes = Counter(x.official.outcome for x in samples)
     unread = sum(x.unread for x in samples)
     if outcomes[Outcome.NO_TRUTH]:
@@ -482,6 +521,15 @@ def _instead(samples: Sequence[Sample]) -> str:
     if outcomes[Outcome.JUDGE_NEEDED]:
         return f"judge needed: {outcomes[Outcome.JUDGE_NEEDED]}"
     return f"unreadable: {unread}"
+
+
+def _partial(samples: Sequence[Sample]) -> str:
+    """Say which answers a score leaves out."""
+    left_out = Counter(_NO_SCORE[x.official.outcome] for x in samples if x.value is None)
+    if not left_out:
+        return ""
+    why = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
+    return f"it is of {len(_scored(samples))} of {len(samples)} answers: {why}"
 
 
 def _caveat(samples: Sequence[Sample]) -> str:
@@ -607,14 +655,16 @@ def _comparisons(suite: str, tested: Sequence[System]) -> Iterable[Comparison]:
             for i in left
             if i in right and left[i].value is not None and right[i].value is not None
         ]
-        if shared:
-            yield Comparison(a=a.name, b=b.name, suite=suite, difference=_difference(shared))
+        difference = _difference(shared) if shared else None
+        if difference is not None:
+            yield Comparison(a=a.name, b=b.name, suite=suite, difference=difference)
 
 
-def _difference(shared: Sequence[tuple[Sample, Sample]]) -> Difference:
+def _difference(shared: Sequence[tuple[Sample, Sample]]) -> Difference | None:
     """Second minus first, by the benchmark's own average where that is no mean over questions.
 
-    Wins, losses and McNemar's test are of questions in any case.
+    Wins, losses and McNemar's test are of questions in any case. `None` where the shared questions
+    do not determine that average.
     """
     found = paired_difference(
         [x.value or 0.0 for x, _ in shared],
@@ -627,7 +677,9 @@ def _difference(shared: Sequence[tuple[Sample, Sample]]) -> Difference:
     own = headline(shared[0][0].benchmark)
     before, after = ([pair[side] for pair in shared] for side in (0, 1))
     first, second = own.value(_rows(before), "official"), own.value(_rows(after), "official")
-    if first is None or second is None or abs(second - first - found.interval.mean) < 1e-6:
+    if first is None or second is None:
+        return None
+    if abs(second - first - found.interval.mean) < 1e-6:
         return found
 
     def apart(means: Mapping[tuple[int, str], float | None]) -> float | None:

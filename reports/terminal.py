@@ -50,7 +50,7 @@ def show(summary: Summary, console: Console) -> None:
     if any(suite.comparisons for suite in summary.suites):
         console.print(differences(summary))
     for line in footnotes(summary):
-        console.print(Text(line, style="dim"))
+        console.print(Text(wording.printable(line), style="dim"))
 
 
 def _batches(systems: Sequence[System], size: int) -> Iterator[Sequence[System]]:
@@ -108,7 +108,7 @@ def differences(summary: Summary) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for pair in dict.fromkeys(c.name for suite in summary.suites for c in suite.comparisons):
         table.add_section()
-        table.add_row(Text(pair, style="bold"))
+        table.add_row(Text(wording.printable(pair), style="bold"))
         for suite, c in _of_pair(summary, pair):
             table.add_row(f" {wording.suite_title(suite)}", *_difference(c))
         mean = summary.mean_difference(pair)
@@ -156,7 +156,7 @@ def _title(summary: Summary) -> str:
 
 
 def _name(system: System) -> Text:
-    name = Text(system.name, style="dim" if system.is_control else "bold")
+    name = Text(wording.printable(system.name), style="dim" if system.is_control else "bold")
     return name.append(f" {system.label}", style="yellow") if system.label else name
 
 

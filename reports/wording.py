@@ -1,6 +1,7 @@
 """How numbers and names are written, the same in the terminal, Markdown, CSV and page."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,14 @@ def suite_title(name: str) -> str:
     return benchmark.title + (" with subtitles" if name.endswith(SUBTITLED) else "")
 
 
+_COMMANDS = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Return text without what commands a terminal or turns lines round, as U+FFFD each."""
+    return _COMMANDS.sub("\ufffd", text)
+
+
 def percent(value: float | None, digits: int = 1) -> str:
     """Return a fraction as percent without the sign, `–` for none."""
     return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"
@@ -51,7 +60,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 def marked(cell: "Cell") -> str:
     """Return a score in percent, after `≈` where guessing reaches it, before `†` with a caveat."""
     floor = "≈" if cell.above_floor is False else ""
-    return f"{floor}{percent(cell.value)}{'†' if cell.caveat else ''}"
+    return f"{floor}{percent(cell.value)}{'†' if cell.note else ''}"
 
 
 def further(numbers: Mapping[str, float]) -> list[str]:

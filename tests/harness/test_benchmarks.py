@@ -645,7 +645,7 @@ def test_check_refuses_what_eval_refuses(option: str, given: str, said: str, dat
 
 
 def test_the_blind_control_leaves_suites_of_images_out(
-    options: EvalOptions, data: Path, tmp_path: Path
+    options: EvalOptions, data: Path, tmp_path: Path, asked: dict[str, Any]
 ) -> None:
     suites = ("mmsi_bench", "mvbench")
     run = replace(options, suites=suites, control="blind", out=tmp_path / "run")
@@ -659,6 +659,12 @@ def test_the_blind_control_leaves_suites_of_images_out(
     assert "MMSI-Bench (mmsi_bench): left out; the blind control" in told
     assert "MVBench (mvbench): ready" in told
     assert "1 of 1 suites are ready" in told
+    for command in (("--check",), ("--model", "scale:base", "--out", str(tmp_path / "none"))):
+        given = ["--suite", "mmsi_bench,mvbench", "--control", "blind", "--data", str(data)]
+        given += ["--sample-id", str(samples(options, "mmsi_bench")[0]["id"]), *command]
+        done = CliRunner().invoke(cli.app, ["eval", *given])
+        assert done.exit_code == 1 and "belongs to none of the suites mvbench;" in done.output
+    assert not (tmp_path / "none").exists()
     with pytest.raises(PreflightError, match="images only.*Take --control text"):
         evaluate.evaluate(replace(run, suites=("mmsi_bench",), out=tmp_path / "none"))
     poor = replace(options, data=tmp_path / "one", suites=("videomme",), control="blind")

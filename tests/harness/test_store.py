@@ -174,6 +174,14 @@ def test_no_space_left_is_a_clear_error_and_keeps_what_is_finished(tmp_path: Pat
     assert (tmp_path / "samples/s.jsonl").read_bytes().endswith(b"\n")
 
 
+def test_a_damaged_result_is_named_with_the_way_out(tmp_path: Path) -> None:
+    with RunStore.open(tmp_path, run_json()) as run:
+        run.add("s", rows("a"), seconds("a"))
+        (tmp_path / "results.json").write_text("")
+        with pytest.raises(StoreError, match=r"results.json is damaged.*internvideo3 score"):
+            run.finish("s", ["a"], {})
+
+
 def test_a_full_disk_at_the_end_leaves_the_unsorted_file(tmp_path: Path) -> None:
     with RunStore.open(tmp_path, run_json()) as run:
         run.add("s", rows("b", "a"), seconds("b", "a"))

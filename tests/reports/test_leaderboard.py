@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from internvideo3.reports import export, leaderboard, leaderboard_formats, markdown, terminal
 from internvideo3.reports.load import load_run
@@ -396,6 +397,70 @@ def test_answers_without_a_score_are_counted_and_credit_for_unreadable_ones_is_s
     assert "100.0†" in markdown.render(found, "T") and any("†" in one for one in said)
     v2 = next(one for one in found.suites if one.name == "videomme_v2")
     assert v2.chance is None, "a group's score is not reached by guessing at questions"
+
+
+@pytest.mark.parametrize("suite", ["videomme_v2", "vsibench"])
+def test_a_run_that_was_killed_shows_the_benchmarks_own_number(tmp_path: Path, suite: str) -> None:
+    """Without a result for just these answers it is taken anew, not replaced by a mean."""
+    replies = ["B", "B", "?", "B", "B", "?"] if suite == "videomme_v2" else ["4"] * 3 + ["?"] * 3
+    whole = write_run(tmp_path / "whole", "ours", {suite: replies})
+    killed = write_run(tmp_path / "killed", "ours", {suite: replies})
+    (killed / "results.json").unlink()
+    found = summarise_paths([whole, killed]).suites[0]
+    expected = json.loads((whole / "results.json").read_text())[suite]
+    assert found.metric == expected["metric"]
+    one, other = found.cells.values()
+    assert one.value == other.value == expected["value"]
+    assert (one.interval, one.further, one.caveat) == (other.interval, other.further, other.caveat)
+
+
+def test_a_number_that_the_answers_do_not_determine_is_none(tmp_path: Path) -> None:
+    """Two of a group of four: a mean over questions would pass for a group score."""
+    runs = [write_run(tmp_path / n, n, {"videomme_v2": answers("videomme_v2", 1)}) for n in "ab"]
+    for run in runs:
+        file = run / "samples/videomme_v2.jsonl"
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:2]))
+    found = summarise_paths(runs)
+    for cell in found.suites[0].cells.values():
+        assert (cell.value, cell.interval, cell.instead) == (None, None, "no complete group")
+        assert cell.n == cell.scored == 2
+    assert not found.suites[0].comparisons and found.mean(found.systems[0].name) is None
+    assert "no complete group" in markdown.render(found, "x")
+    assert "no complete group" in leaderboard_formats.markdown(leaderboard.tables(found))
+
+
+def test_a_score_of_some_of_the_answers_is_marked(tmp_path: Path) -> None:
+    replies = {"tempcompass": ["It is the star that moves"] * 4 + ["B"] * 2,
+               "videomme": ["?"] * 4 + ["B", "C"]}  # fmt: skip
+    found = summarise_paths([write_run(tmp_path / "r", "ours", replies)])
+    cells = {suite.name: suite.cells["ours"] for suite in found.suites}
+    waiting = "it is of 2 of 6 answers: 4 only a judge could tell"
+    dropped = "it is of 2 of 6 answers: 4 unreadable and left out by the official rule"
+    assert (cells["tempcompass"].partial, cells["videomme"].partial) == (waiting, dropped)
+    assert (cells["tempcompass"].value, cells["videomme"].value) == (1.0, 0.5)
+    said = terminal.footnotes(found)
+    assert any(line.startswith(f"ours: tempcompass: {waiting}") for line in said)
+    assert "100.0†" in markdown.render(found, "x")
+    rows = list(csv.DictReader(io.StringIO(export.render(found))))
+    assert {(r["n"], r["scored"]) for r in rows if r["group"] == "suite"} == {("6", "2")}
+    # What the official rule leaves out is no reason against comparing with the paper.
+    (ours,) = table(found, 2).ours
+    assert not any("of 6 answers" in why for why in ours.cells["Video-MME"].reasons)
+
+
+def test_nothing_of_a_run_commands_the_terminal(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r", "\x1b[31mred\u202e", {"nextqa": answers("nextqa", 0)})
+    file = run / "samples/nextqa.jsonl"
+    file.write_text(file.read_text().replace('"family": "all"', '"family": "\\u001b[2Jx"'))
+    found = summarise_paths([run])
+    out = io.StringIO()
+    terminal.show(found, Console(file=out, width=100))
+    for text in (out.getvalue(), markdown.render(found, "\x1b[1m")):
+        assert (
+            "\x1b" not in text
+            and "\u202e" not in text
+            and "\ufffd[31mred" in text.replace("\\", "")
+        )
 
 
 def test_runs_of_the_world_alone_have_no_such_tables(runs: list[Path], tmp_path: Path) -> None:
