@@ -438,6 +438,30 @@ def _write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
+_BLOCK = 1 << 20
+
+
+def _blocks(pieces: Iterable[str]) -> Iterator[bytes]:
+    """Pieces of text together, in blocks of about a mebibyte."""
+    block = bytearray()
+    for piece in pieces:
+        block += piece.encode()
+        if len(block) >= _BLOCK:
+            yield bytes(block)
+            block.clear()
+    yield bytes(block)
+
+
+def _write_pieces(descriptor: int, pieces: Iterable[str]) -> None:
+    """Write, sync and close."""
+    try:
+        for block in _blocks(pieces):
+            _write_all(descriptor, block)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _replace(path: Path, pieces: Iterable[str]) -> None:
     """Write a file from its pieces, all or nothing, without holding the whole of it."""
     with _explained(path):
@@ -445,10 +469,7 @@ def _replace(path: Path, pieces: Iterable[str]) -> None:
             dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED
         )
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
-                file.writelines(pieces)
-                file.flush()
-                os.fsync(descriptor)
+            _write_pieces(descriptor, pieces)
             Path(name).chmod(0o644)
             Path(name).replace(path)
         except BaseException:
