@@ -32,8 +32,8 @@ _told: Any = None
 """Where a worker process puts its progress."""
 
 
-class AblationStoppedError(RuntimeError):
-    """A process of the ablation ended without a result."""
+class AblationStoppedError(ValueError):
+    """A process of the ablation was killed."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def side_by_side(options: AblateOptions, progress: Told) -> Generator[Finished]:
     After a signal, running stages save their state and nothing is begun any more.
 
     Raises:
-        ValueError: As training and evaluation; what runs beside it is finished first.
+        ValueError: As training and evaluation; stages that run beside it save their state.
         AblationStoppedError: A process was killed.
     """
     recipes = {name: recipe_of(options, name) for name in options.recipes}
