@@ -47,6 +47,8 @@ class AblateOptions:
     """Questions of a suite; None for all."""
     root: Path | None = None
     """The scale world's root; None for the usual place."""
+    device: str | None = None
+    """Where training and evaluation compute; None for CUDA if there is one."""
     threads: int = 1
     """CPU threads of each process."""
     jobs: int = 1
@@ -172,7 +174,7 @@ def train_one(
         progress(f"{name} {seed} {stage}", done, total)
 
     seeded = replace(recipe, seed=seed)
-    return train(seeded, options.out / "stages", told, Processes(), by_content)
+    return train(seeded, options.out / "stages", told, Processes(options.device), by_content)
 
 
 def evaluate_one(
@@ -190,6 +192,7 @@ def evaluate_one(
             out=options.out / "runs" / f"{label(name)}-s{seed}",
             root=options.root,
             limit=options.limit,
+            device=options.device,
             threads=options.threads,
             frame_cache=options.out / "frames",
             command=options.command,

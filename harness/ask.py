@@ -154,9 +154,10 @@ def load_place(options: AskOptions, desk: Desk) -> Place:
 
     from internvideo3.harness.agent.episode import Place
     from internvideo3.model.checkpoint import load_model
+    from internvideo3.model.device import device_of
 
     torch.set_num_threads(options.threads)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(device_of(options.device))
     model, processor = load_model(options.model, device, _dtype(options.dtype, device))
     return Place(model=model, processor=processor, desk=desk, name=options.model, cache=desk.cache)
 

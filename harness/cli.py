@@ -75,6 +75,9 @@ DataOption = Annotated[
     Path | None,
     typer.Option(help="Where benchmarks are. Default: $IV3_DATA or the user's cache."),
 ]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1. Default: cuda if there is one.")
+]
 CONTROLS = ("blind", "text", "shuffled")
 ThreadsOption = Annotated[
     int, typer.Option(min=1, help="CPU threads; one is fastest for the scale models.")
@@ -166,9 +169,7 @@ def evaluate_command(
     batch: Annotated[
         int, typer.Option(min=1, help="Most questions of one video decoded together.")
     ] = 16,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1. Default: cuda if there is one.")
-    ] = None,
+    device: DeviceOption = None,
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, or auto (float32 on cpu).")
     ] = "auto",
@@ -381,9 +382,7 @@ def ask_command(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one reply.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 for the likeliest reply.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampled replies.")] = 0,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1. Default: cuda if there is one.")
-    ] = None,
+    device: DeviceOption = None,
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, or auto (float32 on cpu).")
     ] = "auto",
@@ -499,9 +498,7 @@ def serve_command(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens of a reply, where the client does not say.")
     ] = 256,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1. Default: cuda if there is one.")
-    ] = None,
+    device: DeviceOption = None,
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, or auto (float32 on cpu).")
     ] = "auto",
@@ -575,9 +572,7 @@ def trace_replay_command(
         str, typer.Option(help="recorded: as the trace has their results. live: run them.")
     ] = "recorded",
     out: Annotated[Path, typer.Option(help="Folder for the new trace and page.")] = Path("replay"),
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1. Default: cuda if there is one.")
-    ] = None,
+    device: DeviceOption = None,
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, or auto (float32 on cpu).")
     ] = "auto",
@@ -702,9 +697,7 @@ def serve_policy_command(
         typer.Option(help="Environment variable with the token that clients must send."),
     ] = None,
     upload_mb: Annotated[int, typer.Option(min=1, help="Most MiB of one request.")] = 1024,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1. Default: cuda if there is one.")
-    ] = None,
+    device: DeviceOption = None,
     dtype: Annotated[
         str, typer.Option(help="float32 (as trainers compute), bfloat16, or auto.")
     ] = "float32",
@@ -1020,6 +1013,7 @@ def train_command(
         typer.Option(help="With --plan: `8b` (the released shape), or a checkpoint folder."),
     ] = "8b",
     gpus: Annotated[int, typer.Option(min=1, help="With --plan: GPUs that share the model.")] = 8,
+    device: DeviceOption = None,
     threads: ThreadsOption = 1,
 ) -> None:
     """Train the stages of a recipe, one from the checkpoint of the other; resumable.
@@ -1054,7 +1048,7 @@ def train_command(
             raise PreflightError("Say with --out where states and checkpoints go.")
         first = is_first()
         with _bars(shown=first) as advance:
-            trained = run_training(recipe, out, threads, advance)
+            trained = run_training(recipe, out, threads, advance, _device(device))
         if trained.checkpoint is None:
             print(
                 f"Stopped in {trained.stage}; its state is saved. Repeat the same command to "
@@ -1271,6 +1265,7 @@ def ablate_command(
             help="Processes that train and evaluate side by side; one a core is fastest.",
         ),
     ] = 1,
+    device: DeviceOption = None,
     threads: ThreadsOption = 1,
     root: RootOption = None,
 ) -> None:
@@ -1299,6 +1294,7 @@ def ablate_command(
             root=root,
             limit=limit,
             jobs=jobs,
+            device=_device(device),
             threads=threads,
             command=_command(),
         )

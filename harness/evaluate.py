@@ -285,10 +285,14 @@ def load_plugin(options: EvalOptions, share: Share = Share()) -> "InternVideo3":
 
 
 def resolve_device(options: EvalOptions) -> tuple[str, str]:
-    """The device and number type of a command, with the defaults filled in."""
-    import torch
+    """The device and number type of a command, with the defaults filled in.
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    Raises:
+        DeviceError: there is no such GPU here.
+    """
+    from internvideo3.model.device import device_of
+
+    device = str(device_of(options.device))
     if options.dtype != "auto":
         return device, options.dtype
     return device, "bfloat16" if device.startswith("cuda") else "float32"

@@ -20,7 +20,11 @@ SPLITS = (1, 2, 4, 8)
 
 
 def run_training(
-    recipe: str, out: Path, threads: int, progress: Callable[[str, int, int], None]
+    recipe: str,
+    out: Path,
+    threads: int,
+    progress: Callable[[str, int, int], None],
+    device: str | None = None,
 ) -> Trained:
     """Train what is missing of a recipe, alone or as one process of torchrun's.
 
@@ -29,7 +33,7 @@ def run_training(
     """
     read = load_recipe(recipe)
     torch.set_num_threads(threads)
-    group = Processes()
+    group = Processes(device)
     try:
         return train(read, out, progress if group.first else quiet, group)
     finally:

@@ -371,12 +371,13 @@ def load_model(
     from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
     from internvideo3.model.config import InternVideo3Config
+    from internvideo3.model.device import device_of
     from internvideo3.model.modeling import (
         InternVideo3ForCausalLM,
         InternVideo3ForConditionalGeneration,
     )
 
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = device_of(device)
     if dtype == "auto":
         dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     classes: dict[str, Any] = {

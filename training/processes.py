@@ -12,18 +12,33 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from internvideo3.model.device import device_of
 from internvideo3.training.attention import Sharing
+
+
+def _device(name: str | None) -> torch.device:
+    """A device by its name; of several GPUs, that of this process's rank on the machine."""
+    device = device_of(name)
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return device_of(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
 
 
 class Processes:
     """Rank, count and device of this process, and what it does together with the others."""
 
-    def __init__(self) -> None:
-        """Joins the group that torchrun announces in the environment, if there is one."""
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else (
-            torch.device("cpu")
-        )  # fmt: skip
+    def __init__(self, device: str | None = None) -> None:
+        """Joins the group that torchrun announces in the environment, if there is one.
+
+        Args:
+            device: `cpu`, `cuda` (under torchrun each process its own) or `cuda:N`; None for CUDA
+                if there is one.
+
+        Raises:
+            DeviceError: There is no such GPU here.
+        """
+        self.device = _device(device)
+        cuda = self.device.type == "cuda"
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
         self.count = dist.get_world_size() if dist.is_initialized() else 1

@@ -31,6 +31,7 @@ from internvideo3.harness.profile.stages import decoding_row, encoding_row
 from internvideo3.harness.profile.subjects import Subject, load
 from internvideo3.harness.profile.workload import Point, Workload, WorkloadError
 from internvideo3.harness.store import SCHEMA, RunStore, append_measurements, read_rows
+from internvideo3.model.device import DeviceError, device_of
 
 GATE_PIECES, GATE_NEW = (32, 64), 8
 ENDINGS = ("cache", "none")
@@ -268,9 +269,10 @@ class _Group:
 
 
 def _device(name: str) -> torch.device:
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise WorkloadError("there is no CUDA device here; give --device cpu, or --plan.")
-    return torch.device(name)
+    try:
+        return device_of(name)
+    except DeviceError as error:
+        raise WorkloadError(f"{error} --plan needs none.") from error
 
 
 def _device_name(device: torch.device) -> str:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from internvideo3.harness import cli
+from internvideo3.tasks.world.build import build_suite
 
 HEAVY = ("torch", "transformers", "lmms_eval", "datasets", "pandas", "matplotlib", "numpy", "scipy")
 
@@ -107,6 +109,27 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     assert "Error: /proc/nowhere: No such file or directory. Give another place" in done.stderr
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["eval", "--model", "scale:m2la", "--suite", "world_short"],
+        ["train", "scale"],
+        ["profile"],
+        ["serve-policy", "--model", "scale:m2la"],
+    ],
+)
+def test_a_gpu_that_is_not_there_is_said_in_words(command: list[str], tmp_path: Path) -> None:
+    out = [] if command[0] == "serve-policy" else ["--out", str(tmp_path / "out")]
+    if command[0] == "eval":
+        build_suite("world_short", tmp_path / "world", limit_videos=1)
+        out += ["--root", str(tmp_path / "world")]
+    done = CliRunner().invoke(cli.app, [*command, *out, "--device", "cuda"])
+    told = " ".join(done.output.split())
+    assert done.exit_code == 1 and "torch sees 0 GPUs here" in told
+    assert "Unforeseen" not in told and not (tmp_path / "out").exists()
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = internvideo3("--debug", "score", str(tmp_path))
     assert done.returncode != 0
@@ -131,8 +154,8 @@ OPTIONS = {
     "report": "out title",
     "profile": "model out workload contexts new-tokens batch chunk runner cache fill repeats dtype "
     "device video plan memory layer threads",
-    "train": "out plan model gpus threads",
-    "ablate": "out preset seeds limit jobs threads root",
+    "train": "out plan model gpus device threads",
+    "ablate": "out preset seeds limit jobs device threads root",
     "demo": "full videos out root threads",
     "compare-stock": "model videos repeats out root threads",
     "convert": "preset cache bytes-per-token choices calibration held-out tokens distil-minutes "
