@@ -94,9 +94,20 @@ def ablate(options: AblateOptions, progress: Progress) -> Path | None:
                 "seed": one.seed,
                 "stages": [os.path.relpath(path, options.out) for path in one.trained.folders],
             }
+            plan["runs"] = _ordered(plan["runs"])
             write_json(options.out / "ablation.json", plan)
             write_table5(options.out)
     return options.out / "table5.md"
+
+
+def _ordered(runs: dict[str, Row]) -> dict[str, Row]:
+    """Runs in the order of the paper's rows, whichever was finished first; own recipes follow."""
+    place = {name: number for number, name in enumerate(variants())}
+
+    def key(run: Row) -> tuple[int, int]:
+        return run["seed"], place.get(run["recipe"], len(place))
+
+    return dict(sorted(runs.items(), key=lambda item: key(item[1])))
 
 
 def _in_turn(options: AblateOptions, progress: Progress) -> Generator[Finished]:
