@@ -19,6 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
+from multiprocessing.connection import Connection
 from typing import Any
 
 from internvideo3.harness.ablate import AblateOptions, Finished, evaluate_one, recipe_of, train_one
@@ -28,7 +29,7 @@ from internvideo3.training.train import Trained
 
 ALL_WORK = "stages and runs"
 """Name of the progress of the whole."""
-_told: Any = None
+_told: Connection | None = None
 """Where a worker process puts its progress."""
 
 
@@ -136,8 +137,10 @@ def _heights(work: Mapping[Work, set[Work]]) -> dict[Work, int]:
 def _pool(options: AblateOptions, progress: Told) -> Iterator[ProcessPoolExecutor]:
     """Processes whose progress is told here, and which end when this one does."""
     context = multiprocessing.get_context("spawn")
-    told = context.Queue()
-    listener = threading.Thread(target=_listen, args=(told, progress), daemon=True)
+    # Not a queue: whoever is killed while it holds a queue's lock keeps it. Messages are shorter
+    # than what a pipe takes whole or not at all.
+    heard, told = context.Pipe(duplex=False)
+    listener = threading.Thread(target=_listen, args=(heard, progress), daemon=True)
     listener.start()
     pool = ProcessPoolExecutor(
         options.jobs, mp_context=context, initializer=_begin, initargs=(told, options.threads)
@@ -152,20 +155,22 @@ def _pool(options: AblateOptions, progress: Told) -> Iterator[ProcessPoolExecuto
     finally:
         signal.signal(signal.SIGTERM, before)
         pool.shutdown(cancel_futures=True)
-        told.put(None)
+        told.send(None)
         listener.join()
+        told.close()
+        heard.close()
 
 
 def _stop(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _listen(told: Any, progress: Told) -> None:
-    while (said := told.get()) is not None:
+def _listen(heard: Connection, progress: Told) -> None:
+    while (said := heard.recv()) is not None:
         progress(*said)
 
 
-def _begin(told: Any, threads: int) -> None:
+def _begin(told: Connection, threads: int) -> None:
     """Prepare a worker process."""
     import torch
 
@@ -196,4 +201,5 @@ def _do(options: AblateOptions, work: Work) -> Trained:
 
 
 def _tell(name: str, done: int, total: int) -> None:
-    _told.put((name, done, total))
+    assert _told is not None
+    _told.send((name, done, total))

@@ -20,9 +20,9 @@ import numpy as np
 from internvideo3.model.prompt import Medium, Piece, Prompter
 from internvideo3.model.scale.build import SYSTEM_PROMPT
 from internvideo3.tasks.video import Frames
-from internvideo3.tasks.world.difficulty import FILE_FPS
+from internvideo3.tasks.world.difficulty import FILE_FPS, OPTIONS
 from internvideo3.tasks.world.paint import paint
-from internvideo3.tasks.world.questions import Question, draw_question
+from internvideo3.tasks.world.questions import Question
 from internvideo3.tasks.world.scenes import VideoSpec, draw_video
 from internvideo3.training.mixture import check_shares
 from internvideo3.training.recipe import RecipeError, WorldData
@@ -31,6 +31,7 @@ from internvideo3.training.scale.batches import (
     PROFILE_SHARES,
     TRAINING_ONLY,
     answer_text,
+    draw_training_question,
     seed_stream,
 )
 from internvideo3.training.scale.pixels import NOISE, SIDE_PX, sampled_times
@@ -153,19 +154,25 @@ class WorldDocuments:
         """The video at a place of the sequence, and questions about it."""
         spec = self.video(index)
         epoch = index // self.data.videos
-        asked = self._questions(spec, random.Random(f"asked/{spec.seed}/{epoch}"))
+        rng = random.Random(f"asked/{spec.seed}/{epoch}")
+        families = self._families(spec)
+        if self.data.descriptions is not None and rng.random() < self.data.descriptions:
+            described = {"describe"} & set(PROFILE_FAMILIES[spec.profile])
+            families = sorted(described) or families
+        asked = self._questions(spec, rng, families)
         if not asked:
             raise RecipeError(
-                f"no family of {self._families(spec)} has a question about a {spec.length_s:g} s "
+                f"no family of {families} has a question about a {spec.length_s:g} s "
                 f"video of kind {spec.profile}; add families or lengths to the stage's data"
             )
         return spec, asked
 
-    def _questions(self, spec: VideoSpec, rng: random.Random) -> list[Question]:
-        families = self._families(spec)
+    def _questions(
+        self, spec: VideoSpec, rng: random.Random, families: Sequence[str]
+    ) -> list[Question]:
         found: dict[str, Question] = {}
         for _ in range(8 * self.data.questions + 24):
-            question = draw_question(spec, rng, rng.choice(families))
+            question = draw_training_question(spec, rng, rng.choice(families), OPTIONS)
             if question is not None:
                 found.setdefault(question.prompt, question)
             if len(found) == self.data.questions:

@@ -60,6 +60,9 @@ class WorldData:
     """Share of each kind of video; None: the scale model's own."""
     families: tuple[str, ...] | None = None
     """Question families; None: those that the suites ask of the kind of video."""
+    descriptions: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the documents that ask for a description, the longest answers of the world, where
+    the kind of video has any; None: no document does."""
     first_seed: Annotated[int, Field(ge=0)] = 0
     """Where in the training split the videos begin; stages that should not share videos differ."""
 

@@ -28,6 +28,7 @@ from internvideo3.training.recipe import (
     Sft,
     StageOptions,
     WorldData,
+    load_recipe,
 )
 from internvideo3.training.rollouts import Response, Sampler, answered
 from internvideo3.training.stages.gspo import reward
@@ -212,6 +213,20 @@ def test_the_stages_follow_one_another(trained: Path) -> None:
     middle, _ = load_model(trained / "2-gspo" / "checkpoint", "cpu", torch.float32)
     pairs = zip(final.parameters(), middle.parameters(), strict=True)
     assert any(not torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def test_the_prompts_of_distillation_hold_descriptions_that_fit(loaded: Any) -> None:
+    """As the paper's set holds long-form captioning beside questions."""
+    options = load_recipe("scale").stages["opd"]
+    assert isinstance(options, Opd) and isinstance(options.data, WorldData)
+    source = WorldDocuments(options.data, loaded[1], 0)
+    docs = [source.prompt(n).doc for n in range(80)]
+    described = [doc for doc in docs if doc["family"] == "describe"]
+    assert 10 <= len(described) <= 30 and len({doc["family"] for doc in docs}) > 6
+    ids = [source.prompter.tokenize(f" {doc['answer']}") for doc in described]
+    assert max(map(len, ids)) + 1 <= options.max_new_tokens
+    without = WorldDocuments(replace(options.data, descriptions=None), loaded[1], 0)
+    assert all(without.prompt(n).doc["family"] != "describe" for n in range(80))
 
 
 def test_a_teacher_with_other_token_ids_is_refused(loaded: Any) -> None:
