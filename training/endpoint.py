@@ -29,7 +29,7 @@ AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 """HTTP answers after which the same request may succeed."""
 
 
-class EndpointError(RuntimeError):
+class EndpointError(ValueError):
     """A server that cannot be used; what was finished before stays."""
 
 
@@ -50,6 +50,8 @@ class Endpoint:
     first_wait_s: float = 1.0
     """Wait before the second attempt; it doubles from attempt to attempt."""
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False, compare=False)
+    known: set[str] = field(default_factory=set, repr=False, compare=False)
+    """What was found out about the server, so that it is asked once a run."""
 
     def beside_version(self) -> Endpoint:
         """The same server's paths beside `/v1`."""
@@ -116,10 +118,12 @@ class Endpoint:
             with urllib.request.urlopen(request, timeout=self.timeout_s) as reply:
                 said = reply.read()
         except urllib.error.HTTPError as error:
-            said = f"{error.code}: {error.read(300).decode(errors='replace')}"
+            said = f"{error.code}: {_explained(error)}"
             if error.code in AGAIN:
                 raise _TryAgainError(said) from error
             raise EndpointError(f"{self.url} refused the request, {said}") from error
+        except http.client.InvalidURL as error:
+            raise EndpointError(f"{self.url!r} is no http address: {error}") from error
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise _TryAgainError(_reason(error)) from error
         try:
@@ -133,6 +137,14 @@ class Endpoint:
                 ) from error
             # It may be cut off in the middle: the server went away while it spoke.
             raise _TryAgainError(f"the answer is no JSON: {begun!r}") from error
+
+
+def _explained(error: urllib.error.HTTPError) -> str:
+    """The beginning of what a server says of its refusal; it may go away while it says it."""
+    try:
+        return error.read(300).decode(errors="replace")
+    except (OSError, http.client.HTTPException) as broken:
+        return f"{error.reason} (and then {_reason(broken)})"
 
 
 def _reason(error: Exception) -> str:

@@ -13,14 +13,20 @@ over what it may sample.
 its `system_fingerprint` is the digest of the weights that sampled. Before each step the trainer
 writes its weights as a checkpoint and names the folder to `update_weights_from_disk` (a path that
 SGLang has too); a server that came back with older weights is given them again.
+
+**Sight**: `videos` is a field of ours, and a server that ignores what it does not know would answer
+all the same, from words alone. So the first answers of a run are compared with those to blank
+frames in the video's place: numbers that stay the same (to 1e-6) are those of a blind server, and
+training stops. Not found is a blind server whose numbers differ from request to request.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +42,17 @@ from internvideo3.training.endpoint import Endpoint, EndpointError
 from internvideo3.training.recipe import RecipeError
 from internvideo3.training.rollouts import Response
 
+SEES = "looks at videos"
+"""What `Endpoint.known` holds once it is found."""
+SAME = 1e-6
+"""Nats by which log-probabilities of one computation may differ."""
+CERTAIN = 1e-3
+"""Nats: what is this near to 0 may be as likely after every video."""
+LOOK_TOKENS = 16
+"""Most tokens sampled for a look at blank frames."""
+ROUNDING = 1e-2
+"""Nats by which a server's log-probability may lie above 0."""
+
 
 @dataclass(frozen=True)
 class RemoteTeacher:
@@ -48,14 +65,24 @@ class RemoteTeacher:
         """The teacher's log-probability of each id of a response, `[T]`.
 
         Raises:
-            EndpointError: The server does not answer, or in another form.
+            EndpointError: The server does not answer, in another form, or without looking at the
+                video.
             RecipeError: Its tokens are not the student's.
         """
         ids = [*prompt_ids, *response.ids]
+        values = self._values(prompt.frames, ids)
+        said = _log_probabilities(values[-len(response.ids) :], self.endpoint)
+        if SEES not in self.endpoint.known:
+            _check_sight(self.endpoint, zip(values, self._values(blank(prompt.frames), ids),
+                                            strict=True))  # fmt: skip
+        return torch.tensor(said, dtype=torch.float32)
+
+    def _values(self, frames: Frames, ids: list[int]) -> list[Any]:
+        """What the server tells of each id; whatever it likes of those of the prompt."""
         body = {
             "prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0,
             # vLLM's: text cannot tell the ids of half characters apart.
-            "return_tokens_as_token_ids": True, "videos": [encoded(prompt.frames)],
+            "return_tokens_as_token_ids": True, "videos": [encoded(frames)],
         }  # fmt: skip
         reply = self.endpoint.post("completions", body)
         try:
@@ -66,7 +93,12 @@ class RemoteTeacher:
                 f"{self.endpoint.url} gives no log-probabilities of a prompt (echo): {reply!r:.300}"
             ) from error
         self._check_tokens(tokens, ids)
-        return torch.tensor(values[-len(response.ids) :], dtype=torch.float32)
+        if len(values) != len(ids):
+            raise EndpointError(
+                f"{self.endpoint.url} gives {len(values)} log-probabilities of {len(ids)} ids; one "
+                "of each is needed (null for those that nothing said)."
+            )
+        return values
 
     def _check_tokens(self, tokens: list[str], ids: list[int]) -> None:
         ours = self.tokenizer.convert_ids_to_tokens(ids)
@@ -108,7 +140,7 @@ class PushedWeights:
         found = reply.get("digest") if isinstance(reply, dict) else None
         if found not in (None, self.digest):
             raise EndpointError(
-                f"{self.endpoint.url} read other weights from {self.folder} ({found:.12}, not "
+                f"{self.endpoint.url} read other weights from {self.folder} ({found!s:.12}, not "
                 f"{self.digest:.12}): it must see the trainer's disk under the same path."
             )
 
@@ -126,7 +158,8 @@ class RemoteSampler:
         """Answer a prompt `count` times.
 
         Raises:
-            EndpointError: The server does not answer, in another form, or keeps to other weights.
+            EndpointError: The server does not answer, in another form, from other weights, or
+                without looking at the video.
         """
         ids = self.prompter.piece(prompt.text, [prompt.frames]).ids
         body = {
@@ -141,10 +174,27 @@ class RemoteSampler:
         if self._older(reply):
             raise EndpointError(
                 f"{self.weights.endpoint.url} samples from weights "
-                f"{reply['system_fingerprint']:.12}, the policy's are {self.weights.digest:.12}. "
+                f"{reply['system_fingerprint']!s:.12}, the policy's are {self.weights.digest:.12}. "
                 "Does another trainer push to it?"
             )
-        return self._responses(reply, count)
+        made = self._responses(reply, count)
+        if SEES not in self.weights.endpoint.known:
+            self._look(body, prompt.frames, made)
+        return made
+
+    def _look(self, body: Mapping[str, Any], frames: Frames, made: Sequence[Response]) -> None:
+        """Compare a few tokens with what is sampled where the video is blank.
+
+        Only the log-probabilities of equal ids after equal ids say something, whatever was drawn.
+        """
+        few = min(self.max_new_tokens, LOOK_TOKENS)
+        asked = {**body, "videos": [encoded(blank(frames))], "max_tokens": few}
+        reply = self.weights.endpoint.post("completions", asked)
+        others = self._responses(reply, len(made))
+        _check_sight(
+            self.weights.endpoint,
+            (pair for one in made for other in others for pair in _in_step(one, other)),
+        )
 
     def _older(self, reply: Any) -> bool:
         told = reply.get("system_fingerprint") if isinstance(reply, dict) else None
@@ -163,7 +213,26 @@ class RemoteSampler:
                 f"{self.weights.endpoint.url} gave {len(made)} responses of "
                 f"{[len(one.ids) for one in made]} tokens; {count} were asked for."
             )
+        self._check(made)
         return made
+
+    def _check(self, made: Sequence[Response]) -> None:
+        """That the responses can be trained on, and are what was asked for."""
+        for one in made:
+            _log_probabilities(one.logps, self.weights.endpoint)
+        longest = max(len(one.ids) for one in made)
+        if longest > self.max_new_tokens:
+            raise EndpointError(
+                f"{self.weights.endpoint.url} sampled {longest} tokens; max_tokens was "
+                f"{self.max_new_tokens}, which it must keep to."
+            )
+        barred = {token for one in made for token in one.ids}.intersection(self.barred)
+        if barred:
+            raise EndpointError(
+                f"{self.weights.endpoint.url} sampled the ids {sorted(barred)}, which logit_bias "
+                "-100 bars: a policy cannot be trained on vision tokens that it says itself. The "
+                "server must keep to logit_bias."
+            )
 
     def _response(self, choice: Mapping[str, Any]) -> Response:
         ids = tuple(map(int, choice["token_ids"]))
@@ -172,6 +241,66 @@ class RemoteSampler:
             raise ValueError("as many log-probabilities as ids are needed")
         text = self.prompter.tokenizer.decode(list(ids), skip_special_tokens=True)
         return Response(ids, logps, text)
+
+
+def blank(frames: Frames) -> Frames:
+    """Frames of the same form without a picture: black for bright ones, white for dark ones."""
+    shade = 0 if frames.pixels_THWC.mean() > 127 else 255
+    return replace(frames, pixels_THWC=np.full_like(frames.pixels_THWC, shade), digest="")
+
+
+def _check_sight(endpoint: Endpoint, pairs: Iterable[tuple[Any, Any]]) -> None:
+    """Note that a server sees, or refuse one that does not.
+
+    Args:
+        endpoint: The server.
+        pairs: Log-probabilities of the same ids, with the video and with blank frames.
+
+    Raises:
+        EndpointError: They are the same. (Where all are certain nothing is known, and the next
+            answer is looked at.)
+    """
+    told = [(a, b) for a, b in pairs if _is_number(a) and _is_number(b)]
+    if any(abs(a - b) > SAME for a, b in told):
+        endpoint.known.add(SEES)
+    elif any(a < -CERTAIN for a, _ in told):
+        raise EndpointError(
+            f"{endpoint.url} gives the same log-probabilities for a video and for blank frames in "
+            "its place: it does not look at the field `videos`, so training would be blind. Use "
+            "`internvideo3 serve-policy`, or a server that reads the field (src/internvideo3/"
+            "training/remote.py has its form)."
+        )
+
+
+def _in_step(one: Response, other: Response) -> list[tuple[float, float]]:
+    """Log-probabilities of the ids with which two responses both begin."""
+    pairs: list[tuple[float, float]] = []
+    steps = zip(one.ids, one.logps, other.ids, other.logps, strict=False)
+    for id_here, here, id_there, there in steps:
+        if id_here != id_there:
+            break
+        pairs.append((here, there))
+    return pairs
+
+
+def _log_probabilities(values: Sequence[Any], endpoint: Endpoint) -> tuple[float, ...]:
+    """A server's numbers, if they are what they should be.
+
+    Raises:
+        EndpointError: One is none: null, no number, not finite, or above 0.
+    """
+    for place, value in enumerate(values):
+        if not _is_number(value) or value > ROUNDING:
+            raise EndpointError(
+                f"{endpoint.url} gives {value!r:.80} as log-probability of token {place + 1} of "
+                f"{len(values)} of a response, where a finite number of at most 0 is needed. "
+                "See the server's own log; its weights or their number format may be broken."
+            )
+    return tuple(map(float, values))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def decoded(video: Mapping[str, Any]) -> Frames:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
+import itertools
+import re
+import threading
+from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,17 +18,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
+from typer.testing import CliRunner
 
+from internvideo3.harness.cli import app
 from internvideo3.model.checkpoint import load_model
 from internvideo3.model.prompt import Prompter
 from internvideo3.model.session import Session
 from internvideo3.training import train as training
-from internvideo3.training.documents import WorldDocuments
+from internvideo3.training.documents import Prompt, WorldDocuments
 from internvideo3.training.endpoint import Endpoint, EndpointError
-from internvideo3.training.policy import Policy, token_logps
+from internvideo3.training.policy import Policy, token_logps, vision_ids
 from internvideo3.training.processes import Processes
 from internvideo3.training.recipe import Opd, Optimiser, Recipe, RecipeError, WorldData
+from internvideo3.training.remote import PushedWeights, RemoteSampler, RemoteTeacher, decoded
+from internvideo3.training.rollouts import Response
+from internvideo3.training.served import ServedPolicy
 from internvideo3.training.train import build_stage, train
 
 DATA = WorldData(lengths={2: 1.0}, videos=6, profiles={"main": 1.0}, families=("shape", "motion"))
@@ -35,6 +46,8 @@ class LogprobServer:
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
         self.shown: list[np.ndarray[Any, Any]] = []
+        self.blind = False
+        """Whether whatever is shown looks the same to it."""
 
     def reply(self, body: dict[str, Any]) -> dict[str, Any]:
         tokenizer = self.processor.tokenizer
@@ -42,7 +55,8 @@ class LogprobServer:
         pictures = [Image.open(io.BytesIO(base64.b64decode(one))) for one in video["frames"]]
         pixels_THWC = np.stack([np.asarray(picture) for picture in pictures])
         self.shown.append(pixels_THWC)
-        frames = SimpleNamespace(**(video | {"pixels_THWC": pixels_THWC}))
+        seen_THWC = np.zeros_like(pixels_THWC) if self.blind else pixels_THWC
+        frames = SimpleNamespace(**(video | {"pixels_THWC": seen_THWC}))
         ids = body["prompt"]
         values = self._logps(ids, frames)
         tokens = tokenizer.convert_ids_to_tokens(ids)
@@ -95,6 +109,9 @@ def test_the_teachers_log_probabilities_cross_the_wire_and_its_pixels_are_the_ro
     stage: Any = build_stage(options(server.url), processor, policy, 0, Processes())
     works, _ = stage.works(0, policy)
     source = WorldDocuments(DATA, processor, 0)
+    # The second request is the look at blank frames.
+    blanked = served.shown.pop(1)
+    assert len(np.unique(blanked)) == 1 and blanked.shape == served.shown[0].shape
     for shown, index in zip(served.shown, (0, 0, 1, 1), strict=True):
         assert np.array_equal(shown, source.prompt(index).frames.pixels_THWC)
     (work,) = works
@@ -147,6 +164,248 @@ def test_another_tokenizer_behind_the_server_is_refused(scoring: Any, loaded: An
     stage: Any = build_stage(options(server.url), loaded[1], policy, 0, Processes())
     with pytest.raises(RecipeError, match="other token ids .* needs a teacher with the student's"):
         stage.works(0, policy)
+
+
+def opd_stage(server: Any, loaded: Any) -> tuple[Any, Policy]:
+    policy = Policy(deepcopy(loaded[0]))
+    stage: Any = build_stage(options(server.url), loaded[1], policy, 0, Processes())
+    return stage, policy
+
+
+def test_a_teacher_that_does_not_look_at_the_video_is_refused(scoring: Any, loaded: Any) -> None:
+    server, served = scoring
+    served.blind = True
+    stage, policy = opd_stage(server, loaded)
+    with pytest.raises(EndpointError, match="does not look at the field `videos`.*serve-policy"):
+        stage.works(0, policy)
+    assert len(server.requests) == 2
+
+
+def test_a_teacher_that_looks_is_asked_once_more_in_a_run(scoring: Any, loaded: Any) -> None:
+    server, _ = scoring
+    stage, policy = opd_stage(server, loaded)
+    for step in range(2):
+        stage.works(step, policy)
+    # Two prompts of a step, two responses to each, and one look.
+    assert len(server.requests) == 2 * 2 * 2 + 1
+
+
+def test_where_all_is_certain_the_next_response_is_looked_at(scoring: Any, loaded: Any) -> None:
+    """A teacher may be sure of a response whatever the video shows."""
+    server, served = scoring
+    usual = served.reply
+
+    def certain(body: dict[str, Any]) -> dict[str, Any]:
+        reply = usual(body)
+        if len(server.requests) <= 2:
+            told = reply["choices"][0]["logprobs"]
+            told["token_logprobs"] = [-1e-7] * len(told["tokens"])
+        return reply
+
+    server.reply = certain
+    stage, policy = opd_stage(server, loaded)
+    stage.works(0, policy)
+    assert len(server.requests) == 2 * 2 + 2
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        (float("nan"), "gives nan as log-probability of token .* the server's own log"),
+        (float("-inf"), "gives -inf as log-probability"),
+        (None, "gives None as log-probability"),
+        ("-1.5", "gives '-1.5' as log-probability"),
+        (0.7, "gives 0.7 as log-probability .* at most 0"),
+        ((), "log-probabilities of .* ids; one of each"),
+    ],
+)
+def test_numbers_that_are_no_log_probabilities_are_refused(
+    scoring: Any, loaded: Any, last: Any, said: str
+) -> None:
+    server, served = scoring
+    usual = served.reply
+
+    def broken(body: dict[str, Any]) -> dict[str, Any]:
+        reply = usual(body)
+        values = reply["choices"][0]["logprobs"]["token_logprobs"]
+        values[-1:] = [] if last == () else [last]
+        return reply
+
+    server.reply = broken
+    stage, policy = opd_stage(server, loaded)
+    with pytest.raises(EndpointError, match=said):
+        stage.works(0, policy)
+
+
+@pytest.fixture
+def sampling(teacher: Any, loaded: Any) -> tuple[Any, RemoteSampler, Prompt]:
+    """A server of rollouts in this process, what asks it, and a prompt."""
+    policy = ServedPolicy("scale:m2la", "cpu", "float32")
+    teacher.shows = lambda frames: frames
+
+    def reply(body: dict[str, Any]) -> dict[str, Any]:
+        frames = [teacher.shows(decoded(one)) for one in body["videos"]]
+        made = policy.sample(
+            body["prompt"], frames, count=body["n"], seed=body["seed"],
+            barred=tuple(map(int, body["logit_bias"])), max_new_tokens=body["max_tokens"],
+        )  # fmt: skip
+        return {"choices": [
+            {"token_ids": list(one.ids), "logprobs": {"token_logprobs": list(one.logps)}}
+            for one in made
+        ]}  # fmt: skip
+
+    teacher.reply = reply
+    weights = PushedWeights(Endpoint(url=teacher.url, model="m"), Path("/nowhere"), policy.digest)
+    source = WorldDocuments(DATA, loaded[1], 0)
+    barred = vision_ids(*loaded)
+    return teacher, RemoteSampler(weights, source.prompter, barred, 5), source.prompt(0)
+
+
+def test_rollouts_that_look_at_the_video_are_compared_once(sampling: Any) -> None:
+    server, sampler, prompt = sampling
+    first = sampler.sample(prompt, 2, 7)
+    assert sampler.sample(prompt, 2, 7) == first
+    assert len(server.requests) == 3
+    real, blanked, again = (decoded(body["videos"][0]).pixels_THWC for body in server.requests)
+    assert np.array_equal(real, prompt.frames.pixels_THWC) and np.array_equal(again, real)
+    assert len(np.unique(blanked)) == 1
+
+
+@pytest.mark.parametrize("seeded", [True, False], ids=["seeded", "without seeds"])
+def test_rollouts_of_a_server_that_does_not_look_at_the_video_are_refused(
+    sampling: Any, seeded: bool
+) -> None:
+    """Also where it draws others each time: equal beginnings are then compared."""
+    server, sampler, prompt = sampling
+    server.shows = blank_white
+    usual = server.reply
+    seeds = itertools.count(100)
+    server.reply = lambda body: usual(body if seeded else body | {"seed": next(seeds)})
+    with pytest.raises(EndpointError, match="does not look at the field `videos`"):
+        sampler.sample(prompt, 8, 7)
+
+
+def blank_white(frames: Any) -> Any:
+    return replace(frames, pixels_THWC=np.full_like(frames.pixels_THWC, 255))
+
+
+def told_ids(value: Any) -> Any:
+    return lambda choice: choice | {"token_ids": value}
+
+
+def told_logps(value: Any) -> Any:
+    return lambda choice: choice | {"logprobs": {"token_logprobs": value}}
+
+
+@pytest.mark.parametrize(
+    ("breaks", "said"),
+    [
+        (told_logps([-0.5, float("nan")]), "gives nan as log-probability of token 2 of 2"),
+        (told_logps([-0.5, 1.0]), "gives 1.0 as log-probability"),
+        (told_logps([-0.5]), "no sampled ids with their log-probabilities"),
+        (told_logps(None), "no sampled ids with their log-probabilities"),
+        (told_ids([]), "no sampled ids with their log-probabilities"),
+        (lambda choice: told_ids(list(range(30, 38)))(told_logps([-1.0] * 8)(choice)),
+         "sampled 8 tokens; max_tokens was 5"),
+        (told_ids([30, 10**6]), "sampled the ids .* which logit_bias -100 bars"),
+        (lambda choice: "text", "no sampled ids with their log-probabilities"),
+    ],
+)  # fmt: skip
+def test_rollouts_that_cannot_be_trained_on_are_refused(
+    sampling: Any, breaks: Any, said: str
+) -> None:
+    server, sampler, prompt = sampling
+    plain = {"token_ids": [30, 31], "logprobs": {"token_logprobs": [-0.5, -0.5]}}
+    server.reply = lambda body: {"choices": [breaks(plain)] * body["n"]}
+    with pytest.raises(EndpointError, match=said):
+        replace(sampler, barred=(*sampler.barred, 10**6)).sample(prompt, 2, 7)
+
+
+@pytest.mark.parametrize("fingerprint", [7, ["other"], "other weights"])
+def test_other_weights_behind_the_server_are_refused_whatever_it_calls_them(
+    sampling: Any, fingerprint: Any
+) -> None:
+    server, sampler, prompt = sampling
+    usual = server.reply
+    server.reply = lambda body: (
+        {} if "model_path" in body else usual(body) | {"system_fingerprint": fingerprint}
+    )
+    with pytest.raises(EndpointError, match="samples from weights .* another trainer"):
+        sampler.sample(prompt, 2, 7)
+
+
+@pytest.fixture
+def saying() -> Iterator[Callable[[int, str], str]]:
+    """Starts a server that always says the same; gives its address."""
+    started: list[HTTPServer] = []
+
+    def go(status: int, page: str) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(page.encode())
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        started.append(HTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=started[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{started[-1].server_port}/v1"
+
+    yield go
+    for one in started:
+        one.shutdown()
+        one.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "page", "waits", "said"),
+    [
+        (500, "out of memory", 2, "did not answer in 3 attempts; the last time: 500: out of mem"),
+        (404, "no such path", 0, "refused the request, 404: no such path"),
+        (200, "<html>a page</html>", 0, "answers with a page .* which no API does"),
+        (200, '{"choices": [{"tok', 2, "did not answer in 3 attempts.*the answer is no JSON"),
+        (200, "[]", 0, "gives no log-probabilities of a prompt"),
+        (200, '{"choices": [{"text": "words", "logprobs": null}]}', 0, "gives no log-prob"),
+    ],
+)
+def test_what_is_no_answer_is_told_as_such(
+    saying: Any, loaded: Any, status: int, page: str, waits: int, said: str
+) -> None:
+    waited: list[float] = []
+    endpoint = Endpoint(url=saying(status, page), model="m", attempts=3, sleep=waited.append)
+    asks = RemoteTeacher(endpoint, loaded[1].tokenizer)
+    prompt = WorldDocuments(DATA, loaded[1], 0).prompt(0)
+    with pytest.raises(EndpointError, match=said):
+        asks.logps(prompt, [1, 2], Response((3,), (-1.0,), ""))
+    assert len(waited) == waits
+
+
+def test_an_address_that_is_none_is_told_at_once() -> None:
+    with pytest.raises(EndpointError, match="'http://host:port/v1' is no http address"):
+        Endpoint(url="http://host:port/v1", model="m", sleep=pytest.fail).post("x", {})
+
+
+def test_a_dead_server_is_an_error_of_the_users(
+    tmp_path: Path, teacher: Any, monkeypatch: Any
+) -> None:
+    """Not a bug to report: `Error: ...`, with what to do."""
+    teacher.server.shutdown()
+    teacher.server.server_close()
+    monkeypatch.setattr(training, "Endpoint", lambda **told: Endpoint(**told, attempts=1))
+    data = {"lengths": {2: 1.0}, "videos": 6, "families": ["shape", "motion"]}
+    stage = {"kind": "opd", "teacher": teacher.url, "steps": 1, "group": 2, "documents": 2,
+             "max_new_tokens": 5, "pack_tokens": 2048, "data": data,
+             "optimiser": {"learning_rate": 1e-3}}  # fmt: skip
+    recipe = {"about": "test", "start": "scale:m2la", "stages": {"opd": stage}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
+    command = ["train", str(tmp_path / "own.yaml"), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1
+    assert re.search(r"^Error: http\S+ did not answer in 1 attempts.*repeat", done.stderr, re.M)
+    assert "Unforeseen" not in done.stderr
 
 
 def test_a_teacher_that_dies_while_it_speaks_is_asked_again_then_given_up(
