@@ -66,6 +66,10 @@ class Stage(ABC):
     def works(self, step: int, policy: Policy) -> tuple[list[Work], Totals]:
         """This process's passes of a step, and what to note of them."""
 
+    def noted(self) -> Totals:
+        """What to note of the step's last update, asked after it; by default nothing."""
+        return {}
+
 
 @dataclass
 class Loop:
@@ -146,7 +150,7 @@ class Loop:
         tokens = sum(len(work.pack.ids_T) for work in works if work.scale)
         flops = sum(pass_flops(self.policy.model, work.pack) for work in works if work.scale)
         totals = {
-            **totals, "tokens": (tokens, 0.0), "loss": (loss, 0.0),
+            **totals, **self.stage.noted(), "tokens": (tokens, 0.0), "loss": (loss, 0.0),
             "flops": (self.stage.updates * flops, 0.0),
         }  # fmt: skip
         self._note(step, totals, {"norm": norm, "rate": rate}, time.perf_counter() - started)

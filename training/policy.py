@@ -22,7 +22,7 @@ from internvideo3.model.attention import RowAttention
 from internvideo3.model.prerope import PreropeAttention
 from internvideo3.model.vision import Encoded, encode
 from internvideo3.training.attention import GQA_NAME, Backend, PackedAttention, Sharing
-from internvideo3.training.objectives.linear_cross_entropy import CHUNK, IGNORE
+from internvideo3.training.objectives.linear_cross_entropy import IGNORE, chunk_tokens
 from internvideo3.training.packing import Pack
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -144,7 +144,11 @@ class Policy(nn.Module):
 
 
 def token_logps(
-    hidden_NW: Tensor, head_VW: Tensor, ids_N: Tensor, barred: Sequence[int], chunk: int = CHUNK
+    hidden_NW: Tensor,
+    head_VW: Tensor,
+    ids_N: Tensor,
+    barred: Sequence[int],
+    chunk: int | None = None,
 ) -> Tensor:
     """Log-probabilities `[N]` of given ids, a chunk of logits at a time.
 
@@ -153,15 +157,16 @@ def token_logps(
         head_VW: Output embeddings.
         ids_N: The ids.
         barred: Ids that sampling never takes; their probability is 0 here too.
-        chunk: Tokens projected at a time.
+        chunk: Tokens projected at a time; None: `chunk_tokens` of the vocabulary.
     """
+    size = chunk or chunk_tokens(len(head_VW))
 
     def some(hidden_CW: Tensor, ids_C: Tensor) -> Tensor:
         logits_CV = barred_logits(functional.linear(hidden_CW, head_VW).float(), barred)
         picked_C: Tensor = logits_CV.gather(-1, ids_C[:, None])[:, 0] - logits_CV.logsumexp(-1)
         return picked_C
 
-    pieces = zip(hidden_NW.split(chunk), ids_N.split(chunk), strict=True)
+    pieces = zip(hidden_NW.split(size), ids_N.split(size), strict=True)
     return torch.cat([checkpoint(some, h, i, use_reentrant=False) for h, i in pieces])
 
 

@@ -16,8 +16,8 @@ from internvideo3.training.objectives.distillation import full_kl, sampled_kl, t
 from internvideo3.training.objectives.gspo import GspoOptions, group_advantages, gspo_loss
 from internvideo3.training.objectives.linear_cross_entropy import (
     IGNORE,
+    chunk_tokens,
     linear_cross_entropy,
-    token_weights,
 )
 
 F64 = torch.float64
@@ -49,13 +49,13 @@ def gradient(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
 
 class TestLinearCrossEntropy:
     @pytest.mark.parametrize("tokens", [1, 5, 64])
-    @pytest.mark.parametrize("chunk", [1, 3, 1024])
-    def test_equals_the_plain_loss_and_its_gradients(self, tokens: int, chunk: int) -> None:
+    @pytest.mark.parametrize("chunk", [1, 3, None])
+    def test_equals_the_plain_loss_and_its_gradients(self, tokens: int, chunk: int | None) -> None:
         hidden = draws(tokens, 8, dtype=torch.float32)
         head = draws(11, 8, seed=1, dtype=torch.float32)
         labels = torch.arange(tokens) % 11
         labels[1::4] = IGNORE
-        weight = token_weights(labels, torch.arange(tokens) // 3)
+        weight = draws(tokens, seed=2, dtype=torch.float32).abs() / tokens
         found = []
         for plain in (True, False):
             x, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
@@ -84,23 +84,25 @@ class TestLinearCrossEntropy:
         ours = gradient(lambda x: linear_cross_entropy(x, head, labels, weight), hidden)
         assert (ours - differences(plain, hidden)).abs().max() < 1e-6
 
-    def test_weights_are_one_over_root_and_sum_to_one(self) -> None:
-        labels = torch.tensor([1, 1, 1, 1, IGNORE, 1])
-        weight = token_weights(labels, torch.tensor([0, 0, 0, 0, 1, 1]))
-        assert weight[4] == 0 and math.isclose(float(weight.sum()), 1, rel_tol=1e-6)
-        assert math.isclose(float(weight[5] / weight[0]), 2.0, rel_tol=1e-6)
-
     def test_mistakes_are_explained(self) -> None:
-        with pytest.raises(ValueError, match="no token has a label"):
-            token_weights(torch.tensor([IGNORE]), torch.tensor([0]))
         with pytest.raises(ValueError, match="differ in length: 2, 3, 2"):
             linear_cross_entropy(draws(2, 3), draws(5, 3), torch.tensor([1, 2, 3]), torch.ones(2))
+
+    @pytest.mark.parametrize(
+        ("vocabulary", "tokens"), [(832, 1024), (16_384, 512), (50_000, 256), (151_936, 256)]
+    )
+    def test_a_chunk_is_small_where_the_vocabulary_is_large(
+        self, vocabulary: int, tokens: int
+    ) -> None:
+        assert chunk_tokens(vocabulary) == tokens
 
     @pytest.mark.slow
     def test_memory_is_a_tenth_of_the_plain_way(self) -> None:
         """4096 tokens x 50,000 entries, forward and backward, each way in a process of its own."""
         plain, ours = peak_mb("plain"), peak_mb("ours")
-        assert ours <= 0.10 * plain, (ours, plain)
+        # Of torch 2.11, the oldest that is allowed, a fifth is asked.
+        most = 0.20 if torch.__version__.startswith("2.11") else 0.10
+        assert ours <= most * plain, (ours, plain)
 
 
 PEAK_PROGRAM = """
@@ -120,7 +122,7 @@ before = resident("VmRSS")
 if sys.argv[1] == "plain":
     (functional.cross_entropy(x @ w.T, labels, reduction="none") * weight).sum().backward()
 else:
-    linear_cross_entropy(x, w, labels, weight, 128).backward()
+    linear_cross_entropy(x, w, labels, weight).backward()
 print(resident("VmHWM") - before)
 """
 

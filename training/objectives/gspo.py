@@ -37,6 +37,8 @@ class GspoLoss(NamedTuple):
     """Estimated divergence from the reference, nats a token (detached)."""
     clipped_share: Tensor
     """Share of responses whose ratio is clipped (detached)."""
+    ratio: Tensor
+    """Mean sequence ratio to the policy that sampled (detached)."""
 
 
 def group_advantages(reward_R: Tensor, group_R: Tensor) -> Tensor:
@@ -96,7 +98,8 @@ def gspo_loss(
     kl_R = _mean_over(gap_RT.exp() - gap_RT - 1, said_RT)
     loss = -gain_R.mean() + options.kl_weight * kl_R.mean()
     beyond_R = clipped_R * advantage_R < ratio_R * advantage_R
-    return GspoLoss(loss, kl_R.detach().mean(), beyond_R.float().mean())
+    watched = (kl_R.mean(), beyond_R.float().mean(), ratio_R.mean())
+    return GspoLoss(loss, *(one.detach() for one in watched))
 
 
 def _mean_over(value_RT: Tensor, said_RT: Tensor) -> Tensor:

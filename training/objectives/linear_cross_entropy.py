@@ -16,12 +16,21 @@ from torch import Tensor
 from torch.nn import functional
 
 IGNORE = -100
-CHUNK = 1024
-"""Tokens projected at a time; the released SFT uses the same (OpenGVLab/InternVideo@3965eef)."""
+LOGIT_BYTES = 32 << 20
+"""Float32 logits of one chunk; a few temporaries of this size exist at a time."""
+FEWEST_TOKENS = 256
+"""Of a chunk: with fewer, a GPU would read the head's weights for longer than it multiplies."""
+MOST_TOKENS = 1024
+"""Of a chunk, as in the released SFT (OpenGVLab/InternVideo@3965eef)."""
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens projected at a time, wherever logits of a whole vocabulary are made."""
+    return min(MOST_TOKENS, max(FEWEST_TOKENS, LOGIT_BYTES // (4 * vocabulary)))
 
 
 def linear_cross_entropy(
-    hidden_NW: Tensor, head_VW: Tensor, labels_N: Tensor, weight_N: Tensor, chunk: int = CHUNK
+    hidden_NW: Tensor, head_VW: Tensor, labels_N: Tensor, weight_N: Tensor, chunk: int | None = None
 ) -> Tensor:
     """Weighted sum over tokens of the cross-entropy of `hidden @ head.T`.
 
@@ -31,8 +40,8 @@ def linear_cross_entropy(
         hidden_NW: Last hidden states.
         head_VW: Output embeddings.
         labels_N: Next token of each position, `IGNORE` where there is none.
-        weight_N: Weight of each token's loss; `token_weights` has the released recipe's.
-        chunk: Tokens projected at a time.
+        weight_N: Weight of each token's loss.
+        chunk: Tokens projected at a time; None: `chunk_tokens` of the vocabulary.
 
     Returns:
         A float32 scalar.
@@ -50,32 +59,12 @@ def linear_cross_entropy(
 
 
 def told_cross_entropy(
-    hidden_NW: Tensor, head_VW: Tensor, labels_N: Tensor, weight_N: Tensor, chunk: int = CHUNK
+    hidden_NW: Tensor, head_VW: Tensor, labels_N: Tensor, weight_N: Tensor, chunk: int | None = None
 ) -> Tensor:
     """As `linear_cross_entropy`, where every token has a label."""
-    total: Tensor = _ChunkedCrossEntropy.apply(hidden_NW, head_VW, labels_N, weight_N, chunk)
+    size = chunk or chunk_tokens(len(head_VW))
+    total: Tensor = _ChunkedCrossEntropy.apply(hidden_NW, head_VW, labels_N, weight_N, size)
     return total
-
-
-def token_weights(labels_N: Tensor, sample_N: Tensor) -> Tensor:
-    """Weight 1/sqrt(loss tokens of the sample) for each token, scaled to a sum of one.
-
-    The released SFT's `loss_reduction="square"` (OpenGVLab/InternVideo@3965eef): between a mean
-    over tokens, where long answers drown short ones, and a mean over samples.
-
-    Args:
-        labels_N: Next tokens, `IGNORE` where there is no loss.
-        sample_N: Index (from 0) of the sample that each token belongs to.
-
-    Raises:
-        ValueError: If no token has a loss.
-    """
-    told_N = labels_N != IGNORE
-    if not told_N.any():
-        raise ValueError("no token has a label: the batch would have no loss")
-    count = torch.bincount(sample_N[told_N], minlength=int(sample_N.max()) + 1)
-    weight_N = count[sample_N].clamp(min=1).float().rsqrt() * told_N
-    return weight_N / weight_N.sum()
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import pstdev
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from internvideo3.training.rollouts import Response, Samples, answered
 
 SamplerOf = Callable[[Policy], Samples]
 """Makes a sampler of the policy's present weights."""
+WATCHED = ("kl", "clipped_share", "ratio")
+"""Of `GspoLoss`, means over responses, beside the loss in the metrics."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class GspoStage(Stage):
         self.seed = seed
         self.group = group
         self.updates = options.updates
+        self._watched: dict[int, tuple[int, dict[str, Tensor]]] = {}
+        """Row of the step → its responses, and what became of them when it was last passed."""
 
     def works(self, step: int, policy: Policy) -> tuple[list[Work], Totals]:
         """Sample, score, normalise; then rows of whole groups."""
@@ -74,11 +79,22 @@ class GspoStage(Stage):
             self.options.micro_documents,
         )
         works: list[Work] = []
+        self._watched = {}
         first = 0
-        for row in rows:
-            works.append(self._work(groups[first : first + len(row)], policy, sampler.barred))
+        for number, row in enumerate(rows):
+            own = groups[first : first + len(row)]
+            works.append(self._work(number, own, policy, sampler.barred))
             first += len(row)
         return works, _noted(groups)
+
+    def noted(self) -> Totals:
+        """How far the step's last update found the policy from where it sampled and began."""
+        rows = self._watched.values()
+        responses = sum(count for count, _ in rows)
+        return {
+            name: (sum(count * float(seen[name]) for count, seen in rows), responses)
+            for name in WATCHED
+        }
 
     def _rollout(self, sampler: Samples, index: int) -> Group:
         prompt = self.documents.prompt(index)
@@ -88,7 +104,7 @@ class GspoStage(Stage):
         document = answered(prompt, responses, self.documents.prompter)
         return Group(document, tuple(responses), rewards)
 
-    def _work(self, groups: list[Group], policy: Policy, barred: tuple[int, ...]) -> Work:
+    def _work(self, row: int, groups: list[Group], policy: Policy, barred: tuple[int, ...]) -> Work:
         laid = pack([g.document for g in groups], policy.model)
         laid = laid.to(self.group.device)
         labels_N = laid.labels_T[laid.labels_T != IGNORE]
@@ -114,6 +130,8 @@ class GspoStage(Stage):
         def loss(hidden_NW: Tensor, head_VW: Tensor) -> Tensor:
             logp_RT = _by_response(logps(hidden_NW, head_VW), lengths_R)
             made = gspo_loss(logp_RT, rollout_RT, reference_RT, said_RT, advantage_R, objective)
+            # By row, so that one that is passed again for other processes' sake counts once.
+            self._watched[row] = len(reward_R), {name: getattr(made, name) for name in WATCHED}
             return made.loss * share
 
         return Work(laid, loss)
@@ -143,9 +161,11 @@ def _by_response(value_N: Tensor, lengths_R: Tensor) -> Tensor:
 def _noted(groups: list[Group]) -> Totals:
     rewards = [r for one in groups for r in one.rewards]
     mixed = [len(set(one.rewards)) > 1 for one in groups]
+    spreads = [pstdev(one.rewards) for one in groups]
     lengths = [len(one.ids) for g in groups for one in g.responses]
     return {
         "reward": (sum(rewards), len(rewards)),
+        "reward_spread": (sum(spreads), len(spreads)),
         "mixed_groups": (sum(mixed), len(mixed)),
         "response_tokens": (sum(lengths), len(lengths)),
     }

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from internvideo3.training.documents import Document, Prompt, Source
 from internvideo3.training.loop import Stage, Totals, Work, own_indices
 from internvideo3.training.objectives.distillation import full_kl, sampled_kl, top_k_kl
-from internvideo3.training.objectives.linear_cross_entropy import IGNORE
+from internvideo3.training.objectives.linear_cross_entropy import IGNORE, chunk_tokens
 from internvideo3.training.packing import Pack, pack, packs
 from internvideo3.training.policy import Policy, barred_logits, token_logps
 from internvideo3.training.processes import Processes
@@ -109,7 +109,8 @@ class OpdStage(Stage):
         ).to(weight_N)
 
         def loss(hidden_NW: Tensor, head_VW: Tensor) -> Tensor:
-            logp_N = token_logps(hidden_NW, head_VW, labels_N, barred, self.options.chunk)
+            size = self._chunk(head_VW)
+            logp_N = token_logps(hidden_NW, head_VW, labels_N, barred, size)
             return sampled_kl(logp_N, taught_N, weight_N)
 
         return Work(laid, loss)
@@ -136,7 +137,7 @@ class OpdStage(Stage):
             return top_k_kl(student_CV, teacher_CV, weight_C, self.options.top_k)
 
         def loss(hidden_NW: Tensor, head_VW: Tensor) -> Tensor:
-            size = self.options.chunk
+            size = self._chunk(head_VW)
             cut = zip(hidden_NW.split(size), hidden_NX.split(size), weight_N.split(size),
                       strict=True)  # fmt: skip
             parts = [
@@ -146,6 +147,10 @@ class OpdStage(Stage):
             return torch.stack(parts).sum()
 
         return Work(laid, loss)
+
+    def _chunk(self, head_VW: Tensor) -> int:
+        """Response tokens whose logits exist at a time."""
+        return min(self.options.chunk, chunk_tokens(len(head_VW)))
 
 
 def check_teacher(student_processor: Any, teacher_processor: Any) -> None:

@@ -46,7 +46,10 @@ def supervised_works(
     taught: Sequence[Document], options: StageOptions, policy: Policy, group: Processes
 ) -> list[Work]:
     """Passes whose losses sum to the weighted mean over the answer tokens of all processes."""
-    rows = packs(taught, options.pack_tokens, options.micro_documents)
+    # Before the processes add up: one whose document is too long would leave the others waiting.
+    rows = together(
+        group, lambda: list(packs(taught, options.pack_tokens, options.micro_documents))
+    )
     laid = [pack(row, policy.model) for row in rows]
     weights = [_answer_weights(one) for one in laid]
     mine = torch.tensor([sum(float(w.double().sum()) for w in weights)], dtype=torch.float64)
@@ -55,7 +58,11 @@ def supervised_works(
 
 
 def _answer_weights(laid: Pack) -> Tensor:
-    """1/sqrt(tokens of the answer) at each supervised token, `[N]`."""
+    """1/sqrt(tokens of the answer) at each supervised token, `[N]`.
+
+    The released SFT's `loss_reduction="square"`: between a mean over tokens, where long answers
+    drown short ones, and a mean over answers.
+    """
     told = laid.labels_T != IGNORE
     return laid.said_lengths()[laid.response_T[told]].float().rsqrt()
 
