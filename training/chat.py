@@ -1,8 +1,10 @@
 """Documents of files in the chat form: real videos and images, decoded as evaluation does.
 
-A row that cannot be used (its video is broken or missing, its text has placeholders of its own) is
-logged, counted and replaced by the next one of its file; more of them than the budget allows end
-the run, with the states of finished steps kept.
+A row that cannot be used (its video is broken or missing, its text has placeholders of its own, it
+is longer than a row of training) is logged, counted and replaced by the next one of its file; more
+of them than the budget allows end the run, with the states of finished steps kept.
+
+Of a conversation with several turns every reply is learnt.
 """
 
 from __future__ import annotations
@@ -10,16 +12,17 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from PIL import Image
 
 from internvideo3.model.fitting import fit_frames, fit_image
-from internvideo3.model.prompt import Prompter
+from internvideo3.model.prompt import Medium, Piece, Prompter
 from internvideo3.model.scale.build import SYSTEM_PROMPT
 from internvideo3.tasks.decoder import IsolatedReader
 from internvideo3.training.acted import Shelf, acted, is_rollout
@@ -36,6 +39,23 @@ MARK = "<VIDEO_CONTEXT>"
 text here, as Qwen3-VL's template has it."""
 FEW = 10
 """Bad rows that are always forgiven: of a handful of rows one is more than any budget."""
+SEEN = 7 / 8
+"""Share of a row's tokens that its videos may take; time stamps and words need the rest."""
+
+
+@dataclass(frozen=True)
+class RowLimits:
+    """What a document has to fit and to hold."""
+
+    tokens: int | None = None
+    """Tokens of a row of training; None: any number."""
+    answer_tokens: int = 0
+    """Tokens of the responses that will be put behind a prompt."""
+    scored: bool = True
+    """Whether responses to a prompt are scored, so that it must say what is right."""
+
+
+NO_LIMITS = RowLimits()
 
 
 @dataclass(frozen=True)
@@ -49,19 +69,31 @@ class Media:
 class ChatDocuments:
     """The documents of a stage, by index."""
 
-    def __init__(self, data: ChatData, processor: Any, seed: int) -> None:
+    def __init__(
+        self, data: ChatData, processor: Any, seed: int, row: RowLimits = NO_LIMITS
+    ) -> None:
         """Reads all rows; videos only when they are asked for.
+
+        Args:
+            data: What the recipe says of them.
+            processor: The policy's.
+            seed: Of the recipe.
+            row: What a document has to fit and to hold.
 
         Raises:
             DataError: A file cannot be read, or is empty.
             RecipeError: The shares do not sum to 1.
         """
         self.data = data
+        self.row = row
         self.seed = seed
         self.prompter = Prompter(processor, {"do_resize": False})
         self.reader = IsolatedReader()
         image = processor.image_processor
         self.factor = int(image.patch_size * image.merge_size)
+        self.token_pixels = int(image.temporal_patch_size) * self.factor**2
+        self.end = self.prompter.tokenizer.decode(self.prompter.tokenize(self.prompter.closing)[:1])
+        self.placeholders = processor.video_token, processor.image_token
         self.rows = {name: read_rows(Path(name)) for name in data.files}
         for name, rows in self.rows.items():
             if not rows:
@@ -74,15 +106,34 @@ class ChatDocuments:
 
     def kind(self, index: int) -> Modality:
         """What the row of an index shows."""
-        row = self._row(index)[1]
-        if is_rollout(row):
-            return "video"
-        parts = _parts(row)
-        kinds = {part["type"] for part in parts}
-        return "video" if "video_url" in kinds else "image" if "image_url" in kinds else "text"
+        return kind_of(self._row(index)[1])
+
+    def shares(self) -> dict[Modality, float]:
+        """Shares of the kinds by samples, as the shares of the files make them."""
+        found: dict[Modality, float] = dict.fromkeys(get_args(Modality), 0.0)
+        for name, rows in self.rows.items():
+            counts = Counter(kind for row in rows if (kind := _kind_if_any(row)) is not None)
+            for kind, count in counts.items():
+                found[kind] += self.data.files[name] * count / counts.total()
+        return found
+
+    def of_kind(self, kind: Modality, count: int) -> Iterator[Document]:
+        """The first so many rows of a kind in the order of the files, or as many as there are.
+
+        Raises:
+            DataError: There are too many bad rows.
+        """
+        places = (
+            (name, number)
+            for name, rows in self.rows.items()
+            for number, row in enumerate(rows)
+            if _kind_if_any(row) == kind
+        )
+        found = (self._made(*place, self._taught) for place in places)
+        return islice((one for one in found if one is not None), count)
 
     def taught(self, index: int) -> Document:
-        """A row and its last reply, which is what is learnt; of a rollout, all its words."""
+        """A row and its replies, which are what is learnt; of a rollout, all its words."""
         made: Document = self._usable(index, self._taught)
         return made
 
@@ -98,27 +149,33 @@ class ChatDocuments:
             DataError: There are too many bad rows.
         """
         for step in range(len(self.rows[self.order[index % BLOCK]])):
-            name, number = self._place(index, step)
-            if (name, number) in self.bad:
-                continue
-            self.seen += 1
-            row = self.rows[name][number]
-            try:
-                return make(row, Path(name).parent)
-            except (ValueError, LookupError, TypeError, OSError) as error:
-                self.bad[name, number] = str(error)
-                what = f"{name}, row {number + 1} (id {row.get('id')})"
-                log.warning("%s is left out: %s", what, error)
-                self._check_budget(error)
+            made = self._made(*self._place(index, step), make)
+            if made is not None:
+                return made
         raise DataError(f"no row of {self.order[index % BLOCK]} can be used; see the log")
+
+    def _made(self, name: str, number: int, make: Any) -> Any:
+        """What can be made of a row; None if nothing can, which is noted."""
+        if (name, number) in self.bad:
+            return None
+        self.seen += 1
+        row = self.rows[name][number]
+        try:
+            return make(row, Path(name).parent)
+        except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+            self.bad[name, number] = _reason(error)
+            what = f"{name}, row {number + 1} (id {row.get('id')})"
+            log.warning("%s is left out: %s", what, self.bad[name, number])
+            self._check_budget(error)
+            return None
 
     def _check_budget(self, error: Exception) -> None:
         bad = len(self.bad)
         if bad > max(FEW, self.data.most_bad * self.seen):
             raise DataError(
                 f"{bad} of {self.seen} rows cannot be used, more than {self.data.most_bad:.0%}; "
-                f"the last one: {error}. Repair the data or raise data.most_bad; the states of "
-                "finished steps are kept."
+                f"the last one: {_reason(error)}. Repair the data or raise data.most_bad; the "
+                "states of finished steps are kept."
             ) from error
 
     def _row(self, index: int) -> tuple[str, Row]:
@@ -137,14 +194,61 @@ class ChatDocuments:
         return name, chosen[(at + step) % count]
 
     def _taught(self, row: Row, folder: Path) -> Document:
+        made = self._whole(row, folder)
+        self._check_length(len(made))
+        return made
+
+    def _whole(self, row: Row, folder: Path) -> Document:
         if is_rollout(row):
             return acted(row, folder, self.prompter, self.shelf)
         messages = row["messages"]
         if messages[-1]["role"] != "assistant":
             raise DataError("the last message is not the assistant's")
         text, media = self._asked(messages[:-1], folder)
-        piece = self.prompter.piece(text, media.frames, media.images)
-        return replied(self.prompter, piece, _text(messages[-1]))
+        asked = self._turns(text)
+        replies = sum(message["role"] == "assistant" for message in messages[:-1])
+        if len(asked) // 2 != replies:
+            found = len(asked) // 2
+            raise DataError(f"its text has turns of its own: {replies} replies, {found} found")
+        piece, said = self._joined(asked, media)
+        return replace(replied(self.prompter, piece, _text(messages[-1])), said=said)
+
+    def _turns(self, text: str) -> list[str]:
+        """A rendered conversation as prompt, reply with its end, prompt, … and the last prompt."""
+        turns: list[str] = []
+        begun, at = 0, text.find(self.prompter.opening)
+        while (end := text.find(self.end, at)) >= 0 <= at:
+            at, end = at + len(self.prompter.opening), end + len(self.end)
+            turns += [text[begun:at], text[at:end]]
+            begun, at = end, text.find(self.prompter.opening, end)
+        return [*turns, text[begun:]]
+
+    def _joined(
+        self, turns: Sequence[str], media: Media
+    ) -> tuple[Piece, tuple[tuple[int, int], ...]]:
+        """Turns as one prompt, and from and to which of its ids the replies in it stand.
+
+        Each is tokenised alone, since a reply is sampled behind the ids of what it replies to.
+        """
+        ids: list[int] = []
+        shown: list[Medium] = []
+        said: list[tuple[int, int]] = []
+        frames, images = iter(media.frames), iter(media.images)
+        for number, turn in enumerate(turns):
+            videos, pictures = (turn.count(token) for token in self.placeholders)
+            piece = self.prompter.piece(turn, list(islice(frames, videos)),
+                                        list(islice(images, pictures)))  # fmt: skip
+            if number % 2:
+                said.append((len(ids), len(ids) + len(piece.ids)))
+            ids += piece.ids
+            shown += piece.media
+        if len(shown) != len(media.frames) + len(media.images):
+            raise DataError("it has fewer placeholders than videos and images")
+        return Piece(ids, shown), tuple(said)
+
+    def _check_length(self, tokens: int) -> None:
+        if self.row.tokens is not None and tokens > self.row.tokens:
+            raise DataError(f"it has {tokens} tokens, and pack_tokens is {self.row.tokens}")
 
     def _prompt(self, row: Row, folder: Path) -> Prompt:
         if is_rollout(row):
@@ -152,9 +256,14 @@ class ChatDocuments:
         text, media = self._asked(row["messages"][:-1], folder)
         if len(media.frames) != 1 or media.images:
             raise DataError("a rollout needs exactly one video")
+        if self.row.scored and "answer" not in row and "doc" not in row:
+            raise DataError("it has no `answer` to score responses by")
+        if self.row.tokens is not None:
+            asked = self.prompter.piece(text, media.frames)
+            self._check_length(len(asked.ids) + self.row.answer_tokens)
         doc = {
             "id": str(row.get("id")), "family": row.get("category", "all"),
-            "options": row.get("options"), "answer": row["answer"],
+            "options": row.get("options"), "answer": row.get("answer"),
             "answer_type": row.get("answer_type", "choice" if row.get("options") else "span"),
             "length_s": media.frames[0].duration_s,
         }  # fmt: skip
@@ -165,13 +274,15 @@ class ChatDocuments:
         frames: list[Any] = []
         images: list[Any] = []
         turns: list[dict[str, Any]] = []
+        parts = [part for message in messages for part in _content(message)]
+        videos = sum(part["type"] == "video_url" for part in parts)
         if messages[0]["role"] != "system":
             turns.append({"role": "system", "content": SYSTEM_PROMPT})
         for message in messages:
             content = []
             for part in _content(message):
                 if part["type"] == "video_url":
-                    frames.append(self._video(folder / part["video_url"]["url"]))
+                    frames.append(self._video(folder / part["video_url"]["url"], videos))
                     content.append({"type": "video"})
                 elif part["type"] == "image_url":
                     images.append(self._image(folder / part["image_url"]["url"]))
@@ -181,12 +292,17 @@ class ChatDocuments:
             turns.append({"role": message["role"], "content": content})
         return self.prompter.render(turns), Media(tuple(frames), tuple(images))
 
-    def _video(self, path: Path) -> Any:
-        read = self.reader.read(path, fps=self.data.fps, max_frames=self.data.max_frames)
+    def _video(self, path: Path, videos: int) -> Any:
+        """A video at the size at which all frames of the row's videos are within the limits."""
+        data = self.data
+        read = self.reader.read(path, fps=data.fps, max_frames=data.max_frames)
+        totals = [] if data.total_pixels is None else [data.total_pixels]
+        if self.row.tokens is not None:
+            totals.append(int(SEEN * self.row.tokens / videos) * self.token_pixels)
+        most = min([data.max_pixels, *(total // len(read.indices) for total in totals)])
         return fit_frames(
-            read, factor=self.factor, min_pixels=self.data.min_pixels,
-            max_pixels=self.data.max_pixels,
-        )  # fmt: skip
+            read, factor=self.factor, min_pixels=min(data.min_pixels, most), max_pixels=most
+        )
 
     def _look(self, path: Path, how: Mapping[str, Any]) -> Any:
         """Frames as a rollout's look says, whatever the recipe says of videos."""
@@ -204,13 +320,31 @@ class ChatDocuments:
         return fit_image(whole, self.factor, self.data.min_pixels, self.data.max_pixels)
 
 
+def _reason(error: Exception) -> str:
+    """An error in words; a missing key's own message is the key alone."""
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
+
+
 def _content(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     content = message["content"]
     return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
 
 
-def _parts(row: Row) -> list[dict[str, Any]]:
-    return [part for message in row["messages"] for part in _content(message)]
+def kind_of(row: Row) -> Modality:
+    """What a row shows."""
+    if is_rollout(row):
+        return "video"
+    messages = row.get("messages") or ()
+    kinds = {part.get("type") for message in messages for part in _content(message)}
+    return "video" if "video_url" in kinds else "image" if "image_url" in kinds else "text"
+
+
+def _kind_if_any(row: Row) -> Modality | None:
+    """None for a row that cannot be used, which is told when it is asked for."""
+    try:
+        return kind_of(row)
+    except (LookupError, TypeError, AttributeError):
+        return None
 
 
 def _text(message: Mapping[str, Any]) -> str:

@@ -98,10 +98,14 @@ class Loop:
         ]  # fmt: skip
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optimiser.betas, foreach=False)
         self.stopping = False
+        self.stopped = False
         self.curves: Curves | None = None
 
     def run(self) -> bool:
-        """Train from the newest state to the last step; False if a signal asked to stop."""
+        """Train from the newest state to the last step; False if a signal came before that.
+
+        `stopped` says whether one came, be it during the last step.
+        """
         states = self.folder / "states"
         step = checkpoints.resume(states, self.policy, self.optimizer, self.digest, self.group)
         self._forget_metrics_after(step)
@@ -117,10 +121,10 @@ class Loop:
                     raise
                 step += 1
                 self.progress(self.name, step, self.steps)
-                stop = bool(self.group.most(int(self.stopping)))
-                if stop or step % self.options.save_every == 0 or step == self.steps:
+                self.stopped = bool(self.group.most(int(self.stopping)))
+                if self.stopped or step % self.options.save_every == 0 or step == self.steps:
                     self._save(states, step)
-                if stop:
+                if self.stopped:
                     return step == self.steps
         return True
 

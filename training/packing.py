@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from internvideo3.model.prompt import Medium
+from internvideo3.training.curation.records import DataError
 from internvideo3.training.documents import Document
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE
 
@@ -66,12 +67,12 @@ def packs(
     """Neighbouring documents, as many as fit.
 
     Raises:
-        ValueError: A document alone is longer than a row.
+        DataError: A document alone is longer than a row.
     """
     row: list[Document] = []
     for document in documents:
         if len(document) > most_tokens:
-            raise ValueError(
+            raise DataError(
                 f"a document has {len(document)} tokens and pack_tokens is {most_tokens}; raise "
                 "pack_tokens, or take shorter videos or fewer questions"
             )

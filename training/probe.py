@@ -10,44 +10,89 @@ Letters: N predicted tokens, W text width, V vocabulary.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from internvideo3.training.captions import WorldCaptions
+from internvideo3.training.chat import ChatDocuments
+from internvideo3.training.documents import Document
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE, linear_cross_entropy
 from internvideo3.training.packing import pack
 from internvideo3.training.policy import Policy
-from internvideo3.training.recipe import Modality, Shares, WorldData
+from internvideo3.training.recipe import ChatData, Convert, Cpt, Modality, Shares, WorldData
 
 FIRST_SEED = 9 * 10**8
 """Videos of the training split that no recipe trains on."""
 EVEN = Shares(text=0.4, image=0.3, video=0.3)
 
 
+class Held(Protocol):
+    """Documents that nothing is trained on."""
+
+    def of_kind(self, kind: Modality, count: int) -> Iterator[Document]:
+        """The first so many documents of a kind, or as many as there are."""
+
+
+class HeldWorld:
+    """Captions of the scale world's videos that no recipe trains on."""
+
+    def __init__(self, lengths: Mapping[int, float], processor: Any, videos: int) -> None:
+        data = WorldData(lengths=dict(lengths), videos=videos, first_seed=FIRST_SEED)
+        self.captions = WorldCaptions(data, processor, 0, EVEN.by_kind())
+
+    def of_kind(self, kind: Modality, count: int) -> Iterator[Document]:
+        """The first so many documents of a kind."""
+        return (self.captions.of_kind(kind, index) for index in range(count))
+
+
+class HeldFiles:
+    """Rows of files in the chat form."""
+
+    def __init__(self, data: ChatData, files: Sequence[str], processor: Any) -> None:
+        """Reads the rows; how videos are seen is that of the stage's own data.
+
+        Raises:
+            DataError: A file cannot be read, or is empty.
+        """
+        even = {name: 1 / len(files) for name in files}
+        self.rows = ChatDocuments(replace(data, files=even), processor, 0)
+
+    def of_kind(self, kind: Modality, count: int) -> Iterator[Document]:
+        """The first so many documents of a kind, or as many as there are."""
+        return self.rows.of_kind(kind, count)
+
+
+def held_of(options: Convert | Cpt, processor: Any) -> Held | None:
+    """What a stage's losses are measured on; None if its recipe names nothing."""
+    if isinstance(options.data, WorldData):
+        return HeldWorld(options.data.lengths, processor, options.probe)
+    if options.held_out is None or options.data is None:
+        return None
+    return HeldFiles(options.data, options.held_out, processor)
+
+
 @torch.no_grad()
-def modality_losses(
-    policy: Policy, processor: Any, lengths: dict[int, float], documents: int
-) -> dict[str, float]:
-    """Loss on so many documents of each kind.
+def modality_losses(policy: Policy, held: Held, documents: int) -> dict[str, float]:
+    """Loss on so many documents of each kind; a kind that is not there has none.
 
     Args:
         policy: The model.
-        processor: Its processor.
-        lengths: Video length in seconds → share.
+        held: What it is measured on.
         documents: Documents of each kind.
     """
-    data = WorldData(lengths=lengths, videos=documents, first_seed=FIRST_SEED)
-    source = WorldCaptions(data, processor, 0, EVEN.by_kind())
-    return {kind: _loss(policy, source, kind, documents) for kind in get_args(Modality)}
+    found = {kind: _loss(policy, held.of_kind(kind, documents)) for kind in get_args(Modality)}
+    return {kind: loss for kind, loss in found.items() if loss is not None}
 
 
-def _loss(policy: Policy, source: WorldCaptions, kind: Modality, documents: int) -> float:
+def _loss(policy: Policy, documents: Iterable[Document]) -> float | None:
     total = tokens = 0.0
-    for index in range(documents):
-        laid = pack([source.of_kind(kind, index)], policy.model)
+    for document in documents:
+        laid = pack([document], policy.model)
         labels_N = laid.labels_T[laid.labels_T != IGNORE]
 
         def loss(hidden_NW: Tensor, head_VW: Tensor, labels_N: Tensor = labels_N) -> Tensor:
@@ -56,7 +101,7 @@ def _loss(policy: Policy, source: WorldCaptions, kind: Modality, documents: int)
 
         total += float(policy(laid.to(policy.device), loss))
         tokens += len(labels_N)
-    return total / tokens
+    return total / tokens if tokens else None
 
 
 def note_losses(folder: Path, moment: str, losses: dict[str, float]) -> None:

@@ -1,9 +1,14 @@
 """Recipes: what is trained, on what and in which order, as strict YAML files.
 
-A recipe may extend another one (`extends: NAME`): mappings are merged key by key, and a stage that
-is set to null is left out. A key that no recipe has is refused with the nearest known name.
+A recipe may extend another one (`extends: NAME`): mappings are merged key by key, a stage that is
+set to null is left out, and `files` are replaced as a whole. A key that no recipe has is refused
+with the nearest known name, and so is one that is said twice.
 
-`PRESET/VARIANT` names a variant of Table 5: what `variants.yaml` says of it, over a preset.
+A value that must be there may be null: it is open, and training says which ones are. So presets say
+what was published and leave open what was not.
+
+`PRESET/VARIANT` names a variant of Table 5: what the recipe's own `variants` say of it, else what
+`variants.yaml` does, over a preset.
 """
 
 from __future__ import annotations
@@ -11,7 +16,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
@@ -24,6 +30,11 @@ VARIANTS = Path(__file__).parent / "variants.yaml"
 STRICT = ConfigDict(extra="forbid", strict=True)
 Profile = Literal["main", "ego", "spatial"]
 Modality = Literal["text", "image", "video"]
+Row = dict[str, Any]
+FULL = "full"
+"""The variant that is everything."""
+WHOLE = "files"
+"""A mapping that is one value: whoever names files means these and no others."""
 
 
 class RecipeError(ValueError):
@@ -82,6 +93,8 @@ class ChatData:
     """Fewest pixels of a frame."""
     max_pixels: Annotated[int, Field(ge=1)] = 602112
     """Most pixels of a frame."""
+    total_pixels: Annotated[int, Field(ge=1)] | None = None
+    """Most pixels of all frames of a video together; 2048 of them are a token. None: no limit."""
     most_bad: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of the samples that may be unusable before training stops."""
 
@@ -123,6 +136,8 @@ class Convert:
     """Videos that calibrate it."""
     probe: Annotated[int, Field(ge=1)] = 32
     """Documents of each kind on which the loss is measured before and after."""
+    held_out: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Files of rows on which that is, where the data are files; None: it is not measured."""
     data: Data | None = None
 
 
@@ -160,10 +175,6 @@ class Sft(StageOptions):
     kind: Literal["sft"]
     bfloat16: bool = False
     """Matrix products in bf16; weights and optimiser stay float32."""
-    fps: float | None = None
-    """Frames from a second of video, for the record of presets; the world is sampled at 2."""
-    max_frames: int | None = None
-    """Most frames of a video, for the record of presets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,12 +185,10 @@ class Cpt(StageOptions):
     shares: Shares = Shares()
     probe: Annotated[int, Field(ge=1)] = 32
     """Documents of each kind on which the loss is measured before and after."""
+    held_out: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Files of rows on which that is, where the data are files; None: it is not measured."""
     bfloat16: bool = False
     """Matrix products in bf16; weights and optimiser stay float32."""
-    fps: float | None = None
-    """Frames from a second of video, for the record of presets; the world is sampled at 2."""
-    max_frames: int | None = None
-    """Most frames of a video, for the record of presets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +230,8 @@ class Opd(StageOptions):
     top_k: Annotated[int, Field(ge=1)] | None = None
     """Divergence over the student's likeliest tokens and one bucket for the rest; None: exact."""
     chunk: Annotated[int, Field(ge=1)] = 1024
-    """Response tokens whose full-vocabulary logits exist at a time."""
+    """Most response tokens whose full-vocabulary logits exist at a time; fewer where the vocabulary
+    is large (`objectives/linear_cross_entropy.py`)."""
 
     @property
     def remote(self) -> bool:
@@ -230,20 +240,43 @@ class Opd(StageOptions):
 
 
 KINDS: dict[str, Any] = {"convert": Convert, "cpt": Cpt, "sft": Sft, "gspo": Gspo, "opd": Opd}
-Stage = Annotated[Convert | Cpt | Sft | Gspo | Opd, Field(discriminator="kind")]
+Stage = Convert | Cpt | Sft | Gspo | Opd
+_STAGE: TypeAdapter[Stage] = TypeAdapter(Annotated[Stage, Field(discriminator="kind")])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Open:
+    """A stage with values that nobody published: null, where training needs them."""
+
+    kind: str
+    options: Mapping[str, Any]
+    """As the files have them."""
+    missing: tuple[str, ...]
+    """Paths of the open values in the stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A start and the stages that follow one another."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
     about: str
     """One sentence for people; where the numbers come from."""
     start: str | None = None
     """Checkpoint folder or name that the first stage begins from."""
+    seed: int = 0
+    stages: Mapping[str, Stage | Open]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Frame:
+    """What a recipe's file may say at its top level."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    about: str
+    start: str | None = None
     seed: Annotated[int, Field(ge=0)] = 0
-    stages: Annotated[dict[str, Stage], Field(min_length=1)]
+    variants: dict[str, Any] | None = None
+    stages: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -271,21 +304,46 @@ def load_variant(preset: str, variant: str) -> Recipe:
     """
     told = yaml.safe_load(VARIANTS.read_text(encoding="utf-8"))
     if variant not in told:
-        near = difflib.get_close_matches(variant, told, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(told)}."
-        raise RecipeError(f"no variant {variant!r} of a recipe. {hint}")
+        raise RecipeError(f"no variant {variant!r} of a recipe. {_nearest(variant, told)}")
     path = _find(preset, Path.cwd())
+    whole = _merged(path, ())
+    own = _own_variants(preset, whole, told)
     overlays = told[variant]["changes"]
     known = [name for name in _ancestry(path) if name in overlays]
-    if "every" not in overlays and not known:
+    changes = [own[variant]] if variant in own else [overlays[key] for key in known[:1]]
+    changes = [overlays[key] for key in ("every",) if key in overlays] + changes
+    if not changes:
         raise RecipeError(
-            f"the variant {variant} is not said of the preset {preset}; it is of "
-            f"{', '.join(overlays)}. Extend one of these."
+            f"nothing says what the variant {variant} of {preset} is: {told[variant]['about']} Say "
+            f"it in the recipe, as `variants: {{{variant}: {{stages: …}}}}`."
         )
-    merged = _merged(path, ())
-    for key in ("every", *known[:1]):
-        merged = _overlaid(merged, overlays.get(key, {}))
+    merged = whole
+    for one in changes:
+        merged = _overlaid(merged, one)
+    if variant != FULL and _effective(merged) == _effective(whole):
+        raise RecipeError(
+            f"the variant {variant} changes nothing of {preset}, whose stages are "
+            f"{', '.join(_effective(whole)['stages'])}; its row would repeat that of {FULL}."
+        )
     return _checked(f"{preset}/{variant}", merged)
+
+
+def _own_variants(preset: str, whole: Mapping[str, Any], told: Mapping[str, Any]) -> Row:
+    """What a recipe itself says of variants."""
+    own = whole.get("variants") or {}
+    for name, change in own.items() if isinstance(own, dict) else [("variants", own)]:
+        if name not in told:
+            raise RecipeError(f"recipe {preset}: no variant {name!r}. {_nearest(name, told)}")
+        if not isinstance(change, dict):
+            raise RecipeError(f"recipe {preset}: variants.{name} must be a mapping, got {change!r}")
+        _check_stages(Path(f"{preset}, variants.{name}"), whole, change)
+    return dict(own)
+
+
+def _effective(merged: Row) -> Row:
+    """A recipe without the stages that are left out."""
+    stages = {key: one for key, one in (merged.get("stages") or {}).items() if one is not None}
+    return merged | {"stages": stages}
 
 
 def variants() -> dict[str, str]:
@@ -294,20 +352,68 @@ def variants() -> dict[str, str]:
     return {name: one["about"] for name, one in told.items()}
 
 
-def _checked(name: str, merged: dict[str, Any]) -> Recipe:
-    stages = merged.get("stages")
-    if isinstance(stages, dict):
-        merged["stages"] = {key: value for key, value in stages.items() if value is not None}
+def _checked(name: str, merged: Row) -> Recipe:
+    if isinstance(merged.get("stages"), dict):
+        merged = _effective(merged)
+    told: list[str] = []
+    stages: dict[str, Stage | Open] = {}
+    # JSON mode: YAML has lists where the dataclasses have tuples, and nothing else is lax.
     try:
-        # JSON mode: YAML has lists where the dataclasses have tuples, and nothing else is lax.
-        return TypeAdapter(Recipe).validate_json(json.dumps(merged), strict=True)
+        frame = TypeAdapter(_Frame).validate_json(json.dumps(merged), strict=True)
     except ValidationError as error:
-        told = "\n".join(_in_words(one, merged) for one in error.errors())
-        raise RecipeError(f"recipe {name}:\n{told}") from None
+        told = [_in_words(one, (), _Frame) for one in error.errors()]
+        raise RecipeError(f"recipe {name}:\n" + "\n".join(told)) from None
+    for key, options in frame.stages.items():
+        try:
+            stages[key] = _STAGE.validate_json(json.dumps(options), strict=True)
+        except ValidationError as error:
+            wrong, missing = _sorted_out(error)
+            told += [_in_words(one, ("stages", key), Recipe) for one in wrong]
+            stages[key] = Open(kind=str(options.get("kind")), options=options, missing=missing)
+    if told:
+        raise RecipeError(f"recipe {name}:\n" + "\n".join(told))
+    return Recipe(about=frame.about, start=frame.start, seed=frame.seed, stages=stages)
 
 
-ELSEWHERE = frozenset({"rollouts"})
-"""Options that say where something is computed, and do not decide the weights."""
+def _sorted_out(error: ValidationError) -> tuple[list[Any], tuple[str, ...]]:
+    """What is wrong in a stage, and which values are open."""
+    wrong, missing = [], []
+    for one in error.errors():
+        if one["input"] is None and one["type"] != "union_tag_invalid":
+            missing.append(".".join(_file_path(one["loc"])))
+        else:
+            wrong.append(one)
+    return wrong, tuple(missing)
+
+
+def complete(recipe: Recipe) -> dict[str, Stage]:
+    """The stages of a recipe that leaves nothing open.
+
+    Raises:
+        RecipeError: Something that training needs is null; says all of it.
+    """
+    missing = [] if recipe.start is not None else ["start"]
+    found: dict[str, Stage] = {}
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, Open):
+            missing += [f"stages.{name}.{path}" for path in stage.missing]
+        else:
+            found[name] = stage
+        given = stage.options.get if isinstance(stage, Open) else vars(stage).get
+        needed = ("data",) if stage.kind == "convert" else ("steps", "data")
+        missing += [f"stages.{name}.{key}" for key in needed if given(key) is None]
+    if missing:
+        raise RecipeError(
+            f"{', '.join(sorted(set(missing)))}: not set; nobody published it. Write a recipe that "
+            "extends this one and sets it (training/README.md shows how)."
+        )
+    return found
+
+
+ELSEWHERE = frozenset({"rollouts", "held_out"})
+"""Options that do not decide the weights: where something is computed, what is measured."""
+SAME_NUMBERS = {"recompute": False, "attention": "segments"}
+"""Options that weigh memory against time: a stage goes on under others."""
 
 
 def stage_digest(
@@ -329,6 +435,7 @@ def stage_digest(
     files = stage.data.files if isinstance(stage.data, ChatData) else {}
     rows = {name: _file_digest(Path(name)) for name in files}
     options = {key: one for key, one in asdict(stage).items() if key not in ELSEWHERE}
+    options |= {key: one for key, one in SAME_NUMBERS.items() if key in options}
     decides = [_without_none(options), seed, start, rows, teacher]
     text = json.dumps(decides, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -366,9 +473,14 @@ def _find(name: str, beside: Path) -> Path:
     for path in (beside / name, RECIPES / f"{name}.yaml"):
         if path.is_file():
             return path
-    near = difflib.get_close_matches(name, recipe_names(), n=1)
-    hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(recipe_names())}."
+    hint = _nearest(name, recipe_names())
     raise RecipeError(f"no recipe {name!r}. {hint} A path to a YAML file works too.")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    names = tuple(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"Did you mean {near[0]}?" if near else f"Known: {', '.join(names)}."
 
 
 def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -376,7 +488,9 @@ def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         circle = " → ".join(one.name for one in (*seen, path))
         raise RecipeError(f"these recipes extend one another in a circle: {circle}")
     try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _check_said_once(path, yaml.compose(text, yaml.SafeLoader))
+        read = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is no YAML: {error}") from error
     if not isinstance(read, dict):
@@ -384,7 +498,39 @@ def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     base = read.pop("extends", None)
     if base is None:
         return read
-    return _overlaid(_merged(_find(str(base), path.parent), (*seen, path)), read)
+    below = _merged(_find(str(base), path.parent), (*seen, path))
+    _check_stages(path, below, read)
+    return _overlaid(below, read)
+
+
+def _check_said_once(path: Path, node: Any) -> None:
+    """YAML takes the last of two equal keys without a word."""
+    waiting = [node]
+    while waiting:
+        at = waiting.pop()
+        if isinstance(at, yaml.MappingNode):
+            keys = [key.value for key, _ in at.value if key.tag != "tag:yaml.org,2002:merge"]
+            twice = [key for key, count in Counter(map(str, keys)).items() if count > 1]
+            if twice:
+                line = at.start_mark.line + 1
+                raise RecipeError(f"{path} says {', '.join(twice)} twice (mapping at line {line})")
+            waiting += [value for _, value in at.value]
+        elif isinstance(at, yaml.SequenceNode):
+            waiting += at.value
+
+
+def _check_stages(path: Path, below: Mapping[str, Any], read: Mapping[str, Any]) -> None:
+    """A stage that the base has not: it is new and has a kind, or its name is mistaken."""
+    held, told = below.get("stages"), read.get("stages")
+    if not isinstance(held, dict) or not isinstance(told, dict):
+        return
+    for name, options in told.items():
+        if name in held or (isinstance(options, dict) and "kind" in options):
+            continue
+        what = "there is no such stage to leave out" if options is None else (
+            "a new stage says its `kind`, and no such stage is there to change"
+        )  # fmt: skip
+        raise RecipeError(f"recipe {path}:\n  stages.{name}: {what}. {_nearest(name, held)}")
 
 
 def _ancestry(path: Path) -> list[str]:
@@ -398,22 +544,32 @@ def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict):
+        if key != WHOLE and isinstance(old, dict) and isinstance(value, dict):
             merged[key] = _overlaid(old, value)
         else:
             merged[key] = value
     return merged
 
 
-def _in_words(error: Any, given: Mapping[str, Any]) -> str:
-    """One message of pydantic, with the path into the file and the nearest known key."""
-    # The tags of unions ("sft", "world") are in the path, but not in the file.
+def _file_path(loc: Sequence[Any]) -> list[str]:
+    """The path of a stage's error without the tags of unions ("sft", "world")."""
+    path = [str(part) for part in loc]
+    tags = {0} | {i + 1 for i, part in enumerate(path) if part == "data"}
+    return [part for i, part in enumerate(path) if i not in tags]
+
+
+def _in_words(error: Any, above: tuple[str, ...], level: Any) -> str:
+    """One message of pydantic, with the path into the file and the nearest known key.
+
+    Args:
+        error: Its message.
+        above: Where in the file the path begins.
+        level: What is there.
+    """
     path = [str(part) for part in error["loc"]]
-    tags = {2} | {i + 1 for i, part in enumerate(path) if part == "data"}
-    shown = [part for i, part in enumerate(path) if not (i in tags and path[0] == "stages")]
-    where = ".".join(shown)
+    where = ".".join([*above, *(_file_path(path) if above else path)])
     if error["type"] == "unexpected_keyword_argument":
-        known = _known_keys(path[:-1], given)
+        known = _known_keys(path[:-1], level)
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         return f"  {where}: no such key; {hint}"
@@ -425,10 +581,9 @@ def _in_words(error: Any, given: Mapping[str, Any]) -> str:
     return f"  {where}: {error['msg']}, got {error['input']!r}{note}"
 
 
-def _known_keys(path: Sequence[str], given: Mapping[str, Any]) -> list[str]:
+def _known_keys(path: Sequence[str], level: Any) -> list[str]:
     """Keys that the mapping at a path may have."""
     tagged = KINDS | {"world": WorldData, "chat": ChatData}
-    level: Any = Recipe
     for part in path:
         if part in tagged:
             level = tagged[part]

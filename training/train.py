@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,26 @@ import torch
 from internvideo3.model.checkpoint import load_model, resolve_checkpoint, weights_digest
 from internvideo3.model.prompt import Prompter
 from internvideo3.training.captions import WorldCaptions
-from internvideo3.training.chat import ChatDocuments
+from internvideo3.training.chat import ChatDocuments, RowLimits
 from internvideo3.training.checkpoints import CheckpointMismatchError
 from internvideo3.training.endpoint import Endpoint
-from internvideo3.training.loop import Loop, Progress, Stage, describe
+from internvideo3.training.loop import Loop, Progress, Stage, describe, together
 from internvideo3.training.policy import Policy, vision_ids
-from internvideo3.training.probe import modality_losses, note_losses
+from internvideo3.training.probe import held_of, modality_losses, note_losses
 from internvideo3.training.processes import Processes
 from internvideo3.training.recipe import (
+    ChatData,
     Convert,
     Cpt,
     Gspo,
+    Modality,
     Opd,
     Recipe,
+    RecipeError,
     Sft,
     StageOptions,
     WorldData,
+    complete,
     require,
     stage_digest,
 )
@@ -65,6 +70,8 @@ def quiet(name: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
 
 
+KINDS_APART = 0.01
+"""How far shares of kinds of documents may be from those that were asked for."""
 ROLLOUT_S = 3600.0
 """Longest wait for the responses to one prompt, or for weights to be read."""
 PUSHED = "pushed"
@@ -98,20 +105,19 @@ def train(
         TrainingError: Loss or gradients are not finite.
     """
     group = group or Processes()
-    start = str(require(recipe.start, "start"))
-    for name, options in recipe.stages.items():
-        require(options.data, f"stages.{name}.data")
-        if isinstance(options, StageOptions):
-            require(options.steps, f"stages.{name}.steps")
-    name = ""
+    stages = complete(recipe)
+    start, name = str(recipe.start), ""
+    _check_files(stages)
     folders: list[Path] = []
-    for number, (name, options) in enumerate(recipe.stages.items(), start=1):
+    for number, (name, options) in enumerate(stages.items(), start=1):
         begun = weights_digest(resolve_checkpoint(start))
         digest = stage_digest(options, recipe.seed, begun, _teacher_digest(options))
         folder = out / place(number, name, digest)
         folders.append(folder)
         job = Job(name, options, recipe.seed, start, folder, digest)
-        if not job.done() and not job.run(progress, group):
+        ended = Ended.FINISHED if job.done() else job.run(progress, group)
+        last = number == len(stages)
+        if ended is Ended.STOPPED or (ended is Ended.FINISHED_AND_STOPPED and not last):
             return Trained(None, name, tuple(folders))
         total = options.steps if isinstance(options, StageOptions) else 1
         progress(name, require(total, name), require(total, name))
@@ -119,11 +125,38 @@ def train(
     return Trained(Path(start), name, tuple(folders))
 
 
+def _check_files(stages: Mapping[str, StageOptions | Convert]) -> None:
+    """A file that a later stage needs is missed before the first one is trained."""
+    named = {
+        f"stages.{name}": [*data.files, *(getattr(options, "held_out", None) or ())]
+        for name, options in stages.items()
+        if isinstance(data := options.data, ChatData)
+    }
+    missing = {
+        f"{file} ({where})" for where, files in named.items() for file in files
+        if not Path(file).is_file()
+    }  # fmt: skip
+    if missing:
+        raise RecipeError(
+            f"the recipe's files {', '.join(sorted(missing))} do not exist (from {Path.cwd()})"
+        )
+
+
 def _teacher_digest(options: StageOptions | Convert) -> str | None:
     """Of a teacher in this process; what a server serves, it alone knows."""
     if not isinstance(options, Opd) or options.remote:
         return None
     return weights_digest(resolve_checkpoint(options.teacher))
+
+
+class Ended(Enum):
+    """How the work on a stage ended."""
+
+    FINISHED = auto()
+    FINISHED_AND_STOPPED = auto()
+    """A signal came during its last step."""
+    STOPPED = auto()
+    """A signal came before; its state is saved."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +186,8 @@ class Job:
             )
         return True
 
-    def run(self, progress: Progress, group: Processes) -> bool:
-        """Do it; False if a signal stopped it."""
+    def run(self, progress: Progress, group: Processes) -> Ended:
+        """Do it, to its end or to a signal."""
         if group.first:
             self._describe()
         group.wait()
@@ -166,7 +199,7 @@ class Job:
                 model = convert(options, model, processor, self.seed, self.folder)
                 _write(self.folder, model, Policy(model).state_dict(), processor, self.digest)
             group.wait()
-            return True
+            return Ended.FINISHED
         group.divide_rows(options.sequence_parallel)
         policy = Policy(
             model, train_vision=options.train_vision, recompute=options.recompute,
@@ -178,12 +211,12 @@ class Job:
         )
         self._probe("before CPT", policy, processor, group)
         if not loop.run():
-            return False
+            return Ended.STOPPED
         self._probe("after CPT", policy, processor, group)
         _export(self.folder, policy, processor, self.digest, group)
         if group.first:
             shutil.rmtree(self.folder / PUSHED, ignore_errors=True)
-        return True
+        return Ended.FINISHED_AND_STOPPED if loop.stopped else Ended.FINISHED
 
     def _describe(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -194,10 +227,10 @@ class Job:
     def _probe(self, moment: str, policy: Policy, processor: Any, group: Processes) -> None:
         """Losses by modality around continued pretraining."""
         options = self.options
-        if not isinstance(options, Cpt) or not isinstance(options.data, WorldData):
+        held = held_of(options, processor) if isinstance(options, Cpt) else None
+        if held is None or not isinstance(options, Cpt):
             return
-        lengths = dict(options.data.lengths)
-        losses = modality_losses(policy.eval(), processor, lengths, options.probe)
+        losses = modality_losses(policy.eval(), held, options.probe)
         if group.first:
             note_losses(self.folder, moment, losses)
 
@@ -220,9 +253,11 @@ def build_stage(
     if isinstance(options, Cpt) and isinstance(data, WorldData):
         captions = WorldCaptions(data, processor, seed, options.shares.by_kind())
         return CptStage(options, captions, group)
-    if isinstance(options, Cpt):
-        return CptStage(options, ChatDocuments(data, processor, seed), group)
-    documents = documents_of(data, processor, seed)
+    if isinstance(options, Cpt) and isinstance(data, ChatData):
+        rows = ChatDocuments(data, processor, seed, RowLimits(options.pack_tokens))
+        check_kinds(options.shares.by_kind(), rows.shares())
+        return CptStage(options, rows, group)
+    documents = documents_of(data, processor, seed, limits_of(options))
     if isinstance(options, Sft):
         return SftStage(options, documents, group)
     assert isinstance(options, Gspo | Opd)
@@ -240,6 +275,29 @@ def build_stage(
     teacher, theirs = load_model(options.teacher, group.device, torch.float32)
     check_teacher(processor, theirs)
     return OpdStage(options, documents, policy.beside(teacher), sampler_of, seed, group)
+
+
+def limits_of(options: StageOptions) -> RowLimits:
+    """What documents of a stage have to fit and to hold."""
+    if not isinstance(options, Gspo | Opd):
+        return RowLimits(options.pack_tokens)
+    answers = options.group * (options.max_new_tokens + 1)
+    return RowLimits(options.pack_tokens, answers, scored=isinstance(options, Gspo))
+
+
+def check_kinds(asked: Mapping[Modality, float], found: Mapping[Modality, float]) -> None:
+    """The kinds of documents that files hold are those that the mixture asks for.
+
+    Raises:
+        RecipeError: A share is another by more than `KINDS_APART`.
+    """
+    if all(abs(asked[kind] - found[kind]) <= KINDS_APART for kind in asked):
+        return
+    told = ", ".join(f"{kind} {found[kind]:.1%} for {asked[kind]:.1%}" for kind in asked)
+    raise RecipeError(
+        f"the files make another mixture than `shares` asks for: {told}. Change the shares of "
+        "`data.files`, or `shares`."
+    )
 
 
 def _sampler_of(policy: Policy, processor: Any, max_new_tokens: int, group: Processes) -> SamplerOf:
@@ -272,14 +330,18 @@ def _remote_sampler_of(
             digest = weights_digest(folder / PUSHED)
         digest = group.from_first(digest)
         pushed = [PushedWeights(one, (folder / PUSHED).resolve(), digest) for one in endpoints]
-        for one in pushed if group.first else []:
-            one.push()
-        group.wait()
+        # A server that is down ends all processes; the others would wait for this one for ever.
+        together(group, lambda: _push(pushed) if group.first else None)
         barred = vision_ids(policy.model, processor)
         mine = pushed[group.rank % len(pushed)]
         return RemoteSampler(mine, prompter, barred, options.max_new_tokens)
 
     return sampler_of
+
+
+def _push(servers: Sequence[PushedWeights]) -> None:
+    for one in servers:
+        one.push()
 
 
 def _export(folder: Path, policy: Policy, processor: Any, digest: str, group: Processes) -> None:

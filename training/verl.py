@@ -27,7 +27,7 @@ from internvideo3.training import verl_reward
 from internvideo3.training.chat import MARK
 from internvideo3.training.curation.records import DataError, Row, read_rows
 from internvideo3.training.documents import SCORED_AS
-from internvideo3.training.recipe import ChatData, Gspo, Recipe, RecipeError, require
+from internvideo3.training.recipe import ChatData, Gspo, Open, Recipe, RecipeError, require
 
 PLACE = "<video>"
 """Where verl's data set puts a video into a prompt."""
@@ -81,6 +81,8 @@ def _gspo(recipe: Recipe, name: str) -> Gspo:
     stage = recipe.stages.get(name)
     if stage is None:
         raise RecipeError(f"no stage {name!r}; there are {', '.join(recipe.stages)}")
+    if isinstance(stage, Open):
+        raise RecipeError(f"stages.{name} leaves open: {', '.join(stage.missing)}; set it first")
     if not isinstance(stage, Gspo):
         raise RecipeError(f"stages.{name} is of kind {stage.kind}; only gspo is exported for verl")
     return stage

@@ -187,12 +187,13 @@ def test_two_recipes_of_one_name_are_refused_before_anything_is_trained(tmp_path
 
 
 class TestVariants:
+    GONE = {"no_cpt": {"cpt"}, "no_rl": {"gspo"}, "no_opd": {"opd"},
+            "sft_only": {"gspo", "opd"}, "no_m2la": {"convert"}}  # fmt: skip
+
     def test_each_changes_what_it_names_and_nothing_else(self) -> None:
         full = load_variant("scale", "full")
         assert full == load_recipe("scale") == load_recipe("scale/full")
-        gone = {"no_cpt": {"cpt"}, "no_rl": {"gspo"}, "no_opd": {"opd"},
-                "sft_only": {"gspo", "opd"}, "no_m2la": {"convert"}}  # fmt: skip
-        for name, stages in gone.items():
+        for name, stages in self.GONE.items():
             made = load_variant("scale", name).stages
             assert made == {k: v for k, v in full.stages.items() if k not in stages}
 
@@ -212,8 +213,14 @@ class TestVariants:
 
     @pytest.mark.parametrize("preset", ["scale", "paper", "official"])
     def test_all_variants_exist_in_every_preset(self, preset: str) -> None:
-        made = {name: load_variant(preset, name) for name in variants()}
-        assert len(made) == 8 and all(recipe.stages for recipe in made.values())
+        made = {name: load_variant(preset, name).stages for name in variants()}
+        full = made.pop("full")
+        assert len(made) == 7 and all(stages != full for stages in made.values())
+        for name, gone in self.GONE.items():
+            assert list(made[name]) == [stage for stage in full if stage not in gone]
+        for name in ("no_long_context", "no_long_video_data"):
+            (changed, *_) = [k for k in reversed(full) if full[k] != made[name][k]]
+            assert list(made[name]) == list(full) and changed == "sft_long"
 
     def test_a_wrong_name_is_told_with_the_nearest(self) -> None:
         with pytest.raises(RecipeError, match="no variant 'no_ctp'.*mean no_cpt"):

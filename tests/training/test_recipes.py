@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from internvideo3.training.loop import rate_at
 from internvideo3.training.recipe import (
+    ChatData,
     Gspo,
     Opd,
+    Open,
     Optimiser,
     RecipeError,
     Sft,
+    complete,
     load_recipe,
+    load_variant,
     recipe_names,
     stage_digest,
 )
@@ -31,15 +36,121 @@ def test_a_shipped_recipe_loads(name: str) -> None:
     assert load_recipe(name).stages
 
 
-def test_the_presets_say_what_was_published() -> None:
+TOKEN_PIXELS = 2 * 32 * 32
+"""Two frames of a merged patch."""
+RELEASED = {
+    # OpenGVLab/InternVideo@3965eef:InternVideo3_sft/configs/internvideo3_*.py
+    "cpt": (65536, 2e-5, 1e-6, 0.05, 0.03, 1, 2.0, 768, 65536 * TOKEN_PIXELS),
+    "sft_short": (65536, 3e-5, 1e-6, 0.05, 0.1, 1, 2.0, 768, 65536 * TOKEN_PIXELS),
+    "sft_long": (262144, 1e-5, 1e-6, 0.05, 0.1, 4, 4.0, 2048, 262144 * TOKEN_PIXELS),
+}
+
+
+def given(stage: Any) -> dict[str, Any]:
+    return dict(stage.options) if isinstance(stage, Open) else asdict(stage)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_official_preset_has_the_released_values(name: str) -> None:
+    stage = given(load_recipe("official").stages[name])
+    optimiser, data = stage["optimiser"], stage["data"]
+    assert (
+        stage["pack_tokens"], optimiser["learning_rate"], optimiser["final_learning_rate"],
+        optimiser["weight_decay"], optimiser["warmup"], stage.get("sequence_parallel", 1),
+        data["fps"], data["max_frames"], data["total_pixels"],
+    ) == RELEASED[name]  # fmt: skip
+    assert (data["min_pixels"], data["max_pixels"]) == (4 * 32 * 32, 16384 * 4 * 32 * 32)
+    assert stage["train_vision"] and stage["recompute"] and stage["bfloat16"]
+
+
+def test_the_paper_preset_has_the_papers_curriculum() -> None:
+    """Section 3.3.2; its other values are the released ones."""
     paper, official = load_recipe("paper"), load_recipe("official")
-    short, long = paper.stages["sft_short"], paper.stages["sft_long"]
-    assert isinstance(short, Sft) and isinstance(long, Sft)
-    assert (short.fps, short.max_frames, short.pack_tokens) == (2.0, 512, 32768)
-    assert (long.fps, long.max_frames, long.pack_tokens) == (4.0, 2048, 262144)
-    assert official.stages["sft_short"].optimiser.learning_rate == 3e-5
-    assert official.stages["sft_long"].documents == 8
-    assert official.stages["sft_long"].steps is None
+    short, long = (given(paper.stages[name]) for name in ("sft_short", "sft_long"))
+    told = [(s["data"]["fps"], s["data"]["max_frames"], s["pack_tokens"]) for s in (short, long)]
+    assert told == [(2.0, 512, 32768), (4.0, 2048, 262144)]
+    assert short["data"]["total_pixels"] == 32768 * TOKEN_PIXELS
+    assert short["optimiser"] == given(official.stages["sft_short"])["optimiser"]
+    assert paper.stages["cpt"] == official.stages["cpt"]
+
+
+@pytest.mark.parametrize("name", ["paper", "official"])
+def test_what_nobody_published_is_open_and_told_at_once(name: str) -> None:
+    with pytest.raises(RecipeError, match="not set; nobody published it") as told:
+        complete(load_recipe(name))
+    for path in ("start", "stages.convert.data", "stages.sft_short.documents",
+                 "stages.sft_long.steps", "stages.gspo.group", "stages.opd.teacher",
+                 "stages.gspo.optimiser.learning_rate"):  # fmt: skip
+        assert path in str(told.value)
+    assert "stages.cpt" not in str(told.value) and "stages.opd.data" not in str(told.value)
+
+
+def test_a_recipe_that_fills_what_is_open_can_be_trained(tmp_path: Path) -> None:
+    post = "{steps: 9, documents: 4, max_new_tokens: 64, optimiser: {learning_rate: 1.0e-6}"
+    own = written(
+        tmp_path,
+        f"""
+extends: paper
+start: path/to/qwen
+stages:
+  convert: {{data: {{files: {{c.jsonl: 1.0}}}}}}
+  sft_short: {{steps: 10, documents: 64, data: {{files: {{own.jsonl: 1.0}}}}}}
+  sft_long: {{steps: 10}}
+  gspo: {post}, group: 8}}
+  opd: {post}, teacher: "http://127.0.0.1:1/v1"}}
+""",
+    )
+    stages = complete(load_recipe(own))
+    short, gspo = stages["sft_short"], stages["gspo"]
+    assert isinstance(short, Sft) and isinstance(short.data, ChatData)
+    # Files are one value; how videos are seen stays the preset's.
+    assert short.data.files == {"own.jsonl": 1.0} and short.data.max_frames == 512
+    assert isinstance(gspo, Gspo) and gspo.optimiser.learning_rate == 1e-6
+    assert list(stages) == ["convert", "cpt", "sft_short", "sft_long", "gspo", "opd"]
+
+
+def test_a_recipe_says_what_a_variant_is_of_it(tmp_path: Path) -> None:
+    own = written(
+        tmp_path,
+        """
+extends: paper
+variants:
+  no_long_video_data: {stages: {sft_long: {data: {files: {clips.jsonl: 1.0}}}}}
+""",
+    )
+    full, made = (
+        given(load_variant(str(own), name).stages["sft_long"])
+        for name in ("full", "no_long_video_data")
+    )
+    assert made["data"]["files"] == {"clips.jsonl": 1.0} != full["data"]["files"]
+    assert made | {"data": full["data"]} == full
+
+
+@pytest.mark.parametrize(
+    ("variants", "said"),
+    [
+        ("{no_ctp: {}}", "no variant 'no_ctp'. Did you mean no_cpt"),
+        ("{no_cpt: 3}", "variants.no_cpt must be a mapping, got 3"),
+        ("{no_cpt: {stages: {sft_lnog: null}}}", "stages.sft_lnog: there is no such stage"),
+    ],
+)
+def test_a_mistake_in_a_variant_is_told(tmp_path: Path, variants: str, said: str) -> None:
+    own = written(tmp_path, f"extends: scale\nvariants: {variants}\n")
+    with pytest.raises(RecipeError, match=said):
+        load_variant(str(own), "no_cpt")
+
+
+def test_a_variant_that_changes_nothing_is_refused(tmp_path: Path) -> None:
+    own = written(tmp_path, "extends: scale\nstages: {gspo: null}\n")
+    with pytest.raises(RecipeError, match="no_rl changes nothing of .*would repeat that of full"):
+        load_variant(str(own), "no_rl")
+
+
+def test_a_variant_that_nothing_says_is_refused(tmp_path: Path) -> None:
+    stage = "{kind: convert, data: {files: {a.jsonl: 1.0}}}"
+    own = written(tmp_path, f"about: x\nstart: y\nstages: {{a: {stage}}}\n")
+    with pytest.raises(RecipeError, match="nothing says what the variant no_long_context"):
+        load_variant(str(own), "no_long_context")
 
 
 def test_a_recipe_extends_another_and_leaves_a_stage_out(tmp_path: Path) -> None:
@@ -71,6 +182,11 @@ def test_a_recipe_extends_another_and_leaves_a_stage_out(tmp_path: Path) -> None
         ("- a\n", "must be a mapping"),
         ("a: [\n", "is no YAML"),
         ("extends: own.yaml\n", "circle: own.yaml → own.yaml"),
+        ("extends: scale\nstages: {sft_lnog: null}\n", "no such stage.*Did you mean sft_long?"),
+        ("extends: scale\nstages: {sft_lnog: {steps: 3}}\n", "says its `kind`.*mean sft_long?"),
+        ("extends: scale\nstages:\n  gspo: {group: 4}\n  gspo: {group: 16}\n", "gspo twice .*3"),
+        ("extends: scale\nstages: {gspo: {group: null, groop: 1}}\n", "stages.gspo.groop"),
+        ("extends: scale\nstages: {opd: {data: null, kind: null}}\n", "opd"),
     ],
 )
 def test_a_mistake_is_told_where_it_is(tmp_path: Path, text: str, said: str) -> None:
@@ -80,18 +196,27 @@ def test_a_mistake_is_told_where_it_is(tmp_path: Path, text: str, said: str) -> 
 
 
 def test_the_digest_sees_what_decides_the_weights() -> None:
-    recipe = load_recipe("scale")
+    stages = complete(load_recipe("scale"))
     digests = {
         stage_digest(stage, seed, start)
-        for stage in recipe.stages.values()
+        for stage in stages.values()
         for seed in (0, 1)
         for start in ("a", "b")
     }
-    assert len(digests) == 4 * len(recipe.stages)
+    assert len(digests) == 4 * len(stages)
+
+
+def test_a_stage_goes_on_when_it_trades_memory_for_time() -> None:
+    """After it ran out of memory, say."""
+    stage = complete(load_recipe("scale"))["sft_long"]
+    assert isinstance(stage, Sft)
+    for changed in (replace(stage, recompute=True), replace(stage, attention="flex")):
+        assert stage_digest(changed, 0, "a") == stage_digest(stage, 0, "a")
+    assert stage_digest(replace(stage, documents=9), 0, "a") != stage_digest(stage, 0, "a")
 
 
 def test_the_digest_sees_the_teachers_weights() -> None:
-    stage = load_recipe("scale").stages["opd"]
+    stage = complete(load_recipe("scale"))["opd"]
     assert len({stage_digest(stage, 0, "a", teacher) for teacher in (None, "b", "c")}) == 3
 
 
@@ -100,7 +225,7 @@ def test_an_option_that_is_added_later_voids_no_finished_stage() -> None:
     class Later(Opd):
         added: int | None = None
 
-    stage = load_recipe("scale").stages["opd"]
+    stage = complete(load_recipe("scale"))["opd"]
     told = {field.name: getattr(stage, field.name) for field in fields(stage)}
     assert stage_digest(Later(**told), 0, "a") == stage_digest(stage, 0, "a")
     assert stage_digest(Later(**told, added=1), 0, "a") != stage_digest(stage, 0, "a")

@@ -16,8 +16,8 @@ from torch import Tensor
 from internvideo3.model.conversion.convert import convert_with_report
 from internvideo3.training.documents import Document
 from internvideo3.training.policy import Policy
-from internvideo3.training.probe import modality_losses, note_losses
-from internvideo3.training.recipe import Convert, WorldData, require
+from internvideo3.training.probe import held_of, modality_losses, note_losses
+from internvideo3.training.recipe import Convert, require
 from internvideo3.training.sources import documents_of
 
 
@@ -50,11 +50,10 @@ def convert(options: Convert, source: Any, processor: Any, seed: int, folder: Pa
 
 
 def _probe(moment: str, options: Convert, model: Any, processor: Any, folder: Path) -> None:
-    """Losses by modality; of the scale world, whose held-out documents are known."""
-    if isinstance(options.data, WorldData):
-        lengths = dict(options.data.lengths)
-        losses = modality_losses(Policy(model.eval()), processor, lengths, options.probe)
-        note_losses(folder, moment, losses)
+    """Losses by modality, where the recipe has held-out documents."""
+    held = held_of(options, processor)
+    if held is not None:
+        note_losses(folder, moment, modality_losses(Policy(model.eval()), held, options.probe))
 
 
 def _inputs(document: Document, config: Any) -> dict[str, Tensor]:
