@@ -57,7 +57,9 @@ world_app = typer.Typer(help="The scale world: small videos with questions.", no
 app.add_typer(world_app, name="world")
 trace_app = typer.Typer(help="Rollouts from their files.", no_args_is_help=True)
 app.add_typer(trace_app, name="trace")
-data_app = typer.Typer(help="Training data: curate, filter, check, mix.", no_args_is_help=True)
+data_app = typer.Typer(
+    help="Training data: curate, sample, filter, check, mix.", no_args_is_help=True
+)
 app.add_typer(data_app, name="data")
 
 ModelOption = Annotated[
@@ -1081,7 +1083,7 @@ def data_curate_command(
 
     Questions have Table 1's distribution; each is checked, and what is dropped is in
     dropped.jsonl with its reason. Writes the chat form that training reads, Table 1 and Figure 5
-    of the corpus, and a data card.
+    of the corpus, and a data card. A folder that other options made is refused.
 
     [bold]Example[/bold]
 
@@ -1110,8 +1112,66 @@ def data_report_command(
     with _errors_in_words(out):
         from internvideo3.harness.data import describe
 
-        describe(rows, out, {}, _command())
+        describe(rows, out, _command())
         print((out / "table1.md").read_text(encoding="utf-8"))
+
+
+@data_app.command("sample")
+def data_sample_command(
+    rows: Annotated[Path, typer.Argument(help="Questions in the chat form, .jsonl or .parquet.")],
+    out: Annotated[Path, typer.Option(help="File for the responses, .jsonl; repeat to go on.")],
+    model: ModelOption = "scale:m2la",
+    samples: Annotated[
+        int, typer.Option(min=1, help="Responses to a question: 1 for iou, several for mixed.")
+    ] = 8,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="For gap: a checkpoint, or a server such as http://localhost:8000/v1."),
+    ] = None,
+    teacher_model: Annotated[str, typer.Option(help="The teacher's name there.")] = "teacher",
+    fps: Annotated[float, typer.Option(min=0.01, help="Frames from a second of video.")] = 2.0,
+    max_frames: Annotated[int, typer.Option(min=1, help="Most frames of a video.")] = 512,
+    min_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Fewest pixels of a frame. Default: the model's.")
+    ] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Most pixels of a frame. Default: the model's.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a response.")] = 256,
+    most_bad: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of rows that may be unusable.")
+    ] = 0.01,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the responses.")] = 0,
+    device: DeviceOption = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    threads: ThreadsOption = 1,
+) -> None:
+    """Sample responses to questions at temperature 1, as `data filter` reads them; resumable.
+
+    A row that cannot be used is in NAME.dropped.jsonl with its reason, up to a budget. What is
+    written, and what a filter keeps of it, trains as it is.
+
+    [bold]Example[/bold]
+
+      internvideo3 data sample corpus/questions.jsonl --model ./checkpoint --out sampled.jsonl
+    """
+    with _errors_in_words(out):
+        from internvideo3.harness.sample import SampleOptions, write_samples
+
+        options = SampleOptions(
+            rows=rows, out=out, model=model, samples=samples, teacher=teacher,
+            teacher_model=teacher_model, fps=fps, max_frames=max_frames, min_pixels=min_pixels,
+            max_pixels=max_pixels, max_new_tokens=max_new_tokens, most_bad=most_bad, limit=limit,
+            seed=seed, device=_device(device),
+            dtype=_one_of("--dtype", dtype, ("auto", "float32", "bfloat16")), threads=threads,
+        )  # fmt: skip
+        with _bars() as advance:
+            made = write_samples(options, advance)
+        print(
+            f"{made.rows} rows with responses, {made.kept} kept from before, "
+            f"{made.dropped} left out: {out}"
+        )
 
 
 @data_app.command("filter")
@@ -1146,27 +1206,53 @@ def data_check_command(
     benchmark_questions: Annotated[
         Path | None, typer.Option(help="JSONL with `id` and `question` of benchmarks.")
     ] = None,
+    most_bad: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of rows that may be unusable.")
+    ] = 0.01,
 ) -> None:
-    """Drop repeated questions, and what shares a video or a question with a benchmark."""
+    """Drop repeated questions, and what shares a video or a question with a benchmark.
+
+    A row that cannot be used, such as one with a broken video, is dropped too, up to a budget.
+    """
     with _errors_in_words(out):
         from internvideo3.harness.data import check_rows
 
-        kept, dropped = check_rows(rows, out, benchmark_videos, benchmark_questions)
+        with _bars() as advance:
+            kept, dropped = check_rows(
+                rows, out, benchmark_videos, benchmark_questions, most_bad, advance
+            )
         print(f"{kept} kept, {len(dropped)} dropped: {out}")
 
 
 @data_app.command("mix")
 def data_mix_command(
-    sources: Annotated[list[str], typer.Argument(help="FILE=SHARE, such as long.jsonl=0.172.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="FILE=SHARE, such as long.jsonl=0.172. With --preset SOURCE=FILE, where the "
+            "beginning of a source's name suffices; a source may have several files."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="File for the mixture.")],
-    total: Annotated[int, typer.Option(min=1, help="Rows in all.")],
+    total: Annotated[
+        int, typer.Option(min=1, help="Rows in all; videos, with --preset long_video.")
+    ],
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Shares as published: cpt, sft, or long_video (of the videos)."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Which rows of a source are drawn.")] = 0,
 ) -> None:
-    """Mix files with exact shares, spread evenly; no row twice."""
+    """Mix files with exact shares, spread evenly; no row twice.
+
+    [bold]Example[/bold]
+
+      internvideo3 data mix long.jsonl=0.3 text.jsonl=0.7 --total 10000 --out mixed.jsonl
+    """
     with _errors_in_words(out):
         from internvideo3.harness.data import mix_rows
 
-        print(f"{mix_rows(sources, out, total, seed)} rows: {out}")
+        print(f"{mix_rows(sources, out, total, seed, preset)} rows: {out}")
 
 
 @data_app.command("verl")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,26 +12,37 @@ from typing import Any
 from internvideo3.harness import provenance
 from internvideo3.harness.agent.tools import segmentation
 from internvideo3.tasks.decoder import IsolatedReader
+from internvideo3.tasks.video import VideoError
 from internvideo3.training.curation import filters
+from internvideo3.training.curation.budget import MOST_BAD, UNUSABLE, Budget
 from internvideo3.training.curation.card import data_card
 from internvideo3.training.curation.distribution import distribution, figure5, table1
 from internvideo3.training.curation.filters import Kept
 from internvideo3.training.curation.fingerprints import Steps, fingerprint, named
-from internvideo3.training.curation.mixing import mixed
+from internvideo3.training.curation.mixing import mixed, mixed_videos, preset_of, source_of
+from internvideo3.training.curation.origin import claim, origin_of
 from internvideo3.training.curation.pipeline import Changes, Curation
 from internvideo3.training.curation.records import (
     DataError,
     Row,
+    keys_of,
+    moved,
     read_rows,
+    user_text,
     videos_of,
     write_rows,
 )
 from internvideo3.training.endpoint import Endpoint
 
+Progress = Callable[[str, int, int], None]
 VIDEO_NAMES = frozenset({".mp4", ".mkv", ".webm", ".mov", ".avi"})
 FILTERS: dict[str, Callable[[Sequence[Row]], Kept]] = {
     "iou": filters.by_iou, "mixed": filters.by_mixed_answers, "gap": filters.by_gap,
 }  # fmt: skip
+
+
+def _unwatched(name: str, done: int, total: int) -> None:
+    """Nobody watches."""
 
 
 def scene_changes(video: Path) -> list[float]:
@@ -61,11 +73,11 @@ class CurateOptions:
     command: tuple[str, ...] = ()
 
 
-def curate(options: CurateOptions, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+def curate(options: CurateOptions, progress: Progress) -> dict[str, Any]:
     """Videos to questions, Table 1, Figure 5 and a card; goes on where it was stopped.
 
     Raises:
-        DataError: There is no video, or too many fail.
+        DataError: There is no video, too many fail, or the folder holds what other options made.
         EndpointError: The server does not answer; what is finished is kept.
     """
     reader = IsolatedReader()
@@ -79,18 +91,40 @@ def curate(options: CurateOptions, progress: Callable[[str, int, int], None]) ->
         per_video=options.per_video,
         most_failures=options.most_failures,
     )
+    videos = found_videos(options.videos)
+    claim(options.out, _decides(options, curation), _revision(), ("narratives/*", "asked/*"))
     try:
-        rows = curation.run(found_videos(options.videos), progress)
+        rows = curation.run(videos, progress)
     finally:
         reader.close()
     if not rows:
         raise DataError(f"no question passed the checks; {options.out / 'dropped.jsonl'} says why")
-    made = {"writer": options.writer.model, "checked blind": guesser is not None}
-    return describe(options.out / "questions.jsonl", options.out, made, options.command)
+    return describe(options.out / "questions.jsonl", options.out, options.command)
 
 
-def describe(path: Path, out: Path, made: dict[str, Any], command: Sequence[str]) -> dict[str, Any]:
+def _decides(options: CurateOptions, curation: Curation) -> dict[str, Any]:
+    """What of a command decides its questions; where a server is does not."""
+    guesser = options.guesser
+    return {
+        "writer": options.writer.model,
+        "checked blind": guesser is not None,
+        "guesser": None if guesser is None else guesser.model,
+        "guesses": None if guesser is None else curation.guesses,
+        "questions of a video": curation.per_video,
+        "frames of a clip": curation.frames,
+    }
+
+
+def _revision() -> str:
+    commit, dirty = provenance.revision()
+    return f"{commit}{' with changes' if dirty else ''}"
+
+
+def describe(path: Path, out: Path, command: Sequence[str]) -> dict[str, Any]:
     """Write distribution.json, table1.md, figure5.svg and card.md of a file of questions.
+
+    How `questions.jsonl` was made stands beside it (`curation.json`), and of there is what the card
+    says of it; of other files it says only which command described them.
 
     Raises:
         DataError: The file is none, or its rows are no questions of curation.
@@ -104,11 +138,16 @@ def describe(path: Path, out: Path, made: dict[str, Any], command: Sequence[str]
     (out / "distribution.json").write_text(json.dumps(told, indent=1) + "\n")
     (out / "table1.md").write_text(table1(told) + "\n")
     figure5(rows, out / "figure5.svg")
-    drops = path.parent / "dropped.jsonl"
+    curated = path.name == "questions.jsonl"
+    origin = origin_of(path.parent) if curated else {"options": {}, "revisions": []}
+    drops = path.parent / "dropped.jsonl" if curated else _drops_of(path)
     dropped = {row["id"]: row["reason"] for row in read_rows(drops)} if drops.is_file() else {}
-    commit, dirty = provenance.revision()
-    known = {"command": " ".join(command), "commit": f"{commit}{' with changes' if dirty else ''}"}
-    (out / "card.md").write_text(data_card(path.stem, path, rows, dropped, known | made))
+    known = {"command": " ".join(command), "commit": _revision()}
+    if origin["revisions"]:
+        known["curated at"] = ", then ".join(origin["revisions"])
+    (out / "card.md").write_text(
+        data_card(path.stem, path, rows, dropped, known | origin["options"]), encoding="utf-8"
+    )
     return told
 
 
@@ -122,50 +161,148 @@ def filter_rows(
     """
     if kind not in FILTERS:
         raise DataError(f"no filter {kind!r}; known: {', '.join(FILTERS)}")
-    kept = FILTERS[kind](read_rows(path)).or_fail(f"the filter {kind}")
+    rows = read_rows(path)
+    keys_of(path, rows)
+    kept = FILTERS[kind](rows).or_fail(f"the filter {kind}")
     if count is not None:
         drawn = filters.sampled(kept.rows, count, seed)
         kept = Kept(drawn.rows, kept.dropped | drawn.dropped)
-    _write(out, kept)
+    _write(path, out, kept)
     return len(kept.rows), kept.dropped
 
 
 def check_rows(
-    path: Path, out: Path, benchmark_videos: Path | None, benchmark_questions: Path | None
+    path: Path,
+    out: Path,
+    benchmark_videos: Path | None,
+    benchmark_questions: Path | None,
+    most_bad: float = MOST_BAD,
+    progress: Progress = _unwatched,
 ) -> tuple[int, dict[str, str]]:
     """Write rows without repeats and without what benchmarks hold; kept and drops.
 
+    A row that cannot be used is among the drops, up to a budget.
+
     Raises:
-        DataError: A file is missing or no video, or nothing is left.
-        VideoError: A video cannot be read.
+        DataError: A file is missing or no video, too many rows cannot be used, a row has no id, a
+            benchmark's video cannot be read, or nothing is left.
     """
     rows = read_rows(path)
-    benchmark = () if benchmark_videos is None else found_videos((benchmark_videos,))
-    reader = IsolatedReader()
-    try:
-        prints = {f"benchmark {video}": _print(reader, video) for video in benchmark}
-        ours = {video: _found(video, path.parent) for row in rows for video in videos_of(row)}
-        prints |= {name: _print(reader, where) for name, where in ours.items()}
-    finally:
-        reader.close()
-    names = named(prints)
-    by_row = {str(row["id"]): tuple(names[video] for video in videos_of(row)) for row in rows}
-    unique = filters.without_repeats(rows, by_row)
+    keys = keys_of(path, rows)
+    budget = Budget(str(path), len(rows), most_bad)
     asked = {} if benchmark_questions is None else _questions(benchmark_questions)
-    held = {names[key]: key for key in prints if key.startswith("benchmark ")}
+    benchmark = () if benchmark_videos is None else found_videos((benchmark_videos,))
+    usable: list[Row] = []
+    with closing(IsolatedReader()) as reader:
+        prints = _Prints(reader)
+        for number, video in enumerate(benchmark):
+            progress("benchmark", number, len(benchmark))
+            prints.of_benchmark(video)
+        progress("benchmark", len(benchmark), len(benchmark))
+        for number, (key, row) in enumerate(zip(keys, rows, strict=True), start=1):
+            try:
+                prints.of_row(row, path.parent)
+                usable.append(row)
+            except UNUSABLE as error:
+                budget.leave_out(number, key, error)
+            progress("rows", number, len(rows))
+    names = named(prints.known)
+    by_row = {
+        str(row["id"]): tuple(names[str(one)] for one in _paths(row, path.parent)) for row in usable
+    }
+    unique = filters.without_repeats(usable, by_row)
+    held = {names[f"{BENCHMARK}{video}"]: f"{BENCHMARK}{video}" for video in benchmark}
     clean = filters.without_benchmarks(unique.rows, by_row, held, asked)
-    kept = Kept(clean.rows, unique.dropped | clean.dropped).or_fail("the check")
-    _write(out, kept)
+    kept = Kept(clean.rows, budget.bad | unique.dropped | clean.dropped).or_fail("the check")
+    _write(path, out, kept)
     return len(kept.rows), kept.dropped
 
 
-def mix_rows(sources: Sequence[str], out: Path, total: int, seed: int) -> int:
-    """Write a mixture of files given as `FILE=SHARE`.
+BENCHMARK = "benchmark "
+"""Begins the names of a benchmark's videos, which are named first and so give copies their name."""
+
+
+class _Prints:
+    """Fingerprints of videos by path, each decoded once, also where it is broken."""
+
+    def __init__(self, reader: IsolatedReader) -> None:
+        self.reader = reader
+        self.known: dict[str, Steps] = {}
+        self.broken: dict[str, VideoError] = {}
+
+    def of_benchmark(self, video: Path) -> None:
+        """Take in a benchmark's video.
+
+        Raises:
+            DataError: It cannot be read, so that nobody could say what shares it.
+        """
+        try:
+            self.known[f"{BENCHMARK}{video}"] = self._read(video)
+        except VideoError as error:
+            raise DataError(
+                f"the benchmark's video {video} cannot be compared: {error} Repair it, or take it "
+                "out of the folder."
+            ) from error
+
+    def of_row(self, row: Row, folder: Path) -> None:
+        """Take in a row's videos.
+
+        Raises:
+            VideoError: One cannot be read.
+            LookupError, TypeError: The row is of another form.
+        """
+        user_text(row)
+        for path in _paths(row, folder):
+            key = str(path)
+            if key in self.broken:
+                raise self.broken[key]
+            if key in self.known:
+                continue
+            try:
+                self.known[key] = self._read(path)
+            except VideoError as error:
+                self.broken[key] = error
+                raise
+
+    def _read(self, path: Path) -> Steps:
+        return fingerprint(self.reader.read(path, fps=1.0, max_frames=64).pixels_THWC)
+
+
+def mix_rows(
+    sources: Sequence[str], out: Path, total: int, seed: int, preset: str | None = None
+) -> int:
+    """Write a mixture of files; its number of rows.
+
+    Args:
+        sources: `FILE=SHARE`; with a preset `SOURCE=FILE`, a source's files one by one.
+        out: File for the mixture.
+        total: Rows in all; of a preset that is of videos, videos.
+        seed: What is drawn.
+        preset: A published mixture (`mixing.presets`); None for one's own.
 
     Raises:
-        DataError: An argument is none of this form, or a source has too few rows.
+        DataError: An argument is none of this form, or a source has no file or too few rows.
         RecipeError: The shares do not sum to 1.
     """
+    if preset is None:
+        shares = _own_shares(sources)
+        rows = mixed({name: _moved_rows(Path(name), out) for name in shares}, shares, total, seed)
+    else:
+        published = preset_of(preset)
+        files: dict[str, list[Row]] = {}
+        for one in sources:
+            name, mark, file = one.partition("=")
+            if not mark or not file:
+                first = next(iter(published.shares))
+                raise DataError(f"{one!r} is not SOURCE=FILE, such as '{first}=rows.jsonl'")
+            files.setdefault(source_of(published, name), []).extend(_moved_rows(Path(file), out))
+        mix = mixed_videos if published.of_videos else mixed
+        rows = mix(files, published.shares, total, seed)
+    write_rows(out, rows)
+    return len(rows)
+
+
+def _own_shares(sources: Sequence[str]) -> dict[str, float]:
     shares: dict[str, float] = {}
     for one in sources:
         name, _, share = one.rpartition("=")
@@ -173,9 +310,11 @@ def mix_rows(sources: Sequence[str], out: Path, total: int, seed: int) -> int:
             shares[name] = float(share)
         except ValueError:
             raise DataError(f"{one!r} is not FILE=SHARE, such as long.jsonl=0.172") from None
-    rows = mixed({name: read_rows(Path(name)) for name in shares}, shares, total, seed)
-    write_rows(out, rows)
-    return len(rows)
+    return shares
+
+
+def _moved_rows(path: Path, out: Path) -> list[Row]:
+    return [moved(row, path.parent, out.parent) for row in read_rows(path)]
 
 
 def found_videos(paths: Sequence[Path]) -> list[Path]:
@@ -195,20 +334,24 @@ def found_videos(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def _print(reader: IsolatedReader, path: Path) -> Steps:
-    return fingerprint(reader.read(path, fps=1.0, max_frames=64).pixels_THWC)
-
-
-def _found(video: str, folder: Path) -> Path:
-    path = Path(video)
-    return path if path.is_absolute() else folder / path
+def _paths(row: Row, folder: Path) -> list[Path]:
+    """Where a row's videos are; an absolute path stays itself."""
+    return [folder / video for video in videos_of(row)]
 
 
 def _questions(path: Path) -> dict[str, str]:
-    return {str(row["id"]): str(row["question"]) for row in read_rows(path)}
+    rows = read_rows(path)
+    lacking = [n for n, row in enumerate(rows, start=1) if not isinstance(row.get("question"), str)]
+    if lacking:
+        raise DataError(f"{path}, row {lacking[0]}, has no `question`; each needs `id` and that")
+    return {key: row["question"] for key, row in zip(keys_of(path, rows), rows, strict=True)}
 
 
-def _write(out: Path, kept: Kept) -> None:
-    write_rows(out, kept.rows)
+def _write(source: Path, out: Path, kept: Kept) -> None:
+    write_rows(out, (moved(row, source.parent, out.parent) for row in kept.rows))
     drops = [{"id": key, "reason": why} for key, why in kept.dropped.items()]
-    write_rows(out.with_suffix(".dropped.jsonl"), drops)
+    write_rows(_drops_of(out), drops)
+
+
+def _drops_of(out: Path) -> Path:
+    return out.with_suffix(".dropped.jsonl")

@@ -168,8 +168,10 @@ OPTIONS = {
     "data curate": "endpoint model out blind per-video most-failures",
     "data report": "out",
     "data filter": "out count seed",
-    "data check": "out benchmark-videos benchmark-questions",
-    "data mix": "out total seed",
+    "data sample": "out model samples teacher teacher-model fps max-frames min-pixels max-pixels "
+    "max-new-tokens most-bad limit seed device dtype threads",
+    "data check": "out benchmark-videos benchmark-questions most-bad",
+    "data mix": "out total preset seed",
     "data rollouts": "out model turns tool-calls tokens fps max-frames zoom-frames signatures "
     "slips limit seed threads",
     "data verl": "out stage",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -17,12 +18,13 @@ from internvideo3.harness.data import (
     CurateOptions,
     check_rows,
     curate,
+    describe,
     filter_rows,
     mix_rows,
     scene_changes,
 )
 from internvideo3.tasks.video import read_frames
-from internvideo3.training.curation import filters, synthesis
+from internvideo3.training.curation import filters, fingerprints, synthesis
 from internvideo3.training.curation.distribution import distribution, figure5, table1
 from internvideo3.training.curation.fingerprints import fingerprint, named, same
 from internvideo3.training.curation.narrative import entity_fault, order_fault
@@ -185,6 +187,47 @@ class TestFilters:
         assert [one["id"] for one in kept.rows] == ["gap", "fuller"]
         assert kept.dropped["neither"] == "the teacher is wrong"
 
+    @pytest.mark.parametrize(
+        ("benchmark", "asked", "repeats"),
+        [
+            ("What colour is it?", "What colour is it?", True),
+            ("Who wins the race?", "Who wins the race?", True),
+            ("Who wins the race?", "<VIDEO_CONTEXT>Watch the video. Who wins the race?", True),
+            ("Who wins the race?", "Question: who wins the race", True),
+            ("Who wins the race?\nA. Ann\nB. Bob", "Who wins the race?", True),
+            ("Who wins the race? (A) Ann (B) Bob", "Who wins the race?", True),
+            ("Look closely. Who wins?", "Look closely. Who wins?", True),
+            ("\u8c01\u8d62\u4e86\uff1f", "\u8c01\u8d62\u4e86\uff1f", True),
+            ("Who wins the race?", "Who loses the race?", False),
+            ("Who wins the race?", "Who wins the race of the two red cars at the end?", False),
+            ("Who wins?", "Who wins the race?", False),
+            ("a ripe tomato?", "What does he cut?", False),
+            ("Which man cuts the red onion first?\nA. Tom\nB. Bob",
+             "Tell me, which man cuts the red onion first?", True),
+            ("Which man cuts the red onion first?", "Which man washes the red pan last?", False),
+        ],
+    )  # fmt: skip
+    def test_a_benchmarks_question_is_found_among_options_and_others_are_not(
+        self, benchmark: str, asked: str, repeats: bool
+    ) -> None:
+        options = ("a ripe tomato", "a green pepper")
+        made = Asked(category="Plot Understanding", question=asked, options=options,
+                     answer=options[0], evidence_s=(0, 1))  # fmt: skip
+        rows = [chat_row("k", STORY, made)]
+        found = filters.without_benchmarks(rows, {"k": ("v",)}, {}, {"b/1": benchmark})
+        assert found.dropped == ({"k": "repeats the question b/1"} if repeats else {})
+
+    def test_long_options_alone_make_no_repeated_question(self) -> None:
+        options = tuple(f"the {one} runner who came to the start in a car" for one in "abcd")
+        rows = [
+            chat_row(key, STORY, Asked(category="Plot Understanding", question=question,
+                                       options=options, answer=options[0], evidence_s=(0, 1)))
+            for key, question in {"wins": "Who wins it?", "loses": "Who loses it?",
+                                  "again": "Who wins it??"}.items()
+        ]  # fmt: skip
+        found = filters.without_repeats(rows, dict.fromkeys(("wins", "loses", "again"), ("v",)))
+        assert found.dropped == {"again": "asks what wins asks of the same video"}
+
     def test_an_empty_result_is_an_error_that_says_why(self, tmp_path: Path) -> None:
         write_rows(tmp_path / "r.jsonl", [self.rollout("a", "10 - 20")])
         with pytest.raises(DataError, match="kept none of 1 rows; reasons: IoU 1.000 above"):
@@ -215,6 +258,65 @@ class TestMixtures:
         assert (sources["InternVid"], sources["YouTube, reasoning"], sources["V-MME-style"]) == (
             188_000, 115_000, 77_000,
         )  # fmt: skip
+
+    @staticmethod
+    def source(folder: Path, name: str, videos: int, questions: int = 1) -> Path:
+        """A file with questions about videos of its own."""
+        rows = [
+            {"id": f"{name}/{n}/{q}", "messages": [{"role": "user", "content": [
+                {"type": "video_url", "video_url": {"url": f"{name}{n}.mp4"}}]}]}
+            for n in range(videos) for q in range(questions)
+        ]  # fmt: skip
+        write_rows(folder / f"{name}.jsonl", rows)
+        return folder / f"{name}.jsonl"
+
+    def test_the_papers_sft_shares_mix_files_exactly(self, tmp_path: Path) -> None:
+        shares = synthesis.PUBLISHED["sft"]["shares"]
+        files = {name: self.source(tmp_path, f"s{n}", 400) for n, name in enumerate(shares)}
+        more = self.source(tmp_path, "more", 400)
+        sources = [f"{name}={file}" for name, file in files.items()]
+        # A source may have several files, and be named by its beginning.
+        sources = [*sources[:-1], f"every={files['everything else']}", f"Everything={more}"]
+        out = tmp_path / "out" / "sft.jsonl"
+        out.parent.mkdir()
+        assert mix_rows(sources, out, 1000, 0, "sft") == 1000
+        rows = read_rows(out)
+        found = Counter(row["source"] for row in rows)
+        assert found == {name: round(1000 * share) for name, share in shares.items()}
+        files_of_last = {row["id"][:3] for row in rows if row["source"] == "everything else"}
+        assert files_of_last == {"s5/", "mor"}
+        shown = rows[0]["messages"][0]["content"][0]["video_url"]["url"]
+        assert Path(shown).parent == tmp_path, "the mixture is elsewhere, its videos are not"
+
+    def test_the_papers_long_videos_are_shares_of_videos(self, tmp_path: Path) -> None:
+        """A video brings all its questions, of which sources have different numbers."""
+        files = [
+            self.source(tmp_path, name, 200, questions)
+            for name, questions in (("InternVid", 3), ("YouTube", 1), ("V-MME", 2))
+        ]
+        sources = [f"{file.stem}={file}" for file in files]
+        out = tmp_path / "long.jsonl"
+        assert mix_rows(sources, out, 380, 0, "long_video") == 188 * 3 + 115 + 77 * 2
+        rows = read_rows(out)
+        videos = {row["messages"][0]["content"][0]["video_url"]["url"] for row in rows}
+        found = Counter(re.split(r"\d", video)[0] for video in videos)
+        assert found == {"InternVid": 188, "YouTube": 115, "V-MME": 77}
+        with pytest.raises(DataError, match="InternVid has 200 videos and 248 are wanted"):
+            mix_rows(sources, out, 500, 0, "long_video")
+
+    def test_sources_that_a_preset_lacks_or_does_not_know_are_named(self, tmp_path: Path) -> None:
+        file = self.source(tmp_path, "a", 5)
+        out = tmp_path / "out.jsonl"
+        for given, said in {
+            f"InternVid={file}": "without a file: YouTube, reasoning; V-MME-style",
+            f"Vimeo={file}": "'Vimeo' is no source of the preset: InternVid; YouTube",
+            str(file): "is not SOURCE=FILE, such as 'InternVid=rows.jsonl'",
+        }.items():
+            with pytest.raises(DataError, match=re.escape(said)):
+                mix_rows([given], out, 3, 0, "long_video")
+        with pytest.raises(DataError, match="no preset 'long'.*known: cpt, sft, long_video"):
+            mix_rows([], out, 3, 0, "long")
+        assert not out.exists()
 
     def test_files_are_mixed_without_repeating_a_row(self, tmp_path: Path) -> None:
         for name, count in (("a", 30), ("b", 8)):
@@ -261,6 +363,29 @@ class TestFingerprints:
         assert same(blank, grey) and not same(blank, shown)
         assert named({"blank": blank, "shown": shown, "grey": grey})["grey"] == "blank"
 
+    @pytest.mark.parametrize("width", [8, 64, 512])
+    def test_names_are_those_of_comparing_every_pair(
+        self, width: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also across blocks, for copies of copies near the border, and for blank videos."""
+        monkeypatch.setattr(fingerprints, "BLOCK", 16)
+        monkeypatch.setattr(fingerprints, "COLUMNS", 24)
+        rng = np.random.default_rng(width)
+        drawn: dict[str, Any] = {}
+        for n in range(300):
+            new = rng.normal(0, 2, width)
+            if drawn and rng.random() < 0.7:
+                copied = list(drawn.values())[rng.integers(len(drawn))]
+                new = copied * rng.uniform(0.5, 2) + rng.normal(0, rng.uniform(0, 1.2), width)
+            drawn[f"v{n}"] = (new * (rng.random() > 0.03)).astype(np.float32)
+        names: dict[str, str] = {}
+        for key, mine in drawn.items():
+            firsts = (one for one, name in names.items() if one == name)
+            names[key] = next((one for one in firsts if same(drawn[one], mine)), key)
+        assert named(drawn) == names
+        assert 50 < len(set(names.values())) < 250
+        assert named({}) == {}
+
 
 class TestCommands:
     def options(self, videos: Path, out: Path, teacher: Any, **changed: Any) -> CurateOptions:
@@ -289,6 +414,44 @@ class TestCommands:
         card = (tmp_path / "card.md").read_text()
         assert "8 rows about 4 videos" in card and "internvideo3 data curate" in card
         assert (tmp_path / "figure5.svg").stat().st_size > 5000
+
+    def test_a_folder_that_other_options_made_is_refused_and_its_card_stays_true(
+        self, videos: Path, tmp_path: Path, teacher: Any
+    ) -> None:
+        first = self.options(videos, tmp_path, teacher, guesser=None, per_video=1)
+        first = replace(first, writer=replace(first.writer, model="writer-A"))
+        curate(first, lambda *_: None)
+        card = (tmp_path / "card.md").read_text()
+        assert "- writer: writer-A" in card and "- checked blind: False" in card
+        asked = len(teacher.requests)
+        writer = replace(first.writer, model="writer-B")
+        other = replace(first, writer=writer, guesser=writer, per_video=3)
+        with pytest.raises(DataError) as refused:
+            curate(other, lambda *_: None)
+        assert 'writer: "writer-A" there, "writer-B" now' in str(refused.value)
+        assert "checked blind: false there, true now" in str(refused.value)
+        assert "questions of a video: 1 there, 3 now" in str(refused.value)
+        assert len(teacher.requests) == asked and (tmp_path / "card.md").read_text() == card
+        # Where the server is, and how many may fail, decides no question.
+        moved = replace(first.writer, url=first.writer.url.replace("127.0.0.1", "localhost"))
+        curate(replace(first, writer=moved, most_failures=0.5), lambda *_: None)
+        assert len(teacher.requests) == asked
+        describe(tmp_path / "questions.jsonl", tmp_path / "report", ("again",))
+        told = (tmp_path / "report" / "card.md").read_text()
+        assert "- writer: writer-A" in told and "- command: again" in told
+        (tmp_path / "curation.json").unlink()
+        with pytest.raises(DataError, match=r"no curation\.json that says with what options"):
+            curate(first, lambda *_: None)
+
+    def test_a_folder_in_which_nothing_was_made_may_be_taken_over(
+        self, videos: Path, tmp_path: Path, teacher: Any
+    ) -> None:
+        teacher.failures = [400]
+        options = self.options(videos, tmp_path, teacher, guesser=None)
+        with pytest.raises(EndpointError, match="refused"):
+            curate(options, lambda *_: None)
+        curate(replace(options, per_video=1), lambda *_: None)
+        assert "- questions of a video: 1" in (tmp_path / "card.md").read_text()
 
     @pytest.mark.slow
     def test_scenes_are_found_by_the_real_detector(
@@ -362,6 +525,61 @@ class TestCommands:
         assert drop["id"].startswith("bad-") and "bad.mp4" in drop["reason"]
         with pytest.raises(DataError, match="1 of 3 videos failed, more than 10%"):
             curate(replace(options, out=tmp_path / "strict", most_failures=0.1), lambda *_: None)
+
+    def test_rows_with_broken_videos_are_dropped_within_a_budget(
+        self, videos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def row(key: str, video: str) -> Any:
+            asked = Asked(category="Plot Understanding", question=f"What of {key}?",
+                          options=("a", "b"), answer="a", evidence_s=(0, 1))  # fmt: skip
+            return chat_row(key, replace(STORY, video=video), asked)
+
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / "broken.mp4").write_bytes(b"no video")
+        (tmp_path / "in" / "v0.mp4").write_bytes((videos / "v0.mp4").read_bytes())
+        rows = [row(f"good {n}", "v0.mp4") for n in range(200)]
+        write_rows(tmp_path / "in" / "rows.jsonl", [*rows[:7], row("bad", "broken.mp4"), *rows[7:]])
+        out = tmp_path / "clean.jsonl"
+        kept, dropped = check_rows(tmp_path / "in" / "rows.jsonl", out, None, None)
+        assert kept == 200 and "broken.mp4" in dropped["bad"]
+        assert "rows.jsonl, row 8 (id bad) is left out" in caplog.text
+        (drop,) = read_rows(tmp_path / "clean.dropped.jsonl")
+        assert drop == {"id": "bad", "reason": dropped["bad"]}
+        shown = read_rows(out)[0]["messages"][0]["content"][0]["video_url"]["url"]
+        assert Path(shown).is_file(), "a path into the folder of the rows is one from here as well"
+        many = [*rows, *(row(f"bad {n}", "broken.mp4") for n in range(20))]
+        write_rows(tmp_path / "in" / "rows.jsonl", many)
+        with pytest.raises(
+            DataError, match=r"11 of 220 rows .* more than 1%; the last one, row 21"
+        ):
+            check_rows(tmp_path / "in" / "rows.jsonl", tmp_path / "none.jsonl", None, None)
+        assert not (tmp_path / "none.jsonl").exists()
+        made = check_rows(tmp_path / "in" / "rows.jsonl", tmp_path / "some.jsonl", None, None, 0.1)
+        assert (made[0], len(made[1])) == (200, 20)
+
+    def test_rows_are_told_apart_by_ids_and_a_broken_benchmark_is_an_error(
+        self, videos: Path, tmp_path: Path
+    ) -> None:
+        rows = tmp_path / "rows.jsonl"
+        for ids, said in {
+            (1, None): r"rows\.jsonl, row 2, has no `id`",
+            (1, 2, "1"): r"rows\.jsonl, rows 1 and 3, have the same id '1'",
+        }.items():
+            write_rows(rows, [{"id": one, "messages": []} for one in ids])
+            for command in (
+                lambda: check_rows(rows, tmp_path / "out.jsonl", None, None),
+                lambda: filter_rows("gap", rows, tmp_path / "out.jsonl", None, 0),
+            ):
+                with pytest.raises(DataError, match=said):
+                    command()
+        write_rows(rows, [{"id": 1, "messages": []}])
+        (tmp_path / "held").mkdir()
+        (tmp_path / "held" / "lost.mp4").write_bytes(b"no video")
+        with pytest.raises(DataError, match=r"benchmark's video .*lost\.mp4 cannot be compared"):
+            check_rows(rows, tmp_path / "out.jsonl", tmp_path / "held", None)
+        write_rows(tmp_path / "asked.jsonl", [{"id": 1, "text": "Why?"}])
+        with pytest.raises(DataError, match=r"asked\.jsonl, row 1, has no `question`"):
+            check_rows(rows, tmp_path / "out.jsonl", None, tmp_path / "asked.jsonl")
 
     def test_benchmark_videos_and_questions_are_found(self, videos: Path, tmp_path: Path) -> None:
         def row(key: str, video: str, question: str) -> Any:
@@ -438,6 +656,8 @@ def test_parquet_and_jsonl_hold_the_same_chat(tmp_path: Path) -> None:
     for name in ("x.jsonl", "x.parquet"):
         write_rows(tmp_path / name, rows)
         assert read_rows(tmp_path / name) == rows
+    write_rows(tmp_path / "lines.jsonl", [{"id": "a\u2028b\x85c"}])
+    assert read_rows(tmp_path / "lines.jsonl") == [{"id": "a\u2028b\x85c"}]
     rollouts = [{"id": "r", "predictions": ["a", "b"]}]
     write_rows(tmp_path / "rollouts.parquet", rollouts)
     assert read_rows(tmp_path / "rollouts.parquet") == rollouts

@@ -8,6 +8,7 @@ thresholds.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,11 @@ NEAR = 0.8
 """Share of common shingles from which two questions about one video are the same question."""
 LEAKED = 0.5
 """Share of a benchmark question's shingles from which a training question repeats it."""
+_OPTION_LINE = re.compile(r"^[ \t]*(\([A-H]\)|[A-H][.)])[ \t].*$", re.MULTILINE)
+_OPTIONS_INLINE = re.compile(r"[ \t]\(A\)[ \t].*$", re.MULTILINE)
+_TAG = re.compile(r"<[^<>\s]{1,40}>")
+"""A place of media in a text, such as `<VIDEO_CONTEXT>`."""
+_SENTENCE_END = re.compile(r"[.?!:]+(?=\s|$)|[\u3002\uff1f\uff01\uff1a]|\n")
 
 
 @dataclass(frozen=True)
@@ -131,17 +137,22 @@ def sampled(rows: Sequence[Row], count: int, seed: int) -> Kept:
 def without_repeats(rows: Sequence[Row], prints: Mapping[str, Sequence[str]]) -> Kept:
     """The first of each group of rows that ask the same of the same videos.
 
+    The questions must be alike, and so must all that is said with them: options alone, which may be
+    longer than the questions, make no repeat.
+
     Args:
         rows: Rows in the chat form.
         prints: id → names of the row's videos by content (`fingerprints.py`).
     """
-    asked: dict[tuple[str, ...], list[tuple[str, frozenset[str]]]] = {}
+    asked: dict[tuple[str, ...], list[tuple[str, tuple[frozenset[str], ...]]]] = {}
 
     def reason(row: Row) -> str | None:
-        mine = shingles(user_text(row))
+        text = user_text(row)
+        mine = (shingles(stem(text)), shingles(text))
         seen = asked.setdefault(tuple(prints[str(row["id"])]), [])
         for other, theirs in seen:
-            if len(mine & theirs) >= NEAR * len(mine | theirs):
+            pairs = zip(mine, theirs, strict=True)
+            if all(len(a & b) >= NEAR * len(a | b) for a, b in pairs):
                 return f"asks what {other} asks of the same video"
         seen.append((str(row["id"]), mine))
         return None
@@ -161,28 +172,63 @@ def without_benchmarks(
         rows: Rows in the chat form.
         prints: id → names of the row's videos by content.
         benchmark_videos: Such a name → which benchmark video has it.
-        benchmark_questions: Name of a benchmark question → its text.
+        benchmark_questions: Name of a benchmark question → its text, with options or without.
     """
-    index: dict[str, list[str]] = {}
-    sizes: dict[str, int] = {}
-    for name, text in benchmark_questions.items():
-        parts = shingles(text)
-        sizes[name] = len(parts)
-        for part in parts:
-            index.setdefault(part, []).append(name)
+    held = _Questions(benchmark_questions)
 
     def reason(row: Row) -> str | None:
         for name in prints[str(row["id"])]:
             if name in benchmark_videos:
                 return f"its video is {benchmark_videos[name]}"
-        shared: dict[str, int] = {}
-        for part in shingles(user_text(row)):
-            for name in index.get(part, ()):
-                shared[name] = shared.get(name, 0) + 1
-        hit = next((n for n, count in shared.items() if count >= LEAKED * sizes[n]), None)
+        hit = held.repeated_by(user_text(row))
         return f"repeats the question {hit}" if hit else None
 
     return _filtered(rows, reason)
+
+
+class _Questions:
+    """Questions of benchmarks by what of a text gives a repetition away.
+
+    A question of at least `SHINGLE` words is repeated where enough of its shingles are. A shorter
+    one has none: it is repeated where a text has it as a sentence, a line, or all that is asked;
+    within a longer sentence its few words are another question's.
+    """
+
+    def __init__(self, questions: Mapping[str, str]) -> None:
+        self.short: dict[str, str] = {}
+        self.index: dict[str, list[str]] = {}
+        self.sizes: dict[str, int] = {}
+        for name, text in questions.items():
+            self._add(name, plain(stem(text)))
+
+    def _add(self, name: str, asked: str) -> None:
+        if asked and len(asked.split()) < SHINGLE:
+            self.short.setdefault(asked, name)
+        elif asked:
+            parts = shingles(asked)
+            self.sizes[name] = len(parts)
+            for part in parts:
+                self.index.setdefault(part, []).append(name)
+
+    def repeated_by(self, text: str) -> str | None:
+        """The name of a question that a text repeats."""
+        asked = stem(text)
+        pieces = [asked, *asked.splitlines(), *_SENTENCE_END.split(asked)]
+        for piece in map(plain, pieces):
+            if piece in self.short:
+                return self.short[piece]
+        shared: dict[str, int] = {}
+        for part in shingles(text):
+            for name in self.index.get(part, ()):
+                shared[name] = shared.get(name, 0) + 1
+        return next((n for n, count in shared.items() if count >= LEAKED * self.sizes[n]), None)
+
+
+def stem(text: str) -> str:
+    """What is asked, without lettered options and places of media; all where nothing is left."""
+    bare = _OPTION_LINE.sub("", _TAG.sub(" ", text))
+    asked = _OPTIONS_INLINE.sub("", bare).strip()
+    return asked or text
 
 
 def shingles(text: str) -> frozenset[str]:

@@ -1,5 +1,6 @@
 """Curation of videos, a step at a time, each kept on disk: a killed command goes on where it was.
 
+    OUT/curation.json           the options that decide all this (`origin.py`)
     OUT/narratives/KEY.json     clips, scene summaries and narrative of a video
     OUT/asked/KEY.json          its questions, and those that were dropped, with their reasons
     OUT/questions.jsonl         when all is done: a line a question, in the chat form

@@ -8,12 +8,15 @@ relative to the file's folder or absolute.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+_SCHEME = re.compile(r"[a-z]+:", re.IGNORECASE)
+"""Of an address, such as `https:` or `data:`, which is no path."""
 
 
 class DataError(ValueError):
@@ -113,7 +116,8 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         flat = [_with_messages(row, json.dumps) for row in rows]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(flat), part)
     elif path.suffix == ".jsonl":
-        part.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+        text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+        part.write_text(text, encoding="utf-8")
     else:
         raise DataError(f"{path} must end in .jsonl or .parquet")
     part.replace(path)
@@ -150,8 +154,60 @@ def videos_of(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def keys_of(path: Path, rows: Sequence[Row]) -> list[str]:
+    """The id of each row of a file, as text.
+
+    Raises:
+        DataError: A row has no `id`, or shares it with another one.
+    """
+    numbers: dict[str, int] = {}
+    for number, row in enumerate(rows, start=1):
+        if row.get("id") is None:
+            raise DataError(
+                f"{path}, row {number}, has no `id`; give each row one of its own, by which it is "
+                "reported"
+            )
+        key = str(row["id"])
+        if key in numbers:
+            raise DataError(f"{path}, rows {numbers[key]} and {number}, have the same id {key!r}")
+        numbers[key] = number
+    return list(numbers)
+
+
+def moved(row: Row, source: Path, target: Path) -> Row:
+    """A row as a file in another folder must hold it.
+
+    Args:
+        row: Whose paths of videos and images begin at the folder of its file.
+        source: That folder.
+        target: Folder of the new file; where it is another one, paths become absolute.
+    """
+    if source.resolve() == target.resolve():
+        return row
+    if "messages" not in row:
+        return row | {"video": str(source.resolve() / row["video"])} if "video" in row else row
+    messages = [
+        message | {"content": [_moved_part(part, source) for part in message["content"]]}
+        if isinstance(message["content"], list)
+        else message
+        for message in row["messages"]
+    ]
+    return row | {"messages": messages}
+
+
+def _moved_part(part: dict[str, Any], source: Path) -> dict[str, Any]:
+    kind = part["type"]
+    if kind not in ("video_url", "image_url"):
+        return part
+    url = str(part[kind]["url"])
+    if _SCHEME.match(url):
+        return part
+    return part | {kind: part[kind] | {"url": str(source.resolve() / url)}}
+
+
 def _lines(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not `splitlines`, which also breaks at characters that JSON texts may hold (U+2028).
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
