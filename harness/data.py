@@ -195,10 +195,9 @@ def check_rows(
     usable: list[Row] = []
     with closing(IsolatedReader()) as reader:
         prints = _Prints(reader)
-        for number, video in enumerate(benchmark):
-            progress("benchmark", number, len(benchmark))
+        for number, video in enumerate(benchmark, start=1):
             prints.of_benchmark(video)
-        progress("benchmark", len(benchmark), len(benchmark))
+            progress("benchmark", number, len(benchmark))
         for number, (key, row) in enumerate(zip(keys, rows, strict=True), start=1):
             try:
                 prints.of_row(row, path.parent)
@@ -314,7 +313,14 @@ def _own_shares(sources: Sequence[str]) -> dict[str, float]:
 
 
 def _moved_rows(path: Path, out: Path) -> list[Row]:
-    return [moved(row, path.parent, out.parent) for row in read_rows(path)]
+    rows: list[Row] = []
+    for number, row in enumerate(read_rows(path), start=1):
+        try:
+            videos_of(row)
+            rows.append(moved(row, path.parent, out.parent))
+        except (LookupError, TypeError) as error:
+            raise DataError(f"{path}, row {number}, is not in the chat form: {error!r}") from error
+    return rows
 
 
 def found_videos(paths: Sequence[Path]) -> list[Path]:

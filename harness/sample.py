@@ -169,8 +169,9 @@ def _kept(begun: Path, decides: Row) -> dict[str, Row]:
         DataError: It was a command with other options.
     """
     repair_rows(begun)
-    if not begun.is_file() or not begun.stat().st_size:
-        append_rows(begun, [{"options": decides}])
+    if not begun.is_file() or len(read_rows(begun)) < 2:
+        # Nothing was sampled yet, so whoever comes may take the file.
+        write_rows(begun, [{"options": decides}])
     first, *made = read_rows(begun)
     if not isinstance(first.get("options"), dict):
         raise DataError(f"{begun} does not begin with its options; delete it to begin anew")

@@ -330,6 +330,9 @@ class TestMixtures:
         assert Counter(row["source"] for row in rows)[f"{tmp_path}/b.jsonl"] == 8
         with pytest.raises(DataError, match="8 rows and 10 are wanted; .* at most 32 rows"):
             mix_rows(sources, out, 40, seed=1)
+        write_rows(tmp_path / "odd.jsonl", [{"messages": []}, {"messages": "text"}])
+        with pytest.raises(DataError, match=r"odd\.jsonl, row 2, is not in the chat form"):
+            mix_rows([f"{tmp_path}/odd.jsonl=1"], out, 1, seed=1)
 
 
 class TestFingerprints:

@@ -118,8 +118,13 @@ def test_a_stopped_command_goes_on_to_the_same_rows(
         if done == 2:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        write_samples(again, stop)
+    def stop_at_once(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for options_now, stopped in ((replace(again, samples=9), stop_at_once), (again, stop)):
+        # Where nothing was sampled yet, other options may take the file.
+        with pytest.raises(KeyboardInterrupt):
+            write_samples(options_now, stopped)
     assert not out.exists()
     with pytest.raises(DataError, match=r"(?s)What differs:\n  seed: 0 there, 1 now"):
         write_samples(replace(again, seed=1), quiet)
