@@ -21,12 +21,21 @@ from pathlib import Path
 import torch
 
 from internvideo3.harness import provenance
-from internvideo3.harness.evaluate import evaluate, settle_environment
+from internvideo3.harness.evaluate import evaluate, load_benchmarks, settle_environment
 from internvideo3.harness.options import EvalOptions
+from internvideo3.harness.preflight import suite_names
 from internvideo3.harness.store import Row, write_json
 from internvideo3.reports.ablation import MAPPING, write_table5
+from internvideo3.tasks.brief import EVALUABLE
 from internvideo3.training.processes import Processes
-from internvideo3.training.recipe import Recipe, RecipeError, load_recipe, load_variant, variants
+from internvideo3.training.recipe import (
+    Recipe,
+    RecipeError,
+    complete,
+    load_recipe,
+    load_variant,
+    variants,
+)
 from internvideo3.training.train import Trained, by_content, train
 
 Progress = Callable[[str, int, int], None]
@@ -43,10 +52,13 @@ class AblateOptions:
     seeds: tuple[int, ...]
     out: Path
     suites: tuple[str, ...] = tuple(MAPPING.values())
+    """What recipes are evaluated on: of the scale world, or benchmarks."""
     limit: int | None = None
     """Questions of a suite; None for all."""
     root: Path | None = None
     """The scale world's root; None for the usual place."""
+    data: Path | None = None
+    """Where benchmarks are; None for the usual place."""
     device: str | None = None
     """Where training and evaluation compute; None for CUDA if there is one."""
     threads: int = 1
@@ -75,8 +87,9 @@ def ablate(options: AblateOptions, progress: Progress) -> Path | None:
     settle_environment()
     torch.set_num_threads(options.threads)
     for name in options.recipes:
-        recipe_of(options, name)
+        complete(recipe_of(options, name))
     _check_labels(options)
+    _check_suites(options)
     options.out.mkdir(parents=True, exist_ok=True)
     plan = _plan(options)
     if options.jobs > 1:
@@ -139,6 +152,8 @@ def _plan(options: AblateOptions) -> Row:
         "hardware": provenance.hardware(),
         "preset": options.preset,
         "suites": list(options.suites),
+        "scale": _is_scale(options),
+        "starts": _starts(options),
         "limit": options.limit,
         "about": before["about"] | about,
         "sources": before.get("sources", {})
@@ -164,6 +179,33 @@ def _check_labels(options: AblateOptions) -> None:
 def _source(name: str) -> str:
     """Where a recipe comes from: its file, or the variant's name."""
     return str(Path(name).resolve()) if Path(name).is_file() else f"the variant {name}"
+
+
+def _check_suites(options: AblateOptions) -> None:
+    """What recipes are evaluated on is there, and is what the folder's table is of.
+
+    Raises:
+        PreflightError: A suite is not built or not there, or a video is missing.
+        RecipeError: The folder's table has other columns.
+    """
+    path = options.out / "ablation.json"
+    held = json.loads(path.read_text()).get("suites", []) if path.is_file() else []
+    if held and tuple(held) != options.suites:
+        raise RecipeError(
+            f"the table in {options.out} is of {', '.join(held)}, and this command asks for "
+            f"{', '.join(options.suites)}. Give another --out."
+        )
+    load_benchmarks(_evaluation(options, "", options.out / "runs"))
+
+
+def _is_scale(options: AblateOptions) -> bool:
+    """Whether the table's numbers are of the scale model or of the scale world."""
+    model = any(start.startswith("scale:") for start in _starts(options))
+    return model or any(suite in EVALUABLE for suite in options.suites)
+
+
+def _starts(options: AblateOptions) -> list[str]:
+    return sorted({str(recipe_of(options, name).start) for name in options.recipes})
 
 
 def label(name: str) -> str:
@@ -196,24 +238,37 @@ def evaluate_one(
     def told(suite: str, done: int, total: int) -> None:
         progress(f"{name} {seed} {suite}", done, total)
 
-    evaluate(
-        EvalOptions(
-            model=str(checkpoint),
-            suites=options.suites,
-            out=options.out / "runs" / f"{label(name)}-s{seed}",
-            root=options.root,
-            limit=options.limit,
-            device=options.device,
-            threads=options.threads,
-            frame_cache=options.out / "frames",
-            command=options.command,
-        ),
-        told,
+    folder = options.out / "runs" / f"{label(name)}-s{seed}"
+    evaluate(_evaluation(options, str(checkpoint), folder), told)
+
+
+def _evaluation(options: AblateOptions, model: str, folder: Path) -> EvalOptions:
+    """The evaluation of one recipe and seed."""
+    return EvalOptions(
+        model=model,
+        suites=options.suites,
+        out=folder,
+        root=options.root,
+        data=options.data,
+        limit=options.limit,
+        device=options.device,
+        threads=options.threads,
+        frame_cache=options.out / "frames",
+        command=options.command,
     )
 
 
 ALL = "recipes and seeds"
 """Name of the progress of the whole."""
+
+
+def suites_of(text: str | None) -> tuple[str, ...]:
+    """The suites of a command; those that stand for Table 5's columns where none is named.
+
+    Raises:
+        PreflightError: A name is unknown; the nearest are offered.
+    """
+    return tuple(MAPPING.values()) if text is None else tuple(suite_names(text))
 
 
 def chosen(recipes: Sequence[str]) -> tuple[str, ...]:

@@ -1341,6 +1341,14 @@ def ablate_command(
         str, typer.Option(help="What the variants change: scale, paper, official, or a file.")
     ] = "scale",
     seeds: Annotated[str, typer.Option(help="Seeds, with commas between.")] = "0,1,2",
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="Suites or benchmarks, with commas between. Default: the four of the scale world "
+            "that stand for Table 5's columns; those are videomme,longvideobench,mlvu,lvbench."
+        ),
+    ] = None,
+    data: DataOption = None,
     limit: Annotated[
         int | None, typer.Option(help="Answer only the first N questions of each suite.")
     ] = None,
@@ -1368,11 +1376,15 @@ def ablate_command(
       internvideo3 ablate --jobs 2 --out runs/ablation
 
       internvideo3 ablate full no_cpt --seeds 0 --limit 200 --out runs/quick
+
+      internvideo3 ablate --preset my_8b.yaml --suite videomme,longvideobench,mlvu,lvbench
     """
     with _errors_in_words(out):
-        from internvideo3.harness.ablate import AblateOptions, ablate, chosen
+        from internvideo3.harness.ablate import AblateOptions, ablate, chosen, suites_of
 
         options = AblateOptions(
+            suites=suites_of(suite),
+            data=data,
             recipes=chosen(recipes or ()),
             preset=preset,
             seeds=_numbers(seeds),

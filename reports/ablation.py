@@ -1,7 +1,7 @@
 """Table 5 from an ablation's folder: ours beside the paper's, with intervals and their reading.
 
-A row is a recipe, a column a suite of the scale world that stands for one of the paper's
-benchmarks. Ours are scale numbers: the signs may be compared with the paper's, the sizes may not.
+A row is a recipe, a column one of the paper's benchmarks, or a suite of the scale world that stands
+for one. The latter are scale numbers: signs may be compared with the paper's, sizes may not.
 
 Two intervals of each difference to the full recipe. Over questions: paired on the same questions,
 each question's difference averaged over seeds, resampled by video. Over seeds: Student's t of the
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,14 @@ from internvideo3.reports.stats import cluster_interval, paired_difference
 MAPPING = {
     "V-MME": "world_long", "LVB": "world_grounding", "MLVU": "world_ego", "LVBench": "world_manyq",
 }  # fmt: skip
+"""The paper's columns and the suites that stand for them."""
+BENCHMARKS = {
+    "V-MME": "videomme", "LVB": "longvideobench", "MLVU": "mlvu", "LVBench": "lvbench",
+}  # fmt: skip
+"""The paper's columns and the benchmarks themselves."""
+TASK_MEANS = frozenset({"mlvu"})
+"""Benchmarks whose number is the mean of their tasks' means: a question counts by its task's
+size."""
 WHY = {
     "V-MME": "multiple choice over videos of mixed length",
     "LVB": "the moment that a question refers to has to be found",
@@ -98,52 +107,68 @@ def summary(folder: Path) -> dict[str, Any]:
         held = scores.setdefault(told["recipe"], {})
         held[told["seed"]] = {name: list(rows) for name, rows in run.samples.items()}
     names = [name for name in plan["about"] if name in scores]
+    suites = plan["suites"]
     return {
-        "scale": True,
+        "scale": plan.get("scale", True),
+        "starts": plan.get("starts", ["scale:base"]),
         **{key: plan[key] for key in ("command", "commit", "dirty", "preset", "limit", "created")},
         "hardware": plan["hardware"],
         "about": plan["about"],
-        "mapping": MAPPING,
+        "mapping": columns(suites),
         "seeds": sorted({told["seed"] for told in plan["runs"].values()}),
-        "questions": _questions(scores),
-        "rows": {name: _row(scores[name]) for name in names},
+        "questions": _questions(scores, suites),
+        "rows": {name: _row(scores[name], suites) for name in names},
         "changes": {
-            name: _changes(scores["full"], scores[name])
+            name: _changes(scores["full"], scores[name], suites)
             for name in names
             if name != "full" and "full" in scores
         },
-        "steps_beyond_sft": _steps(scores),
+        "steps_beyond_sft": _steps(scores, suites),
         "losses": _losses(folder, plan),
         "stages": {key: told["stages"] for key, told in plan["runs"].items()},
     }
 
 
-def _questions(scores: Mapping[str, Any]) -> dict[str, int]:
+def columns(suites: Sequence[str]) -> dict[str, str]:
+    """The paper's columns that are measured, each with its suite; benchmarks before stand-ins."""
+    return {
+        name: suite
+        for name in MAPPING
+        for suite in [one for one in (BENCHMARKS[name], MAPPING[name]) if one in suites][:1]
+    }
+
+
+def _questions(scores: Mapping[str, Any], suites: Sequence[str]) -> dict[str, int]:
     every = [runs for seeds in scores.values() for runs in seeds.values()]
-    return {suite: max(len(runs.get(suite, ())) for runs in every) for suite in MAPPING.values()}
+    return {suite: max(len(runs.get(suite, ())) for runs in every) for suite in suites}
 
 
-def _row(seeds: Mapping[int, Mapping[str, Sequence[Sample]]]) -> dict[str, Any]:
+def _row(
+    seeds: Mapping[int, Mapping[str, Sequence[Sample]]], suites: Sequence[str]
+) -> dict[str, Any]:
     """Mean of each suite over seeds and questions, with the interval over questions."""
     made: dict[str, Any] = {"seeds": sorted(seeds)}
-    for suite in MAPPING.values():
+    for suite in suites:
         pooled = _pooled([_values(runs[suite]) for runs in seeds.values()])
+        if not pooled:  # no answer that the benchmark's rule scores
+            made[suite] = None
+            continue
         told = cluster_interval(
             [value for _, value in pooled.values()], [video for video, _ in pooled.values()]
         )
         each = {seed: _mean(_values(runs[suite])) for seed, runs in sorted(seeds.items())}
         made[suite] = {"mean": told.mean, "low": told.low, "high": told.high, "by_seed": each}
-    made["average"] = float(np.mean([made[suite]["mean"] for suite in MAPPING.values()]))
+    four = [made[suite] for suite in columns(suites).values()]
+    made["average"] = float(np.mean([one["mean"] for one in four])) if four and all(four) else None
     return made
 
 
 def _changes(
     full: Mapping[int, Mapping[str, Sequence[Sample]]],
     other: Mapping[int, Mapping[str, Sequence[Sample]]],
+    suites: Sequence[str],
 ) -> dict[str, Any]:
-    return {
-        suite: _told(change(full, other, suite, lambda sample: True)) for suite in MAPPING.values()
-    }
+    return {suite: _told(change(full, other, suite, lambda sample: True)) for suite in suites}
 
 
 def change(
@@ -184,9 +209,11 @@ def _over_seeds(differences: Sequence[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
-def _steps(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """GSPO over SFT on grounding, OPD over GSPO on hard questions of all suites."""
+def _steps(scores: Mapping[str, Any], suites: Sequence[str]) -> dict[str, Any]:
+    """GSPO over SFT on grounding, OPD over GSPO on hard questions of the scale world's suites."""
     made: dict[str, Any] = {}
+    if not set(MAPPING.values()) <= set(suites):
+        return made
     if {"sft_only", "no_opd"} <= scores.keys():
         gained = change(scores["sft_only"], scores["no_opd"], "world_grounding", lambda s: True)
         made[STEPS[0]] = _told(gained)
@@ -209,8 +236,15 @@ def _joined(seeds: Mapping[int, Mapping[str, Sequence[Sample]]]) -> dict[int, An
 
 
 def _values(samples: Sequence[Sample]) -> Values:
-    """A question that failed counts 0, as an unreadable answer does."""
-    return {sample.id: (sample.video_id, sample.value or 0.0) for sample in samples}
+    """A question that failed counts 0; one that the benchmark's rule leaves out does not count."""
+    scored = [s for s in samples if s.value is not None or s.error is not None]
+    tasks = Counter(sample.family for sample in scored if sample.benchmark in TASK_MEANS)
+    made = {}
+    for sample in scored:
+        among = tasks.get(sample.family) if sample.benchmark in TASK_MEANS else None
+        weight = len(scored) / (len(tasks) * among) if among else 1.0
+        made[sample.id] = sample.video_id, weight * (sample.value or 0.0)
+    return made
 
 
 def _pooled(seeds: Sequence[Values]) -> Values:
@@ -247,15 +281,14 @@ def _mean_losses(folder: Path, plan: Mapping[str, Any], recipe: str) -> dict[str
 def in_words(made: Mapping[str, Any]) -> str:
     """The report as Markdown."""
     parts = [
-        "# Table 5, scale",
+        "# Table 5, scale" if made["scale"] else "# Table 5",
         _provenance(made),
         "## Scores",
         _scores_table(made),
-        _mapping_lines(),
+        _mapping_lines(made["mapping"]),
         "## Change by leaving a part out, percentage points",
         _changes_table(made),
-        "## What the post-training stages add",
-        _steps_table(made),
+        *(("## What the post-training stages add", _steps_table(made)) if _stands_in(made) else ()),
         "## Loss by modality, nats a token",
         _losses_table(made),
         "## Reading",
@@ -267,8 +300,11 @@ def in_words(made: Mapping[str, Any]) -> str:
 
 def _provenance(made: Mapping[str, Any]) -> str:
     questions = ", ".join(f"{suite} {count}" for suite, count in made["questions"].items())
+    own = all(start.startswith("scale:") for start in made["starts"])
+    what = "a model of 1.5 million parameters" if own else ", ".join(made["starts"])
+    where = "the scale world" if _stands_in(made) else ", ".join(made["questions"])
     return (
-        f"**scale**: a model of 1.5 million parameters on the scale world. Seeds "
+        f"{'**scale**: ' if made['scale'] else ''}{what} on {where}. Seeds "
         f"{', '.join(map(str, made['seeds']))}; questions: {questions}. Made by "
         f"`{' '.join(made['command'])}` at commit {made['commit']}"
         f"{' with changes' if made['dirty'] else ''}, {made['created']}."
@@ -276,17 +312,32 @@ def _provenance(made: Mapping[str, Any]) -> str:
 
 
 def _scores_table(made: Mapping[str, Any]) -> str:
-    paper = _paper_rows()
-    columns = list(MAPPING)
-    head = ["recipe", *(f"{MAPPING[c]} (↔ {c})" for c in columns), "mean", "seeds",
-            *(f"paper {c}" for c in (*columns, "Avg."))]  # fmt: skip
+    paper, suites = _paper_rows(), list(made["questions"])
+    mapping = made["mapping"]
+    named = {suite: f"{suite} (↔ {column})" for column, suite in mapping.items()}
+    places = [list(MAPPING).index(column) for column in mapping]
+    all_four = len(mapping) == len(MAPPING)
+    head = [
+        "recipe",
+        *(named.get(suite, suite) for suite in suites),
+        "mean",
+        "seeds",
+        *(f"paper {column}" for column in mapping),
+        *(["paper Avg."] if all_four else []),
+    ]
     lines = []
     for name, row in made["rows"].items():
-        ours = [_interval(row[MAPPING[c]]) for c in columns]
+        mean = f"{100 * row['average']:.1f}" if all_four and row["average"] is not None else "–"
         theirs = [str(score) for score in paper.get(name, ())] or ["–"] * 5
-        seeds = str(len(row["seeds"]))
-        lines.append([name, *ours, f"{100 * row['average']:.1f}", seeds, *theirs])
+        theirs = [*(theirs[place] for place in places), *(theirs[-1:] if all_four else [])]
+        ours = [_interval(row[suite]) for suite in suites]
+        lines.append([name, *ours, mean, str(len(row["seeds"])), *theirs])
     return _table(head, lines)
+
+
+def _stands_in(made: Mapping[str, Any]) -> bool:
+    """Whether all columns are the scale world's suites."""
+    return set(MAPPING.values()) <= set(made["questions"])
 
 
 def _paper_rows() -> dict[str, list[float]]:
@@ -295,22 +346,25 @@ def _paper_rows() -> dict[str, list[float]]:
     return rows
 
 
-def _interval(told: Mapping[str, Any]) -> str:
-    return f"{100 * told['mean']:.1f} ({100 * told['low']:.1f}–{100 * told['high']:.1f})"
-
-
-def _mapping_lines() -> str:
-    told = "; ".join(f"{suite} for {name}: {WHY[name]}" for name, suite in MAPPING.items())
+def _interval(told: Mapping[str, Any] | None) -> str:
     return (
-        f"Suites stand for benchmarks by what they ask ({told}). Intervals of scores: 95 % over "
-        "questions, by video."
+        "–"
+        if told is None
+        else f"{100 * told['mean']:.1f} ({100 * told['low']:.1f}–{100 * told['high']:.1f})"
     )
 
 
+def _mapping_lines(mapping: Mapping[str, str]) -> str:
+    stand_in = {name: suite for name, suite in mapping.items() if suite == MAPPING[name]}
+    told = "; ".join(f"{suite} for {name}: {WHY[name]}" for name, suite in stand_in.items())
+    why = f"Suites stand for benchmarks by what they ask ({told}). " if told else ""
+    return f"{why}Intervals of scores: 95 % over questions, by video."
+
+
 def _changes_table(made: Mapping[str, Any]) -> str:
-    head = ["recipe", *MAPPING.values()]
+    head = ["recipe", *made["questions"]]
     lines = [
-        [name, *(_change_text(changes[suite]) for suite in MAPPING.values())]
+        [name, *(_change_text(changes[suite]) for suite in made["questions"])]
         for name, changes in made["changes"].items()
     ]
     return _table(head, lines) + "\n\n`[over questions] {over seeds}`, 95 %; * both exclude zero."
@@ -339,7 +393,7 @@ def _change_text(told: Mapping[str, Any] | None) -> str:
 def _losses_table(made: Mapping[str, Any]) -> str:
     kinds = ("text", "image", "video")
     lines = [
-        [recipe, moment, *(f"{moments[moment][kind]:.3f}" for kind in kinds)]
+        [recipe, moment, *(_loss_text(moments[moment].get(kind)) for kind in kinds)]
         for recipe, moments in made["losses"].items()
         for moment in MOMENTS[recipe]
         if moment in moments
@@ -348,7 +402,11 @@ def _losses_table(made: Mapping[str, Any]) -> str:
         "The scale base model never saw plain text, pictures or captions before: here continued "
         "pretraining teaches them, where the paper's recovers them."
     )
-    return _table(["recipe", "moment", *kinds], lines) + f"\n\n{note}"
+    return _table(["recipe", "moment", *kinds], lines) + (f"\n\n{note}" if made["scale"] else "")
+
+
+def _loss_text(loss: float | None) -> str:
+    return "–" if loss is None else f"{loss:.3f}"
 
 
 def reading(made: Mapping[str, Any]) -> list[str]:
@@ -368,7 +426,8 @@ def reading(made: Mapping[str, Any]) -> list[str]:
             f"{compared} changes are tested at 95 % each, without a correction for their number: "
             "one in twenty would come out by chance."
         )
-    missing = [f"{step}: not measured" for step in STEPS if step not in made["steps_beyond_sft"]]
+    steps = STEPS if _stands_in(made) else ()
+    missing = [f"{step}: not measured" for step in steps if step not in made["steps_beyond_sft"]]
     missing += [f"{name}: no such row yet" for name in _paper_rows() if name not in made["rows"]]
     return [*lines, *(f"{one}." for one in missing), *unmet(made)]
 

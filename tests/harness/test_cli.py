@@ -155,7 +155,7 @@ OPTIONS = {
     "profile": "model out workload contexts new-tokens batch chunk runner cache fill repeats dtype "
     "device video plan memory layer threads",
     "train": "out plan model gpus device threads",
-    "ablate": "out preset seeds limit jobs device threads root",
+    "ablate": "out preset seeds suite data limit jobs device threads root",
     "demo": "full videos out root threads",
     "compare-stock": "model videos repeats out root threads",
     "convert": "preset cache bytes-per-token choices calibration held-out tokens distil-minutes "

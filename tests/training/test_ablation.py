@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,10 +18,19 @@ from typing import Any
 
 import pytest
 
-from internvideo3.harness.ablate import AblateOptions, ablate
+from internvideo3.harness.ablate import AblateOptions, ablate, suites_of
 from internvideo3.harness.ablate_jobs import AblationStoppedError, graph
+from internvideo3.harness.preflight import PreflightError
 from internvideo3.model.checkpoint import weights_digest
-from internvideo3.reports.ablation import Change, change, is_hard, unmet
+from internvideo3.reports.ablation import (
+    MAPPING,
+    Change,
+    _values,
+    change,
+    columns,
+    is_hard,
+    unmet,
+)
 from internvideo3.reports.load import Sample
 from internvideo3.tasks.scoring import Outcome, Score
 from internvideo3.tasks.world.build import build_suite
@@ -91,6 +101,53 @@ def test_shared_stages_are_trained_once_and_a_stopped_ablation_goes_on(
     assert all(path.read_bytes() == held for path, held in evaluated.items())
     ablate(replace(options, recipes=("no_opd",)), lambda *_: None)
     assert "| full |" in table.read_text(), "a later command adds to the table"
+
+
+def small_benchmarks() -> dict[str, Any]:
+    """Writers of benchmarks in their own layout, by name."""
+    path = Path(__file__).parents[1] / "harness" / "small_benchmarks.py"
+    return dict(runpy.run_path(str(path))["WRITERS"])
+
+
+@pytest.mark.slow
+def test_benchmarks_may_be_the_columns(tmp_path: Path) -> None:
+    preset = tmp_path / "tiny.yaml"
+    preset.write_text(TINY)
+    data = tmp_path / "data"
+    for name in ("videomme", "mlvu"):
+        small_benchmarks()[name](data / name)
+    options = AblateOptions(
+        recipes=("full", "no_opd"), preset=str(preset), seeds=(0,), out=tmp_path / "out",
+        suites=suites_of("videomme,mlvu"), data=data, limit=6,
+    )  # fmt: skip
+    table = ablate(options, lambda *_: None)
+    assert table is not None
+    text = table.read_text()
+    assert "a model of 1.5 million parameters on videomme, mlvu." in text
+    head = next(line for line in text.splitlines() if line.startswith("| recipe | videomme"))
+    assert head.split(" | ")[1:5] == ["videomme (↔ V-MME)", "mlvu (↔ MLVU)", "mean", "seeds"]
+    assert "| full |" in text and "stand for" not in text and "GSPO over SFT" not in text
+    told = json.loads((tmp_path / "out" / "table5.json").read_text())
+    results = json.loads((tmp_path / "out" / "runs" / "full-s0" / "results.json").read_text())
+    for suite in ("videomme", "mlvu"):
+        # The table's number is the benchmark's own.
+        row = told["rows"]["full"][suite]
+        assert (row and row["mean"]) == pytest.approx(results[suite]["value"])
+    with pytest.raises(RecipeError, match=r"is of videomme, mlvu, and this command asks for"):
+        ablate(replace(options, suites=suites_of("videomme")), lambda *_: None)
+
+
+def test_what_is_evaluated_is_missed_before_anything_is_trained(tmp_path: Path) -> None:
+    options = AblateOptions(
+        recipes=("full",), seeds=(0,), out=tmp_path / "out", root=tmp_path / "nowhere"
+    )
+    with pytest.raises(PreflightError, match="world build world_long"):
+        ablate(options, lambda *_: None)
+    with pytest.raises(PreflightError, match="Did you mean videomme"):
+        suites_of("vidomme")
+    with pytest.raises(RecipeError, match="stages.gspo.group.*nobody published it"):
+        ablate(replace(options, preset="paper"), lambda *_: None)
+    assert not (tmp_path / "out").exists()
 
 
 def weights(out: Path) -> dict[str, str]:
@@ -246,6 +303,28 @@ def samples(values: Sequence[float], video: int = 2, **more: Any) -> list[Sample
 
 
 class TestReading:
+    def test_a_mean_of_tasks_weighs_questions_by_their_task(self) -> None:
+        rows = [
+            *samples([1.0] * 6, family="count", benchmark="mlvu"),
+            *(replace(one, id=f"o{one.id}") for one in
+              samples([0.0, 1.0], family="order", benchmark="mlvu")),
+        ]  # fmt: skip
+        values = [value for _, value in _values(rows).values()]
+        assert sum(values) / len(values) == pytest.approx((1.0 + 0.5) / 2)
+        assert [v for _, v in _values(samples([1.0, 0.0])).values()] == [1.0, 0.0]
+
+    def test_what_a_rule_leaves_out_does_not_count_and_what_failed_counts_nothing(self) -> None:
+        dropped = [replace(one, official=Score(None, None, Outcome.UNREADABLE)) for one in
+                   samples([1.0])]  # fmt: skip
+        failed = [replace(one, id="f", error="x") for one in dropped]
+        assert [v for _, v in _values([*dropped, *failed]).values()] == [0.0]
+
+    def test_columns_are_benchmarks_or_what_stands_for_them(self) -> None:
+        assert columns(SUITES) == MAPPING
+        assert columns(["mlvu", "world_ego", "tomato", "world_long"]) == {
+            "V-MME": "world_long", "MLVU": "mlvu",
+        }  # fmt: skip
+
     def test_a_change_is_paired_and_both_intervals_are_told(self) -> None:
         before = {seed: {"s": samples([1, 1, 1, 0] * 20)} for seed in range(3)}
         after = {seed: {"s": samples([0, 1, 1, 0] * (20 - seed) + [1, 1, 1, 0] * seed)}
