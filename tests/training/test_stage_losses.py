@@ -58,7 +58,7 @@ COMMON: dict[str, Any] = {
     "steps": 2, "documents": 5, "micro_documents": 2, "pack_tokens": 2048, "data": DATA,
     "optimiser": Optimiser(learning_rate=1e-4, warmup=0.0),
 }  # fmt: skip
-SFT = Sft(kind="sft", **COMMON)
+SFT = Sft(kind="sft", **COMMON | {"data": replace(DATA, families=("shape", "ground_object"))})
 GSPO = Gspo(
     kind="gspo", group=6, max_new_tokens=6, clip_low=0.005, clip_high=0.01, kl_weight=0.5, **COMMON
 )
@@ -242,7 +242,7 @@ def supervised(kind: str, processor: Any, policy: Policy) -> tuple[Any, list[Doc
         )
         assert {captions.kind(one) for one in indices} == {"text", "image", "video"}
         return stage, [captions.taught(one) for one in indices]
-    source = WorldDocuments(DATA, processor, 0)
+    source = WorldDocuments(SFT.data or pytest.fail(), processor, 0)
     taught = [source.taught(one) for one in indices]
     if kind == "answers":
         return build_stage(SFT, processor, policy, 0, Processes()), taught
@@ -260,11 +260,13 @@ def test_supervised_stages_weigh_each_answer_by_the_root_of_its_length(
     stage, documents = supervised(kind, processor, policy)
     works, _ = stage.works(STEP, policy)
     plain = plain_copy(policy)
-    losses, weights = [], 0.0
+    losses, weights, lengths = [], 0.0, set()
     for document in documents:
         for logp_S in answer_logps(plain, document):
             losses.append(-logp_S.sum() / len(logp_S) ** 0.5)
             weights += len(logp_S) ** 0.5
+            lengths.add(len(logp_S))
+    assert len(lengths) > 1
     assert_same(policy, works, plain, torch.stack(losses).sum() / weights)
 
 
