@@ -7,7 +7,8 @@ compiles the mask into the kernel (GPU; on a CPU it has no backward pass).
 
 With a row divided among processes (sequence parallelism), queries are exchanged so that each
 process has all tokens of some heads; of M²LA's keys and values only the latent rows travel, and
-each process rebuilds those of its own heads (a "latent gather" in Ulysses' scheme).
+each process rebuilds those of its own heads (a "latent gather" in Ulysses' scheme). Frames are
+divided too (`policy.py`): what a process saw of another's tokens is sent to it (`dealt`).
 
 Letters: B batch (1), H query heads, K key/value heads, G = H/K, T tokens of the row, t those of
 this process, W width of a key, V of a value, P processes that share a row, h = H/P.
@@ -15,9 +16,10 @@ this process, W width of a key, V of a value, P processes that share a row, h = 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -71,12 +73,41 @@ class Sharing:
         got_PBhtV = self._exchanged(sent)
         return got_PBhtV.transpose(0, 1).reshape(B, -1, T // self.count, V)
 
+    def dealt(self, rows: Tensor, held: Sequence[int], wanted: Sequence[int]) -> Tensor:
+        """Rows that lie one after another over the processes, cut anew; differentiable.
+
+        Args:
+            rows: This process's, `[held[rank], ...]`.
+            held: Number of rows that each process has.
+            wanted: Number that each is to have; in all as many as `held`.
+
+        Returns:
+            `[wanted[rank], ...]`.
+        """
+        sent = overlaps(held, self.rank, wanted)
+        got = overlaps(wanted, self.rank, held)
+        dealt: Tensor = collectives.all_to_all_single_autograd(
+            rows.contiguous(), got, sent, self.group
+        )
+        return dealt
+
     def _exchanged(self, sent: Tensor) -> Tensor:
         ones = [1] * self.count
         got: Tensor = collectives.all_to_all_single_autograd(
             sent.contiguous(), ones, ones, self.group
         )
         return got
+
+
+def overlaps(cut: Sequence[int], part: int, other: Sequence[int]) -> list[int]:
+    """How many rows of one part of a cut lie in each part of another cut of the same rows."""
+    first = sum(cut[:part])
+    stop = first + cut[part]
+    ends = list(accumulate(other))
+    return [
+        max(0, min(stop, end) - max(first, end - rows))
+        for rows, end in zip(other, ends, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@
 around everything that uses them.
 
 Letters: T tokens of a row, t those of this process, N supervised tokens, n those of this process,
-W text width, V vocabulary, F vision tokens, P processes that share a row.
+W text width, V vocabulary, P processes that share a row, F frames (temporal patches), v vision
+tokens of this process.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from internvideo3.model.attention import RowAttention
 from internvideo3.model.prerope import PreropeAttention
-from internvideo3.model.vision import Encoded, encode
+from internvideo3.model.vision import Encoded
 from internvideo3.training.attention import GQA_NAME, Backend, PackedAttention, Sharing
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE, chunk_tokens
 from internvideo3.training.packing import Pack
@@ -68,7 +69,8 @@ class Policy(nn.Module):
 
     def beside(self, model: Any) -> Policy:
         """Another model, not trained, on the same rows in the same way."""
-        return Policy(model.eval(), backend=self.backend, sharing=self.sharing)
+        other = Policy(model.eval(), backend=self.backend, sharing=self.sharing)
+        return other.requires_grad_(False)
 
     def copied(self) -> Policy:
         """A copy as it is now, not trained."""
@@ -87,13 +89,12 @@ class Policy(nn.Module):
         mine = self._part(len(pack.ids_T))
         visual_T = (pack.ids_T == config.video_token_id) | (pack.ids_T == config.image_token_id)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_vision):
-            before = int(visual_T[: mine.start].sum())
-            seen = self._see(pack).slice(before, before + int(visual_T[mine].sum()))
+            seen = self._see(pack, visual_T)
         visual_1t = visual_T[None, mine]
         embeds_1tW = inner.language_model.embed_tokens(pack.ids_T[None, mine])
-        tokens_FW = seen.tokens_VX.to(embeds_1tW.dtype)
+        tokens_vW = seen.tokens_VX.to(embeds_1tW.dtype)
         hidden_1tW = inner.language_model(
-            inputs_embeds=embeds_1tW.masked_scatter(visual_1t[..., None], tokens_FW),
+            inputs_embeds=embeds_1tW.masked_scatter(visual_1t[..., None], tokens_vW),
             # Of no use, but of a form that transformers passes on: it would make T² numbers.
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds_1tW.device),
             position_ids=pack.positions_3T[:, None, mine],
@@ -123,24 +124,67 @@ class Policy(nn.Module):
         parts_PnW = self.sharing.gathered(padded, 0).split(longest)
         return torch.cat([part[:n] for part, n in zip(parts_PnW, counts, strict=True)])
 
-    def _see(self, pack: Pack) -> Encoded:
-        """Everything of a row that can be seen, in the order of its tokens.
+    def _see(self, pack: Pack, visual_T: Tensor) -> Encoded:
+        """What fills this process's vision tokens, in their order.
 
-        A row of text alone shows the tower one grey picture and uses nothing of it, so that
-        processes that share the tower's weights gather them together.
+        The tower attends within a frame only: processes that share a row each run it on some
+        neighbouring frames, and then have the vision tokens dealt to where they lie in the row.
         """
-        if not len(pack.grid_thw):
-            side = self.model.config.vision_config.spatial_merge_size
-            width = self.model.model.visual.patch_embed.proj.weight[0].numel()
-            grey = torch.zeros(side * side, width, device=pack.ids_T.device)
-            seen = encode(self.model, "image", grey, torch.tensor([1, side, side]))
-            return seen.slice(0, 0)
-        pieces, first = [], 0
-        for grid_3 in _joined(pack.grid_thw):
-            count = int(grid_3.prod())
-            pieces.append(encode(self.model, "video", pack.pixels[first : first + count], grid_3))
-            first += count
-        return Encoded.joined(pieces)
+        grids_N3 = pack.grid_thw.cpu()
+        if self.sharing is None or not len(grids_N3):
+            return self._run_tower(pack.pixels, grids_N3)
+        frames_F3, owner_F = frame_owners(grids_N3, self.sharing.count)
+        patches_F = frames_F3.prod(1)
+        held_P = torch.zeros(self.sharing.count, dtype=torch.long)
+        held_P.index_add_(0, owner_F, patches_F)
+        first = int(held_P[: self.sharing.rank].sum())
+        pixels = pack.pixels[first : first + int(held_P[self.sharing.rank])]
+        seen = self._run_tower(pixels, frames_F3[owner_F == self.sharing.rank])
+        levels = (seen.tokens_VX, *seen.deepstack)
+        merged = self.model.config.vision_config.spatial_merge_size**2
+        wanted_P = visual_T.view(self.sharing.count, -1).sum(1)
+        # One exchange for the tokens and what DeepStack adds to them.
+        mine = self.sharing.dealt(
+            torch.cat(levels, 1), (held_P // merged).tolist(), wanted_P.tolist()
+        )
+        tokens_vW, *deepstack = mine.split([level.shape[1] for level in levels], 1)
+        return Encoded(tokens_vW, tuple(deepstack))
+
+    def _run_tower(self, pixels: Tensor, grids_N3: Tensor) -> Encoded:
+        """The vision tower on some frames, in one call whatever they are.
+
+        Without frames it sees one grey picture, of which nothing is used: processes that share the
+        tower's weights gather them together, so each must call it once for a row.
+        """
+        visual = self.model.model.visual
+        if not len(grids_N3):
+            side = visual.spatial_merge_size
+            grey = torch.zeros(side * side, visual.patch_embed.proj.weight[0].numel())
+            return self._run_tower(grey, torch.tensor([[1, side, side]])).slice(0, 0)
+        grids = torch.stack(_joined(grids_N3)).to(visual.device)
+        out = visual(pixels.to(visual.device, visual.dtype), grid_thw=grids, return_dict=True)
+        return Encoded(out.pooler_output, tuple(out.deepstack_features))
+
+
+def frame_owners(grids_N3: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Frames of a row, and which of so many processes sees each.
+
+    A frame belongs to the process in whose equal part of the row's patches its middle lies, so
+    that no process has more than one frame beyond its part; one may have none.
+
+    Args:
+        grids_N3: Patches in time, height and width of each image or video.
+        count: Processes that share the row.
+
+    Returns:
+        Grids of the single frames, `[F,3]`, and their owners, `[F]`, which never fall.
+    """
+    frames_F3 = grids_N3.repeat_interleave(grids_N3[:, 0], 0)
+    frames_F3[:, 0] = 1
+    patches_F = frames_F3.prod(1)
+    # Twice the number of patches before each frame's middle: whole numbers do not round.
+    middle_F = 2 * patches_F.cumsum(0) - patches_F
+    return frames_F3, middle_F * count // (2 * patches_F.sum())
 
 
 def token_logps(
@@ -206,7 +250,8 @@ def _check_attention(model: Any) -> None:
 def _joined(grids_N3: Tensor) -> list[Tensor]:
     """Neighbouring grids of one frame size as one long video.
 
-    The tower attends within a temporal patch only, so this changes nothing but the number of calls.
+    The tower attends within a temporal patch only, so this changes nothing but the number of grids
+    whose positions it computes one by one.
     """
     joined: list[Tensor] = []
     for grid_3 in grids_N3:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from internvideo3.model.device import device_of
 from internvideo3.training.attention import Sharing
+
+PATIENCE = timedelta(hours=12)
+"""Longest wait for another process. One converts or pushes weights while the others stand at a
+barrier, an 8B conversion for hours; NCCL's own limit is ten minutes."""
 
 
 def _device(name: str | None) -> torch.device:
@@ -40,7 +45,7 @@ class Processes:
         self.device = _device(device)
         cuda = self.device.type == "cuda"
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo")
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
         self.count = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.sharing: Sharing | None = None
@@ -60,7 +65,8 @@ class Processes:
         if parts > 1 and parts not in self._sharings:
             # Every process must take part in making every group.
             for first in range(0, self.count, parts):
-                group: Any = dist.new_group(list(range(first, first + parts)))
+                ranks = list(range(first, first + parts))
+                group: Any = dist.new_group(ranks, timeout=PATIENCE)
                 if first <= self.rank < first + parts:
                     self._sharings[parts] = Sharing(group, self.rank - first, parts)
         self.sharing = self._sharings[parts] if parts > 1 else None
@@ -81,7 +87,11 @@ class Processes:
         return self.rank == 0
 
     def shard(self, policy: Any) -> None:
-        """Divides the weights among the processes, layer by layer; alone, nothing happens."""
+        """Divides the weights among the processes, layer by layer; alone, nothing happens.
+
+        Of a policy that learns nothing (a reference, a teacher) too. Its embeddings and head, once
+        gathered, stay: it has no backward pass after which they would go.
+        """
         if self.count == 1:
             return
         mesh = init_device_mesh(self.device.type, (self.count,))
@@ -117,8 +127,15 @@ class Processes:
             dist.destroy_process_group()
 
     def whole_weights(self, policy: nn.Module) -> dict[str, Any]:
-        """All weights of a policy on every process."""
-        return get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True))
+        """All weights of a policy on every process, in the host's memory.
+
+        On the device one tensor at a time is whole; all processes must ask together.
+        """
+        whole = {}
+        for name, value in policy.state_dict().items():
+            tensor = value.full_tensor() if isinstance(value, DTensor) else value
+            whole[name] = tensor.cpu()
+        return whole
 
     def _reduced(self, values: Tensor, how: Any) -> Tensor:
         if self.count > 1:

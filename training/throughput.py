@@ -2,7 +2,8 @@
 
 Model FLOPs as in the PaLM report (Chowdhery et al., 2022, appendix B): two for each weight and
 token and for each pair of attending tokens and head channel, three times that with the backward
-pass; recomputation does not count. Peaks are the dense bf16 figures of the vendors' data sheets.
+pass, for the vision tower too where it learns; recomputation does not count. Peaks are the dense
+bf16 figures of the vendors' data sheets.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200":
 
 
 def pass_flops(model: Any, pack: Pack) -> float:
-    """FLOPs of a forward and backward pass of the text model, and of the vision tower's forward.
+    """FLOPs of a forward and backward pass; of a vision tower that does not learn, of its forward.
 
     Args:
-        model: A Qwen3-VL for conditional generation.
+        model: A Qwen3-VL for conditional generation; the tower learns if its weights do.
         pack: The row.
     """
     text = model.config.get_text_config()
@@ -31,8 +32,22 @@ def pass_flops(model: Any, pack: Pack) -> float:
     dense = layers * len(pack.ids_T) + model.lm_head.weight.numel() * supervised
     channels = text.num_attention_heads * (key_width(text) + text.head_dim)
     attention = channels * text.num_hidden_layers * attending_pairs(pack)
-    vision = sum(p.numel() for p in model.model.visual.parameters()) * len(pack.pixels)
-    return float(3 * 2.0 * (dense + attention) + 2.0 * vision)
+    learning = any(p.requires_grad for p in model.model.visual.parameters())
+    passes = 3 if learning else 1
+    return float(3 * 2.0 * (dense + attention) + passes * 2.0 * tower_products(model, pack))
+
+
+def tower_products(model: Any, pack: Pack) -> float:
+    """Products of the vision tower's forward: of its mergers once a token, of all else a patch."""
+    visual = model.model.visual
+    of_patch, of_token = (
+        sum(p.numel() for part in parts for p in part.parameters())
+        for parts in (
+            (visual.patch_embed, visual.blocks),
+            (visual.merger, visual.deepstack_merger_list),
+        )
+    )
+    return len(pack.pixels) * (of_patch + of_token / visual.spatial_merge_size**2)
 
 
 def attending_pairs(pack: Pack) -> float:

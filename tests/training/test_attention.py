@@ -8,17 +8,19 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from internvideo3.model.checkpoint import load_model
-from internvideo3.training.attention import BACKENDS, PackedAttention, Sharing
+from internvideo3.training.attention import BACKENDS, PackedAttention, Sharing, overlaps
 from internvideo3.training.packing import pack
-from internvideo3.training.policy import Policy
+from internvideo3.training.policy import Policy, frame_owners
 from internvideo3.training.processes import Processes
 from internvideo3.training.recipe import Sft
 from internvideo3.training.train import build_stage
@@ -122,7 +124,10 @@ def test_a_row_form_without_rotary_keys_is_refused() -> None:
 def test_rows_divided_between_two_processes_train_as_whole_ones(
     checkpoint: str, tmp_path: Path
 ) -> None:
-    """All stages: loss and every gradient, of M²LA (latent gather) and GQA."""
+    """All stages and sights: loss and every gradient, of M²LA (latent gather) and GQA.
+
+    Also with weights that are divided (FSDP2) while the rows differ, and of a frozen copy.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -133,22 +138,78 @@ def test_rows_divided_between_two_processes_train_as_whole_ones(
         subprocess.Popen(command, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank})
         for rank in "01"
     ]
+    made = runpy.run_path(str(DIVIDED))
     whole = {}
-    for name, options in runpy.run_path(str(DIVIDED))["STAGES"].items():
+    for name, options in made["STAGES"].items():
         model, processor = load_model(checkpoint, "cpu", torch.float32)
         policy = Policy(model)
         works, _ = build_stage(options, processor, policy, 0, Processes()).works(0, policy)
         loss = torch.stack([policy(work.pack, work.loss) for work in works]).sum()
         loss.backward()
-        grads = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
-        whole[name] = {"loss": loss.detach(), **grads}
+        whole[name] = {"loss": loss.detach(), **made["learned"](policy)}
+    rows = {name: [name] for name in made["SIGHTS"]}
+    for name, shown in {**rows, "sharded": ["videos and images", "text alone"]}.items():
+        # Gradients of words at random are large, and float64 rounds them.
+        model, _ = load_model(checkpoint, "cpu", torch.float64)
+        policy = Policy(model, train_vision=True)
+        sights = [made["sight"](model, made["SIGHTS"][one]) for one in shown]
+        loss = torch.stack([policy(row, made["own_words"](row)) for row in sights]).sum()
+        loss.backward()
+        whole[name] = {"loss": loss.detach(), **made["learned"](policy)}
+    whole["frozen"] = {"loss": torch.zeros(()), **Policy(model).state_dict()}
     assert [one.wait(timeout=250) for one in running] == [0, 0]
     divided = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert most_of_the_tower(whole["videos and images"]) > 1e-3
     for name, truth in whole.items():
-        assert truth.keys() == divided[name].keys()
+        assert truth.keys() == divided[name].keys(), name
         apart = {k: float((divided[name][k] - v).abs().max()) for k, v in truth.items()}
         assert max(apart.values()) <= 1e-5, (name, max(apart, key=lambda k: apart[k]))
     assert float(whole["sft"]["loss"]) > 0
+
+
+def most_of_the_tower(found: dict[str, Tensor]) -> float:
+    """The largest gradient of the vision tower."""
+    return max(float(v.abs().max()) for k, v in found.items() if ".visual." in k)
+
+
+def test_frames_are_divided_in_their_order_and_by_their_patches() -> None:
+    frames_F3, owner_F = frame_owners(torch.tensor([[3, 4, 4], [1, 8, 12], [1, 4, 4]]), 3)
+    assert frames_F3.tolist() == [[1, 4, 4]] * 3 + [[1, 8, 12], [1, 4, 4]]
+    assert owner_F.tolist() == [0, 0, 0, 1, 2]
+    # One frame for three processes: the middle one's, the others have none.
+    assert frame_owners(torch.tensor([[1, 4, 4]]), 3)[1].tolist() == [1]
+    assert overlaps([4, 0, 3], 0, [1, 5, 1]) == [1, 3, 0]
+    assert overlaps([4, 0, 3], 1, [1, 5, 1]) == [0, 0, 0]
+
+
+def test_processes_share_the_frames_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sees its own half of the patches, in one call, whatever the frames' sizes."""
+    model, _ = load_model("scale:m2la", "cpu", torch.float32)
+    made = runpy.run_path(str(DIVIDED))
+    row = made["sight"](model, made["SIGHTS"]["videos and images"])
+    seen: list[Tensor] = []
+    model.model.visual.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    monkeypatch.setattr(Sharing, "dealt", lambda self, rows, held, wanted: rows)
+    for rank in range(2):
+        policy = Policy(model, sharing=Sharing(None, rank, 2))  # type: ignore[arg-type]
+        policy._see(row, torch.zeros(2, dtype=torch.bool))
+    assert len(seen) == 2
+    assert torch.equal(torch.cat(seen), row.pixels)
+    assert abs(len(seen[0]) - len(seen[1])) <= 2 * 64
+
+
+def test_processes_wait_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the first converts a large model the others stand at a barrier."""
+    told: list[timedelta] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "is_initialized", lambda: bool(told))
+    monkeypatch.setattr(dist, "init_process_group", lambda _, timeout: told.append(timeout))
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "new_group", lambda _, timeout: told.append(timeout))
+    Processes("cpu").divide_rows(2)
+    assert len(told) == 2
+    assert min(told) >= timedelta(hours=6)
 
 
 def test_only_latent_rows_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:

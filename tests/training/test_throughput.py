@@ -21,11 +21,12 @@ STAGE = Sft(
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("train_vision", [False, True])
 @pytest.mark.parametrize("checkpoint", ["scale:base", "scale:m2la"])
-def test_the_formula_counts_what_torch_counts(checkpoint: str) -> None:
+def test_the_formula_counts_what_torch_counts(checkpoint: str, train_vision: bool) -> None:
     """Of a short row, where attention, which torch counts by kernel, is little."""
     model, processor = load_model(checkpoint, "cpu", torch.float32)
-    policy = Policy(model, backend="mask")
+    policy = Policy(model, backend="mask", train_vision=train_vision)
     short = replace(STAGE, documents=1, data=WorldData(lengths={2: 1.0}, videos=6))
     stage = build_stage(short, processor, policy, 0, Processes())
     with FlopCounterMode(display=False) as counted:
