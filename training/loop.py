@@ -255,6 +255,16 @@ def together(group: Processes, make: Callable[[], Made]) -> Made:
     return made[0]
 
 
+def in_step(group: Processes, rows: Sequence[Made]) -> list[tuple[Made, bool]]:
+    """This process's rows, and the last one again until all processes have seen as many.
+
+    A reference or teacher that the processes share is gathered by all of them at once. The number
+    beside a row says whether it counts.
+    """
+    missing = group.most(len(rows)) - len(rows)
+    return [(row, True) for row in rows] + [(row, False) for row in rows[-1:] * missing]
+
+
 def own_indices(options: StageOptions, step: int, group: Processes) -> range:
     """Places of this process's documents of a step in the stage's sequence."""
     first = step * options.documents

@@ -267,6 +267,7 @@ def build_stage(
         sampler_of = _sampler_of(policy, processor, options.max_new_tokens, group)
     if isinstance(options, Gspo):
         reference = policy.copied()
+        group.shard(reference)
         return GspoStage(options, documents, reference, sampler_of, seed, group)
     if options.remote:
         endpoint = Endpoint(url=options.teacher, model=options.teacher_model)
@@ -274,7 +275,9 @@ def build_stage(
         return OpdStage(options, documents, remote, sampler_of, seed, group)
     teacher, theirs = load_model(options.teacher, group.device, torch.float32)
     check_teacher(processor, theirs)
-    return OpdStage(options, documents, policy.beside(teacher), sampler_of, seed, group)
+    beside = policy.beside(teacher)
+    group.shard(beside)
+    return OpdStage(options, documents, beside, sampler_of, seed, group)
 
 
 def limits_of(options: StageOptions) -> RowLimits:

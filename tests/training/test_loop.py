@@ -27,12 +27,15 @@ from internvideo3.training.loop import TrainingError
 from internvideo3.training.packing import pack
 from internvideo3.training.policy import Policy
 from internvideo3.training.recipe import (
+    Gspo,
+    Opd,
     Optimiser,
     Recipe,
     RecipeError,
     Sft,
     StageOptions,
     WorldData,
+    load_recipe,
 )
 from internvideo3.training.train import quiet, train
 
@@ -210,6 +213,80 @@ def test_two_processes_equal_one(plain: Path, tmp_path: Path, parts: int) -> Non
         assert abs(ours["loss"] - theirs["loss"]) < 1e-5
         assert abs(ours["norm"] - theirs["norm"]) < 1e-4 * theirs["norm"]
     assert mean_distance(tmp_path / "out", plain) < 1e-6
+
+
+@pytest.mark.slow
+def test_two_processes_share_reference_and_teacher_and_learn_what_one_does(tmp_path: Path) -> None:
+    """Three prompts, so that one process has a row less to show the models that they share."""
+    data = WorldData(lengths={2: 0.5, 4: 0.5}, videos=6, profiles={"main": 1.0})
+    common: dict[str, Any] = {
+        "steps": 1, "documents": 3, "micro_documents": 1, "pack_tokens": 2048, "group": 3,
+        "max_new_tokens": 6, "data": data, "optimiser": Optimiser(learning_rate=1e-4, warmup=0.0),
+    }  # fmt: skip
+    gspo = Gspo(kind="gspo", updates=2, **common)
+    opd = Opd(kind="opd", teacher="scale:base", **common)
+    written = tmp_path / "two.yaml"
+    stages = {"gspo": _plain_data(gspo), "opd": _plain_data(opd)}
+    written.write_text(json.dumps({"about": "t", "start": START, "seed": 5, "stages": stages}))
+    train(load_recipe(written), tmp_path / "one")
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", _port()]
+    done = subprocess.run(
+        [sys.executable, *command, "-m", "internvideo3.harness.cli", "train", str(written),
+         "--out", str(tmp_path / "two")],
+        capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("1-gspo", "2-opd"):
+        (ours,), (theirs,) = (
+            [json.loads(line) for line in (tmp_path / out / name / "metrics.jsonl").open()]
+            for out in ("two", "one")
+        )
+        for key in (
+            "loss",
+            "norm",
+            "response_tokens",
+            *(["reward", "kl"] if "gspo" in name else []),
+        ):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), (name, key)
+
+
+@pytest.mark.slow
+def test_a_rollout_server_that_is_down_ends_both_processes_with_the_state_saved(
+    tmp_path: Path,
+) -> None:
+    """Only the first process pushes weights; the other one would wait for it for ever."""
+    data = WorldData(lengths={2: 1.0}, videos=4, profiles={"main": 1.0})
+    gspo = Gspo(
+        kind="gspo", steps=1, documents=2, pack_tokens=2048, group=2, max_new_tokens=4, data=data,
+        optimiser=Optimiser(learning_rate=1e-4), rollouts=f"http://127.0.0.1:{_port()}/v1",
+    )  # fmt: skip
+    written = tmp_path / "down.yaml"
+    told = {"about": "t", "start": START, "stages": {"gspo": _plain_data(gspo)}}
+    written.write_text(json.dumps(told))
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", _port()]
+    done = subprocess.run(
+        [sys.executable, *command, "-m", "internvideo3.harness.cli", "train", str(written),
+         "--out", str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "Connection refused" in done.stderr, done.stderr[-3000:]
+    assert "another process cannot go on" in done.stderr, "the other process ended by itself"
+    assert [one.name for one in (tmp_path / "out/1-gspo/states").iterdir()] == ["step-00000000"]
+
+
+def test_a_signal_in_the_last_step_of_a_stage_stops_before_the_next(tmp_path: Path) -> None:
+    stages = {"one": sft(steps=2, documents=2), "two": sft(steps=2, documents=2)}
+    both = Recipe(about="test", start=START, seed=5, stages=stages)
+
+    def stops(name: str, done: int, total: int) -> None:
+        if (name, done) == ("one", 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    ended = train(both, tmp_path, stops)
+    assert ended.checkpoint is None and ended.stage == "one"
+    assert (tmp_path / "1-one" / "checkpoint").is_dir() and not (tmp_path / "2-two").exists()
+    assert train(both, tmp_path).checkpoint == tmp_path / "2-two" / "checkpoint"
 
 
 @pytest.mark.slow

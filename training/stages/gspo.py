@@ -10,8 +10,9 @@ width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from statistics import pstdev
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from internvideo3.tasks.scoring.entry import score
 from internvideo3.training.documents import SCORED_AS, Document, Prompt, Source
-from internvideo3.training.loop import Stage, Totals, Work, own_indices
+from internvideo3.training.loop import Stage, Totals, Work, in_step, own_indices, together
 from internvideo3.training.objectives.gspo import GspoOptions, group_advantages, gspo_loss
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE
 from internvideo3.training.packing import pack, packs
@@ -70,22 +71,25 @@ class GspoStage(Stage):
     def works(self, step: int, policy: Policy) -> tuple[list[Work], Totals]:
         """Sample, score, normalise; then rows of whole groups."""
         sampler = self.sampler_of(policy)
-        groups = [
-            self._rollout(sampler, index) for index in own_indices(self.options, step, self.group)
-        ]
+        indices = own_indices(self.options, step, self.group)
+        rows = together(self.group, lambda: self._rows(sampler, indices))
+        works: list[Work] = []
+        self._watched = {}
+        for number, (row, counts) in enumerate(in_step(self.group, rows)):
+            made = self._work(number, row, policy, sampler.barred)
+            works += [made] if counts else []
+        return works, _noted([one for row in rows for one in row])
+
+    def _rows(self, sampler: Samples, indices: Iterable[int]) -> list[list[Group]]:
+        """Groups of responses, as many to a row of training as fit."""
+        groups = [self._rollout(sampler, index) for index in indices]
+        left = iter(groups)
         rows = packs(
             [one.document for one in groups],
             self.options.pack_tokens,
             self.options.micro_documents,
         )
-        works: list[Work] = []
-        self._watched = {}
-        first = 0
-        for number, row in enumerate(rows):
-            own = groups[first : first + len(row)]
-            works.append(self._work(number, own, policy, sampler.barred))
-            first += len(row)
-        return works, _noted(groups)
+        return [list(islice(left, len(row))) for row in rows]
 
     def noted(self) -> Totals:
         """How far the step's last update found the policy from where it sampled and began."""

@@ -13,7 +13,9 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from internvideo3.training.documents import Document, Prompt, Source
-from internvideo3.training.loop import Stage, Totals, Work, own_indices
+from internvideo3.training.loop import Stage, Totals, Work, in_step, own_indices, together
 from internvideo3.training.objectives.distillation import full_kl, sampled_kl, top_k_kl
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE, chunk_tokens
 from internvideo3.training.packing import Pack, pack, packs
@@ -30,7 +32,7 @@ from internvideo3.training.policy import Policy, barred_logits, token_logps
 from internvideo3.training.processes import Processes
 from internvideo3.training.recipe import Opd, RecipeError
 from internvideo3.training.remote import RemoteTeacher
-from internvideo3.training.rollouts import Response, answered
+from internvideo3.training.rollouts import Response, Samples, answered
 from internvideo3.training.stages.gspo import SamplerOf
 
 
@@ -67,23 +69,30 @@ class OpdStage(Stage):
     def works(self, step: int, policy: Policy) -> tuple[list[Work], Totals]:
         """Sample; let the teacher read; rows of prompts with their responses."""
         sampler = self.sampler_of(policy)
-        asked: list[Asked] = []
-        for index in own_indices(self.options, step, self.group):
-            prompt = self.documents.prompt(index)
-            seed = self.seed * 1_000_003 + index
-            responses = sampler.sample(prompt, self.options.group, seed)
-            document = answered(prompt, responses, self.documents.prompter)
-            asked.append(Asked(document, prompt, tuple(responses)))
+        indices = own_indices(self.options, step, self.group)
+        rows = together(self.group, lambda: self._rows(sampler, indices))
+        works: list[Work] = []
+        for row, counts in in_step(self.group, rows):
+            made = self._work(row, policy, sampler.barred)
+            works += [made] if counts else []
+        lengths = [len(one.ids) for row in rows for group in row for one in group.responses]
+        return works, {"response_tokens": (sum(lengths), len(lengths))}
+
+    def _rows(self, sampler: Samples, indices: Iterable[int]) -> list[list[Asked]]:
+        """Prompts with their responses, as many to a row of training as fit."""
+        asked = [self._asked(sampler, index) for index in indices]
+        left = iter(asked)
         rows = packs(
             [one.document for one in asked], self.options.pack_tokens, self.options.micro_documents
         )
-        works: list[Work] = []
-        first = 0
-        for row in rows:
-            works.append(self._work(asked[first : first + len(row)], policy, sampler.barred))
-            first += len(row)
-        lengths = [len(one.ids) for group in asked for one in group.responses]
-        return works, {"response_tokens": (sum(lengths), len(lengths))}
+        return [list(islice(left, len(row))) for row in rows]
+
+    def _asked(self, sampler: Samples, index: int) -> Asked:
+        prompt = self.documents.prompt(index)
+        seed = self.seed * 1_000_003 + index
+        responses = sampler.sample(prompt, self.options.group, seed)
+        document = answered(prompt, responses, self.documents.prompter)
+        return Asked(document, prompt, tuple(responses))
 
     def _work(self, row: list[Asked], policy: Policy, barred: tuple[int, ...]) -> Work:
         laid = pack([one.document for one in row], policy.model).to(self.group.device)
