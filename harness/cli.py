@@ -1011,9 +1011,12 @@ def train_command(
         bool, typer.Option("--plan", help="Only say what memory the stages need; train nothing.")
     ] = False,
     model: Annotated[
-        str,
-        typer.Option(help="With --plan: `8b` (the released shape), or a checkpoint folder."),
-    ] = "8b",
+        str | None,
+        typer.Option(
+            help="With --plan: `8b` (the released shape) or a checkpoint; by default the recipe's "
+            "start, or `8b` where it has none."
+        ),
+    ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="With --plan: GPUs that share the model.")] = 8,
     device: DeviceOption = None,
     threads: ThreadsOption = 1,

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import Qwen3VLConfig
 
 from internvideo3.model.checkpoint import read_config, resolve_checkpoint
 from internvideo3.model.config import InternVideo3Config
-from internvideo3.training.plan import GIB, Plan, plan_step, released_config
+from internvideo3.training.plan import GIB, Row, latent_config, plan_step, released_config
 from internvideo3.training.processes import Processes
-from internvideo3.training.recipe import Convert, Cpt, Sft, load_recipe
+from internvideo3.training.recipe import KINDS, Open, Stage, load_recipe
 from internvideo3.training.train import Trained, quiet, train
 
+RELEASED = "8b"
+"""Name of the released shape, which is no checkpoint."""
 WHOLE_TOKENS = 65536
 """Rows longer than this are also planned as parts, as sequence parallelism would have them."""
 SPLITS = (1, 2, 4, 8)
@@ -40,50 +45,98 @@ def run_training(
         group.leave()
 
 
-def plan_lines(recipe: str, model: str, gpus: int) -> list[str]:
+def plan_lines(recipe: str, model: str | None, gpus: int) -> list[str]:
     """What each stage of a recipe needs on one of so many GPUs; long rows whole and in parts.
 
     Args:
         recipe: Name or file.
-        model: `8b` for the released shape, or an M²LA checkpoint.
+        model: `8b` for the released shape, or a checkpoint with a vision tower; None: the recipe's
+            own start, or `8b` where it has none.
         gpus: GPUs that share weights, gradients and moments.
 
     Raises:
-        ValueError: The recipe or the checkpoint cannot be used.
+        ValueError: The recipe or a checkpoint cannot be used.
     """
-    config = released_config() if model == "8b" else _latent_config(model)
-    lines = ["GiB on each GPU; the vision tower's activations are not in it."]
-    for name, stage in load_recipe(recipe).stages.items():
-        if isinstance(stage, Convert):
-            continue
-        for parts in SPLITS if stage.pack_tokens > WHOLE_TOKENS else (1,):
-            planned = plan_step(
-                config,
-                stage.pack_tokens // parts,
-                gpus,
-                recompute=stage.recompute,
-                bfloat16=isinstance(stage, Cpt | Sft) and stage.bfloat16,
-            )
-            lines.append(_plan_line(name, planned, gpus))
+    read = load_recipe(recipe)
+    name = model or read.start or RELEASED
+    config = _config_of(name)
+    lines = [f"GiB on each GPU, every token a vision token and learnt. Planned: {name}, "
+             f"{_shape(config)}."]  # fmt: skip
+    for stage_name, stage in read.stages.items():
+        if stage.kind != "convert":
+            lines += [f"{stage_name}: {line}" for line in _stage_lines(stage, config, gpus)]
+        elif not isinstance(config, InternVideo3Config):
+            config = latent_config(config, _value(stage, "preset"))
+            lines.append(f"{stage_name}: from here on {_shape(config)}.")
     return lines
 
 
-def _plan_line(name: str, planned: Plan, gpus: int) -> str:
-    parts = {
-        "states": planned.states, "gathered": planned.gathered,
-        "activations": planned.activations, "in all": planned.total,
+def _stage_lines(stage: Stage | Open, config: Any, gpus: int) -> list[str]:
+    """A line for each way to divide its rows that the GPUs and the heads allow."""
+    tokens, own = _value(stage, "pack_tokens"), _value(stage, "sequence_parallel")
+    if tokens is None:
+        return ["pack_tokens is not set, so there is no plan."]
+    heads = config.text_config.num_key_value_heads
+    tried = SPLITS if tokens > WHOLE_TOKENS else ()
+    parts = {n for n in tried if not gpus % n and not heads % n} | {own}
+    return [_plan_line(stage, config, gpus, n) for n in sorted(parts)]
+
+
+def _plan_line(stage: Stage | Open, config: Any, gpus: int, parts: int) -> str:
+    row = Row(
+        tokens=_value(stage, "pack_tokens"),
+        parts=parts,
+        recompute=_value(stage, "recompute"),
+        bfloat16=bool(_value(stage, "bfloat16")),
+        train_vision=_value(stage, "train_vision"),
+    )
+    frozen = {"reference": config} if stage.kind == "gspo" else {}
+    teacher = _value(stage, "teacher")
+    if teacher is not None and not teacher.startswith(("http://", "https://")):
+        frozen["teacher"] = _config_of(teacher)
+    sampler = stage.kind in ("gspo", "opd") and not _value(stage, "rollouts")
+    planned = plan_step(config, row, gpus, frozen=frozen, sampler=sampler)
+    sizes = {
+        "states": planned.states, "gathered": planned.gathered, **planned.others,
+        "pixels": planned.pixels, "tower": planned.tower, "activations": planned.activations,
+        "in all": planned.step,
     }  # fmt: skip
-    told = ", ".join(f"{part} {size / GIB:.1f}" for part, size in parts.items())
-    return f"{name}: {planned.tokens:,} tokens a GPU, {gpus} GPUs: {told}"
+    told = ", ".join(f"{part} {_gib(size)}" for part, size in sizes.items())
+    shared = f" ({row.tokens:,} shared by {parts})" if parts > 1 else ""
+    start = f"; all models whole at the start {_gib(planned.start)}" if gpus > 1 else ""
+    without = "; no teacher is set" if stage.kind == "opd" and teacher is None else ""
+    return f"{row.own:,} tokens a GPU{shared}, {gpus} GPUs: {told}{start}{without}"
 
 
-def _latent_config(model: str) -> InternVideo3Config:
-    path = resolve_checkpoint(model)
-    config = read_config(path)
-    if config["model_type"] != "internvideo3":
+def _value(stage: Stage | Open, key: str) -> Any:
+    """An option of a stage, also of one that leaves others open; None if its kind has no such."""
+    given = stage.options if isinstance(stage, Open) else vars(stage)
+    defaults = {one.name: one.default for one in fields(KINDS[stage.kind])}
+    return given.get(key, defaults.get(key))
+
+
+def _gib(size: int) -> str:
+    """One decimal, of little two digits."""
+    return f"{size / GIB:.1f}" if size >= GIB else f"{size / GIB:.2g}"
+
+
+def _shape(config: Any) -> str:
+    text = config.text_config
+    told = f"{text.num_hidden_layers} layers of width {text.hidden_size}"
+    if not isinstance(config, InternVideo3Config):
+        return f"GQA, {told}"
+    return f"M²LA, {told}, latent rank {text.latent_rank} and {text.rope_slots} rotary slots"
+
+
+def _config_of(name: str) -> Any:
+    """Configuration of the released shape or of a checkpoint, GQA or M²LA."""
+    if name == RELEASED:
+        return released_config()
+    told = read_config(resolve_checkpoint(name))
+    kinds = {"internvideo3": InternVideo3Config, "qwen3_vl": Qwen3VLConfig}
+    if told["model_type"] not in kinds:
         raise ValueError(
-            f"{model} is a {config['model_type']} checkpoint; --plan knows M²LA models. Convert it "
-            "first (`internvideo3 convert`), or leave --model out for the released 8B shape."
+            f"{name} is a {told['model_type']} checkpoint; --plan plans models with a vision "
+            f"tower ({', '.join(kinds)}). Give another --model, or `{RELEASED}`."
         )
-    made: InternVideo3Config = InternVideo3Config.from_dict(config)
-    return made
+    return kinds[told["model_type"]].from_dict(told)
