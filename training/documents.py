@@ -34,7 +34,7 @@ from internvideo3.training.scale.batches import (
     draw_training_question,
     seed_stream,
 )
-from internvideo3.training.scale.pixels import NOISE, SIDE_PX, sampled_times
+from internvideo3.training.scale.pixels import NOISE, SAMPLE_FPS, SIDE_PX, sampled_times
 
 SCORED_AS = "world_manyq"
 """The suite by whose rules answers are rewarded; all suites of the world share one scorer."""
@@ -194,9 +194,9 @@ class WorldDocuments:
         return text.rfind(self.video_end) + len(self.video_end)
 
     def frames(self, spec: VideoSpec) -> Frames:
-        """Frames at 2 fps with the grain that a video file leaves."""
+        """Frames with the grain that a video file leaves."""
         length = int(spec.length_s)
-        times = sampled_times(length)
+        times = sampled_times(length, self.data.fps or SAMPLE_FPS)
         rng = np.random.default_rng(spec.seed)
         clean = paint(spec, times, SIDE_PX).astype(np.float32)
         noisy = clean + rng.normal(0, 255 * NOISE, clean.shape).astype(np.float32)

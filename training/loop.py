@@ -211,10 +211,20 @@ class Loop:
         if peak is not None:
             row["mfu"] = row["flops"] / (seconds * peak * self.group.count)
         if self.group.first:
-            with (self.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            self._write_row(row)
             if self.curves is not None:
                 self.curves.add(row)
+
+    def _write_row(self, row: dict[str, float]) -> None:
+        path = self.folder / "metrics.jsonl"
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise TrainingError(
+                f"{path} cannot be written: {error.strerror}. The newest state is kept; make room "
+                "and repeat the command."
+            ) from error
 
     def _forget_metrics_after(self, step: int) -> None:
         """Steps after the newest state are taken again, and noted again."""
@@ -262,7 +272,7 @@ def in_step(group: Processes, rows: Sequence[Made]) -> list[tuple[Made, bool]]:
     beside a row says whether it counts.
     """
     missing = group.most(len(rows)) - len(rows)
-    return [(row, True) for row in rows] + [(row, False) for row in rows[-1:] * missing]
+    return [(row, True) for row in rows] + [(row, False) for row in list(rows[-1:]) * missing]
 
 
 def own_indices(options: StageOptions, step: int, group: Processes) -> range:

@@ -74,6 +74,8 @@ class WorldData:
     descriptions: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the documents that ask for a description, the longest answers of the world, where
     the kind of video has any; None: no document does."""
+    fps: Literal[1, 2, 4, 8] | None = None
+    """Frames from a second of video; None: 2, as the scale model is evaluated."""
     first_seed: Annotated[int, Field(ge=0)] = 0
     """Where in the training split the videos begin; stages that should not share videos differ."""
 
@@ -404,8 +406,8 @@ def complete(recipe: Recipe) -> dict[str, Stage]:
         missing += [f"stages.{name}.{key}" for key in needed if given(key) is None]
     if missing:
         raise RecipeError(
-            f"{', '.join(sorted(set(missing)))}: not set; nobody published it. Write a recipe that "
-            "extends this one and sets it (training/README.md shows how)."
+            f"{', '.join(sorted(set(missing)))}: not set. Presets leave open what nobody published; "
+            "write a recipe that extends this one and sets it (training/README.md shows how)."
         )
     return found
 
@@ -463,7 +465,7 @@ def require(value: Any, where: str) -> Any:
     """
     if value is None:
         raise RecipeError(
-            f"{where} is not set: nobody published it. Write a recipe that extends this one and "
+            f"{where} is not set. Write a recipe that extends this one and "
             "sets it (training/README.md shows how)."
         )
     return value

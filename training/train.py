@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from internvideo3.model.checkpoint import load_model, resolve_checkpoint, weights_digest
 from internvideo3.model.prompt import Prompter
@@ -24,7 +25,7 @@ from internvideo3.training.captions import WorldCaptions
 from internvideo3.training.chat import ChatDocuments, RowLimits
 from internvideo3.training.checkpoints import CheckpointMismatchError
 from internvideo3.training.endpoint import Endpoint
-from internvideo3.training.loop import Loop, Progress, Stage, describe, together
+from internvideo3.training.loop import Loop, Progress, Stage, TrainingError, describe, together
 from internvideo3.training.policy import Policy, vision_ids
 from internvideo3.training.probe import held_of, modality_losses, note_losses
 from internvideo3.training.processes import Processes
@@ -359,6 +360,20 @@ def _write(
     folder: Path, model: Any, weights: Any, processor: Any, digest: str, name: str = "checkpoint"
 ) -> None:
     part = folder / f"{name}.part"
+    try:
+        _write_part(part, model, weights, processor, digest)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        part.rename(folder / name)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TrainingError(
+            f"{folder / name} cannot be written: {reason}. The stage's last state is kept; make "
+            "room and repeat the command."
+        ) from error
+
+
+def _write_part(part: Path, model: Any, weights: Any, processor: Any, digest: str) -> None:
     shutil.rmtree(part, ignore_errors=True)
     named = {key.removeprefix("model."): value.cpu() for key, value in weights.items()}
     if model.config.tie_word_embeddings:
@@ -367,5 +382,3 @@ def _write(
     processor.save_pretrained(part)
     (part / "trained.txt").write_text(digest + "\n")
     os.sync()
-    shutil.rmtree(folder / name, ignore_errors=True)
-    part.rename(folder / name)

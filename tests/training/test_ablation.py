@@ -145,7 +145,7 @@ def test_what_is_evaluated_is_missed_before_anything_is_trained(tmp_path: Path) 
         ablate(options, lambda *_: None)
     with pytest.raises(PreflightError, match="Did you mean videomme"):
         suites_of("vidomme")
-    with pytest.raises(RecipeError, match="stages.gspo.group.*nobody published it"):
+    with pytest.raises(RecipeError, match="stages.gspo.group.*nobody published"):
         ablate(replace(options, preset="paper"), lambda *_: None)
     assert not (tmp_path / "out").exists()
 

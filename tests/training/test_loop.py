@@ -19,8 +19,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from internvideo3.model.checkpoint import load_model
+from internvideo3.training import train as training
 from internvideo3.training.checkpoints import CheckpointMismatchError
 from internvideo3.training.documents import WorldDocuments
 from internvideo3.training.loop import TrainingError
@@ -182,7 +184,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_state(tmp_path: Pa
     ("stage", "said"),
     [
         (sft(data=WorldData(lengths={2: 0.5, 4: 0.4}, videos=2)), "sum to 1"),
-        (sft(data=None), "sft.data is not set"),
+        (sft(data=None), "stages.sft.data: not set"),
         (sft(pack_tokens=40), "raise pack_tokens"),
         (sft(data=WorldData(lengths={2: 1.0}, videos=2, families=("order",))), "no family"),
     ],
@@ -273,6 +275,23 @@ def test_a_rollout_server_that_is_down_ends_both_processes_with_the_state_saved(
     assert "Connection refused" in done.stderr, done.stderr[-3000:]
     assert "another process cannot go on" in done.stderr, "the other process ended by itself"
     assert [one.name for one in (tmp_path / "out/1-gspo/states").iterdir()] == ["step-00000000"]
+
+
+def test_a_checkpoint_that_cannot_be_written_loses_no_step(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "_write_part", full)
+        with pytest.raises(TrainingError, match=r"1-sft/checkpoint cannot be written: .*No space"):
+            train(recipe(), tmp_path)
+    held = (tmp_path / "1-sft" / "metrics.jsonl").read_bytes()
+    assert not (tmp_path / "1-sft" / "checkpoint").exists()
+    train(recipe(), tmp_path)
+    assert (tmp_path / "1-sft" / "metrics.jsonl").read_bytes() == held, "no step was taken again"
+    assert weights(tmp_path) == weights(plain)
 
 
 def test_a_signal_in_the_last_step_of_a_stage_stops_before_the_next(tmp_path: Path) -> None:

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from internvideo3.model.checkpoint import load_model
+from internvideo3.training.documents import WorldDocuments
 from internvideo3.training.loop import rate_at
 from internvideo3.training.recipe import (
     ChatData,
@@ -17,6 +20,7 @@ from internvideo3.training.recipe import (
     Optimiser,
     RecipeError,
     Sft,
+    WorldData,
     complete,
     load_recipe,
     load_variant,
@@ -76,7 +80,7 @@ def test_the_paper_preset_has_the_papers_curriculum() -> None:
 
 @pytest.mark.parametrize("name", ["paper", "official"])
 def test_what_nobody_published_is_open_and_told_at_once(name: str) -> None:
-    with pytest.raises(RecipeError, match="not set; nobody published it") as told:
+    with pytest.raises(RecipeError, match="not set. .*nobody published") as told:
         complete(load_recipe(name))
     for path in ("start", "stages.convert.data", "stages.sft_short.documents",
                  "stages.sft_long.steps", "stages.gspo.group", "stages.opd.teacher",
@@ -107,6 +111,21 @@ stages:
     assert short.data.files == {"own.jsonl": 1.0} and short.data.max_frames == 512
     assert isinstance(gspo, Gspo) and gspo.optimiser.learning_rate == 1e-6
     assert list(stages) == ["convert", "cpt", "sft_short", "sft_long", "gspo", "opd"]
+
+
+def test_the_frame_rate_may_rise_with_the_length_in_the_world_too(tmp_path: Path) -> None:
+    """A curriculum as the paper's, of the scale model."""
+    own = written(tmp_path, "extends: scale\nstages: {sft_long: {data: {fps: 4}}}\n")
+    _, processor = load_model("scale:m2la", "cpu", torch.float32)
+    counts = []
+    for name in ("sft_short", "sft_long"):
+        stage = complete(load_recipe(own))[name]
+        assert isinstance(stage, Sft) and isinstance(stage.data, WorldData)
+        data = replace(stage.data, lengths={4: 1.0})
+        frames = WorldDocuments(data, processor, 0).prompt(0).frames
+        assert frames.source_fps == 8 and frames.indices[0] == 0 and frames.indices[-1] == 31
+        counts.append(len(frames.indices))
+    assert counts == [8, 16]
 
 
 def test_a_recipe_says_what_a_variant_is_of_it(tmp_path: Path) -> None:

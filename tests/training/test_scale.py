@@ -178,7 +178,7 @@ def test_sampling_times_are_the_readers(length: int) -> None:
     read = np.array(frame_indices(length * FILE_FPS, float(FILE_FPS))) / FILE_FPS
     if length % 2 == 0:
         assert (sampled_times(length) == read).all()
-    assert len(sampled_times(length)) == 2 * length
+    assert len(sampled_times(length)) == 2 * length and len(sampled_times(length, 4)) == 4 * length
 
 
 def test_batches_repeat_and_their_videos_are_in_no_suite(processor: Any) -> None:

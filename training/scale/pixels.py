@@ -25,13 +25,13 @@ NOISE = 0.012
 _NOISE_BANK = np.random.default_rng(0).normal(0, NOISE, 1 << 20).astype(np.float32)
 
 
-def sampled_times(length_s: int) -> Any:
-    """Times in seconds of the frames that 2 fps sampling takes from a file, ends included.
+def sampled_times(length_s: int, fps: int = SAMPLE_FPS) -> Any:
+    """Times in seconds of the frames that sampling (at 2 fps) takes from a file, ends included.
 
     Evenly spaced over the file's frames, as qwen-vl-utils samples; `tasks/video.py` reads the same.
     """
     total = length_s * FILE_FPS
-    frames = np.linspace(0, total - 1, length_s * SAMPLE_FPS).round()
+    frames = np.linspace(0, total - 1, length_s * fps).round()
     return frames / FILE_FPS
 
 
