@@ -321,7 +321,7 @@ def load_variant(preset: str, variant: str) -> Recipe:
         )
     merged = whole
     for one in changes:
-        merged = _overlaid(merged, one)
+        merged = _overlaid(merged, _of_what_is_there(one, whole))
     if variant != FULL and _effective(merged) == _effective(whole):
         raise RecipeError(
             f"the variant {variant} changes nothing of {preset}, whose stages are "
@@ -340,6 +340,17 @@ def _own_variants(preset: str, whole: Mapping[str, Any], told: Mapping[str, Any]
             raise RecipeError(f"recipe {preset}: variants.{name} must be a mapping, got {change!r}")
         _check_stages(Path(f"{preset}, variants.{name}"), whole, change)
     return dict(own)
+
+
+def _of_what_is_there(change: Mapping[str, Any], whole: Mapping[str, Any]) -> Row:
+    """A change without the stages that the recipe has left out: there is nothing to change."""
+    held = whole.get("stages") or {}
+    stages = {
+        name: options
+        for name, options in (change.get("stages") or {}).items()
+        if held.get(name) is not None or (isinstance(options, dict) and "kind" in options)
+    }
+    return dict(change) | {"stages": stages}
 
 
 def _effective(merged: Row) -> Row:
@@ -406,8 +417,9 @@ def complete(recipe: Recipe) -> dict[str, Stage]:
         missing += [f"stages.{name}.{key}" for key in needed if given(key) is None]
     if missing:
         raise RecipeError(
-            f"{', '.join(sorted(set(missing)))}: not set. Presets leave open what nobody published; "
-            "write a recipe that extends this one and sets it (training/README.md shows how)."
+            f"{', '.join(sorted(set(missing)))}: not set. Presets leave open what nobody "
+            "published; write a recipe that extends this one and sets it (training/README.md shows "
+            "how)."
         )
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,18 @@ stages:
     assert list(stages) == ["convert", "cpt", "sft_short", "sft_long", "gspo", "opd"]
 
 
+def test_the_readmes_recipes_are_whole(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "training" / "README.md").read_text()
+    recipes = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    assert len(recipes) == 3
+    for block in recipes:
+        own = written(tmp_path, block)
+        assert complete(load_recipe(own))
+    assert "variants:" in recipes[1]
+    changed = load_variant(str(written(tmp_path, recipes[1])), "no_long_video_data")
+    assert given(changed.stages["sft_long"])["data"]["files"] == {"data/short_videos.jsonl": 1.0}
+
+
 def test_the_frame_rate_may_rise_with_the_length_in_the_world_too(tmp_path: Path) -> None:
     """A curriculum as the paper's, of the scale model."""
     own = written(tmp_path, "extends: scale\nstages: {sft_long: {data: {fps: 4}}}\n")
@@ -160,9 +173,10 @@ def test_a_mistake_in_a_variant_is_told(tmp_path: Path, variants: str, said: str
 
 
 def test_a_variant_that_changes_nothing_is_refused(tmp_path: Path) -> None:
-    own = written(tmp_path, "extends: scale\nstages: {gspo: null}\n")
-    with pytest.raises(RecipeError, match="no_rl changes nothing of .*would repeat that of full"):
-        load_variant(str(own), "no_rl")
+    own = written(tmp_path, "extends: scale\nstages: {gspo: null, sft_long: null}\n")
+    for name in ("no_rl", "no_long_context", "no_long_video_data"):
+        with pytest.raises(RecipeError, match=f"{name} changes nothing of .*repeat that of full"):
+            load_variant(str(own), name)
 
 
 def test_a_variant_that_nothing_says_is_refused(tmp_path: Path) -> None:
