@@ -12,7 +12,8 @@ from transformers import Qwen3VLConfig
 
 from internvideo3.model.checkpoint import read_config, resolve_checkpoint
 from internvideo3.model.config import InternVideo3Config
-from internvideo3.training.plan import GIB, Row, latent_config, plan_step, released_config
+from internvideo3.training.follow import Row
+from internvideo3.training.plan import GIB, latent_config, plan_step, released_config
 from internvideo3.training.processes import Processes
 from internvideo3.training.recipe import KINDS, Open, Stage, load_recipe
 from internvideo3.training.train import Trained, quiet, train
@@ -116,8 +117,8 @@ def _value(stage: Stage | Open, key: str) -> Any:
 
 
 def _gib(size: int) -> str:
-    """One decimal, of little two digits."""
-    return f"{size / GIB:.1f}" if size >= GIB else f"{size / GIB:.2g}"
+    """One decimal, of little three; of a model of the scale world that is all there is."""
+    return f"{size / GIB:.1f}" if size >= GIB else f"{size / GIB:.3f}"
 
 
 def _shape(config: Any) -> str:

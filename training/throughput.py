@@ -47,7 +47,7 @@ def tower_products(model: Any, pack: Pack) -> float:
             (visual.merger, visual.deepstack_merger_list),
         )
     )
-    return len(pack.pixels) * (of_patch + of_token / int(visual.spatial_merge_size) ** 2)
+    return float(len(pack.pixels) * (of_patch + of_token / visual.spatial_merge_size**2))
 
 
 def attending_pairs(pack: Pack) -> float:

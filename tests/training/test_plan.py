@@ -18,20 +18,16 @@ from torch.profiler import ProfilerActivity, profile
 from internvideo3.harness.train import plan_lines
 from internvideo3.model.checkpoint import load_model, read_config, resolve_checkpoint
 from internvideo3.model.config import InternVideo3Config
+from internvideo3.training.follow import Row, build, follow, text_moments, tower_moments
 from internvideo3.training.objectives.linear_cross_entropy import told_cross_entropy
 from internvideo3.training.packing import Pack
 from internvideo3.training.plan import (
     FLOAT_BYTES,
     Plan,
-    Row,
-    build,
     count_weights,
-    follow,
     latent_config,
     plan_step,
     released_config,
-    text_moments,
-    tower_moments,
 )
 from internvideo3.training.policy import Policy
 from internvideo3.training.processes import Processes
