@@ -139,6 +139,8 @@ def _plan(options: AblateOptions) -> Row:
     commit, dirty = provenance.revision()
     path = options.out / "ablation.json"
     before = json.loads(path.read_text()) if path.is_file() else {"runs": {}, "about": {}}
+    # Who deletes an evaluation wants it again.
+    runs = {k: v for k, v in before["runs"].items() if (options.out / "runs" / k).is_dir()}
     told = variants()
     about = {
         label(name): told.get(name) or recipe_of(options, name).about for name in options.recipes
@@ -158,7 +160,7 @@ def _plan(options: AblateOptions) -> Row:
         "about": before["about"] | about,
         "sources": before.get("sources", {})
         | {label(name): _source(name) for name in options.recipes},
-        "runs": before["runs"],
+        "runs": runs,
     }
 
 

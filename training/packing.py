@@ -57,8 +57,9 @@ class Pack:
         return torch.bincount(self.response_T[told], minlength=int(self.response_T.max()) + 1)
 
     def to(self, device: torch.device) -> Pack:
-        """The same on a device."""
-        return Pack(*(value.to(device) for value in self.__dict__.values()))
+        """The same on a device; pixels stay, of which `Policy` moves what this process looks at."""
+        moved = {k: v.to(device) for k, v in self.__dict__.items() if k != "pixels"}
+        return replace(self, **moved)
 
 
 def packs(

@@ -50,7 +50,7 @@ class Plan:
     gathered: int
     """Weights and gradients of other GPUs that are here while they are used."""
     pixels: int
-    """Patches of the row, which no process has a part of only."""
+    """Patches of this process's part of the row."""
     tower: int
     """What the vision tower keeps for its backward pass."""
     activations: int
@@ -159,7 +159,7 @@ def plan_step(
         weights=found.total,
         states=(FLOAT_BYTES * found.total + LEARNT_BYTES * learnt) // gpus,
         gathered=0 if gpus == 1 else gathered,
-        pixels=FLOAT_BYTES * row.tokens * vision.spatial_merge_size**2 * patch,
+        pixels=FLOAT_BYTES * row.own * vision.spatial_merge_size**2 * patch,
         tower=tower.kept,
         activations=worst - tower.kept,
         others=others,
