@@ -661,12 +661,57 @@ def test_parquet_and_jsonl_hold_the_same_chat(tmp_path: Path) -> None:
         assert read_rows(tmp_path / name) == rows
     write_rows(tmp_path / "lines.jsonl", [{"id": "a\u2028b\x85c"}])
     assert read_rows(tmp_path / "lines.jsonl") == [{"id": "a\u2028b\x85c"}]
-    rollouts = [{"id": "r", "predictions": ["a", "b"]}]
-    write_rows(tmp_path / "rollouts.parquet", rollouts)
-    assert read_rows(tmp_path / "rollouts.parquet") == rollouts
     (tmp_path / "bad.jsonl").write_text('{"id": 1}\n{"id": \n')
     with pytest.raises(DataError, match="line 2, is no JSON"):
         read_rows(tmp_path / "bad.jsonl")
+
+
+def test_a_parquet_file_holds_what_any_of_its_rows_has(tmp_path: Path) -> None:
+    """Texts beside videos, of one id a number and of the other a text; all comes back as it was."""
+    said = [{"role": "user", "content": "Say red."}]
+    rows = [
+        {"id": 1, "messages": said, "answer": "red"},
+        {"id": "v", "messages": said, "answer": 3, "options": ["a", "b"], "category": "c"},
+        {"id": 2.0, "messages": said, "answer": [2.5, 7], "options": None, "doc": {"x": {}}},
+        {"id": 2**70, "messages": said, "predictions": ["a", "b"], "doc": {"z": None}, "n": 1},
+        {"id": "w", "messages": said, "n": 2, "duration_s": 2.5, "options": [], "ok": True},
+    ]
+    path = tmp_path / "rows.parquet"
+    write_rows(path, rows)
+    read = read_rows(path)
+    assert read == rows, "what a row has not is absent, and what is null in it is null"
+    kinds = [[type(value) for value in (row["id"], row.get("answer"))] for row in read]
+    assert kinds == [[type(value) for value in (row["id"], row.get("answer"))] for row in rows]
+    write_rows(path, [])
+    assert read_rows(path) == []
+
+
+def test_plain_columns_of_a_parquet_file_are_plain_to_others(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "rows.parquet"
+    write_rows(path, [{"id": "a", "n": 1}, {"id": "b", "x": 0.5, "predictions": ["p"]}])
+    told = {field.name: str(field.type) for field in pyarrow.parquet.read_schema(path)}
+    assert told["id"] == "string" and told["n"] == "int64" and told["x"] == "double"
+    assert told["predictions"].startswith("list<")
+    said = [{"role": "user", "content": "Say red."}]
+    theirs = pyarrow.table({"id": ["a", "b"], "messages": [said, said], "answer": ["x", None]})
+    pyarrow.parquet.write_table(theirs, path)
+    assert read_rows(path) == [{"id": "a", "messages": said, "answer": "x"},
+                               {"id": "b", "messages": said}]  # fmt: skip
+
+
+def test_values_and_files_that_cannot_be_held_are_told(tmp_path: Path) -> None:
+    for name in ("x.jsonl", "x.parquet"):
+        with pytest.raises(DataError, match=rf"{name}, row 2, has what JSON cannot hold .*bytes"):
+            write_rows(tmp_path / name, [{"id": 1}, {"id": 2, "answer": b"bytes"}])
+    with pytest.raises(DataError, match=r"must end in \.jsonl or \.parquet"):
+        write_rows(tmp_path / "x.csv", [{"id": 1}])
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "x.parquet").write_bytes(b"no table")
+    with pytest.raises(DataError, match="is no Parquet file"):
+        read_rows(tmp_path / "x.parquet")
 
 
 def test_distribution_is_table_1_beside_the_papers(tmp_path: Path) -> None:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-_SCHEME = re.compile(r"[a-z]+:", re.IGNORECASE)
-"""Of an address, such as `https:` or `data:`, which is no path."""
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
+"""Of an address, such as `https://` or `data:`, which is no path; `part 1: hall.mp4` is one."""
+_HELD_AS = b"internvideo3"
+"""Key of a Parquet column's metadata; `json` says that its strings are JSON."""
 
 
 class DataError(ValueError):
@@ -87,7 +89,7 @@ def chat_row(key: str, narrative: Narrative, asked: Asked) -> Row:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of a JSONL or Parquet file.
+    """Rows of a JSONL or Parquet file; what is null in a Parquet row is absent.
 
     Raises:
         DataError: It is neither, or a line is no JSON object.
@@ -95,37 +97,113 @@ def read_rows(path: Path) -> list[Row]:
     if not path.is_file():
         raise DataError(f"{path} does not exist; give a .jsonl or .parquet file")
     if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
-        return [_with_messages(row, json.loads) for row in rows]
+        return _read_parquet(path)
     return list(_lines(path))
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows, all or nothing; the messages of a Parquet row are JSON, as parts differ in form.
+    """Write rows, all or nothing.
+
+    A Parquet file has the columns of all rows. One whose values Arrow does not give back as they
+    are (of mixed or nested form, or null) holds them as JSON, and so do the messages.
 
     Raises:
-        DataError: The name ends in neither `.jsonl` nor `.parquet`.
+        DataError: The name ends in neither `.jsonl` nor `.parquet`, or JSON has no form of a value.
     """
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise DataError(f"{path} must end in .jsonl or .parquet")
     part = path.with_suffix(f"{path.suffix}.part")
     if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        flat = [_with_messages(row, json.dumps) for row in rows]
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(flat), part)
-    elif path.suffix == ".jsonl":
-        text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
-        part.write_text(text, encoding="utf-8")
+        _write_parquet(path, part, list(rows))
     else:
-        raise DataError(f"{path} must end in .jsonl or .parquet")
+        lines = [_json(path, number, row) for number, row in enumerate(rows, start=1)]
+        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     part.replace(path)
 
 
-def _with_messages(row: Mapping[str, Any], change: Callable[[Any], Any]) -> Row:
-    """A row with its messages changed; rollouts have none."""
-    return {k: change(v) if k == "messages" else v for k, v in row.items()}
+def _json(path: Path, number: int, value: Any) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+        text.encode()
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{path}, row {number}, has what JSON cannot hold ({error}); give text, numbers, "
+            "lists and mappings"
+        ) from error
+    return text
+
+
+def _write_parquet(path: Path, part: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = [
+        {key: _json(path, number, value) for key, value in row.items()}
+        for number, row in enumerate(rows, start=1)
+    ]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns, fields = [], []
+    for name in names:
+        held = [row.get(name) for row in texts]
+        column = None if name == "messages" else _as_it_is([row.get(name) for row in rows], held)
+        kind = None if column is not None else {_HELD_AS: b"json"}
+        columns.append(pyarrow.array(held, pyarrow.string()) if column is None else column)
+        fields.append(pyarrow.field(name, columns[-1].type, metadata=kind))
+    table = pyarrow.Table.from_arrays(columns, schema=pyarrow.schema(fields))
+    pyarrow.parquet.write_table(table, part)
+
+
+def _as_it_is(values: Sequence[Any], texts: Sequence[str | None]) -> Any:
+    """An Arrow column from which the same values come back; None where there is none.
+
+    Args:
+        values: Of the rows; None where one has none, or has null.
+        texts: The same as JSON; None only where a row has none.
+    """
+    import pyarrow
+
+    try:
+        column = pyarrow.array(values)
+    except (pyarrow.ArrowException, OverflowError):
+        return None
+    # Parquet cannot hold every struct, and gives each the keys of all.
+    if pyarrow.types.is_nested(column.type) and column.type != pyarrow.list_(pyarrow.string()):
+        return None
+    given = [
+        None if value is None else json.dumps(value, ensure_ascii=False)
+        for value in column.to_pylist()
+    ]
+    return column if given == list(texts) else None
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} is no Parquet file: {error}") from error
+    marked = {one.name for one in table.schema if (one.metadata or {}).get(_HELD_AS) == b"json"}
+    # A file of others has no marks; its messages are JSON or lists.
+    held = marked | {"messages"}
+    return [
+        {
+            name: _from_json(path, number, value) if name in held else value
+            for name, value in row.items()
+            if value is not None
+        }
+        for number, row in enumerate(table.to_pylist(), start=1)
+    ]
+
+
+def _from_json(path: Path, number: int, held: Any) -> Any:
+    if not isinstance(held, str):
+        return held
+    try:
+        return json.loads(held)
+    except ValueError as error:
+        raise DataError(f"{path}, row {number}, has text that is no JSON: {error}") from error
 
 
 def user_text(row: Mapping[str, Any]) -> str:
