@@ -487,7 +487,8 @@ def draw_curves(folder: Path, made: Mapping[str, Any]) -> None:
         axis.set_visible(bool(axis.lines))
     if axes[0].lines:
         axes[0].legend(fontsize="x-small")
-    figure.suptitle(f"scale: the stages of {recipe}", fontsize="medium")
+    kind = "scale: " if made["scale"] else ""
+    figure.suptitle(f"{kind}the stages of {recipe}", fontsize="medium")
     figure.savefig(folder / "curves.svg")
 
 
