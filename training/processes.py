@@ -126,18 +126,53 @@ class Processes:
         if self.count > 1:
             dist.destroy_process_group()
 
-    def whole_weights(self, policy: nn.Module) -> dict[str, Any]:
-        """All weights of a policy on every process, in the host's memory.
+    def whole_weights(self, policy: nn.Module, *, everywhere: bool = True) -> dict[str, Tensor]:
+        """All weights of a policy, in the host's memory; all processes must ask together.
 
-        On the device one tensor at a time is whole; all processes must ask together.
+        On the device one tensor at a time is whole.
+
+        Args:
+            policy: A policy, divided or not.
+            everywhere: Whether every process keeps them; otherwise the first does, and the others
+                get an empty dictionary: each copy of an 8B model takes 33 GB of the host.
         """
-        whole = {}
+        kept = {}
         for name, value in policy.state_dict().items():
-            tensor = value.full_tensor() if isinstance(value, DTensor) else value
-            whole[name] = tensor.cpu()
-        return whole
+            tensor = _whole(value)
+            if everywhere or self.first:
+                kept[name] = tensor.cpu()
+        return kept
+
+    def fill(self, policy: nn.Module, copy: nn.Module) -> None:
+        """Give a copy that is whole on every process a policy's weights, tensor by tensor.
+
+        Nothing passes through the host, and beside the copy one tensor at a time is whole; all
+        processes must ask together.
+
+        Args:
+            policy: A policy, divided or not.
+            copy: Of the same names and shapes, not divided.
+
+        Raises:
+            ValueError: They have not the same names.
+        """
+        weights, kept = policy.state_dict(), copy.state_dict()
+        if weights.keys() != kept.keys():
+            apart = sorted(weights.keys() ^ kept.keys())
+            raise ValueError(
+                f"{len(apart)} weights are only in the policy or only in its copy, such as "
+                f"{apart[0]}; make the copy with Policy.copied()"
+            )
+        with torch.no_grad():
+            for name, value in weights.items():
+                kept[name].copy_(_whole(value))
 
     def _reduced(self, values: Tensor, how: Any) -> Tensor:
         if self.count > 1:
             dist.all_reduce(values, op=how)
         return values
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A weight that is perhaps divided; all processes gather it together."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
