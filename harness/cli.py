@@ -1140,6 +1140,16 @@ def data_sample_command(
     max_pixels: Annotated[
         int | None, typer.Option(min=1, help="Most pixels of a frame. Default: the model's.")
     ] = None,
+    total_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Most pixels of all frames. Default: any number.")
+    ] = None,
+    pack_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a row of training, to which frames are fitted."),
+    ] = None,
+    group: Annotated[
+        int | None, typer.Option(min=1, help="Responses in such a row. Default: --samples.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a response.")] = 256,
     most_bad: Annotated[
         float, typer.Option(min=0, max=1, help="Share of rows that may be unusable.")
@@ -1153,7 +1163,8 @@ def data_sample_command(
     """Sample responses to questions at temperature 1, as `data filter` reads them; resumable.
 
     A row that cannot be used is in NAME.dropped.jsonl with its reason, up to a budget. What is
-    written, and what a filter keeps of it, trains as it is.
+    written, and what a filter keeps of it, trains as it is. Frames are those of training where
+    the limits of frames, pixels, --pack-tokens, --group and --max-new-tokens are the recipe's.
 
     [bold]Example[/bold]
 
@@ -1165,7 +1176,8 @@ def data_sample_command(
         options = SampleOptions(
             rows=rows, out=out, model=model, samples=samples, teacher=teacher,
             teacher_model=teacher_model, fps=fps, max_frames=max_frames, min_pixels=min_pixels,
-            max_pixels=max_pixels, max_new_tokens=max_new_tokens, most_bad=most_bad, limit=limit,
+            max_pixels=max_pixels, total_pixels=total_pixels, pack_tokens=pack_tokens, group=group,
+            max_new_tokens=max_new_tokens, most_bad=most_bad, limit=limit,
             seed=seed, device=_device(device),
             dtype=_one_of("--dtype", dtype, ("auto", "float32", "bfloat16")), threads=threads,
         )  # fmt: skip

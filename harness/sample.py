@@ -56,6 +56,12 @@ class SampleOptions:
     """Fewest pixels of a frame; None for what the student's processor names."""
     max_pixels: int | None = None
     """Most pixels of a frame; None for what the student's processor names."""
+    total_pixels: int | None = None
+    """Most pixels of all frames of a video, as in the recipe; None: no limit."""
+    pack_tokens: int | None = None
+    """Tokens of a row of training, by which it sizes frames; None: any number."""
+    group: int | None = None
+    """Responses that share such a row with their prompt; None for `samples`."""
     max_new_tokens: int = 256
     """Most tokens of a response."""
     most_bad: float = MOST_BAD
@@ -81,7 +87,12 @@ class SampleOptions:
         """How frames are taken."""
         low, high = pixel_range(resolve_checkpoint(self.model), self.min_pixels, self.max_pixels)
         return {"fps": self.fps, "max_frames": self.max_frames, "min_pixels": low,
-                "max_pixels": high}  # fmt: skip
+                "max_pixels": high, "total_pixels": self.total_pixels}  # fmt: skip
+
+    @property
+    def answer_tokens(self) -> int:
+        """Of the responses in a row of training, each with its end."""
+        return (self.group or self.samples) * (self.max_new_tokens + 1)
 
 
 @dataclass(frozen=True)
@@ -140,6 +151,8 @@ def _check(options: SampleOptions) -> None:
         raise DataError(f"{options.out} must end in .jsonl")
     if options.out.exists():
         raise DataError(f"{options.out} is finished; give another --out, or delete it")
+    if options.group is not None and options.pack_tokens is None:
+        raise DataError(f"--group {options.group} shares a row of --pack-tokens; give both")
     models = [options.model] if options.served else [options.model, options.teacher]
     for name in filter(None, models):
         if "vision_config" not in read_config(resolve_checkpoint(name)):
@@ -154,6 +167,7 @@ def _decides(options: SampleOptions) -> Row:
     return options.look | {
         "rows": file_digest(options.rows), "limit": options.limit,
         "model": _digest_of(options.model), "teacher": teacher, "samples": options.samples,
+        "pack_tokens": options.pack_tokens, "group": options.group,
         "max_new_tokens": options.max_new_tokens, "dtype": options.dtype, "seed": options.seed,
     }  # fmt: skip
 
@@ -196,7 +210,9 @@ def _answerer(options: SampleOptions, stack: ExitStack) -> Callable[[Row], Row]:
 
     def loaded(name: str) -> tuple[sampling.RowPrompts, Sampler]:
         model, processor = load_model(name, options.device, options.dtype)
-        prompts = sampling.prompts_of(options.rows, processor, options.look)
+        prompts = sampling.prompts_of(
+            options.rows, processor, options.look, options.pack_tokens, options.answer_tokens
+        )
         stack.callback(prompts.reader.close)
         barred = vision_ids(model, processor)
         return prompts, Sampler(model.eval(), processor, barred, options.max_new_tokens)

@@ -169,7 +169,7 @@ OPTIONS = {
     "data report": "out",
     "data filter": "out count seed",
     "data sample": "out model samples teacher teacher-model fps max-frames min-pixels max-pixels "
-    "max-new-tokens most-bad limit seed device dtype threads",
+    "total-pixels pack-tokens group max-new-tokens most-bad limit seed device dtype threads",
     "data check": "out benchmark-videos benchmark-questions most-bad",
     "data mix": "out total preset seed",
     "data rollouts": "out model turns tool-calls tokens fps max-frames zoom-frames signatures "

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -16,11 +17,15 @@ from internvideo3.harness import cli
 from internvideo3.harness.data import filter_rows
 from internvideo3.harness.sample import SampleOptions, write_samples
 from internvideo3.model.checkpoint import load_model
+from internvideo3.tasks.world.media import encode_video
+from internvideo3.tasks.world.paint import paint
 from internvideo3.tasks.world.questions import draw_question
+from internvideo3.tasks.world.render import frame_times
 from internvideo3.tasks.world.scenes import draw_video
 from internvideo3.training.chat import ChatDocuments
 from internvideo3.training.curation.records import DataError, Row, read_rows, write_rows
-from internvideo3.training.recipe import ChatData
+from internvideo3.training.recipe import ChatData, Gspo, Optimiser
+from internvideo3.training.train import limits_of
 
 STORY = "A circle and a square cross the room, then a red light flashes."
 
@@ -192,6 +197,47 @@ def test_a_served_teacher_sees_the_video_and_describes_it_better(
     assert [row["student"]] == row["predictions"]
 
 
+@pytest.mark.parametrize(
+    ("total_pixels", "pack_tokens", "group"),
+    [(6 * 96 * 96, 4096, 2), (None, 600, 2), (None, 600, 12), (1 << 40, 4096, 2)],
+)
+def test_frames_are_those_of_a_recipes_rows(
+    total_pixels: int | None, pack_tokens: int, group: int, tmp_path: Path, teacher: Any
+) -> None:
+    """A teacher is sent the student's frames: as large as this recipe's training shows them."""
+    spec = draw_video(3, 4, "main")
+    (tmp_path / "wide.mp4").write_bytes(encode_video(paint(spec, frame_times(spec), 512)))
+    shown = {"type": "video_url", "video_url": {"url": "wide.mp4"}}
+    said = [{"role": "user", "content": [shown, {"type": "text", "text": "What is it?"}]},
+            {"role": "assistant", "content": "circle"}]  # fmt: skip
+    rows = tmp_path / "rows.jsonl"
+    write_rows(rows, [{"id": "w", "messages": said, "answer": "circle",
+                       "options": ["circle", "square"]}])  # fmt: skip
+    seen: list[Any] = []
+    teacher.answer = lambda prompt, pictures: seen.extend(pictures) or "circle"
+    given = ["--max-frames", "6", "--min-pixels", "4096", "--max-pixels", "262144",
+             "--max-new-tokens", "12", "--samples", "1", "--teacher", teacher.url,
+             "--pack-tokens", str(pack_tokens), "--group", str(group)]  # fmt: skip
+    given += [] if total_pixels is None else ["--total-pixels", str(total_pixels)]
+    done = CliRunner().invoke(
+        cli.app, ["data", "sample", str(rows), "--out", str(tmp_path / "out.jsonl"), *given]
+    )
+    assert done.exit_code == 0, done.output
+    data = ChatData(
+        files={str(rows): 1.0}, max_frames=6, max_pixels=512 * 512, total_pixels=total_pixels
+    )
+    stage = Gspo(
+        kind="gspo", steps=1, documents=1, data=data, optimiser=Optimiser(learning_rate=1e-4),
+        pack_tokens=pack_tokens, group=group, max_new_tokens=12,
+    )  # fmt: skip
+    _, processor = load_model("scale:m2la", "cpu", torch.float32)
+    documents = ChatDocuments(data, processor, 0, limits_of(stage))
+    trained = documents.prompt(0).frames.pixels_THWC
+    documents.reader.close()
+    assert np.array_equal(np.stack(seen), trained)
+    assert (trained.shape[1] < 512) == (total_pixels != 1 << 40), "a limit that says something"
+
+
 def test_a_model_without_eyes_is_refused_before_anything_is_written(
     choices: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -200,4 +246,6 @@ def test_a_model_without_eyes_is_refused_before_anything_is_written(
     blind = options(choices[0], tmp_path / "out.jsonl", teacher=str(tmp_path / "text"))
     with pytest.raises(DataError, match="is a text model and sees no video"):
         write_samples(blind, quiet)
+    with pytest.raises(DataError, match="--group 4 shares a row of --pack-tokens; give both"):
+        write_samples(options(choices[0], tmp_path / "out.jsonl", group=4), quiet)
     assert not list(tmp_path.glob("out*"))

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from internvideo3.tasks.scoring.entry import score
 from internvideo3.tasks.scoring.numeric import read_span
-from internvideo3.training.chat import MARK, ChatDocuments
+from internvideo3.training.chat import MARK, ChatDocuments, RowLimits
 from internvideo3.training.curation.records import DataError, Row, user_text
 from internvideo3.training.documents import SCORED_AS, Prompt
 from internvideo3.training.endpoint import Endpoint
@@ -29,7 +29,10 @@ TEXT = "text"
 
 
 class RowPrompts(ChatDocuments):
-    """Prompts of given rows, with the pixels and words that training shows."""
+    """Prompts of given rows, made as training makes them.
+
+    Their frames are training's where what is said of data and row is what the recipe says.
+    """
 
     def of(self, row: Row) -> Prompt:
         """The prompt of a row.
@@ -159,15 +162,25 @@ def is_description(row: Row) -> bool:
     return not ruled and read_span(str(row["answer"])) is None
 
 
-def prompts_of(rows: Path, processor: Any, look: Mapping[str, Any]) -> RowPrompts:
+def prompts_of(
+    rows: Path,
+    processor: Any,
+    look: Mapping[str, Any],
+    row_tokens: int | None = None,
+    answer_tokens: int = 0,
+) -> RowPrompts:
     """Prompts of a file's rows for a model's processor.
 
     Args:
         rows: The file.
         processor: Of the model.
-        look: How frames are taken: `ChatData`'s fps, max_frames, min_pixels, max_pixels.
+        look: How frames are taken: `ChatData`'s fps, max_frames and limits of pixels.
+        row_tokens: Of a row of training, by which its frames are sized; None: any number.
+        answer_tokens: Of the responses that training puts behind a prompt in such a row.
     """
-    return RowPrompts(ChatData(files={str(rows): 1.0}, **look), processor, 0)
+    # Descriptions are prompts too, and `judged_by` tells what cannot be scored.
+    limits = RowLimits(row_tokens, answer_tokens, scored=False)
+    return RowPrompts(ChatData(files={str(rows): 1.0}, **look), processor, 0, limits)
 
 
 def _said(message: Mapping[str, Any]) -> str:
