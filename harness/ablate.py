@@ -36,7 +36,7 @@ from internvideo3.training.recipe import (
     load_variant,
     variants,
 )
-from internvideo3.training.train import Trained, by_content, train
+from internvideo3.training.train import Trained, by_content, check_files, check_mixtures, train
 
 Progress = Callable[[str, int, int], None]
 
@@ -87,7 +87,9 @@ def ablate(options: AblateOptions, progress: Progress) -> Path | None:
     settle_environment()
     torch.set_num_threads(options.threads)
     for name in options.recipes:
-        complete(recipe_of(options, name))
+        stages = complete(recipe_of(options, name))
+        check_files(stages)
+        check_mixtures(stages)
     _check_labels(options)
     _check_suites(options)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -128,6 +130,8 @@ def _in_turn(options: AblateOptions, progress: Progress) -> Generator[Finished]:
     for number, (seed, name) in enumerate(itertools.product(options.seeds, options.recipes)):
         progress(ALL, number, whole)
         trained = train_one(options, name, recipe_of(options, name), seed, progress)
+        if trained.stopped:  # in its last step; what follows is for the next command
+            trained = replace(trained, checkpoint=None)
         if trained.checkpoint is not None:
             evaluate_one(options, trained.checkpoint, name, seed, progress)
         yield Finished(name, seed, trained)
@@ -153,9 +157,9 @@ def _plan(options: AblateOptions) -> Row:
         "packages": provenance.packages(),
         "hardware": provenance.hardware(),
         "preset": options.preset,
-        "suites": list(options.suites),
-        "scale": _is_scale(options),
-        "starts": _starts(options),
+        "suites": before.get("suites") or list(options.suites),
+        "scale": _is_scale(options) or bool(runs and before.get("scale", True)),
+        "starts": sorted({*_starts(options), *before.get("starts", [])}),
         "limit": options.limit,
         "about": before["about"] | about,
         "sources": before.get("sources", {})
@@ -192,7 +196,7 @@ def _check_suites(options: AblateOptions) -> None:
     """
     path = options.out / "ablation.json"
     held = json.loads(path.read_text()).get("suites", []) if path.is_file() else []
-    if held and tuple(held) != options.suites:
+    if held and set(held) != set(options.suites):
         raise RecipeError(
             f"the table in {options.out} is of {', '.join(held)}, and this command asks for "
             f"{', '.join(options.suites)}. Give another --out."
@@ -217,7 +221,8 @@ def label(name: str) -> str:
 
 def recipe_of(options: AblateOptions, name: str) -> Recipe:
     """A recipe of the command by its name or file."""
-    return load_recipe(name) if Path(name).is_file() else load_variant(options.preset, name)
+    own = Path(name).is_file() or Path(name).suffix in (".yaml", ".yml")
+    return load_recipe(name) if own else load_variant(options.preset, name)
 
 
 def train_one(

@@ -195,6 +195,8 @@ def _do(options: AblateOptions, work: Work) -> Trained:
     recipe = recipe_of(options, work.recipe)
     part = replace(recipe, stages=dict(list(recipe.stages.items())[: work.stages]))
     trained = train_one(options, work.recipe, part, work.seed, _tell)
+    if trained.stopped:  # in its last step; what follows is for the next command
+        return replace(trained, checkpoint=None)
     if work.evaluates and trained.checkpoint is not None:
         evaluate_one(options, trained.checkpoint, work.recipe, work.seed, _tell)
     return trained

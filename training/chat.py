@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,9 +26,10 @@ from internvideo3.model.fitting import fit_frames, fit_image
 from internvideo3.model.prompt import Medium, Piece, Prompter
 from internvideo3.model.scale.build import SYSTEM_PROMPT
 from internvideo3.tasks.decoder import IsolatedReader
+from internvideo3.tasks.scoring.entry import score
 from internvideo3.training.acted import Shelf, acted, is_rollout
 from internvideo3.training.curation.records import DataError, Row, read_rows
-from internvideo3.training.documents import Document, Prompt, replied
+from internvideo3.training.documents import SCORED_AS, Document, Prompt, replied
 from internvideo3.training.mixture import dealt
 from internvideo3.training.recipe import ChatData, Modality
 
@@ -39,6 +41,8 @@ MARK = "<VIDEO_CONTEXT>"
 text here, as Qwen3-VL's template has it."""
 FEW = 10
 """Bad rows that are always forgiven: of a handful of rows one is more than any budget."""
+LETTERED = re.compile(r"\(?([A-Za-z])\)?(?:[.:)]\s*(.*))?")
+"""`B`, `(B)`, `B.`, `B. a red ring`."""
 SEEN = 7 / 8
 """Share of a row's tokens that its videos may take; time stamps and words need the rest."""
 
@@ -103,19 +107,6 @@ class ChatDocuments:
         self.seen = 0
         self.bad: dict[tuple[str, int], str] = {}
         """File and number of a row (ids may be missing, or repeat) → why it cannot be used."""
-
-    def kind(self, index: int) -> Modality:
-        """What the row of an index shows."""
-        return kind_of(self._row(index)[1])
-
-    def shares(self) -> dict[Modality, float]:
-        """Shares of the kinds by samples, as the shares of the files make them."""
-        found: dict[Modality, float] = dict.fromkeys(get_args(Modality), 0.0)
-        for name, rows in self.rows.items():
-            counts = Counter(kind for row in rows if (kind := _kind_if_any(row)) is not None)
-            for kind, count in counts.items():
-                found[kind] += self.data.files[name] * count / counts.total()
-        return found
 
     def of_kind(self, kind: Modality, count: int) -> Iterator[Document]:
         """The first so many rows of a kind in the order of the files, or as many as there are.
@@ -256,18 +247,29 @@ class ChatDocuments:
         text, media = self._asked(row["messages"][:-1], folder)
         if len(media.frames) != 1 or media.images:
             raise DataError("a rollout needs exactly one video")
-        if self.row.scored and "answer" not in row and "doc" not in row:
-            raise DataError("it has no `answer` to score responses by")
         if self.row.tokens is not None:
             asked = self.prompter.piece(text, media.frames)
             self._check_length(len(asked.ids) + self.row.answer_tokens)
-        doc = {
+        made = Prompt(text, media.frames[0], self._doc(row, media.frames[0]), row.get("benchmark"))
+        if self.row.scored:  # a document that no rule can score is told now
+            score(made.benchmark or SCORED_AS, made.doc, "", rule="plain")
+        return made
+
+    def _doc(self, row: Row, frames: Any) -> Mapping[str, Any]:
+        """What scores the answer: the row's own document, or one of its fields."""
+        if row.get("doc") is not None:
+            return dict(row["doc"])
+        answer, options = row.get("answer"), row.get("options")
+        if self.row.scored and answer is None:
+            raise DataError("it has no `answer` to score responses by")
+        if answer is not None and options:
+            answer = option_meant(str(answer), options)
+        return {
             "id": str(row.get("id")), "family": row.get("category", "all"),
-            "options": row.get("options"), "answer": row.get("answer"),
-            "answer_type": row.get("answer_type", "choice" if row.get("options") else "span"),
-            "length_s": media.frames[0].duration_s,
+            "options": options, "answer": answer,
+            "answer_type": row.get("answer_type") or ("choice" if options else "span"),
+            "length_s": frames.duration_s,
         }  # fmt: skip
-        return Prompt(text, media.frames[0], row.get("doc", doc), row.get("benchmark"))
 
     def _asked(self, messages: Sequence[Mapping[str, Any]], folder: Path) -> tuple[str, Media]:
         """The rendered prompt, and its media in order."""
@@ -298,7 +300,8 @@ class ChatDocuments:
         read = self.reader.read(path, fps=data.fps, max_frames=data.max_frames)
         totals = [] if data.total_pixels is None else [data.total_pixels]
         if self.row.tokens is not None:
-            totals.append(int(SEEN * self.row.tokens / videos) * self.token_pixels)
+            room = max(self.row.tokens - self.row.answer_tokens, 0)
+            totals.append(int(SEEN * room / videos) * self.token_pixels)
         most = min([data.max_pixels, *(total // len(read.indices) for total in totals)])
         return fit_frames(
             read, factor=self.factor, min_pixels=min(data.min_pixels, most), max_pixels=most
@@ -328,6 +331,38 @@ def _reason(error: Exception) -> str:
 def _content(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     content = message["content"]
     return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def option_meant(answer: str, options: Sequence[str]) -> str:
+    """The option that an answer names by its words or, as most data do, by its letter.
+
+    Raises:
+        DataError: It names none.
+    """
+    bare = [str(option).strip() for option in options]
+    text = answer.strip()
+    if text in bare:
+        return str(options[bare.index(text)])
+    found = LETTERED.fullmatch(text)
+    place = ord(found[1].upper()) - ord("A") if found else len(bare)
+    if found is None or place >= len(bare) or (found[2] or bare[place]) != bare[place]:
+        raise DataError(f"its answer {answer!r} is none of its options: {', '.join(bare)}")
+    return str(options[place])
+
+
+def shares_of(files: Mapping[str, float]) -> dict[Modality, float]:
+    """Shares of the kinds by samples, as the shares of files make them.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    found: dict[Modality, float] = dict.fromkeys(get_args(Modality), 0.0)
+    for name, share in files.items():
+        kinds = map(_kind_if_any, read_rows(Path(name)))
+        counts = Counter(kind for kind in kinds if kind is not None)
+        for kind, count in counts.items():
+            found[kind] += share * count / counts.total()
+    return found
 
 
 def kind_of(row: Row) -> Modality:

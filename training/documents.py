@@ -25,7 +25,7 @@ from internvideo3.tasks.world.paint import paint
 from internvideo3.tasks.world.questions import Question
 from internvideo3.tasks.world.scenes import VideoSpec, draw_video
 from internvideo3.training.mixture import check_shares
-from internvideo3.training.recipe import RecipeError, WorldData
+from internvideo3.training.recipe import Modality, RecipeError, WorldData
 from internvideo3.training.scale.batches import (
     PROFILE_FAMILIES,
     PROFILE_SHARES,
@@ -59,6 +59,12 @@ class Document:
     branches: tuple[Branch, ...]
     said: tuple[tuple[int, int], ...] = ()
     """From and to which token of the trunk the model's own words stand, which are learnt."""
+
+    @property
+    def kind(self) -> Modality:
+        """What it shows."""
+        shown = {medium.kind for medium in self.media}
+        return "video" if "video" in shown else "image" if "image" in shown else "text"
 
     def __len__(self) -> int:
         return len(self.trunk_ids) + sum(len(branch.ids) for branch in self.branches)

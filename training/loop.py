@@ -191,11 +191,6 @@ class Loop:
 
     def _in_step(self, works: list[Work]) -> list[Work]:
         """As many passes as the busiest process has: sharded layers are gathered by all at once."""
-        if not works:
-            raise TrainingError(
-                f"a process of {self.name} has no document; take at least as many documents a "
-                f"step as processes ({self.group.count})"
-            )
         missing = self.group.most(len(works)) - len(works)
         return works + [replace(works[-1], scale=0.0)] * missing
 

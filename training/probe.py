@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from internvideo3.training.captions import WorldCaptions
-from internvideo3.training.chat import ChatDocuments
+from internvideo3.training.chat import NO_LIMITS, ChatDocuments, RowLimits
 from internvideo3.training.documents import Document
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE, linear_cross_entropy
 from internvideo3.training.packing import pack
@@ -53,14 +53,16 @@ class HeldWorld:
 class HeldFiles:
     """Rows of files in the chat form."""
 
-    def __init__(self, data: ChatData, files: Sequence[str], processor: Any) -> None:
+    def __init__(
+        self, data: ChatData, files: Sequence[str], processor: Any, row: RowLimits = NO_LIMITS
+    ) -> None:
         """Reads the rows; how videos are seen is that of the stage's own data.
 
         Raises:
             DataError: A file cannot be read, or is empty.
         """
         even = {name: 1 / len(files) for name in files}
-        self.rows = ChatDocuments(replace(data, files=even), processor, 0)
+        self.rows = ChatDocuments(replace(data, files=even), processor, 0, row)
 
     def of_kind(self, kind: Modality, count: int) -> Iterator[Document]:
         """The first so many documents of a kind, or as many as there are."""
@@ -73,7 +75,8 @@ def held_of(options: Convert | Cpt, processor: Any) -> Held | None:
         return HeldWorld(options.data.lengths, processor, options.probe)
     if options.held_out is None or options.data is None:
         return None
-    return HeldFiles(options.data, options.held_out, processor)
+    row = RowLimits(options.pack_tokens) if isinstance(options, Cpt) else NO_LIMITS
+    return HeldFiles(options.data, options.held_out, processor, row)
 
 
 @torch.no_grad()

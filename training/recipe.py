@@ -293,7 +293,7 @@ def load_recipe(name: str | Path) -> Recipe:
         RecipeError: Unknown recipe or key, a missing or senseless value, or a circle of `extends`.
     """
     text = str(name)
-    if Path(text).is_file() or "/" not in text:
+    if Path(text).suffix in (".yaml", ".yml") or Path(text).is_file() or "/" not in text:
         return _checked(text, _merged(_find(text, Path.cwd()), ()))
     return load_variant(*text.rsplit("/", 1))
 
@@ -312,8 +312,8 @@ def load_variant(preset: str, variant: str) -> Recipe:
     own = _own_variants(preset, whole, told)
     overlays = told[variant]["changes"]
     known = [name for name in _ancestry(path) if name in overlays]
-    changes = [own[variant]] if variant in own else [overlays[key] for key in known[:1]]
-    changes = [overlays[key] for key in ("every",) if key in overlays] + changes
+    said = [overlays[key] for key in ("every", *known[:1]) if key in overlays]
+    changes = [own[variant]] if variant in own else said
     if not changes:
         raise RecipeError(
             f"nothing says what the variant {variant} of {preset} is: {told[variant]['about']} Say "
@@ -338,6 +338,11 @@ def _own_variants(preset: str, whole: Mapping[str, Any], told: Mapping[str, Any]
             raise RecipeError(f"recipe {preset}: no variant {name!r}. {_nearest(name, told)}")
         if not isinstance(change, dict):
             raise RecipeError(f"recipe {preset}: variants.{name} must be a mapping, got {change!r}")
+        if not isinstance(change.get("stages", {}), dict):
+            got = change["stages"]
+            raise RecipeError(
+                f"recipe {preset}: variants.{name}.stages must be a mapping, got {got!r}"
+            )
         _check_stages(Path(f"{preset}, variants.{name}"), whole, change)
     return dict(own)
 
@@ -366,6 +371,7 @@ def variants() -> dict[str, str]:
 
 
 def _checked(name: str, merged: Row) -> Recipe:
+    _own_variants(name, merged, variants())
     if isinstance(merged.get("stages"), dict):
         merged = _effective(merged)
     told: list[str] = []
@@ -388,11 +394,15 @@ def _checked(name: str, merged: Row) -> Recipe:
     return Recipe(about=frame.about, start=frame.start, seed=frame.seed, stages=stages)
 
 
+NO_VALUE = ("unexpected_keyword_argument", "union_tag_invalid", "union_tag_not_found")
+"""Errors about names, not about values that are null."""
+
+
 def _sorted_out(error: ValidationError) -> tuple[list[Any], tuple[str, ...]]:
     """What is wrong in a stage, and which values are open."""
     wrong, missing = [], []
     for one in error.errors():
-        if one["input"] is None and one["type"] != "union_tag_invalid":
+        if one["input"] is None and one["type"] not in NO_VALUE:
             missing.append(".".join(_file_path(one["loc"])))
         else:
             wrong.append(one)
@@ -558,11 +568,18 @@ def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        if key != WHOLE and isinstance(old, dict) and isinstance(value, dict):
+        if isinstance(old, dict) and isinstance(value, dict) and not _replaces(key, value, old):
             merged[key] = _overlaid(old, value)
         else:
             merged[key] = value
     return merged
+
+
+def _replaces(key: str, value: Row, old: Row) -> bool:
+    """Whether a mapping takes the place of another: files, and data of another kind."""
+    if key != "data":
+        return key == WHOLE
+    return (WHOLE in value and WHOLE not in old) or ("lengths" in value and WHOLE in old)
 
 
 def _file_path(loc: Sequence[Any]) -> list[str]:

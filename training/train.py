@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from safetensors import SafetensorError
 from internvideo3.model.checkpoint import load_model, resolve_checkpoint, weights_digest
 from internvideo3.model.prompt import Prompter
 from internvideo3.training.captions import WorldCaptions
-from internvideo3.training.chat import ChatDocuments, RowLimits
+from internvideo3.training.chat import ChatDocuments, RowLimits, shares_of
 from internvideo3.training.checkpoints import CheckpointMismatchError
 from internvideo3.training.endpoint import Endpoint
 from internvideo3.training.loop import Loop, Progress, Stage, TrainingError, describe, together
@@ -65,6 +66,8 @@ class Trained:
     """The last stage that was worked on."""
     folders: tuple[Path, ...]
     """Of the stages that were reached."""
+    stopped: bool = False
+    """Whether a signal came during the last step of all."""
 
 
 def quiet(name: str, done: int, total: int) -> None:
@@ -108,26 +111,35 @@ def train(
     group = group or Processes()
     stages = complete(recipe)
     start, name = str(recipe.start), ""
-    _check_files(stages)
+    check_files(stages)
     folders: list[Path] = []
+    stopped = checked = False
     for number, (name, options) in enumerate(stages.items(), start=1):
         begun = weights_digest(resolve_checkpoint(start))
         digest = stage_digest(options, recipe.seed, begun, _teacher_digest(options))
         folder = out / place(number, name, digest)
         folders.append(folder)
         job = Job(name, options, recipe.seed, start, folder, digest)
-        ended = Ended.FINISHED if job.done() else job.run(progress, group)
+        if not (done := job.done()) and not checked:
+            check_mixtures(dict(list(stages.items())[number - 1 :]))
+            checked = True
+        ended = Ended.FINISHED if done else job.run(progress, group)
+        stopped = ended is Ended.FINISHED_AND_STOPPED
         last = number == len(stages)
-        if ended is Ended.STOPPED or (ended is Ended.FINISHED_AND_STOPPED and not last):
+        if ended is Ended.STOPPED or (stopped and not last):
             return Trained(None, name, tuple(folders))
         total = options.steps if isinstance(options, StageOptions) else 1
         progress(name, require(total, name), require(total, name))
         start = str(folder / "checkpoint")
-    return Trained(Path(start), name, tuple(folders))
+    return Trained(Path(start), name, tuple(folders), stopped)
 
 
-def _check_files(stages: Mapping[str, StageOptions | Convert]) -> None:
-    """A file that a later stage needs is missed before the first one is trained."""
+def check_files(stages: Mapping[str, StageOptions | Convert]) -> None:
+    """A file that a later stage needs is missed before the first one is trained.
+
+    Raises:
+        RecipeError: It is not there.
+    """
     named = {
         f"stages.{name}": [*data.files, *(getattr(options, "held_out", None) or ())]
         for name, options in stages.items()
@@ -141,6 +153,24 @@ def _check_files(stages: Mapping[str, StageOptions | Convert]) -> None:
         raise RecipeError(
             f"the recipe's files {', '.join(sorted(missing))} do not exist (from {Path.cwd()})"
         )
+
+
+def check_mixtures(stages: Mapping[str, StageOptions | Convert]) -> None:
+    """Files that make another mixture than is asked for are told before anything is trained.
+
+    Raises:
+        RecipeError: A stage's do.
+        DataError: A file cannot be read.
+    """
+    for options in stages.values():
+        if isinstance(options, Cpt) and isinstance(options.data, ChatData):
+            check_kinds(options.shares.by_kind(), _shares(tuple(options.data.files.items())))
+
+
+@lru_cache(maxsize=4)
+def _shares(files: tuple[tuple[str, float], ...]) -> dict[Modality, float]:
+    """Variants of a recipe ask the same of the same, large files."""
+    return shares_of(dict(files))
 
 
 def _teacher_digest(options: StageOptions | Convert) -> str | None:
@@ -202,6 +232,7 @@ class Job:
             group.wait()
             return Ended.FINISHED
         group.divide_rows(options.sequence_parallel)
+        _check_documents(self.name, options, group)
         policy = Policy(
             model, train_vision=options.train_vision, recompute=options.recompute,
             backend=options.attention, sharing=group.sharing,
@@ -236,6 +267,16 @@ class Job:
             note_losses(self.folder, moment, losses)
 
 
+def _check_documents(name: str, options: StageOptions, group: Processes) -> None:
+    """Every process has a document of each step: one without would leave the others waiting."""
+    sharing = group.count // group.parts
+    if options.documents < sharing:
+        raise RecipeError(
+            f"stages.{name}.documents is {options.documents}, and {sharing} processes (or groups "
+            "that share rows) need one each; raise it or start fewer"
+        )
+
+
 def build_stage(
     options: StageOptions, processor: Any, policy: Policy, seed: int, group: Processes,
     folder: Path | None = None,
@@ -256,7 +297,6 @@ def build_stage(
         return CptStage(options, captions, group)
     if isinstance(options, Cpt) and isinstance(data, ChatData):
         rows = ChatDocuments(data, processor, seed, RowLimits(options.pack_tokens))
-        check_kinds(options.shares.by_kind(), rows.shares())
         return CptStage(options, rows, group)
     documents = documents_of(data, processor, seed, limits_of(options))
     if isinstance(options, Sft):

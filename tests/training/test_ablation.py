@@ -150,6 +150,50 @@ def test_what_is_evaluated_is_missed_before_anything_is_trained(tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_signal_in_the_last_step_of_a_recipe_stops_the_ablation(
+    world: Path, tmp_path: Path
+) -> None:
+    preset = tmp_path / "one.yaml"
+    preset.write_text(
+        "extends: scale\nabout: t\nstart: scale:m2la\nstages: {convert: null, cpt: null, "
+        "sft_long: null, gspo: null, sft_short: {steps: 1, documents: 2}, "
+        "opd: {steps: 1, documents: 2, group: 2}}\n"
+    )
+    options = AblateOptions(
+        recipes=("full", "no_opd"), preset=str(preset), seeds=(0,), out=tmp_path / "out", limit=1,
+        root=world,
+    )  # fmt: skip
+
+    sent = threading.Event()
+
+    def stops(name: str, done: int, total: int) -> None:
+        if (name, done) == ("full 0 opd", 1) and not sent.is_set():
+            sent.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert ablate(options, stops) is None
+    assert not (tmp_path / "out" / "runs").exists()
+    table = ablate(options, lambda *_: None)
+    assert table is not None and "| no_opd |" in table.read_text()
+
+
+def test_a_missing_file_of_a_variant_is_told_before_any_recipe_is_trained(
+    world: Path, tmp_path: Path
+) -> None:
+    preset = tmp_path / "own.yaml"
+    preset.write_text(
+        TINY + "variants: {no_long_video_data: {stages: {sft_short: {data: {files: "
+        "{gone.jsonl: 1.0}}}}}}\n"
+    )
+    options = AblateOptions(
+        recipes=("full", "no_long_video_data"), preset=str(preset), seeds=(0,), root=world,
+        out=tmp_path / "out",
+    )  # fmt: skip
+    with pytest.raises(RecipeError, match=r"gone.jsonl \(stages.sft_short\) do not exist"):
+        ablate(options, lambda *_: None)
+    assert not (tmp_path / "out").exists()
+
+
 def weights(out: Path) -> dict[str, str]:
     return {
         path.parts[-2]: weights_digest(path)

@@ -19,7 +19,7 @@ from internvideo3.tasks.world.media import encode_video
 from internvideo3.tasks.world.paint import paint
 from internvideo3.tasks.world.render import frame_times
 from internvideo3.tasks.world.scenes import draw_video
-from internvideo3.training.chat import ChatDocuments, RowLimits
+from internvideo3.training.chat import ChatDocuments, RowLimits, kind_of, option_meant
 from internvideo3.training.curation.records import DataError, write_rows
 from internvideo3.training.documents import Document
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE
@@ -40,7 +40,9 @@ from internvideo3.training.recipe import (
     load_recipe,
     stage_digest,
 )
-from internvideo3.training.train import build_stage, train
+from internvideo3.training.rollouts import Response
+from internvideo3.training.stages.gspo import reward
+from internvideo3.training.train import build_stage, limits_of, train
 
 SIZE: dict[str, int] = {"min_pixels": 4096, "max_pixels": 4096}
 
@@ -117,7 +119,7 @@ def test_the_models_pixels_are_those_of_evaluation(corpus: Path, loaded: Any) ->
 def test_shares_are_exact_and_epochs_reshuffle(corpus: Path, loaded: Any) -> None:
     shares = data(corpus, videos__jsonl=0.152, images__jsonl=0.549, texts__parquet=0.299)
     source = ChatDocuments(shares, loaded[1], 0)
-    kinds = Counter(source.kind(index) for index in range(1000))
+    kinds = Counter(kind_of(source._row(index)[1]) for index in range(1000))
     assert kinds == {"video": 152, "image": 549, "text": 299}
     alone = ChatDocuments(data(corpus, videos__jsonl=1.0), loaded[1], 0)
     epochs = [[alone._row(e * 9 + n)[1]["id"] for n in range(9)] for e in range(3)]
@@ -130,7 +132,7 @@ def test_continued_pretraining_mixes_texts_images_and_videos(corpus: Path, loade
     model, processor = loaded
     shares = data(corpus, videos__jsonl=0.4, images__jsonl=0.3, texts__parquet=0.3)
     source = ChatDocuments(shares, processor, 0)
-    indices = [next(n for n in range(99) if source.kind(n) == kind)
+    indices = [next(n for n in range(99) if source.taught(n).kind == kind)
                for kind in ("text", "video", "image", "text")]  # fmt: skip
     documents = [source.taught(index) for index in indices]
     policy, found = Policy(model), []
@@ -146,13 +148,15 @@ def test_continued_pretraining_mixes_texts_images_and_videos(corpus: Path, loade
 
 
 def test_files_that_make_another_mixture_than_the_recipe_asks_are_refused(
-    corpus: Path, loaded: Any
+    corpus: Path, tmp_path: Path
 ) -> None:
-    model, processor = loaded
     options = Cpt(kind="cpt", **common(data(corpus, texts__parquet=1.0)))
     said = "text 100.0% for 29.9%, image 0.0% for 54.9%, video 0.0% for 15.2%"
+    first = Sft(kind="sft", **common(data(corpus, texts__parquet=1.0)))
+    recipe = Recipe(about="t", start="scale:m2la", stages={"sft": first, "cpt": options})
     with pytest.raises(RecipeError, match=said):
-        build_stage(options, processor, Policy(model), 0, Processes())
+        train(recipe, tmp_path)
+    assert not (tmp_path / "1-sft").exists(), "told before anything is trained"
 
 
 def test_losses_by_modality_are_measured_on_files_that_are_held_out(
@@ -233,6 +237,71 @@ def test_all_frames_of_a_video_are_within_the_limits(corpus: Path, loaded: Any) 
     wide = ChatData(files={str(corpus / "huge.jsonl"): 1.0})
     assert len(ChatDocuments(wide, loaded[1], 0).taught(0)) > 1060
     assert 900 < len(ChatDocuments(wide, loaded[1], 0, RowLimits(1060)).taught(0)) <= 1060
+    # Two videos of a row share it, and responses have their place behind a prompt.
+    both = video_row("both", "huge.mp4")
+    both["messages"][0]["content"].insert(0, dict(both["messages"][0]["content"][0]))
+    write_rows(corpus / "both.jsonl", [both])
+    pair = ChatData(files={str(corpus / "both.jsonl"): 1.0})
+    assert 900 < len(ChatDocuments(pair, loaded[1], 0, RowLimits(1200)).taught(0)) <= 1200
+    asked = ChatDocuments(wide, loaded[1], 0, RowLimits(1060, answer_tokens=300))
+    prompt = asked.prompt(0)
+    tokens = len(asked.prompter.piece(prompt.text, [prompt.frames]).ids)
+    assert 500 < tokens <= 1060 - 300
+
+
+def test_responses_have_room_in_the_rows_of_their_stage() -> None:
+    shared = common(ChatData(files={"a": 1.0})) | {"group": 3, "max_new_tokens": 9}
+    gspo = limits_of(Gspo(kind="gspo", **shared))
+    assert gspo == RowLimits(2048, answer_tokens=3 * 10, scored=True)
+    assert limits_of(Opd(kind="opd", teacher="t", **shared)) == replace(gspo, scored=False)
+    sft = Sft(kind="sft", **common(ChatData(files={"a": 1.0})))
+    assert limits_of(sft) == RowLimits(2048)
+
+
+@pytest.mark.parametrize(
+    "answer", ["circle", " circle", "B", "(B)", "b.", "B. circle", "B) circle"]
+)
+def test_an_answer_may_be_an_options_letter(answer: str) -> None:
+    assert option_meant(answer, ["square", "circle", "cross"]) == "circle"
+
+
+@pytest.mark.parametrize("answer", ["ring", "D", "B. square", "", "Because", "BB"])
+def test_an_answer_that_is_no_option_is_refused(answer: str) -> None:
+    with pytest.raises(DataError, match="none of its options: square, circle, cross"):
+        option_meant(answer, ["square", "circle", "cross"])
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_rows_that_no_rule_can_score_are_bad_rows(corpus: Path, loaded: Any, suffix: str) -> None:
+    rows = [video_row(str(n), str(corpus / "v0.mp4")) for n in range(5)]
+    for row, answer in zip(rows, ("circle", "B", "a ring", None, "a cat sits"), strict=True):
+        row["answer"] = answer
+    rows[4]["options"] = None
+    path = corpus / f"answers.{suffix}"
+    write_rows(path, rows)
+    source = ChatDocuments(ChatData(files={str(path): 1.0}, **SIZE), loaded[1], 0)
+    docs = [source.prompt(index).doc for index in range(10)]
+    assert {doc["id"] for doc in docs} == {"0", "1"}
+    assert {doc["answer"] for doc in docs} == {"circle"}
+    assert len(source.bad) == 3, source.bad
+    right = next(source.prompt(n) for n in range(9) if docs[n]["id"] == "1")
+    assert reward(right, Response((1,), (0.0,), "B")) == 1.0
+    assert reward(right, Response((1,), (0.0,), " circle")) == 1.0
+
+
+def test_a_malformed_row_of_a_mixture_is_a_bad_row(corpus: Path, loaded: Any) -> None:
+    model, processor = loaded
+    text = [{"role": "user", "content": "Say red."}, {"role": "assistant", "content": " red"}]
+    broken = [{"role": "user", "content": None}, {"role": "assistant", "content": " red"}]
+    path = corpus / "malformed.jsonl"
+    write_rows(path, [{"id": "a", "messages": broken}, {"id": "b", "messages": text}])
+    options = Cpt(
+        kind="cpt", shares=Shares(text=1.0, image=0.0, video=0.0),
+        **(common(ChatData(files={str(path): 1.0})) | {"documents": 4}),
+    )  # fmt: skip
+    stage: Any = build_stage(options, processor, Policy(model), 0, Processes())
+    _, noted = stage.works(0, Policy(model))
+    assert noted["text_samples"][0] == 4 and len(stage.captions.bad) == 1
 
 
 def test_a_row_that_is_too_long_is_a_bad_row(corpus: Path, loaded: Any, tmp_path: Path) -> None:

@@ -277,6 +277,28 @@ def test_a_rollout_server_that_is_down_ends_both_processes_with_the_state_saved(
     assert [one.name for one in (tmp_path / "out/1-gspo/states").iterdir()] == ["step-00000000"]
 
 
+@pytest.mark.slow
+def test_fewer_documents_than_processes_are_told_by_all_of_them(tmp_path: Path) -> None:
+    """One without a document would leave the other in the gathers of a shared reference."""
+    data = WorldData(lengths={2: 1.0}, videos=4, profiles={"main": 1.0})
+    gspo = Gspo(
+        kind="gspo", steps=1, documents=1, pack_tokens=2048, group=2, max_new_tokens=4, data=data,
+        optimiser=Optimiser(learning_rate=1e-4),
+    )  # fmt: skip
+    written = tmp_path / "few.yaml"
+    told = {"about": "t", "start": START, "stages": {"gspo": _plain_data(gspo)}}
+    written.write_text(json.dumps(told))
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", _port()]
+    done = subprocess.run(
+        [sys.executable, *command, "-m", "internvideo3.harness.cli", "train", str(written),
+         "--out", str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    said = done.stderr.replace("\n", " ")
+    assert said.count("stages.gspo.documents is 1, and 2 processes") >= 1, done.stderr[-2000:]
+
+
 def test_a_checkpoint_that_cannot_be_written_loses_no_step(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

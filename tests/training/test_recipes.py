@@ -15,6 +15,7 @@ from internvideo3.training.documents import WorldDocuments
 from internvideo3.training.loop import rate_at
 from internvideo3.training.recipe import (
     ChatData,
+    Cpt,
     Gspo,
     Opd,
     Open,
@@ -172,6 +173,37 @@ def test_a_mistake_in_a_variant_is_told(tmp_path: Path, variants: str, said: str
         load_variant(str(own), "no_cpt")
 
 
+def test_a_recipe_gives_a_stage_of_the_world_files(tmp_path: Path) -> None:
+    """And one with files the world: data of another kind are another value."""
+    own = written(tmp_path, "extends: scale\nstages: {sft_short: {data: {files: {a: 1.0}}}}\n")
+    stages = complete(load_recipe(own))
+    assert stages["sft_short"].data == ChatData(files={"a": 1.0})
+    world = "{lengths: {2: 1.0}, videos: 3}"
+    back = written(
+        tmp_path, f"extends: own.yaml\nstages: {{sft_short: {{data: {world}}}}}\n", "b.yaml"
+    )
+    data = complete(load_recipe(back))["sft_short"].data
+    assert data == WorldData(lengths={2: 1.0}, videos=3)
+
+
+def test_a_recipes_own_variant_is_in_the_place_of_the_presets(tmp_path: Path) -> None:
+    own = written(tmp_path, "extends: scale\nvariants: {no_cpt: {stages: {cpt: {steps: 1}}}}\n")
+    stage = complete(load_variant(str(own), "no_cpt"))["cpt"]
+    assert isinstance(stage, Cpt) and stage.steps == 1
+
+
+def test_a_file_that_is_not_there_is_no_variant(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no recipe '.*mine.yaml'"):
+        load_recipe(tmp_path / "recipes" / "mine.yaml")
+
+
+def test_what_is_measured_decides_no_weights() -> None:
+    stage = complete(load_recipe("scale"))["cpt"]
+    assert isinstance(stage, Cpt)
+    told = replace(stage, held_out=("a.jsonl",))
+    assert stage_digest(told, 0, "a") == stage_digest(stage, 0, "a")
+
+
 def test_a_variant_that_changes_nothing_is_refused(tmp_path: Path) -> None:
     own = written(tmp_path, "extends: scale\nstages: {gspo: null, sft_long: null}\n")
     for name in ("no_rl", "no_long_context", "no_long_video_data"):
@@ -219,7 +251,10 @@ def test_a_recipe_extends_another_and_leaves_a_stage_out(tmp_path: Path) -> None
         ("extends: scale\nstages: {sft_lnog: {steps: 3}}\n", "says its `kind`.*mean sft_long?"),
         ("extends: scale\nstages:\n  gspo: {group: 4}\n  gspo: {group: 16}\n", "gspo twice .*3"),
         ("extends: scale\nstages: {gspo: {group: null, groop: 1}}\n", "stages.gspo.groop"),
-        ("extends: scale\nstages: {opd: {data: null, kind: null}}\n", "opd"),
+        ("extends: scale\nstages: {opd: {data: null, kind: null}}\n", "stages.opd: .*kind"),
+        ("extends: scale\nstages: {opd: {stpes: null}}\n", "opd.stpes: no such key.*mean steps?"),
+        ("extends: scale\nvariants: {no_ctp: {}}\n", "no variant 'no_ctp'. Did you mean no_cpt?"),
+        ("extends: scale\nvariants: {no_cpt: {stages: [1]}}\n", "no_cpt.stages must be a mapp"),
     ],
 )
 def test_a_mistake_is_told_where_it_is(tmp_path: Path, text: str, said: str) -> None:

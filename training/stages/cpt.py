@@ -21,9 +21,6 @@ from internvideo3.training.stages.sft import supervised_works
 class Mixed(Protocol):
     """Documents of several kinds, by index."""
 
-    def kind(self, index: int) -> Modality:
-        """Which kind of document an index stands for."""
-
     def taught(self, index: int) -> Document:
         """The document."""
 
@@ -42,9 +39,9 @@ class CptStage(Stage):
         indices = own_indices(self.options, step, self.group)
         taught = together(self.group, lambda: [self.captions.taught(i) for i in indices])
         samples, tokens = Counter[Modality](), Counter[Modality]()
-        for index, document in zip(indices, taught, strict=True):
-            samples[self.captions.kind(index)] += 1
-            tokens[self.captions.kind(index)] += len(document)
+        for document in taught:
+            samples[document.kind] += 1
+            tokens[document.kind] += len(document)
         works = supervised_works(taught, self.options, policy, self.group)
         noted: Totals = {}
         for kind in get_args(Modality):

@@ -72,7 +72,10 @@ class OpdStage(Stage):
         indices = own_indices(self.options, step, self.group)
         rows = together(self.group, lambda: self._rows(sampler, indices))
         works: list[Work] = []
-        for row, counts in in_step(self.group, rows):
+        # A server is asked about what is there; only a model in the processes needs all of them.
+        served = isinstance(self.teacher, RemoteTeacher)
+        passes = [(row, True) for row in rows] if served else in_step(self.group, rows)
+        for row, counts in passes:
             made = self._work(row, policy, sampler.barred)
             works += [made] if counts else []
         lengths = [len(one.ids) for row in rows for group in row for one in group.responses]
