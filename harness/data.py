@@ -19,7 +19,14 @@ from internvideo3.training.curation.card import data_card
 from internvideo3.training.curation.distribution import distribution, figure5, table1
 from internvideo3.training.curation.filters import Kept
 from internvideo3.training.curation.fingerprints import Steps, fingerprint, named
-from internvideo3.training.curation.mixing import mixed, mixed_videos, preset_of, source_of
+from internvideo3.training.curation.mixing import (
+    Preset,
+    mixed,
+    mixed_videos,
+    preset_of,
+    source_of,
+    told_apart,
+)
 from internvideo3.training.curation.origin import claim, origin_of
 from internvideo3.training.curation.pipeline import Changes, Curation
 from internvideo3.training.curation.records import (
@@ -270,7 +277,7 @@ class _Prints:
 def mix_rows(
     sources: Sequence[str], out: Path, total: int, seed: int, preset: str | None = None
 ) -> int:
-    """Write a mixture of files; its number of rows.
+    """Write a mixture of files; its number of rows, each with an id of its own.
 
     Args:
         sources: `FILE=SHARE`; with a preset `SOURCE=FILE`, a source's files one by one.
@@ -280,25 +287,42 @@ def mix_rows(
         preset: A published mixture (`mixing.presets`); None for one's own.
 
     Raises:
-        DataError: An argument is none of this form, or a source has no file or too few rows.
+        DataError: An argument is none of this form, a source has no file or too few rows, or a
+            file is given twice.
         RecipeError: The shares do not sum to 1.
     """
     if preset is None:
         shares = _own_shares(sources)
-        rows = mixed({name: _moved_rows(Path(name), out) for name in shares}, shares, total, seed)
+        read = _read_sources([Path(name) for name in shares], out)
+        rows = mixed({name: read[Path(name)] for name in shares}, shares, total, seed)
     else:
         published = preset_of(preset)
+        named_files = [_source_file(published, one) for one in sources]
+        read = _read_sources([file for _, file in named_files], out)
         files: dict[str, list[Row]] = {}
-        for one in sources:
-            name, mark, file = one.partition("=")
-            if not mark or not file:
-                first = next(iter(published.shares))
-                raise DataError(f"{one!r} is not SOURCE=FILE, such as '{first}=rows.jsonl'")
-            files.setdefault(source_of(published, name), []).extend(_moved_rows(Path(file), out))
+        for name, file in named_files:
+            files.setdefault(name, []).extend(read[file])
         mix = mixed_videos if published.of_videos else mixed
         rows = mix(files, published.shares, total, seed)
     write_rows(out, rows)
     return len(rows)
+
+
+def _source_file(preset: Preset, given: str) -> tuple[str, Path]:
+    """Source and file of a `SOURCE=FILE`."""
+    name, mark, file = given.partition("=")
+    if not mark or not file:
+        first = next(iter(preset.shares))
+        raise DataError(f"{given!r} is not SOURCE=FILE, such as '{first}=rows.jsonl'")
+    return source_of(preset, name), Path(file)
+
+
+def _read_sources(files: Sequence[Path], out: Path) -> dict[Path, list[Row]]:
+    """File → its rows, as the mixture must hold them."""
+    for number, file in enumerate(files):
+        if any(file.resolve() == other.resolve() for other in files[:number]):
+            raise DataError(f"{file} is given twice, and no row is drawn twice; give it once")
+    return told_apart({file: _moved_rows(file, out) for file in files})
 
 
 def _own_shares(sources: Sequence[str]) -> dict[str, float]:

@@ -27,6 +27,7 @@ from internvideo3.tasks.video import read_frames
 from internvideo3.training.curation import filters, fingerprints, synthesis
 from internvideo3.training.curation.distribution import distribution, figure5, table1
 from internvideo3.training.curation.fingerprints import fingerprint, named, same
+from internvideo3.training.curation.mixing import told_apart
 from internvideo3.training.curation.narrative import entity_fault, order_fault
 from internvideo3.training.curation.records import (
     Asked,
@@ -34,6 +35,7 @@ from internvideo3.training.curation.records import (
     DataError,
     Narrative,
     chat_row,
+    moved,
     read_rows,
     write_rows,
 )
@@ -187,6 +189,27 @@ class TestFilters:
         assert [one["id"] for one in kept.rows] == ["gap", "fuller"]
         assert kept.dropped["neither"] == "the teacher is wrong"
 
+    def test_what_no_rule_scores_is_dropped_with_the_reason(self, tmp_path: Path) -> None:
+        """A description among questions ends no filter; a file of no rollouts does."""
+        hot: Any = {"temperature": 1.0, "teacher": "circle", "student": "cross"}
+        told = self.rollout("told", "a cat", "a dog", answer="a cat sits", **hot)
+        told["doc"] |= {"answer_type": "span", "options": None}
+        mixed = self.rollout("mixed", "circle", "square", answer="circle", **hot)
+        span = self.rollout("span", "10 - 15")
+        once = told | {"predictions": ["a cat"]}
+        path, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+        for kind, *rows in (("mixed", told, mixed), ("gap", told, mixed), ("iou", once, span)):
+            write_rows(path, rows)
+            kept, dropped = filter_rows(kind, path, out, None, 0)
+            assert kept == 1 and dropped.keys() == {"told"}
+            assert dropped["told"].startswith("cannot be scored: ")
+            assert "a cat sits" in dropped["told"]
+        with pytest.raises(DataError, match="kept none of 1 rows; reasons: cannot be scored"):
+            filters.by_mixed_answers([told]).or_fail("it")
+        bare = {"id": "b", "predictions": ["x", "y"], "temperature": 1.0}
+        with pytest.raises(DataError, match="row b has no benchmark and no doc to be scored by"):
+            filters.by_mixed_answers([mixed, bare])
+
     @pytest.mark.parametrize(
         ("benchmark", "asked", "repeats"),
         [
@@ -333,6 +356,25 @@ class TestMixtures:
         write_rows(tmp_path / "odd.jsonl", [{"messages": []}, {"messages": "text"}])
         with pytest.raises(DataError, match=r"odd\.jsonl, row 2, is not in the chat form"):
             mix_rows([f"{tmp_path}/odd.jsonl=1"], out, 1, seed=1)
+
+    def test_rows_of_a_mixture_are_told_apart_by_their_ids(self, tmp_path: Path) -> None:
+        """Also files of one name, rows that share an id within a file, and rows without one."""
+        files = {
+            Path("a/rows.jsonl"): [{"id": 1}, {"id": "x"}, {"id": "own"}, {"id": 7}],
+            Path("b/rows.jsonl"): [{"id": "1"}, {}, {"id": "rows/x"}],
+            Path("c.jsonl"): [{"id": 1}, {"id": "x"}, {"id": "twice"}, {"id": "twice"}],
+        }
+        made = told_apart(files)
+        assert [[row["id"] for row in rows] for rows in made.values()] == [
+            ["a/rows.jsonl/1/1", "a/rows.jsonl/2/x", "own", 7],
+            ["b/rows.jsonl/1/1", "rows/2", "rows/rows/x"],
+            ["c/1", "c/x", "c.jsonl/3/twice", "c.jsonl/4/twice"],
+        ]
+        assert files[Path("c.jsonl")][0] == {"id": 1}
+        file = self.source(tmp_path, "a", 5)
+        given = [f"InternVid={file}", f"YouTube={tmp_path}/../{tmp_path.name}/a.jsonl"]
+        with pytest.raises(DataError, match="is given twice, and no row is drawn twice"):
+            mix_rows(given, tmp_path / "out.jsonl", 3, 0, "long_video")
 
 
 class TestFingerprints:
@@ -712,6 +754,23 @@ def test_values_and_files_that_cannot_be_held_are_told(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"no table")
     with pytest.raises(DataError, match="is no Parquet file"):
         read_rows(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize("kind", ["video_url", "image_url"])
+@pytest.mark.parametrize(
+    ("url", "is_path"),
+    [
+        ("https://host/v.mp4", False), ("S3://bucket/v.mp4", False), ("data:x;base64,aa", False),
+        ("v.mp4", True), ("part 1: hall.mp4", True), ("take:2.mp4", True), ("../v.mp4", True),
+    ],
+)  # fmt: skip
+def test_paths_move_with_their_rows_and_addresses_stay(
+    kind: str, url: str, is_path: bool, tmp_path: Path
+) -> None:
+    row = {"messages": [{"role": "user", "content": [{"type": kind, kind: {"url": url}}]}]}
+    (message,) = moved(row, tmp_path / "in", tmp_path / "out")["messages"]
+    assert message["content"][0][kind]["url"] == (str(tmp_path / "in" / url) if is_path else url)
+    assert moved(row, tmp_path / "in", tmp_path / "x" / ".." / "in") == row
 
 
 def test_distribution_is_table_1_beside_the_papers(tmp_path: Path) -> None:

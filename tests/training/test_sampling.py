@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from internvideo3.harness import cli
-from internvideo3.harness.data import filter_rows
+from internvideo3.harness.data import check_rows, filter_rows, mix_rows
 from internvideo3.harness.sample import SampleOptions, write_samples
 from internvideo3.model.checkpoint import load_model
 from internvideo3.tasks.world.media import encode_video
@@ -24,6 +24,7 @@ from internvideo3.tasks.world.render import frame_times
 from internvideo3.tasks.world.scenes import draw_video
 from internvideo3.training.chat import ChatDocuments
 from internvideo3.training.curation.records import DataError, Row, read_rows, write_rows
+from internvideo3.training.curation.sampling import is_description
 from internvideo3.training.recipe import ChatData, Gspo, Optimiser
 from internvideo3.training.train import limits_of
 
@@ -195,6 +196,48 @@ def test_a_served_teacher_sees_the_video_and_describes_it_better(
     (row,) = read_rows(tmp_path / "kept.jsonl")
     assert row["reference"] == row["teacher"] == STORY
     assert [row["student"]] == row["predictions"]
+
+
+@pytest.mark.parametrize(
+    ("row", "described"),
+    [
+        ({"answer": "a cat sits"}, True),
+        ({"answer": "3 - 10"}, False),
+        ({"answer": "3 - 10", "answer_type": "text"}, True),
+        ({"answer": "a cat", "options": ["a cat", "a dog"]}, False),
+        ({"answer": "a cat", "options": ["a cat", "a dog"], "reference": "a cat sits"}, True),
+        ({"answer": "3 - 10", "reference": "a cat sits"}, True),
+        ({"answer": "a cat sits", "reference": ""}, True),
+        ({"answer": "a cat sits", "benchmark": "videomme"}, False),
+    ],
+)
+def test_a_description_is_what_has_a_reference_or_no_rule(row: Row, described: bool) -> None:
+    assert is_description(row) == described
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_mixture_of_files_with_equal_ids_is_checked_and_sampled(
+    suffix: str, videos: Path, tmp_path: Path
+) -> None:
+    """Texts have neither answer nor options and are no question about a video: they are told."""
+    asked = [row for seed in range(4) if (row := asked_of(seed, "needle"))]
+    write_rows(videos / "asked.jsonl", [row | {"id": n} for n, row in enumerate(asked)])
+    said = [{"role": "user", "content": "Say red."}, {"role": "assistant", "content": "red"}]
+    write_rows(tmp_path / "texts.jsonl", [{"id": 0, "messages": said}])
+    mixture, clean = tmp_path / f"mixed{suffix}", tmp_path / f"clean{suffix}"
+    share = len(asked) / (len(asked) + 1)
+    sources = [f"{tmp_path}/texts.jsonl={1 - share}", f"{videos}/asked.jsonl={share}"]
+    mix_rows(sources, mixture, len(asked) + 1, 0)
+    ids = {"texts/0", "asked/0", *range(1, len(asked))}
+    assert {row["id"] for row in read_rows(mixture)} == ids
+    assert check_rows(mixture, clean, None, None) == (len(ids), {})
+    made = write_samples(options(clean, tmp_path / "out.jsonl", max_new_tokens=4), quiet)
+    assert (made.rows, made.dropped) == (len(asked), 1)
+    drops = read_rows(tmp_path / "out.dropped.jsonl")
+    assert drops == [
+        {"id": "texts/0", "reason": "cannot be used: a rollout needs exactly one video"}
+    ]
+    assert all(row["options"] for row in read_rows(tmp_path / "out.jsonl"))
 
 
 @pytest.mark.parametrize(

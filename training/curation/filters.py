@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from internvideo3.tasks.scoring.entry import score
+from internvideo3.tasks.scoring.result import ScoringError
 from internvideo3.training.curation.records import DataError, Row, user_text
 from internvideo3.training.curation.synthesis import plain
 
@@ -59,8 +60,10 @@ class Kept:
 def by_iou(rows: Sequence[Row], low: float = LOW_IOU, high: float = HIGH_IOU) -> Kept:
     """Grounding examples that the model half solves: IoU from `low` to `high`, both included.
 
+    A row that its rule cannot score is dropped.
+
     Raises:
-        DataError: A row has not exactly one prediction.
+        DataError: A row is no rollout, or has not exactly one prediction.
     """
 
     def reason(row: Row) -> str | None:
@@ -75,8 +78,10 @@ def by_iou(rows: Sequence[Row], low: float = LOW_IOU, high: float = HIGH_IOU) ->
 def by_mixed_answers(rows: Sequence[Row]) -> Kept:
     """Multiple-choice questions that temperature-1 samples answer both right and wrong.
 
+    A row that its rule cannot score, such as a description, is dropped.
+
     Raises:
-        DataError: A row was not sampled at temperature 1, or less than twice.
+        DataError: A row is no rollout, or was not sampled at temperature 1, or less than twice.
     """
 
     def reason(row: Row) -> str | None:
@@ -97,9 +102,10 @@ def by_gap(rows: Sequence[Row]) -> Kept:
 
     A row has `teacher` and `student`, a prediction each. Where there is a `reference` (a long
     description), good means more complete: more of the reference's words, by a tenth at least.
+    Any other row that its rule cannot score is dropped.
 
     Raises:
-        DataError: A row lacks one of them.
+        DataError: A row is no rollout, or lacks one of the predictions.
     """
 
     def reason(row: Row) -> str | None:
@@ -241,7 +247,10 @@ def shingles(text: str) -> frozenset[str]:
 def _filtered(rows: Sequence[Row], reason: Callable[[Row], str | None]) -> Kept:
     kept, dropped = [], {}
     for row in rows:
-        why = reason(row)
+        try:
+            why = reason(row)
+        except ScoringError as error:
+            why = f"cannot be scored: {error}"
         if why is None:
             kept.append(row)
         else:
@@ -261,4 +270,10 @@ def _scores(row: Row, fewest: int) -> list[float]:
 
 def _score(row: Row, prediction: Any) -> float:
     """By the careful reader's rule, as rewards are; an answer that the rule drops counts 0."""
+    missing = [key for key in ("benchmark", "doc") if key not in row]
+    if missing:
+        raise DataError(
+            f"row {row['id']} has no {' and no '.join(missing)} to be scored by; `data sample` "
+            "writes them"
+        )
     return score(row["benchmark"], row["doc"], str(prediction), rule="plain").value or 0.0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from internvideo3.training.curation.records import DataError, Row, videos_of
@@ -66,6 +68,43 @@ def source_of(preset: Preset, given: str) -> str:
             f"preset: {listed}"
         )
     return found[0]
+
+
+def told_apart(files: Mapping[Path, Sequence[Row]]) -> dict[Path, list[Row]]:
+    """Rows with ids that no two rows of all the files share, by which the next command knows them.
+
+    An id that is the only one stays as it is; others get the file's name before them, and its path
+    and their number in it where that is not enough. A row without an id is named by its number.
+
+    Args:
+        files: File → its rows.
+    """
+    names = [
+        _names(path, number, row)
+        for path, rows in files.items()
+        for number, row in enumerate(rows, start=1)
+    ]
+    while shared := _shared(names):
+        names = [one[1:] if one[0] in shared and len(one) > 1 else one for one in names]
+    chosen = iter(names)
+    return {path: [_called(row, next(chosen)[0]) for row in rows] for path, rows in files.items()}
+
+
+def _names(path: Path, number: int, row: Row) -> tuple[str, ...]:
+    """What a row may be called, the most welcome name first; the last one is its own."""
+    if row.get("id") is None:
+        return f"{path.stem}/{number}", f"{path}/{number}"
+    return str(row["id"]), f"{path.stem}/{row['id']}", f"{path}/{number}/{row['id']}"
+
+
+def _shared(names: Sequence[tuple[str, ...]]) -> set[str]:
+    """First names that several have and that one of them can do without."""
+    counts = Counter(one[0] for one in names)
+    return {one[0] for one in names if len(one) > 1 and counts[one[0]] > 1}
+
+
+def _called(row: Row, name: str) -> Row:
+    return row if str(row.get("id")) == name else {**row, "id": name}
 
 
 def mixed(
