@@ -28,6 +28,7 @@ from internvideo3.model.scale.build import SYSTEM_PROMPT
 from internvideo3.tasks.decoder import IsolatedReader
 from internvideo3.tasks.scoring.entry import score
 from internvideo3.training.acted import Shelf, acted, is_rollout
+from internvideo3.training.curation.budget import FEW, UNUSABLE
 from internvideo3.training.curation.records import DataError, Row, read_rows
 from internvideo3.training.documents import SCORED_AS, Document, Prompt, replied
 from internvideo3.training.mixture import dealt
@@ -39,8 +40,6 @@ BLOCK = 1000
 MARK = "<VIDEO_CONTEXT>"
 """Where the released data put a video into a text (OpenGVLab/InternVideo@3965eef); it is before the
 text here, as Qwen3-VL's template has it."""
-FEW = 10
-"""Bad rows that are always forgiven: of a handful of rows one is more than any budget."""
 LETTERED = re.compile(r"\(?([A-Za-z])\)?(?:[.:)]\s*(.*))?")
 """`B`, `(B)`, `B.`, `B. a red ring`."""
 SEEN = 7 / 8
@@ -153,7 +152,7 @@ class ChatDocuments:
         row = self.rows[name][number]
         try:
             return make(row, Path(name).parent)
-        except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+        except UNUSABLE as error:
             self.bad[name, number] = _reason(error)
             what = f"{name}, row {number + 1} (id {row.get('id')})"
             log.warning("%s is left out: %s", what, self.bad[name, number])

@@ -351,7 +351,7 @@ def _sampler_of(policy: Policy, processor: Any, max_new_tokens: int, group: Proc
 
     def sampler_of(policy: Policy) -> Sampler:
         if copy is not None:
-            copy.load_state_dict(group.whole_weights(policy))
+            group.fill(policy, copy)
         model = (copy or policy).model.eval()
         return Sampler(model, processor, barred, max_new_tokens)
 
@@ -367,7 +367,7 @@ def _remote_sampler_of(
     prompter = Prompter(processor, {"do_resize": False})
 
     def sampler_of(policy: Policy) -> RemoteSampler:
-        weights = group.whole_weights(policy) if group.count > 1 else policy.state_dict()
+        weights = _written_weights(policy, group)
         digest = ""
         if group.first:
             _write(folder, policy.model, weights, processor, "for a server", PUSHED)
@@ -383,6 +383,13 @@ def _remote_sampler_of(
     return sampler_of
 
 
+def _written_weights(policy: Policy, group: Processes) -> dict[str, Any]:
+    """A policy's whole weights, for the first process to write."""
+    if group.count == 1:
+        return policy.state_dict()
+    return group.whole_weights(policy, everywhere=False)
+
+
 def _push(servers: Sequence[PushedWeights]) -> None:
     for one in servers:
         one.push()
@@ -390,7 +397,7 @@ def _push(servers: Sequence[PushedWeights]) -> None:
 
 def _export(folder: Path, policy: Policy, processor: Any, digest: str, group: Processes) -> None:
     """The trained model as a checkpoint that every command takes; whole or not there."""
-    weights = group.whole_weights(policy) if group.count > 1 else policy.state_dict()
+    weights = _written_weights(policy, group)
     if group.first:
         _write(folder, policy.model, weights, processor, digest)
     group.wait()

@@ -146,7 +146,7 @@ def test_training_sees_what_acting_saw(place: Place, eye: Eye, video: Path, tmp_
     for index in range(2):
         document = documents.taught(index)
         (row,) = [one for one in rows if tuple(one["ids"]) == document.trunk_ids]
-        assert documents.kind(index) == "video"
+        assert document.kind == "video"
         laid = pack([document], place.model)
         labels_N = laid.labels_T[laid.labels_T >= 0]
         said = [row["ids"][start:stop] for start, stop in row["said"]]

@@ -9,8 +9,7 @@ from internvideo3.training.curation.records import DataError
 
 log = logging.getLogger("internvideo3.data")
 FEW = 10
-"""Bad rows that are always forgiven: of a handful of rows one is more than any budget. As training
-forgives (`training/chat.py`)."""
+"""Bad rows that are always forgiven: of a handful of rows one is more than any budget."""
 MOST_BAD = 0.01
 """Share of bad rows that is forgiven, as in training's recipes."""
 UNUSABLE = (ValueError, LookupError, TypeError, AttributeError, OSError)
