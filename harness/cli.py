@@ -1046,8 +1046,9 @@ def train_command(
         from internvideo3.harness.train import plan_lines, run_training
 
         if plan:
-            for line in plan_lines(recipe, model, gpus):
-                print(line)
+            with _bars(stderr=True) as advance:
+                lines = plan_lines(recipe, model, gpus, advance)
+            print(*lines, sep="\n")
             return
         if out is None:
             raise PreflightError("Say with --out where states and checkpoints go.")
@@ -1710,8 +1711,9 @@ _FULL_BARS = 5
 
 
 @contextmanager
-def _bars(*, shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+def _bars(*, shown: bool = True, stderr: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     """One progress bar a name, with the time that is left; yields what moves them."""
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -1729,7 +1731,8 @@ def _bars(*, shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, disable=not shown) as bars:
+    console = Console(stderr=True) if stderr else None
+    with Progress(*columns, console=console, disable=not shown) as bars:
         tasks: dict[str, TaskID] = {}
         full: list[str] = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from transformers import Qwen3VLConfig
 from internvideo3.model.checkpoint import read_config, resolve_checkpoint
 from internvideo3.model.config import InternVideo3Config
 from internvideo3.training.follow import Row
-from internvideo3.training.plan import GIB, latent_config, plan_step, released_config
+from internvideo3.training.plan import (
+    FLOAT_BYTES,
+    GIB,
+    count_weights,
+    latent_config,
+    plan_step,
+    released_config,
+)
 from internvideo3.training.processes import Processes
 from internvideo3.training.recipe import KINDS, Open, Stage, load_recipe
 from internvideo3.training.train import Trained, quiet, train
@@ -46,7 +54,12 @@ def run_training(
         group.leave()
 
 
-def plan_lines(recipe: str, model: str | None, gpus: int) -> list[str]:
+def plan_lines(
+    recipe: str,
+    model: str | None,
+    gpus: int,
+    progress: Callable[[str, int, int], None] = quiet,
+) -> list[str]:
     """What each stage of a recipe needs on one of so many GPUs; long rows whole and in parts.
 
     Args:
@@ -54,6 +67,7 @@ def plan_lines(recipe: str, model: str | None, gpus: int) -> list[str]:
         model: `8b` for the released shape, or a checkpoint with a vision tower; None: the recipe's
             own start, or `8b` where it has none.
         gpus: GPUs that share weights, gradients and moments.
+        progress: Told each stage, its lines so far and its lines in all.
 
     Raises:
         ValueError: The recipe or a checkpoint cannot be used.
@@ -61,26 +75,45 @@ def plan_lines(recipe: str, model: str | None, gpus: int) -> list[str]:
     read = load_recipe(recipe)
     name = model or read.start or RELEASED
     config = _config_of(name)
+    written = FLOAT_BYTES * count_weights(config).total
     lines = [f"GiB on each GPU, every token a vision token and learnt. Planned: {name}, "
-             f"{_shape(config)}."]  # fmt: skip
+             f"{_shape(config)}. The first process writes its weights from the host: "
+             f"{_gib(written)}."]  # fmt: skip
     for stage_name, stage in read.stages.items():
         if stage.kind != "convert":
-            lines += [f"{stage_name}: {line}" for line in _stage_lines(stage, config, gpus)]
+            told = partial(progress, stage_name)
+            lines += [f"{stage_name}: {line}" for line in _stage_lines(stage, config, gpus, told)]
         elif not isinstance(config, InternVideo3Config):
             config = latent_config(config, _value(stage, "preset"))
             lines.append(f"{stage_name}: from here on {_shape(config)}.")
     return lines
 
 
-def _stage_lines(stage: Stage | Open, config: Any, gpus: int) -> list[str]:
+def _stage_lines(
+    stage: Stage | Open, config: Any, gpus: int, progress: Callable[[int, int], None]
+) -> list[str]:
     """A line for each way to divide its rows that the GPUs and the heads allow."""
-    tokens, own = _value(stage, "pack_tokens"), _value(stage, "sequence_parallel")
+    tokens, own = _value(stage, "pack_tokens"), _value(stage, "sequence_parallel") or 1
     if tokens is None:
         return ["pack_tokens is not set, so there is no plan."]
     heads = config.text_config.num_key_value_heads
     tried = SPLITS if tokens > WHOLE_TOKENS else ()
-    parts = {n for n in tried if not gpus % n and not heads % n} | {own}
-    return [_plan_line(stage, config, gpus, n) for n in sorted(parts)]
+    parts = sorted(n for n in {*tried, own} if not gpus % n and not heads % n)
+    lines = [] if own in parts else [_why_not(own, gpus, heads)]
+    for done, count in enumerate(parts):
+        progress(done, len(parts))
+        lines.append(_plan_line(stage, config, gpus, count))
+        progress(done + 1, len(parts))
+    return lines
+
+
+def _why_not(own: int, gpus: int, heads: int) -> str:
+    """Why rows cannot be divided as the recipe says."""
+    if gpus % own:
+        needed = f"needs a multiple of {own} GPUs; --gpus is {gpus}"
+    else:
+        needed = f"does not divide {heads} key/value heads"
+    return f"sequence_parallel is {own}, which {needed}. So it cannot run."
 
 
 def _plan_line(stage: Stage | Open, config: Any, gpus: int, parts: int) -> str:
@@ -105,8 +138,10 @@ def _plan_line(stage: Stage | Open, config: Any, gpus: int, parts: int) -> str:
     told = ", ".join(f"{part} {_gib(size)}" for part, size in sizes.items())
     shared = f" ({row.tokens:,} shared by {parts})" if parts > 1 else ""
     start = f"; all models whole at the start {_gib(planned.start)}" if gpus > 1 else ""
+    host = f"; on the host {_gib(planned.host_pixels)} of pixels for each row of its step"
     without = "; no teacher is set" if stage.kind == "opd" and teacher is None else ""
-    return f"{row.own:,} tokens a GPU{shared}, {gpus} GPUs: {told}{start}{without}"
+    count = f"{gpus} GPU{'s' if gpus > 1 else ''}"
+    return f"{row.own:,} tokens a GPU{shared}, {count}: {told}{start}{host}{without}"
 
 
 def _value(stage: Stage | Open, key: str) -> Any:
@@ -118,7 +153,8 @@ def _value(stage: Stage | Open, key: str) -> Any:
 
 def _gib(size: int) -> str:
     """One decimal, of little three; of a model of the scale world that is all there is."""
-    return f"{size / GIB:.1f}" if size >= GIB else f"{size / GIB:.3f}"
+    told = f"{size / GIB:.1f}" if size >= GIB else f"{size / GIB:.3f}"
+    return "0" if told == "0.000" else told
 
 
 def _shape(config: Any) -> str:

@@ -3,9 +3,10 @@
 Passes run on fake tensors (shapes without storage) and an accountant of torch follows every
 allocation, so the 8B model at 256K tokens is planned on a laptop in a minute. The text model and
 the vision tower are followed one after the other, as they run: while the text model works, the
-tower only keeps what its backward pass needs. Of a deep model two shallow ones are followed: every
-layer adds the same (a test compares with following all layers). A row is followed at its fullest:
-every token is a vision token, and every token is learnt.
+tower only keeps what its backward pass needs. Of a deep model two shallow ones are followed, and of
+the loss its first chunks: every layer adds the same, and every chunk needs the same (tests compare
+with following all layers and all chunks). What was followed is remembered. A row is followed at its
+fullest: every token is a vision token, and every token is learnt.
 
 Letters: T tokens of a row, t those of one process, W text width, V their vision tokens.
 """
@@ -13,7 +14,7 @@ Letters: T tokens of a row, t those of one process, W text width, V their vision
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,13 @@ from transformers import Qwen3VLForConditionalGeneration
 from internvideo3.model.config import InternVideo3Config
 from internvideo3.model.modeling import InternVideo3ForConditionalGeneration
 from internvideo3.training.attention import PackedAttention, Segment, Sharing
-from internvideo3.training.objectives.linear_cross_entropy import told_cross_entropy
+from internvideo3.training.objectives.linear_cross_entropy import _ChunkedCrossEntropy, chunk_tokens
 from internvideo3.training.policy import Policy
 
 FOLLOWED = 2
 """Layers of the first shallow text model that is followed for a deep one; a second has one more."""
+CHUNKS = 3
+"""Chunks of the loss that are followed; in the second one, temporaries of two chunks meet."""
 FRAMES = 8
 """Frames that the followed tower sees: a fused kernel's memory does not depend on their number."""
 
@@ -96,14 +99,31 @@ class Alone(Sharing):
         return sent.clone()
 
 
-def follow(config: Any, row: Row, moments: Callable[[Any, Row], Moments]) -> Moments:
+Follower = Callable[[Any, Row], Moments]
+"""`text_moments` or `tower_moments`."""
+_FOLLOWED: dict[tuple[str, Row, Follower], Moments] = {}
+"""Configuration as JSON, row and follower → what was found: stages of a recipe are often alike."""
+
+
+def follow(config: Any, row: Row, moments: Follower) -> Moments:
     """Moments of a text model or a tower, from two shallow ones where it is deep.
+
+    What was followed before is remembered; a tower does not know who else has parts of the row.
 
     Args:
         config: Of the model.
         row: The row.
         moments: `text_moments` or `tower_moments`.
     """
+    if moments is tower_moments:
+        row = replace(row, tokens=row.own, parts=1)
+    key = (config.to_json_string(use_diff=False), row, moments)
+    if key not in _FOLLOWED:
+        _FOLLOWED[key] = _from_shallow(config, row, moments)
+    return _FOLLOWED[key]
+
+
+def _from_shallow(config: Any, row: Row, moments: Follower) -> Moments:
     cut: Callable[[Any, int], Any] = shallow
     depth, few = config.text_config.num_hidden_layers, FOLLOWED
     if moments is tower_moments:
@@ -211,7 +231,28 @@ def text_loss(policy: Policy, row: Row) -> Tensor:
     ).last_hidden_state
     hidden_TW = hidden_1tW[0] if sharing is None else sharing.gathered(hidden_1tW[0], 0)
     weight_T = torch.ones(len(zeros_T), device=device)
-    return told_cross_entropy(hidden_TW, model.lm_head.weight, zeros_T, weight_T)
+    head_VW = model.lm_head.weight
+    given = (hidden_TW, head_VW, zeros_T, weight_T, chunk_tokens(len(head_VW)))
+    loss: Tensor = _FirstChunks.apply(*given)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _FirstChunks(_ChunkedCrossEntropy):
+    """The loss of a row, of which a few chunks are run: each further one needs the same memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NW: Tensor, head_VW: Tensor, labels_N: Tensor, weight_N: Tensor, chunk: int
+    ) -> Tensor:
+        run = slice(0, CHUNKS * chunk)
+        # The gradient of the chunks that are not run, there while the others are.
+        rest_NW = torch.empty_like(hidden_NW[run.stop :])
+        given = (hidden_NW[run], head_VW, labels_N[run], weight_N[run], chunk)
+        total: Tensor = _ChunkedCrossEntropy.forward(ctx, *given)
+        _, grad_VW = ctx.to_save
+        del rest_NW
+        ctx.save_for_backward(torch.empty_like(hidden_NW), grad_VW)
+        return total
 
 
 def tower_moments(config: Any, row: Row) -> Moments:

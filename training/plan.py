@@ -2,7 +2,10 @@
 
 Activations are followed through the model's own code (`follow.py`). Weights are counted: with their
 gradients and two moments in float32, divided among the GPUs (FSDP2), what is gathered while it is
-used, and the other models that a stage holds.
+used, and the other models that a stage holds. Of the host's memory only the
+patches of a row are counted, of which a process holds as many as it has rows in a step. What is
+there for a while is not: videos as they are decoded, states as they are saved, and the whole
+weights of the first process (`weights`, in float32) as it writes a checkpoint.
 """
 
 from __future__ import annotations
@@ -59,6 +62,8 @@ class Plan:
     """Other models, by name, as they stay on this GPU."""
     start: int
     """All models whole, as they are loaded before they are divided."""
+    host_pixels: int
+    """On the host: patches of a whole row, which every process that shares it has there."""
 
     @property
     def step(self) -> int:
@@ -155,15 +160,17 @@ def plan_step(
     gathered = FLOAT_BYTES * (found.root + found.head + 3 * found.layer)
     vision = config.vision_config
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    token_pixels = FLOAT_BYTES * vision.spatial_merge_size**2 * patch
     return Plan(
         weights=found.total,
         states=(FLOAT_BYTES * found.total + LEARNT_BYTES * learnt) // gpus,
         gathered=0 if gpus == 1 else gathered,
-        pixels=FLOAT_BYTES * row.own * vision.spatial_merge_size**2 * patch,
+        pixels=row.own * token_pixels,
         tower=tower.kept,
         activations=worst - tower.kept,
         others=others,
         start=FLOAT_BYTES * whole,
+        host_pixels=row.tokens * token_pixels,
     )
 
 

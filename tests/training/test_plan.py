@@ -18,8 +18,12 @@ from torch.profiler import ProfilerActivity, profile
 from internvideo3.harness.train import plan_lines
 from internvideo3.model.checkpoint import load_model, read_config, resolve_checkpoint
 from internvideo3.model.config import InternVideo3Config
-from internvideo3.training.follow import Row, build, follow, text_moments, tower_moments
-from internvideo3.training.objectives.linear_cross_entropy import told_cross_entropy
+from internvideo3.training import follow as following
+from internvideo3.training.follow import Moments, Row, build, follow, text_moments, tower_moments
+from internvideo3.training.objectives.linear_cross_entropy import (
+    _ChunkedCrossEntropy,
+    told_cross_entropy,
+)
 from internvideo3.training.packing import Pack
 from internvideo3.training.plan import (
     FLOAT_BYTES,
@@ -35,6 +39,11 @@ from internvideo3.training.processes import Processes
 ROW = Row(tokens=1536, recompute=True, bfloat16=False, train_vision=True)
 FRAME = (16, 16)
 """Patches of a frame in height and width."""
+
+
+SMALL = Plan(weights=1, states=1, gathered=1, pixels=1, tower=655, activations=1, start=1,
+             host_pixels=1)  # fmt: skip
+"""Of no real model."""
 
 
 def middle_config() -> InternVideo3Config:
@@ -161,6 +170,38 @@ def test_two_shallow_models_tell_what_all_layers_need(moments: Any) -> None:
         assert told[moment] == pytest.approx(size, rel=0.03), moment
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_few_chunks_of_the_loss_tell_what_all_need(
+    parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = middle_config()
+    config.text_config.num_hidden_layers = 2
+    row = varied(tokens=8192, parts=parts)
+    few = text_moments(config, row)
+    monkeypatch.setattr(following, "_FirstChunks", _ChunkedCrossEntropy)
+    assert few == text_moments(config, row)
+
+
+def test_equal_rows_are_followed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tower, equal parts of rows; another model or another row is followed anew."""
+    seen: list[Row] = []
+
+    def tower(config: Any, row: Row) -> Moments:
+        seen.append(row)
+        return Moments(forward=row.tokens, backward=0, casting=0, kept=0)
+
+    monkeypatch.setattr(following, "tower_moments", tower)
+    config = middle_config()
+    config.vision_config.depth = 2
+    assert follow(config, varied(tokens=64), tower).forward == 64
+    assert follow(middle_config(), varied(tokens=128, parts=2), tower).forward == 64
+    assert len(seen) == 3, "the deep one from two shallow ones"
+    assert follow(config, varied(tokens=128, parts=2), tower).forward == 64
+    assert len(seen) == 3
+    assert follow(config, varied(tokens=128), tower).forward == 128
+    assert len(seen) == 4
+
+
 @pytest.mark.slow
 def test_the_released_shape_is_planned_in_a_minute() -> None:
     """A quarter of 256K tokens, as one of four processes that share a row has them."""
@@ -175,6 +216,7 @@ def test_the_released_shape_is_planned_in_a_minute() -> None:
     # A block keeps 262144 x 1152 numbers in bf16, 27 of them; the four mergers keep more.
     assert 27 * 262144 * 1152 * 2 < plan.tower < 30 << 30
     assert plan.pixels == 4 * 1536 * 4 * 65536
+    assert plan.host_pixels == 4 * plan.pixels
 
 
 def test_other_models_are_parts_of_the_plan() -> None:
@@ -247,16 +289,49 @@ def test_a_recipe_without_a_conversion_is_planned_as_it_starts(tmp_path: Path) -
     assert "scale:m2la, M²LA" in first
 
 
+def test_rows_that_cannot_be_divided_are_told_and_not_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the GPUs that there are, and by the heads. A few bytes of a tower are none."""
+    monkeypatch.setattr("internvideo3.harness.train.plan_step", lambda *_, **__: SMALL)
+    stage = {"kind": "sft", "documents": 8, "pack_tokens": 64, "sequence_parallel": 2,
+             "optimiser": {"learning_rate": 1e-3}}  # fmt: skip
+    recipe = {"about": "Divided.", "start": "scale:m2la", "stages": {
+        "two": stage, "three": {**stage, "sequence_parallel": 3},
+        "long": {**stage, "pack_tokens": 66000},
+    }}  # fmt: skip
+    path = tmp_path / "divided.yaml"
+    path.write_text(json.dumps(recipe))
+    _, two, three, why, whole = plan_lines(str(path), None, 1)
+    assert two == (
+        "two: sequence_parallel is 2, which needs a multiple of 2 GPUs; --gpus is 1. So it cannot "
+        "run."
+    )
+    assert "needs a multiple of 3" in three and "--gpus is 1" in why
+    assert whole.startswith("long: 66,000 tokens a GPU, 1 GPU: states 0, ")
+    assert ", tower 0, activations" in whole
+    _, two, three, *longs = plan_lines(str(path), None, 6)
+    assert two.startswith("two: 32 tokens a GPU (64 shared by 2), 6 GPUs: ")
+    assert "sequence_parallel is 3, which does not divide 2 key/value heads" in three
+    assert [one.split(", ")[0] for one in longs] == [
+        "long: 66,000 tokens a GPU", "long: 33,000 tokens a GPU (66,000 shared by 2)",
+    ]  # fmt: skip
+
+
 def test_without_a_start_the_released_shape_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     """With every division of a long row that the GPUs allow."""
     planned: list[Row] = []
 
     def noted(config: Any, row: Row, gpus: int, **_: Any) -> Plan:
         planned.append(row)
-        return Plan(weights=1, states=1, gathered=1, pixels=1, tower=1, activations=1, start=1)
+        return SMALL
 
     monkeypatch.setattr("internvideo3.harness.train.plan_step", noted)
-    first, *_ = plan_lines("official", None, 4)
+    told: list[tuple[str, int, int]] = []
+    first, *_ = plan_lines("official", None, 4, lambda *one: told.append(one))
+    assert [one for one in told if one[0] == "sft_long"] == [
+        ("sft_long", done, 3) for done in (0, 1, 1, 2, 2, 3)
+    ]
     assert "Planned: 8b, M²LA, 36 layers of width 4096, latent rank 896" in first
     assert [row.parts for row in planned if row.tokens == 262144] == [1, 2, 4]
     assert all(row.train_vision for row in planned if row.tokens == 262144)
