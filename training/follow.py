@@ -233,7 +233,7 @@ def text_loss(policy: Policy, row: Row) -> Tensor:
     weight_T = torch.ones(len(zeros_T), device=device)
     head_VW = model.lm_head.weight
     given = (hidden_TW, head_VW, zeros_T, weight_T, chunk_tokens(len(head_VW)))
-    loss: Tensor = _FirstChunks.apply(*given)  # type: ignore[no-untyped-call]
+    loss: Tensor = _FirstChunks.apply(*given)
     return loss
 
 
