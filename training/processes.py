@@ -126,20 +126,19 @@ class Processes:
         if self.count > 1:
             dist.destroy_process_group()
 
-    def whole_weights(self, policy: nn.Module, *, everywhere: bool = True) -> dict[str, Tensor]:
+    def whole_weights(self, policy: nn.Module) -> dict[str, Tensor]:
         """All weights of a policy, in the host's memory; all processes must ask together.
 
-        On the device one tensor at a time is whole.
+        On the device one tensor at a time is whole. The first process keeps them, the others get
+        an empty dictionary: each copy of an 8B model takes 33 GB of the host.
 
         Args:
             policy: A policy, divided or not.
-            everywhere: Whether every process keeps them; otherwise the first does, and the others
-                get an empty dictionary: each copy of an 8B model takes 33 GB of the host.
         """
         kept = {}
         for name, value in policy.state_dict().items():
             tensor = _whole(value)
-            if everywhere or self.first:
+            if self.first:
                 kept[name] = tensor.cpu()
         return kept
 

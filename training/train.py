@@ -385,9 +385,7 @@ def _remote_sampler_of(
 
 def _written_weights(policy: Policy, group: Processes) -> dict[str, Any]:
     """A policy's whole weights, for the first process to write."""
-    if group.count == 1:
-        return policy.state_dict()
-    return group.whole_weights(policy, everywhere=False)
+    return group.whole_weights(policy) if group.count > 1 else policy.state_dict()
 
 
 def _push(servers: Sequence[PushedWeights]) -> None:
