@@ -299,9 +299,9 @@ class ChatDocuments:
         read = self.reader.read(path, fps=data.fps, max_frames=data.max_frames)
         totals = [] if data.total_pixels is None else [data.total_pixels]
         if self.row.tokens is not None:
-            room = max(self.row.tokens - self.row.answer_tokens, 0)
+            room = self.row.tokens - self.row.answer_tokens
             totals.append(int(SEEN * room / videos) * self.token_pixels)
-        most = min([data.max_pixels, *(total // len(read.indices) for total in totals)])
+        most = max(1, min([data.max_pixels, *(total // len(read.indices) for total in totals)]))
         return fit_frames(
             read, factor=self.factor, min_pixels=min(data.min_pixels, most), max_pixels=most
         )

@@ -322,10 +322,20 @@ def build_stage(
 
 
 def limits_of(options: StageOptions) -> RowLimits:
-    """What documents of a stage have to fit and to hold."""
+    """What documents of a stage have to fit and to hold.
+
+    Raises:
+        RecipeError: The responses to one prompt fill a row.
+    """
     if not isinstance(options, Gspo | Opd):
         return RowLimits(options.pack_tokens)
     answers = options.group * (options.max_new_tokens + 1)
+    if answers >= options.pack_tokens:
+        raise RecipeError(
+            f"{options.group} responses of up to {options.max_new_tokens} tokens leave no room in "
+            f"a row of pack_tokens = {options.pack_tokens}; raise it, or lower group or "
+            "max_new_tokens"
+        )
     return RowLimits(options.pack_tokens, answers, scored=isinstance(options, Gspo))
 
 

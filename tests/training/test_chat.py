@@ -256,6 +256,8 @@ def test_responses_have_room_in_the_rows_of_their_stage() -> None:
     assert limits_of(Opd(kind="opd", teacher="t", **shared)) == replace(gspo, scored=False)
     sft = Sft(kind="sft", **common(ChatData(files={"a": 1.0})))
     assert limits_of(sft) == RowLimits(2048)
+    with pytest.raises(RecipeError, match="3 responses of up to 700 tokens leave no room"):
+        limits_of(Gspo(kind="gspo", **(shared | {"max_new_tokens": 700})))
 
 
 @pytest.mark.parametrize(
