@@ -60,7 +60,11 @@ class Stage(ABC):
     updates = 1
     """Optimiser updates on the passes of one step."""
     bfloat16 = False
-    """Whether matrix products of the passes run in bf16."""
+    """Whether matrix products of all passes, those of other models too, run in bf16."""
+
+    def products(self, device: torch.device) -> torch.autocast:
+        """The precision of a pass, as a context."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16)
 
     @abstractmethod
     def works(self, step: int, policy: Policy) -> tuple[list[Work], Totals]:
@@ -164,9 +168,7 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.group.device)
         for work in works:
-            with torch.autocast(
-                self.group.device.type, torch.bfloat16, enabled=self.stage.bfloat16
-            ):
+            with self.stage.products(self.group.device):
                 part = self.policy(work.pack.to(self.group.device), work.loss) * work.scale
             # FSDP2 averages gradients over the processes; the step's loss is their sum. Processes
             # that share a row all have its loss.

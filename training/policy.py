@@ -206,12 +206,22 @@ def token_logps(
     size = chunk or chunk_tokens(len(head_VW))
 
     def some(hidden_CW: Tensor, ids_C: Tensor) -> Tensor:
-        logits_CV = barred_logits(functional.linear(hidden_CW, head_VW).float(), barred)
+        logits_CV = logits_of(hidden_CW, head_VW, barred)
         picked_C: Tensor = logits_CV.gather(-1, ids_C[:, None])[:, 0] - logits_CV.logsumexp(-1)
         return picked_C
 
     pieces = zip(hidden_NW.split(size), ids_N.split(size), strict=True)
     return torch.cat([checkpoint(some, h, i, use_reentrant=False) for h, i in pieces])
+
+
+def logits_of(hidden_CW: Tensor, head_VW: Tensor, barred: Sequence[int]) -> Tensor:
+    """Logits, float32, under which the barred ids have no probability.
+
+    The product is in the precision of its factors also where others are in bf16, whose rounding
+    would move a logit of 10 by 0.02: more than policies differ by from one update to the next.
+    """
+    with torch.autocast(hidden_CW.device.type, enabled=False):
+        return barred_logits(functional.linear(hidden_CW, head_VW).float(), barred)
 
 
 def barred_logits(logits_NV: Tensor, barred: Sequence[int]) -> Tensor:

@@ -160,6 +160,8 @@ class StageOptions:
     data: Data | None = None
     train_vision: bool = False
     """Whether the vision tower learns."""
+    bfloat16: bool = False
+    """Matrix products in bf16; weights, optimiser and what is made of logits stay float32."""
     recompute: bool = False
     """Recompute each layer's activations in the backward pass."""
     sequence_parallel: Annotated[int, Field(ge=1)] = 1
@@ -175,8 +177,6 @@ class Sft(StageOptions):
     """Supervised fine-tuning (section 3.3.2): one stretch of the short-to-long curriculum."""
 
     kind: Literal["sft"]
-    bfloat16: bool = False
-    """Matrix products in bf16; weights and optimiser stay float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +189,6 @@ class Cpt(StageOptions):
     """Documents of each kind on which the loss is measured before and after."""
     held_out: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Files of rows on which that is, where the data are files; None: it is not measured."""
-    bfloat16: bool = False
-    """Matrix products in bf16; weights and optimiser stay float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +208,8 @@ class Gspo(StageOptions):
     clip_low: Annotated[float, Field(gt=0)] = 3e-4
     clip_high: Annotated[float, Field(gt=0)] = 4e-4
     kl_weight: Annotated[float, Field(ge=0)] = 0.04
+    gap_cap: Annotated[float, Field(ge=1)] = 2.0
+    """Most that a response counts for by being likelier to training than to what sampled it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from internvideo3.training.objectives.distillation import full_kl, sampled_kl, top_k_kl
-from internvideo3.training.objectives.gspo import GspoOptions, group_advantages, gspo_loss
+from internvideo3.training.objectives.gspo import (
+    GspoOptions,
+    group_advantages,
+    gspo_loss,
+    sampler_weights,
+)
 from internvideo3.training.objectives.linear_cross_entropy import (
     IGNORE,
     chunk_tokens,
@@ -171,6 +176,16 @@ class TestGspo:
         theirs = differences(lambda x: self.reference(x, old, base), logp)
         assert (ours - theirs).abs().max() < 1e-7
         assert (ours[~self.SAID] == 0).all()
+
+    def test_a_response_counts_for_its_ratio_to_the_sampler(self) -> None:
+        old, told = draws(4, 4), draws(4, 4, seed=1)
+        spoiled = torch.where(self.SAID, told, torch.nan)
+        weight, gap = sampler_weights(old, spoiled, self.SAID, cap=1.5)
+        for i in range(4):
+            apart = float((old - told)[i][self.SAID[i]].mean())
+            assert float(gap[i]) == pytest.approx(abs(apart))
+            assert float(weight[i]) == pytest.approx(min(1.5, math.exp(apart)))
+        assert float(weight.max()) == 1.5 and float(weight.min()) < 1
 
     def test_padding_may_hold_anything(self) -> None:
         logp = -draws(4, 4).abs()

@@ -9,6 +9,7 @@ Letters: S words of a response, V vocabulary, K likeliest words.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -271,12 +272,15 @@ def test_supervised_stages_weigh_each_answer_by_the_root_of_its_length(
 
 
 def test_gspo_is_its_definition(loaded: Any) -> None:
-    """Ratios to the policy that sampled, divergence from the start, groups by themselves."""
+    """Ratios to the policy before the updates, divergence from the start, groups by themselves."""
     policy, processor = Policy(deepcopy(loaded[0])), loaded[1]
     stage: Any = build_stage(GSPO, processor, policy, 0, Processes())
     start = plain_copy(policy)
     move(policy.model, 0.05, seed=4)
     works, rollouts = sampled_step(stage, policy)
+    with torch.no_grad():
+        for work in works:  # the first update: where the policy was when it sampled
+            policy(work.pack, work.loss)
     move(policy.model, 0.03, seed=5)
     plain = plain_copy(policy)
     vocabulary = Vocabulary(processor, len(plain.lm_head.weight))
@@ -312,6 +316,83 @@ def test_gspo_is_its_definition(loaded: Any) -> None:
     # A pass that only keeps this process in step with others is not counted.
     policy(works[-1].pack, works[-1].loss)
     assert stage.noted() == noted
+
+
+@dataclass
+class Off:
+    """A sampler whose log-probabilities are off by so many nats, as another program's are."""
+
+    inner: Samples
+    nats: float
+
+    def __post_init__(self) -> None:
+        self.barred = self.inner.barred
+
+    def sample(self, prompt: Prompt, count: int, seed: int) -> list[Response]:
+        said = self.inner.sample(prompt, count, seed)
+        return [replace(one, logps=tuple(x - self.nats for x in one.logps)) for one in said]
+
+
+@pytest.mark.parametrize(("nats", "weight"), [(0.3, math.exp(0.3)), (-2.0, math.exp(-2.0)), (3, 2)])
+def test_what_the_sampler_is_off_by_is_a_weight_and_no_clipping(
+    loaded: Any, nats: float, weight: float
+) -> None:
+    """Gradients are those of the right numbers times the weight, which is 2 at most."""
+    found = []
+    for off in (0.0, nats):
+        policy = Policy(deepcopy(loaded[0]))
+        options = replace(GSPO, kl_weight=0.0)
+        stage: Any = build_stage(options, loaded[1], policy, 0, Processes())
+        sampler_of = stage.sampler_of
+        stage.sampler_of = lambda policy, off=off, of=sampler_of: Off(of(policy), off)
+        works, _ = stage.works(STEP, policy)
+        found.append(gradient_of(policy, works))
+        told = {name: total / count for name, (total, count) in stage.noted().items()}
+        assert told["sampler_gap"] == pytest.approx(abs(off), abs=1e-5)
+        assert told["clipped_share"] == 0 and told["ratio"] == pytest.approx(1, abs=1e-6)
+    right, theirs = found
+    assert float(right.norm()) > 1e-2
+    assert float((theirs - weight * right).norm()) < 1e-4 * weight * float(right.norm())
+
+
+@pytest.mark.parametrize("options", [GSPO, OPD], ids=["gspo", "opd"])
+def test_products_in_bf16_have_the_direction_of_float32(loaded: Any, options: Any) -> None:
+    """All models are passed in bf16; one that has not moved has a ratio of 1, and hardly a KL."""
+    found, kinds = [], []
+    for bfloat16 in (False, True):
+        policy = Policy(deepcopy(loaded[0]))
+        stage: Any = build_stage(
+            replace(options, bfloat16=bfloat16), loaded[1], policy, 0, Processes()
+        )
+        other = stage.reference if options is GSPO else stage.teacher
+        seen: set[torch.dtype] = set()
+        for model in (policy.model, other.model):
+            model.model.language_model.layers[0].mlp.register_forward_hook(
+                lambda module, args, out, seen=seen: seen.add(out.dtype)
+            )
+        works, _ = stage.works(STEP, policy)
+        assert seen >= {torch.bfloat16 if bfloat16 else torch.float32}
+        seen.clear()
+        with stage.products(torch.device("cpu")):
+            found.append(gradient_of(policy, works))
+        kinds.append(seen)
+        if options is GSPO:
+            told = {name: total / count for name, (total, count) in stage.noted().items()}
+            assert told["ratio"] == 1 and told["clipped_share"] == 0 and told["kl"] < 1e-3
+    assert kinds == [{torch.float32}, {torch.bfloat16}]
+    exact, rounded = found
+    assert not torch.equal(exact, rounded)
+    assert float(exact @ rounded / exact.norm() / rounded.norm()) > 0.99
+
+
+def gradient_of(policy: Policy, works: list[Work]) -> Tensor:
+    """All gradients of a step, as one vector."""
+    policy.zero_grad()
+    for work in works:
+        policy(work.pack, work.loss).backward()
+    return torch.cat(
+        [p.grad.double().flatten() for p in policy.model.parameters() if p.grad is not None]
+    )
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class GspoLoss(NamedTuple):
     clipped_share: Tensor
     """Share of responses whose ratio is clipped (detached)."""
     ratio: Tensor
-    """Mean sequence ratio to the policy that sampled (detached)."""
+    """Mean sequence ratio to the policy before the step's updates (detached)."""
 
 
 def group_advantages(reward_R: Tensor, group_R: Tensor) -> Tensor:
@@ -64,9 +64,33 @@ def group_advantages(reward_R: Tensor, group_R: Tensor) -> Tensor:
     return torch.where(spread_R > 1e-6, centred_R / spread_R.clamp(min=1e-6), 0.0)
 
 
+def sampler_weights(
+    old_logp_RT: Tensor, rollout_logp_RT: Tensor, said_RT: Tensor, cap: float
+) -> tuple[Tensor, Tensor]:
+    """What each response counts for, where the sampler is not quite the policy.
+
+    A server, or another precision, gives the same weights other probabilities. The responses are
+    then of another distribution; their ratio to it corrects that, cut off so that none outweighs
+    the others (truncated importance sampling: Yao et al., "Your efficient RL framework secretly
+    brings you off-policy RL training", 2025; per sequence and length-normalised, as GSPO's ratio).
+
+    Args:
+        old_logp_RT: Log-probabilities of the sampled ids under the policy that was to sample, as
+            training computes them.
+        rollout_logp_RT: The same as the sampler told them.
+        said_RT: True at response tokens.
+        cap: Largest weight.
+
+    Returns:
+        Weights `[R]`, and how far apart the two are, nats a token, `[R]`.
+    """
+    gap_R = _mean_over(old_logp_RT - rollout_logp_RT, said_RT)
+    return gap_R.exp().clamp(max=cap), gap_R.abs()
+
+
 def gspo_loss(
     logp_RT: Tensor,
-    rollout_logp_RT: Tensor,
+    old_logp_RT: Tensor,
     reference_logp_RT: Tensor,
     said_RT: Tensor,
     advantage_R: Tensor,
@@ -76,7 +100,7 @@ def gspo_loss(
 
     Args:
         logp_RT: Log-probabilities of the sampled ids under the policy; gradients flow through it.
-        rollout_logp_RT: The same when they were sampled.
+        old_logp_RT: The same when they were sampled.
         reference_logp_RT: The same under the SFT reference.
         said_RT: True at response tokens.
         advantage_R: From `group_advantages`.
@@ -88,7 +112,7 @@ def gspo_loss(
     length_R = said_RT.sum(-1)
     if not (length_R > 0).all():
         raise ValueError(f"response {int(length_R.argmin())} has no token; drop it before the loss")
-    drift_R = _mean_over(logp_RT - rollout_logp_RT, said_RT)
+    drift_R = _mean_over(logp_RT - old_logp_RT, said_RT)
     ratio_R = drift_R.exp()
     clipped_R = ratio_R.clamp(1 - options.clip_low, 1 + options.clip_high)
     gain_R = torch.minimum(ratio_R * advantage_R, clipped_R * advantage_R)

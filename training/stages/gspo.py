@@ -2,7 +2,9 @@
 
 One step: for each of its prompts the policy samples a group of responses; a rule scores them; the
 rewards are normalised within the group; a few updates of the clipped sequence objective follow,
-with a KL term towards the model that the stage began from.
+with a KL term towards the model that the stage began from. The ratios that are clipped are between
+passes of training, which differ by what was learnt alone; how far the sampler's numbers are from
+training's is a weight of its own.
 
 Letters: R responses of a row, T tokens of the longest one, N response tokens of a row, W text
 width, V vocabulary.
@@ -23,7 +25,12 @@ from torch.nn.utils.rnn import pad_sequence
 from internvideo3.tasks.scoring.entry import score
 from internvideo3.training.documents import SCORED_AS, Document, Prompt, Source
 from internvideo3.training.loop import Stage, Totals, Work, in_step, own_indices, together
-from internvideo3.training.objectives.gspo import GspoOptions, group_advantages, gspo_loss
+from internvideo3.training.objectives.gspo import (
+    GspoOptions,
+    group_advantages,
+    gspo_loss,
+    sampler_weights,
+)
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE
 from internvideo3.training.packing import pack, packs
 from internvideo3.training.policy import Policy, token_logps
@@ -65,6 +72,7 @@ class GspoStage(Stage):
         self.seed = seed
         self.group = group
         self.updates = options.updates
+        self.bfloat16 = options.bfloat16
         self._watched: dict[int, tuple[int, dict[str, Tensor]]] = {}
         """Row of the step → its responses, and what became of them when it was last passed."""
 
@@ -97,7 +105,7 @@ class GspoStage(Stage):
         responses = sum(count for count, _ in rows)
         return {
             name: (sum(count * float(seen[name]) for count, seen in rows), responses)
-            for name in WATCHED
+            for name in (*WATCHED, "sampler_gap")
         }
 
     def _rollout(self, sampler: Samples, index: int) -> Group:
@@ -117,7 +125,7 @@ class GspoStage(Stage):
         def logps(hidden_NW: Tensor, head_VW: Tensor) -> Tensor:
             return token_logps(hidden_NW, head_VW, labels_N, barred)
 
-        with torch.no_grad():
+        with torch.no_grad(), self.products(self.group.device):
             reference_RT = _by_response(self.reference(laid, logps), lengths_R)
         rollout_RT = pad_sequence(
             [torch.tensor(one.logps) for g in groups for one in g.responses], batch_first=True
@@ -130,12 +138,20 @@ class GspoStage(Stage):
         # The objective is a mean over the row's responses; the step's is one over all of them.
         share = len(reward_R) / (self.options.documents * self.options.group)
         objective = self._objective()
+        before: list[Tensor] = []
 
         def loss(hidden_NW: Tensor, head_VW: Tensor) -> Tensor:
             logp_RT = _by_response(logps(hidden_NW, head_VW), lengths_R)
-            made = gspo_loss(logp_RT, rollout_RT, reference_RT, said_RT, advantage_R, objective)
+            if not before:  # the step's first update is under way: no weight has moved yet
+                before.append(logp_RT.detach())
+            (old_RT,) = before
+            weight_R, gap_R = sampler_weights(old_RT, rollout_RT, said_RT, self.options.gap_cap)
+            made = gspo_loss(
+                logp_RT, old_RT, reference_RT, said_RT, weight_R * advantage_R, objective
+            )
+            seen = {name: getattr(made, name) for name in WATCHED} | {"sampler_gap": gap_R.mean()}
             # By row, so that one that is passed again for other processes' sake counts once.
-            self._watched[row] = len(reward_R), {name: getattr(made, name) for name in WATCHED}
+            self._watched[row] = len(reward_R), seen
             return made.loss * share
 
         return Work(laid, loss)

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from internvideo3.training.documents import Document, Prompt, Source
@@ -28,7 +27,7 @@ from internvideo3.training.loop import Stage, Totals, Work, in_step, own_indices
 from internvideo3.training.objectives.distillation import full_kl, sampled_kl, top_k_kl
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE, chunk_tokens
 from internvideo3.training.packing import Pack, pack, packs
-from internvideo3.training.policy import Policy, barred_logits, token_logps
+from internvideo3.training.policy import Policy, logits_of, token_logps
 from internvideo3.training.processes import Processes
 from internvideo3.training.recipe import Opd, RecipeError
 from internvideo3.training.remote import RemoteTeacher
@@ -63,6 +62,7 @@ class OpdStage(Stage):
         if isinstance(teacher, Policy):
             teacher.requires_grad_(False)
         self.sampler_of = sampler_of
+        self.bfloat16 = options.bfloat16
         self.seed = seed
         self.group = group
 
@@ -137,13 +137,13 @@ class OpdStage(Stage):
             taught.extend((hidden_NX, head_VX))
             return hidden_NX.new_zeros(())
 
-        with torch.no_grad():
+        with torch.no_grad(), self.products(self.group.device):
             teacher(laid, keep)
         hidden_NX, head_VX = taught
 
         def some(s_CW: Tensor, head_VW: Tensor, t_CX: Tensor, weight_C: Tensor) -> Tensor:
-            student_CV = barred_logits(functional.linear(s_CW, head_VW).float(), barred)
-            teacher_CV = barred_logits(functional.linear(t_CX, head_VX).float(), barred)
+            student_CV = logits_of(s_CW, head_VW, barred)
+            teacher_CV = logits_of(t_CX, head_VX, barred)
             if self.options.top_k is None:
                 return full_kl(student_CV, teacher_CV, weight_C)
             return top_k_kl(student_CV, teacher_CV, weight_C, self.options.top_k)
