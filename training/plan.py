@@ -138,7 +138,8 @@ def plan_step(
         row: The row and how it is run.
         gpus: GPUs that share the states.
         frozen: Configurations of models that only read, by the name that the plan gives them.
-        sampler: Whether a copy of the model samples responses on each of several GPUs.
+        sampler: Whether the processes sample responses themselves: each of several with a copy of
+            the model, which is in bf16 where products are, and then one has it as well.
 
     Raises:
         ValueError: The attention of the model cannot run on packed rows.
@@ -152,8 +153,8 @@ def plan_step(
     read = {name: count_weights(one) for name, one in frozen.items()}
     others = {name: _frozen_bytes(one, gpus) for name, one in read.items()}
     whole = found.total + sum(one.total for one in read.values())
-    if sampler and gpus > 1:
-        others["sampler"] = FLOAT_BYTES * found.total
+    if sampler and (gpus > 1 or row.bfloat16):
+        others["sampler"] = (2 if row.bfloat16 else FLOAT_BYTES) * found.total
         whole += found.total
     # FSDP2 holds a layer in use and the next one, and what is in no layer for the whole pass; the
     # head's gradient is whole from the loss to the end, a layer's until it is divided.

@@ -72,9 +72,17 @@ class Policy(nn.Module):
         other = Policy(model.eval(), backend=self.backend, sharing=self.sharing)
         return other.requires_grad_(False)
 
-    def copied(self) -> Policy:
-        """A copy as it is now, not trained."""
-        return self.beside(deepcopy(self.model))
+    def copied(self, dtype: torch.dtype | None = None) -> Policy:
+        """A copy as it is now, not trained.
+
+        Args:
+            dtype: Of its weights, None for the same. What is no weight, such as rotary frequencies,
+                stays as it is: in bf16 they would be other positions.
+        """
+        other = self.beside(deepcopy(self.model))
+        for weight in other.parameters() if dtype is not None else ():
+            weight.data = weight.data.to(dtype)
+        return other
 
     @property
     def device(self) -> torch.device:

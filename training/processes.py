@@ -150,7 +150,7 @@ class Processes:
 
         Args:
             policy: A policy, divided or not.
-            copy: Of the same names and shapes, not divided.
+            copy: Of the same names and shapes, not divided; of its own floating type.
 
         Raises:
             ValueError: They have not the same names.

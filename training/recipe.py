@@ -161,7 +161,8 @@ class StageOptions:
     train_vision: bool = False
     """Whether the vision tower learns."""
     bfloat16: bool = False
-    """Matrix products in bf16; weights, optimiser and what is made of logits stay float32."""
+    """Matrix products in bf16, sampling too; weights, optimiser and, where responses are sampled,
+    logits stay float32."""
     recompute: bool = False
     """Recompute each layer's activations in the backward pass."""
     sequence_parallel: Annotated[int, Field(ge=1)] = 1

@@ -305,7 +305,7 @@ def build_stage(
     if options.rollouts:
         sampler_of = _remote_sampler_of(options, processor, require(folder, "folder"), group)
     else:
-        sampler_of = _sampler_of(policy, processor, options.max_new_tokens, group)
+        sampler_of = _sampler_of(options, policy, processor, group)
     if isinstance(options, Gspo):
         reference = policy.copied()
         group.shard(reference)
@@ -354,16 +354,21 @@ def check_kinds(asked: Mapping[Modality, float], found: Mapping[Modality, float]
     )
 
 
-def _sampler_of(policy: Policy, processor: Any, max_new_tokens: int, group: Processes) -> SamplerOf:
-    """Samples with the policy itself, or under FSDP with a whole copy that follows its weights."""
-    copy = None if group.count == 1 else policy.copied()
+def _sampler_of(options: Gspo | Opd, policy: Policy, processor: Any, group: Processes) -> SamplerOf:
+    """Samples with the policy itself, or with a whole copy that follows its weights.
+
+    A copy is needed where the policy is divided, and where sampling is in bf16, in one process as
+    in many.
+    """
+    whole = group.count == 1 and not options.bfloat16
+    copy = None if whole else policy.copied(torch.bfloat16 if options.bfloat16 else None)
     barred = vision_ids(policy.model, processor)
 
     def sampler_of(policy: Policy) -> Sampler:
         if copy is not None:
             group.fill(policy, copy)
         model = (copy or policy).model.eval()
-        return Sampler(model, processor, barred, max_new_tokens)
+        return Sampler(model, processor, barred, options.max_new_tokens)
 
     return sampler_of
 

@@ -237,6 +237,9 @@ def test_other_models_are_parts_of_the_plan() -> None:
     assert shared.step - sum(shared.others.values()) == plan_step(config, row, 4).step
     # Policy, reference and sampler are loaded whole before any is divided.
     assert shared.start == FLOAT_BYTES * (3 * ours.total + theirs.total)
+    for gpus in (1, 4):  # who samples in bf16 has a copy for it
+        rounded = plan_step(config, varied(tokens=64, bfloat16=True), gpus, sampler=True)
+        assert rounded.others == {"sampler": 2 * ours.total}
 
 
 def test_weights_are_counted_where_they_are() -> None:
