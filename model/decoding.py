@@ -48,6 +48,8 @@ class Limits:
     """0: always the likeliest token."""
     seed: int = 0
     """Seed of this reply's draws, if the temperature is not 0."""
+    barred_ids: Sequence[int] = ()
+    """Token ids that are never chosen."""
 
     def __post_init__(self) -> None:
         """Checks the numbers.
@@ -85,6 +87,8 @@ class Continued:
     position: int
     """Position of the first token that is not cached."""
     token_ids: list[int]
+    logps: tuple[float, ...] | None
+    """Of each token, where the reply is drawn: at its temperature, barred ids aside."""
     stop_reason: StopReason
     prefill_s: float
     """This row's share of the seconds that the batch's prompts took."""
@@ -129,12 +133,13 @@ def generate(
             cache,
             position,
             ids,
+            logps,
             StopReason.STOP if ids[-1] in stop else StopReason.LENGTH,
             (prefilled - started) / len(rows),
             (done - prefilled) / len(rows),
         )
-        for cache, position, ids, stop in zip(
-            batch.split(), batch.positions, said, stops, strict=True
+        for cache, position, ids, logps, stop in zip(
+            batch.split(), batch.positions, said, engine.logps(), stops, strict=True
         )
     ]
 
@@ -184,7 +189,15 @@ class _Batch:
     ) -> list[Continuation]:
         """What the engine needs to know of each row."""
         return [
-            Continuation(position, length, one.max_new_tokens, stop, one.temperature, one.seed)
+            Continuation(
+                position,
+                length,
+                one.max_new_tokens,
+                stop,
+                one.temperature,
+                one.seed,
+                one.barred_ids,
+            )
             for position, length, one, stop in zip(
                 self.positions, self.lengths, limits, stops, strict=True
             )

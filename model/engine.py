@@ -45,6 +45,8 @@ class Reply:
     stop_ids: Sequence[int]
     temperature: float
     seed: int
+    barred_ids: Sequence[int] = ()
+    """Tokens that are never chosen."""
 
 
 class Engine:
@@ -74,10 +76,13 @@ class Engine:
         self.count_B = torch.zeros_like(self.limit_B)
         self.goes_on_B = torch.ones_like(self.limit_B, dtype=torch.bool)
         self.said_BN = torch.zeros(len(replies), most, dtype=torch.int64, device=self.device)
+        self.logp_BN = torch.zeros_like(self.said_BN, dtype=torch.float32)
+        """Of each token that was drawn, under the odds that it was drawn by."""
         self.generators = [
             torch.Generator(self.device).manual_seed(r.seed) if r.temperature else None
             for r in replies
         ]
+        self.barred_BY = _barred(replies, logits_BY)
         self.logits_BY = logits_BY
         """What the last token was chosen from; a replay overwrites it."""
         self.choose(logits_BY)
@@ -91,6 +96,16 @@ class Engine:
         """Tokens of each reply so far, the stop token included."""
         counts = self.count_B.tolist()
         return [row[:count] for row, count in zip(self.said_BN.tolist(), counts, strict=True)]
+
+    def logps(self) -> list[tuple[float, ...] | None]:
+        """Log-probabilities of each reply's tokens; None for one that is not drawn."""
+        counts = self.count_B.tolist()
+        return [
+            tuple(row[:count]) if generator is not None else None
+            for row, count, generator in zip(
+                self.logp_BN.tolist(), counts, self.generators, strict=True
+            )
+        ]
 
     def bind(self, cache: SegmentedCache) -> None:
         """Decodes on this cache from now on; its tails need room for the steps to come."""
@@ -165,29 +180,55 @@ class Engine:
     def choose(self, logits_BY: Tensor) -> None:
         """Appends each reply's next token, unless the reply has ended."""
         goes_on_B, count_B = self.goes_on_B, self.count_B
-        self.token_B.copy_(torch.where(goes_on_B, self._pick(logits_BY), self.token_B))
+        if self.barred_BY is not None:
+            logits_BY = logits_BY.masked_fill(self.barred_BY, -torch.inf)
+        picked_B, logp_B = self._pick(logits_BY)
+        self.token_B.copy_(torch.where(goes_on_B, picked_B, self.token_B))
         place_B1 = count_B.clamp_max(self.said_BN.shape[1] - 1)[:, None]
-        kept_B1 = self.said_BN.gather(1, place_B1)
-        said_B1 = torch.where(goes_on_B[:, None], self.token_B[:, None], kept_B1)
-        self.said_BN.scatter_(1, place_B1, said_B1)
+        self._note(self.said_BN, place_B1, self.token_B)
+        if logp_B is not None:
+            self._note(self.logp_BN, place_B1, logp_B)
         count_B += goes_on_B
         stops_B = (self.token_B[:, None] == self.stop_BZ).any(1)
         goes_on_B &= ~stops_B & (count_B < self.limit_B)
 
-    def _pick(self, logits_BY: Tensor) -> Tensor:
+    def _note(self, notes_BN: Tensor, place_B1: Tensor, value_B: Tensor) -> None:
+        """Writes what belongs to the new token, unless the reply has ended."""
+        kept_B1 = notes_BN.gather(1, place_B1)
+        notes_BN.scatter_(
+            1, place_B1, torch.where(self.goes_on_B[:, None], value_B[:, None], kept_B1)
+        )
+
+    def _pick(self, logits_BY: Tensor) -> tuple[Tensor, Tensor | None]:
         """The likeliest token of each row, or one drawn at its temperature.
 
         A draw divides every probability by exponential noise and takes the largest ratio, which
         is the index with that probability; each row has a generator of its own, so that it draws
         the same alone and in a batch.
+
+        Returns:
+            Tokens `[B]`, and the log-probabilities of those that are drawn if any is.
         """
         likeliest_B = logits_BY.argmax(-1)
         if not any(self.generators):
-            return likeliest_B
+            return likeliest_B, None
         drawn_B = likeliest_B.clone()
+        logp_B = torch.zeros_like(likeliest_B, dtype=torch.float32)
         for row, generator in enumerate(self.generators):
             if generator is not None:
-                odds_Y = (logits_BY[row].float() / self.temperature_B1[row]).softmax(-1)
+                logp_Y = (logits_BY[row].float() / self.temperature_B1[row]).log_softmax(-1)
+                odds_Y = logp_Y.exp()
                 noise_Y = torch.empty_like(odds_Y).exponential_(generator=generator)
                 drawn_B[row] = (odds_Y / noise_Y.clamp_min(1e-30)).argmax(-1)
-        return drawn_B
+                logp_B[row] = logp_Y.gather(0, drawn_B[row : row + 1])[0]
+        return drawn_B, logp_B
+
+
+def _barred(replies: Sequence[Reply], logits_BY: Tensor) -> Tensor | None:
+    """Where a token is never chosen; nothing if all may be."""
+    if not any(reply.barred_ids for reply in replies):
+        return None
+    barred_BY = torch.zeros_like(logits_BY, dtype=torch.bool)
+    for row, reply in enumerate(replies):
+        barred_BY[row, list(reply.barred_ids)] = True
+    return barred_BY

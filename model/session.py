@@ -40,6 +40,8 @@ class Reply:
     prompt_tokens: int
     """Tokens of the context before the reply."""
     new_tokens: int
+    logps: tuple[float, ...] | None = None
+    """Of each token, where the reply was drawn: at its temperature, barred ids aside."""
 
 
 class Session:
@@ -305,7 +307,10 @@ class Session:
             reply_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         self._tail, self._reply_open, self._said = "", True, reply_ids[-1]
-        return Reply(text, tuple(reply_ids), continued.stop_reason, prompt_tokens, len(reply_ids))
+        return Reply(
+            text, tuple(reply_ids), continued.stop_reason, prompt_tokens, len(reply_ids),
+            continued.logps,
+        )  # fmt: skip
 
     def _stop_ids(self) -> list[int]:
         """End-of-turn ids of the generation configuration and of the tokenizer."""

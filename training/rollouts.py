@@ -1,4 +1,4 @@
-"""Responses of the policy to a prompt, sampled in a session with a fork for each.
+"""Responses of the policy to a prompt, sampled together in forks of one session.
 
 A `Sampler` has the policy in this process; `remote.RemoteSampler` asks a server that has it.
 
@@ -12,12 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
+from internvideo3.model.decoding import Limits
 from internvideo3.model.prompt import Prompter
 from internvideo3.model.session import Session
 from internvideo3.training.documents import Branch, Document, Prompt
-from internvideo3.training.policy import barred_logits
 
 
 @dataclass(frozen=True)
@@ -60,25 +58,20 @@ class Sampler:
         trunk.append_text(prompt.text, [prompt.frames])
         return self.answers(trunk, count, seed)
 
-    @torch.no_grad()
     def answers(self, trunk: Session, count: int, seed: int) -> list[Response]:
         """Continue a context `count` times; equal seeds give equal ids."""
-        return [self._one(trunk.fork(), seed * 4099 + n) for n in range(count)]
-
-    def _one(self, session: Session, seed: int) -> Response:
-        generator = torch.Generator().manual_seed(seed % 2**63)
-        stop = self.processor.tokenizer.eos_token_id
-        ids: list[int] = []
-        logps: list[float] = []
-        while len(ids) < self.max_new_tokens and (not ids or ids[-1] != stop):
-            if ids:
-                session.append_ids(ids[-1:])
-            logits_1V = barred_logits(session.logits_last.float().cpu()[None], self.barred)
-            logp_V = logits_1V[0].log_softmax(-1)
-            ids.append(int(torch.multinomial(logp_V.exp(), 1, generator=generator)))
-            logps.append(float(logp_V[ids[-1]]))
-        text = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
-        return Response(tuple(ids), tuple(logps), text)
+        limits = [
+            Limits(
+                self.max_new_tokens,
+                stop_ids=(self.processor.tokenizer.eos_token_id,),
+                temperature=1.0,
+                seed=(seed * 4099 + n) % 2**63,
+                barred_ids=self.barred,
+            )
+            for n in range(count)
+        ]
+        replies = Session.generate_batch([trunk.fork() for _ in limits], limits)
+        return [Response(one.token_ids, one.logps or (), one.text) for one in replies]
 
 
 def answered(prompt: Prompt, responses: Sequence[Response], prompter: Prompter) -> Document:

@@ -390,6 +390,38 @@ def test_sampling_follows_the_seed(source: Any, asker: Asker) -> None:
     assert [reply.token_ids for reply in replies] == [draw(1), draw(2)]
 
 
+def test_drawn_replies_tell_their_odds_and_never_say_what_is_barred(
+    source: Any, asker: Asker
+) -> None:
+    """Log-probabilities are those of the ids appended by hand, each at its row's temperature."""
+    prefix = asker.prefix(source)
+    free = Limits(max_new_tokens=6, stop_ids=(), temperature=3.0, seed=5)
+    said = set(asker.ask(prefix, QUESTIONS[0]).generate(free).token_ids)
+    barred = tuple(sorted(said))
+    limits = [
+        Limits(max_new_tokens=6, stop_ids=(), temperature=3.0, seed=5, barred_ids=barred),
+        Limits(max_new_tokens=4, stop_ids=(), temperature=1.0, seed=6),
+        Limits(max_new_tokens=6, stop_ids=(), barred_ids=barred),
+    ]
+    forks = [asker.ask(prefix, QUESTIONS[0]) for _ in limits]
+    replies = Session.generate_batch(forks, limits)
+    assert not said & {*replies[0].token_ids, *replies[2].token_ids}
+    assert replies[2].logps is None
+    for reply, limit in zip(replies, limits, strict=True):
+        again = asker.ask(prefix, QUESTIONS[0])
+        expected, likeliest = [], []
+        for one in reply.token_ids:
+            scores = again.logits_last.float() / (limit.temperature or 1.0)
+            scores[list(limit.barred_ids)] = -torch.inf
+            expected.append(float(scores.log_softmax(-1)[one]))
+            likeliest.append(int(scores.argmax()))
+            again.append_ids([one])
+        if reply.logps is None:
+            assert list(reply.token_ids) == likeliest
+        else:
+            assert reply.logps == pytest.approx(expected, abs=1e-4)
+
+
 def test_half_the_cache_takes_half_the_bytes(source: Any, half: Any, asker: Asker) -> None:
     for ask_too in (False, True):
         sizes = []
