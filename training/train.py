@@ -360,8 +360,8 @@ def _sampler_of(options: Gspo | Opd, policy: Policy, processor: Any, group: Proc
     A copy is needed where the policy is divided, and where sampling is in bf16, in one process as
     in many.
     """
-    whole = group.count == 1 and not options.bfloat16
-    copy = None if whole else policy.copied(torch.bfloat16 if options.bfloat16 else None)
+    itself = group.count == 1 and not options.bfloat16
+    copy = None if itself else policy.copied(torch.bfloat16 if options.bfloat16 else None)
     barred = vision_ids(policy.model, processor)
 
     def sampler_of(policy: Policy) -> Sampler:
