@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from internvideo3.model.checkpoint import (
-    KERNEL_WIDTHS,
+    WIDEST_ROW,
     CheckpointInfo,
     cache_bytes_per_token,
     inspect,
@@ -80,8 +80,11 @@ def _latent(info: CheckpointInfo) -> list[str]:
         for ranks in (info.latent_ranks, info.vision_ranks)
     )
     apart = f" ({_short(of_vision)} of vision tokens)" if of_vision != widths else ""
-    known = ", ".join(str(width) for width in KERNEL_WIDTHS)
-    fit = "Triton kernels fit" if info.has_kernels else f"runs in torch; the kernels take {known}"
+    fit = (
+        "Triton kernels fit"
+        if info.has_kernels
+        else f"runs in torch; kernels take up to {WIDEST_ROW}"
+    )
     return [
         f"attention   M²LA: latent rank {_short(info.latent_ranks)}, "
         f"rotary key {_short(info.rope_widths)}{FORMS[info.row_form]}",

@@ -29,8 +29,8 @@ SCALE_NAMES = {
 ARCHITECTURES = {"qwen3_vl": "gqa", "internvideo3": "m2la", "internvideo3_text": "m2la"}
 """Attention of each model type that can be loaded."""
 
-KERNEL_WIDTHS = (512, 576, 1024)
-"""Row widths that the Triton kernels take; other widths run in plain torch."""
+WIDEST_ROW = 1024
+"""Columns of a row that the Triton kernels take; wider rows run in plain torch."""
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -292,7 +292,7 @@ def inspect(name: str | Path) -> CheckpointInfo:
         rope_widths=ropes,
         numbers_per_token=sum(widths) or _gqa_numbers(text),
         gqa_numbers_per_token=_gqa_numbers(text),
-        has_kernels=bool(widths) and all(width in KERNEL_WIDTHS for width in read),
+        has_kernels=bool(widths) and max(read) <= WIDEST_ROW,
     )
 
 

@@ -11,15 +11,16 @@ from internvideo3.kernels.choice import multiprocessors, wants_triton
 from internvideo3.kernels.latent_decode import naive
 from internvideo3.kernels.latent_decode.rows import Rows
 
-KERNEL_WIDTHS = (512, 576, 1024)
+WIDEST = 1024
+"""Columns of a row that a kernel takes."""
 
 
 def is_static(width: int, dtype: torch.dtype) -> bool:
     """Whether rows on a GPU are read by a kernel alone; else by torch, with lengths on the host.
 
-    The tiles of float32 rows are too large for the shared memory.
+    The tiles of wider rows, and of float32 ones, are too large for the shared memory.
     """
-    return width in KERNEL_WIDTHS and dtype != torch.float32
+    return width <= WIDEST and dtype != torch.float32
 
 
 def decode_runs(

@@ -42,7 +42,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """The tile shipped for a row width."""
+    """The tile shipped for a kind of row."""
 
     tile: Tile
     programs_per_multiprocessor: int
@@ -50,6 +50,8 @@ class Plan:
 
 
 PLANS = {
+    # By the widest row of a kind: up to 1024 columns in one tile, up to 512 and a second tile of
+    # keys, up to 512. Rows between are padded in registers; what is read is what is there.
     1024: Plan(Tile("transposed", 32, 8, 3), 1),
     576: Plan(Tile("transposed", 32, 4, 3), 2),
     512: Plan(Tile("transposed", 32, 4, 3), 2),
@@ -61,8 +63,12 @@ FP8_PLANS = {
     576: Plan(Tile("transposed", 32, 8, 2), 2),
     512: Plan(Tile("transposed", 32, 8, 2), 2),
 }
+FP8_PADDED = Plan(Tile("transposed", 16, 8, 2), 2)
+"""Of up to 512 columns that are no power of two: triton 3.6 spills with the mask at 32 tokens."""
 WARPGROUPS = Tile("warpgroups", gluon.TILE.value, gluon.NUM_WARPS, 1)
 HOPPER_PLAN = Plan(WARPGROUPS, 1)
+WIDEST_TAIL = 128
+"""Columns of a second tile: a rotary key of all frequencies of a head."""
 BLOCKS_PER_SPLIT = 4
 """A run of few tokens gets fewer programs than the card has: at least so many blocks for each."""
 
@@ -104,6 +110,7 @@ def transposed_kernel(
     MAIN: tl.constexpr,
     REAL: tl.constexpr,
     TAIL: tl.constexpr,
+    TAIL_REAL: tl.constexpr,
     RANK: tl.constexpr,
     VALUE: tl.constexpr,
     PAGE: tl.constexpr,
@@ -113,8 +120,8 @@ def transposed_kernel(
 ):
     """Scores [tokens, heads], output [columns, heads]; grid (S, B).
 
-    A row is its first REAL columns (padded to MAIN) and TAIL more, read through another pointer:
-    they are keys only. RANK columns are latent; the query's rank is VALUE.
+    A row is its first REAL columns (padded to MAIN) and TAIL_REAL more (padded to TAIL), read
+    through another pointer: they are keys only. RANK columns are latent; the query's rank is VALUE.
     """
     wait_for_inputs(OVERLAP)
     split = tl.program_id(0)
@@ -136,7 +143,7 @@ def transposed_kernel(
         tail = tl.arange(0, TAIL)
         q_tail = tl.load(
             q_ptr + head[:, None] * stride_qh + (VALUE - RANK + REAL + tail)[None, :],
-            mask=here[:, None],
+            mask=here[:, None] & (tail < TAIL_REAL)[None, :],
             other=0.0,
         )
     top = tl.full([BLOCK_H], float("-inf"), tl.float32)
@@ -173,13 +180,16 @@ def transposed_kernel(
         if SCALED:
             scores = scores * row_scale[:, None]
         if TAIL > 0:
+            tail_loads = valid[:, None]
+            if TAIL_REAL < TAIL:
+                tail_loads = tail_loads & (tail < TAIL_REAL)[None, :]
             rows_tail = tl.load(
                 tail_ptr
                 + item * stride_tb
                 + token * stride_tt
                 + step[:, None] * stride_tt
                 + tail[None, :],
-                mask=valid[:, None],
+                mask=tail_loads,
                 other=0.0,
             )
             scores = tl.dot(rows_tail, tl.trans(q_tail), scores, input_precision="ieee")
@@ -272,12 +282,21 @@ def decode_runs(
 
 
 def plan_of(run: Rows, heads: int) -> Plan:
-    """The tile shipped for a run's kind and width."""
+    """The tile shipped for a run's kind and width.
+
+    Raises:
+        ValueError: if its tile has more columns than one that is shipped.
+    """
     if gluon.fits(run, heads) or gluon_fp8.fits(run, heads):
         return HOPPER_PLAN
+    if run.width > max(PLANS):
+        raise ValueError(f"no tile is shipped for rows of {run.width}; 1024 is the widest")
+    real, tail = _columns(run)
+    widest = 1024 if real > 512 else 576 if tail else 512
     if run.scale_bT is not None:
-        return FP8_PLANS[run.width]
-    return (PLANS if run.pages_BN is None else PAGED_PLANS)[run.width]
+        padded = widest < 1024 and real & (real - 1)
+        return FP8_PADDED if padded else FP8_PLANS[widest]
+    return (PLANS if run.pages_BN is None else PAGED_PLANS)[widest]
 
 
 def _launch(
@@ -349,7 +368,7 @@ def launch_constants(tile: Tile, run: Rows, *, heads: int, value_width: int) -> 
     """Compile-time arguments of a transposed launch.
 
     Raises:
-        ValueError: if the rows do not fit the form, or a page is no multiple of the tile.
+        ValueError: if a page is no multiple of the tile.
     """
     page = 0 if run.pages_BN is None else run.rows_bTW.shape[1]
     if page % tile.block_n:
@@ -361,9 +380,10 @@ def launch_constants(tile: Tile, run: Rows, *, heads: int, value_width: int) -> 
     return {
         "HEADS": heads,
         "BLOCK_H": max(16, triton.next_power_of_2(heads)),
-        "MAIN": triton.next_power_of_2(real),
+        "MAIN": max(16, triton.next_power_of_2(real)),
         "REAL": real,
-        "TAIL": tail,
+        "TAIL": max(16, triton.next_power_of_2(tail)) if tail else 0,
+        "TAIL_REAL": tail,
         "RANK": run.rank,
         "VALUE": value_width,
         "PAGE": page,
@@ -375,15 +395,13 @@ def launch_constants(tile: Tile, run: Rows, *, heads: int, value_width: int) -> 
 
 
 def _columns(run: Rows) -> tuple[int, int]:
-    """Columns of the first tile, which holds all values, and of the second, for keys only."""
+    """Columns of the first tile, which holds all values, and of the second, for keys only.
+
+    A second tile saves padding where a power of two holds the values and little is left over;
+    otherwise all is one tile.
+    """
     if run.rope_bTS is not None:
-        real, tail = run.rows_bTW.shape[-1], run.rope_bTS.shape[-1]
-    else:
-        real = 1 << (run.width.bit_length() - 1)
-        tail = run.width - real
-    if tail & (tail - 1) or (tail and (tail < 16 or run.rank > real)):
-        raise ValueError(
-            f"row width {run.width} with rank {run.rank} is neither a power of two nor a power "
-            "of two holding the values plus a smaller one of at least 16"
-        )
-    return real, tail
+        return run.rows_bTW.shape[-1], run.rope_bTS.shape[-1]
+    real = 1 << (run.width.bit_length() - 1)
+    left = run.width - real
+    return (run.width, 0) if run.rank > real or left > WIDEST_TAIL else (real, left)

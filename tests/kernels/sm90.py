@@ -176,15 +176,19 @@ def runs_case(name: str, tile: Any, run: Any, value: int, **options: Any) -> Cas
 
 def fp8_case(name: str, tile: Any, rank: int, rope: int) -> Case:
     """Narrow copies are allowed: a row of fp8 is half as wide, and converted after the copy."""
-    run = Rows(
+    run = fp8_run(rank, rope)
+    case = runs_case(name, tile, run, rank, types={"rows_ptr": "*fp8e4nv"})
+    return replace(case, pipelined=False)
+
+
+def fp8_run(rank: int, rope: int) -> Rows:
+    return Rows(
         rows_bTW=torch.empty(1, 64, rank),
         lengths_B=torch.empty(1),
         rank=rank,
         rope_bTS=torch.empty(1, 64, rope),
         scale_bT=torch.empty(1, 64),
     )
-    case = runs_case(name, tile, run, rank, types={"rows_ptr": "*fp8e4nv"})
-    return replace(case, pipelined=False)
 
 
 def gqa_case(name: str, tile: Any) -> Case:
@@ -249,6 +253,19 @@ def hopper_cases() -> Iterator[Case]:
 
 
 WIDTHS = {1024: 896, 576: 512, 512: 384}
+OTHER_ROWS = ((640, 128), (512, 128), (448, 64), (320, 96), (888, 104))
+"""Ranks and rotary columns of rows that no tile was made for."""
+
+
+def other_row_cases() -> Iterator[Case]:
+    from internvideo3.kernels.latent_decode import triton as latent
+
+    for rank, rope in OTHER_ROWS:
+        run = Rows(rows_bTW=torch.empty(1, 64, rank + rope), lengths_B=torch.empty(1), rank=rank)
+        tile = latent.plan_of(run, 32).tile
+        yield runs_case(f"latent_decode-{rank}+{rope}", tile, run, rank)
+        tile = latent.plan_of(fp8_run(rank, rope), 32).tile
+        yield fp8_case(f"latent_decode-{rank}+{rope}-fp8", tile, rank, rope)
 
 
 def shipped_cases() -> Iterator[Case]:
@@ -279,6 +296,7 @@ def shipped_cases() -> Iterator[Case]:
         )
     nested = Rows(rows_bTW=torch.empty(1, 64, 512), lengths_B=torch.empty(1), rank=384)
     yield runs_case("latent_decode-512-of-1024", latent.PLANS[512].tile, nested, 896)
+    yield from other_row_cases()
     for width, plan in latent.FP8_PLANS.items():
         rank = WIDTHS[width]
         yield fp8_case(f"latent_decode-{width}-fp8", plan.tile, rank, width - rank)

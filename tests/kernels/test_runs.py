@@ -17,8 +17,9 @@ from internvideo3.kernels.gqa_decode import naive as gqa_naive
 from internvideo3.kernels.gqa_decode.naive import KeysValues
 from internvideo3.kernels.latent_decode import naive
 from internvideo3.kernels.latent_decode import triton as latent
-from internvideo3.kernels.latent_decode.dispatch import is_static
+from internvideo3.kernels.latent_decode.dispatch import WIDEST, is_static
 from internvideo3.kernels.latent_decode.rows import FP8_LARGEST, Rows, quantize
+from internvideo3.model.checkpoint import WIDEST_ROW
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 HEADS = 4
@@ -31,8 +32,9 @@ def small_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles for small rows, so that the interpreter has few programs to run."""
     plan = latent.Plan(latent.Tile("transposed", 16, 4, 2), 1)
     for plans in (latent.PLANS, latent.PAGED_PLANS, latent.FP8_PLANS):
-        for width in (48, 64, 96, 112, 128):
+        for width in plans:
             monkeypatch.setitem(plans, width, plan)
+    monkeypatch.setattr(latent, "FP8_PADDED", plan)
 
 
 def int32(values: list[int]) -> torch.Tensor:
@@ -222,10 +224,37 @@ def test_gqa_runs(heads: int, batch: int, shared: bool, dtype: torch.dtype) -> N
         (1024, torch.bfloat16, True),
         (576, torch.float16, True),
         (1024, torch.float32, False),
-        (640, torch.bfloat16, False),
+        (640, torch.bfloat16, True),
+        (1088, torch.bfloat16, False),
     ],
 )
 def test_a_graph_holds_only_rows_that_a_kernel_reads(
     width: int, dtype: torch.dtype, static: bool
 ) -> None:
     assert is_static(width, dtype) == static
+    assert WIDEST == WIDEST_ROW, "`inspect` tells another limit than there is"
+
+
+@DTYPES
+@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
+@pytest.mark.parametrize(
+    ("rank", "rope"), [(80, 24), (72, 4), (40, 24), (33, 7), (5, 2), (100, 60), (17, 16)]
+)
+def test_rows_of_any_width(rank: int, rope: int, fp8: bool, dtype: torch.dtype) -> None:
+    """Columns behind a row's end are its neighbour's, and must not be seen; paged rows too."""
+    for paged in (False, True):
+        run = make_run([37, 0, 50], rank, rope, dtype, fp8=fp8, paged=paged)
+        compare([run], rank, rope, dtype)
+
+
+@pytest.mark.parametrize("nested", [48, 56])
+def test_a_nested_rank_of_any_width(nested: int) -> None:
+    text = make_run([19, 40], 72, 24, torch.float32)
+    vision = make_run([45, 16], nested, 24, torch.float32, seed=2)
+    compare([vision, text], 72, 24, torch.float32)
+
+
+def test_rows_wider_than_a_tile_are_refused() -> None:
+    run = Rows(rows_bTW=torch.zeros(1, 16, 1040), lengths_B=int32([3]), rank=1000)
+    with pytest.raises(ValueError, match="rows of 1040; 1024 is the widest"):
+        latent.plan_of(run, 32)

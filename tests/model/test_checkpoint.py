@@ -55,7 +55,7 @@ def test_a_gqa_checkpoint_is_loaded_too(source: Any, processor: Any, tmp_path: P
 
 def test_a_description_needs_no_weights(saved: Path, half: Any, source: Any) -> None:
     found = inspect(saved)
-    assert found.attention == "m2la" and not found.has_kernels
+    assert found.attention == "m2la" and found.has_kernels
     assert found.parameters == sum(p.numel() for p in half.parameters())
     assert 2 * found.numbers_per_token == found.gqa_numbers_per_token
     for given in (saved, half.config, half.config.to_dict()):
@@ -63,7 +63,9 @@ def test_a_description_needs_no_weights(saved: Path, half: Any, source: Any) -> 
     assert cache_bytes_per_token(source.config, torch.float32) == 4 * found.gqa_numbers_per_token
 
 
-@pytest.mark.parametrize(("of_vision", "fits"), [(None, True), (384, True), (400, False)])
+@pytest.mark.parametrize(
+    ("of_vision", "fits"), [(None, True), (384, True), (400, True), (904, False)]
+)
 def test_kernels_have_to_fit_vision_rows_too(
     saved: Path, tmp_path: Path, of_vision: int | None, fits: bool
 ) -> None:
