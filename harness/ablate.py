@@ -14,9 +14,11 @@ import contextlib
 import itertools
 import json
 import os
+import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -39,6 +41,8 @@ from internvideo3.training.recipe import (
 from internvideo3.training.train import Trained, by_content, check_files, check_mixtures, train
 
 Progress = Callable[[str, int, int], None]
+WORK_TO_TABLE = 20
+"""Time between two tables, in times what one takes to write."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +104,8 @@ def ablate(options: AblateOptions, progress: Progress) -> Path | None:
         results = side_by_side(options, progress)
     else:
         results = _in_turn(options, progress)
-    with contextlib.closing(results):
+    # However this ends, the processes end first; then the table has all that is finished.
+    with _Table(options.out) as table, contextlib.closing(results):
         for one in results:
             if one.trained.checkpoint is None:
                 return None
@@ -111,8 +116,43 @@ def ablate(options: AblateOptions, progress: Progress) -> Path | None:
             }
             plan["runs"] = _ordered(plan["runs"])
             write_json(options.out / "ablation.json", plan)
-            write_table5(options.out)
+            table.changed()
     return options.out / "table5.md"
+
+
+class _Table:
+    """Table 5 of what is finished, written as often as it does not hold up the work.
+
+    A table of many runs takes seconds; after each of them, also of those that are kept, it would
+    take longer than an evaluation.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.owed = False
+        self.not_before = 0.0
+
+    def __enter__(self) -> Self:
+        """Of one ablation."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Write what is owed."""
+        self._write()
+
+    def changed(self) -> None:
+        """Another run is finished."""
+        self.owed = True
+        if time.monotonic() >= self.not_before:
+            self._write()
+
+    def _write(self) -> None:
+        if not self.owed:
+            return
+        started = time.monotonic()
+        write_table5(self.folder)
+        ended = time.monotonic()
+        self.owed, self.not_before = False, ended + WORK_TO_TABLE * (ended - started)
 
 
 def _ordered(runs: dict[str, Row]) -> dict[str, Row]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from internvideo3.harness import ablate as ablate_module
 from internvideo3.harness.ablate import AblateOptions, ablate, suites_of
 from internvideo3.harness.ablate_jobs import AblationStoppedError, graph
 from internvideo3.harness.preflight import PreflightError
@@ -252,6 +253,26 @@ def test_a_signal_saves_the_states_of_all_processes_and_leaves_none(
     said, _ = process.communicate(timeout=100)
     assert process.returncode == 130 and "repeat the same command to continue" in said
     assert len(list(stages.glob("sft_short-*/states/*"))) == 2, "each saved its state"
+
+
+def test_the_table_is_written_when_it_is_due_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table takes a second here; between two of them 20 seconds of work have to pass."""
+    now, written = [0.0], []
+
+    def write(folder: Path) -> None:
+        written.append(now[0])
+        now[0] += 1.0
+
+    monkeypatch.setattr(ablate_module, "write_table5", write)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with pytest.raises(KeyboardInterrupt), ablate_module._Table(tmp_path) as table:
+        for _ in range(30):
+            table.changed()
+            now[0] += 1.0
+        raise KeyboardInterrupt
+    assert written == [0.0, 21.0, 32.0]
 
 
 def test_what_recipes_share_is_one_piece_of_work() -> None:
