@@ -8,8 +8,7 @@ import torch
 from nearness import assert_near
 
 from internvideo3.kernels.latent_decode import naive
-from internvideo3.kernels.latent_decode.rows import Rows
-from internvideo3.kernels.latent_decode.triton import Tile, latent_decode, launch_constants
+from internvideo3.kernels.latent_decode.triton import Tile, latent_decode
 
 SMALL = Tile("transposed", 16, 4, 2)
 
@@ -87,11 +86,3 @@ def test_large_scores_do_not_overflow() -> None:
     )
     assert_near(out, expected)
     assert torch.allclose(lse.double(), expected_lse, rtol=1e-6)
-
-
-def test_unfit_widths_are_refused() -> None:
-    run = Rows(
-        rows_bTW=torch.zeros(1, 4, 640), lengths_B=torch.ones(1, dtype=torch.int32), rank=600
-    )
-    with pytest.raises(ValueError, match="640"):
-        launch_constants(SMALL, run, heads=8, value_width=600)
