@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from internvideo3.model.decoding import Limits
 from internvideo3.model.prompt import Prompter
-from internvideo3.model.session import Session
+from internvideo3.model.session import Reply, Session
 from internvideo3.training.documents import Branch, Document, Prompt
 
 
@@ -71,7 +71,12 @@ class Sampler:
             for n in range(count)
         ]
         replies = Session.generate_batch([trunk.fork() for _ in limits], limits)
-        return [Response(one.token_ids, one.logps or (), one.text) for one in replies]
+        return [Response(one.token_ids, _drawn(one), one.text) for one in replies]
+
+
+def _drawn(reply: Reply) -> tuple[float, ...]:
+    assert reply.logps is not None, "a reply at temperature 1 is drawn"
+    return reply.logps
 
 
 def answered(prompt: Prompt, responses: Sequence[Response], prompter: Prompter) -> Document:
