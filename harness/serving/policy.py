@@ -34,6 +34,11 @@ class _Form(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+MOST_SAMPLED = 1 << 24
+"""Tokens that the responses to one request may have: they are sampled together, and have their
+places in memory from the start."""
+
+
 class Video(_Form):
     """Frames as `remote.encoded` writes them."""
 
@@ -145,6 +150,13 @@ class PolicyServing:
     def _sampled(self, asked: Completion) -> list[dict[str, Any]]:
         if asked.max_tokens < 1:
             raise ApiError(400, "max_tokens is 0; ask for at least 1.", param="max_tokens")
+        if asked.n * asked.max_tokens > MOST_SAMPLED:
+            raise ApiError(
+                400,
+                f"n x max_tokens is {asked.n * asked.max_tokens:,}, at most {MOST_SAMPLED:,} are "
+                "sampled at once; ask in several requests.",
+                param="max_tokens",
+            )
         videos = [decoded(one.model_dump()) for one in asked.videos]
         made = self.policy.sample(
             self._known(asked.prompt), videos, count=asked.n, seed=asked.seed,

@@ -220,6 +220,8 @@ def test_the_server_refuses_in_words(serve: Callable[..., Served], tmp_path: Pat
         (good | {"top_k": 5}, "top_k: this field is not served here"),
         (good | {"echo": True}, "echo is served with max_tokens 0"),
         (good | {"max_tokens": 0}, "max_tokens is 0"),
+        (good | {"n": 1024, "max_tokens": 10**9}, "n x max_tokens is 1,024,000,000,000, at most"),
+        (good | {"logit_bias": {str(n): -100 for n in range(832)}}, "every token of the vocab"),
         (good | {"videos": [{"frames": ["x"], "indices": [0], "source_fps": 2,
                              "total_frames": 1}]}, "a video needs frames"),
     ):  # fmt: skip
