@@ -34,6 +34,8 @@ class Series:
 
     name: str
     attention: str
+    way: tuple[str, int, str]
+    """Runner, batch and number format: what must be equal for a fair ratio."""
     decode: dict[int, Mapping[str, Any]]
     """Rows of decoding."""
     prefill: dict[int, Mapping[str, Any]]
@@ -79,7 +81,8 @@ def read(runs: Iterable[Path]) -> Efficiency:
     for row in rows:
         if "point" in row:
             name = _name(row)
-            made = found.setdefault(name, Series(name, row["attention"], {}, {}, {}, {}, {}))
+            way = str(row["runner"]), int(row["batch"]), str(row["dtype"])
+            made = found.setdefault(name, Series(name, row["attention"], way, {}, {}, {}, {}, {}))
             _sort_in(made, row)
     if not any(s.decode or s.absent for s in found.values()):
         raise EfficiencyError(
@@ -123,7 +126,9 @@ def _sort_in(series: Series, row: Mapping[str, Any]) -> None:
 
 
 def draw(runs: Iterable[Path], out: Path) -> list[Path]:
-    """Draw Figure 6a, 6b and the cache, and write the table.
+    """Draw Figure 6a, 6b, the cache and the ratio of M²LA to GQA, and write the table.
+
+    The ratio is drawn where both were measured in the same way.
 
     Returns:
         The files written.
@@ -140,7 +145,10 @@ def draw(runs: Iterable[Path], out: Path) -> list[Path]:
         ("figure6a-decode", decode_figure(data)),
         ("figure6b-latency", latency_figure(data)),
         ("cache-bytes", cache_figure(data)),
+        ("m2la-over-gqa", ratio_figure(data)),
     ):
+        if figure is None:
+            continue
         for ending in ("svg", "png"):
             file = out / f"{name}.{ending}"
             figure.savefig(file, dpi=PNG_DPI, bbox_inches="tight", metadata=_undated(ending))
@@ -204,6 +212,44 @@ def cache_figure(data: Efficiency) -> Figure:
     return figure
 
 
+def ratio_figure(data: Efficiency) -> Figure | None:
+    """How many times as fast M²LA decodes as GQA run in the same way; None without such a pair.
+
+    Beside it, dashed, what the bytes that a step reads would give: weights and cache of GQA over
+    those of M²LA. The paper's ratios lie far above it.
+    """
+    pairs = list(_pairs(data))
+    if not pairs:
+        return None
+    figure, axes = _canvas(data, "M²LA over GQA, ratio of decoded tokens per second")
+    for m2la, gqa, style in pairs:
+        both = sorted(m2la.decode.keys() & gqa.decode.keys())
+        measured = [(n, _ratio(m2la, gqa, n, "tokens_per_s")) for n in both]
+        read = [(n, _ratio(gqa, m2la, n, "moved_bytes_per_step")) for n in both]
+        _line(axes, measured, m2la.name, style)
+        label = "bytes that a step reads, GQA over M²LA (computed)"
+        axes.plot(*zip(*read, strict=True), "--", color=style[0], linewidth=1, label=label)
+    axes.axhline(1, color="#656a72", linewidth=0.8)
+    if _is_full_size(data):
+        _hollow(axes, _paper()["decode_speedup"], "m2la", "paper (H200)")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7, frameon=False, loc="center right")
+    return figure
+
+
+def _pairs(data: Efficiency) -> Iterable[tuple[Series, Series, tuple[str, str]]]:
+    """Each series of M²LA with the GQA that was run in the same way, if they share a length."""
+    grouped = {series.way: series for series in reversed(data.series) if series.attention == "gqa"}
+    for series, style in _styled(data):
+        other = grouped.get(series.way)
+        if series.attention == "m2la" and other and series.decode.keys() & other.decode.keys():
+            yield series, other, style
+
+
+def _ratio(one: Series, other: Series, context: int, name: str) -> float:
+    return float(one.decode[context][name]) / float(other.decode[context][name])
+
+
 def _canvas(data: Efficiency, title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(5.2, 3.4))
     axes = figure.subplots()
@@ -253,15 +299,13 @@ def _is_full_size(data: Efficiency) -> bool:
 def _overlay(axes: Axes) -> None:
     """The paper's points, hollow."""
     for attention, points in _paper()["decode_tokens_per_s"].items():
-        colour, marker = PAPER_STYLE[attention]
-        axes.plot(
-            [int(n) for n in points],
-            list(points.values()),
-            marker,
-            markerfacecolor="none",
-            color=colour,
-            label=f"paper, {ATTENTION[attention]} (H200)",
-        )
+        _hollow(axes, points, attention, f"paper, {ATTENTION[attention]} (H200)")
+
+
+def _hollow(axes: Axes, points: Mapping[str, float], attention: str, label: str) -> None:
+    colour, marker = PAPER_STYLE[attention]
+    contexts, values = [int(n) for n in points], list(points.values())
+    axes.plot(contexts, values, marker, markerfacecolor="none", color=colour, label=label)
 
 
 def _paper() -> dict[str, Any]:

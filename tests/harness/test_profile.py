@@ -23,7 +23,7 @@ from internvideo3.harness.profile.runners import Clock, make_runner, random_ids
 from internvideo3.harness.profile.subjects import Subject, class_of, config_of, load
 from internvideo3.harness.profile.workload import FIGURE6, Workload, WorkloadError, chosen
 from internvideo3.harness.store import read_rows
-from internvideo3.reports.efficiency import EfficiencyError, draw
+from internvideo3.reports.efficiency import EfficiencyError, draw, ratio_figure, read
 from internvideo3.tasks.world.media import encode_video
 
 TINY = ("random:tiny-gqa", "random:tiny-m2la")
@@ -263,7 +263,7 @@ def test_figures_and_table(options: ProfileOptions, tmp_path: Path) -> None:
     files = draw(runs, tmp_path / "figures")
     assert {f.name for f in files} == {"efficiency.md"} | {
         f"{name}.{ending}"
-        for name in ("figure6a-decode", "figure6b-latency", "cache-bytes")
+        for name in ("figure6a-decode", "figure6b-latency", "cache-bytes", "m2la-over-gqa")
         for ending in ("svg", "png")
     }
     first = {file: file.read_bytes() for file in files}
@@ -277,6 +277,30 @@ def test_figures_and_table(options: ProfileOptions, tmp_path: Path) -> None:
     assert "paper" not in (tmp_path / "figures/figure6a-decode.svg").read_text()
     with pytest.raises(EfficiencyError, match="no measurements"):
         draw([tmp_path / "nothing"], tmp_path)
+
+
+def test_the_ratio_pairs_what_was_run_in_the_same_way(tmp_path: Path) -> None:
+    """Two engines, and a baseline that has no M²LA beside it."""
+
+    def row(model: str, attention: str, runner: str, rate: float, read: float) -> str:
+        about = {"model": model, "attention": attention, "runner": runner, "batch": 1}
+        about |= {"dtype": "bfloat16", "cache": "native", "context_tokens": 32768, "point": model}
+        about |= {"kind": "decode", "status": "ok", "device": "NVIDIA H200", "median_s": 1.0}
+        return json.dumps(about | {"tokens_per_s": rate, "moved_bytes_per_step": read})
+
+    gqa = row("gqa", "gqa", "engine", 80.0, 300.0), row("gqa", "gqa", "sdpa", 20.0, 300.0)
+    for name, rows in (("gqa", gqa), ("m2la", (row("m2la", "m2la", "engine", 120.0, 150.0),))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "measurements.jsonl").write_text("\n".join(rows) + "\n")
+    data = read([tmp_path / "gqa", tmp_path / "m2la"])
+    figure = ratio_figure(data)
+    assert figure is not None
+    measured_line, read_line, one, paper = figure.axes[0].lines
+    assert list(measured_line.get_xydata()[0]) == [32768, 1.5]
+    assert list(read_line.get_xydata()[0]) == [32768, 2.0] and "computed" in read_line.get_label()
+    assert one.get_ydata()[0] == 1 and "paper" in paper.get_label()
+    assert ratio_figure(read([tmp_path / "gqa"])) is None
+    assert not [f for f in draw([tmp_path / "gqa"], tmp_path / "out") if "over" in f.name]
 
 
 def test_the_gpu_script_rehearses_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
