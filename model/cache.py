@@ -155,6 +155,18 @@ class Placement:
         return cls(rows_B1, positions_BT, stop, visible_BTN[:, None])
 
 
+@dataclass(frozen=True)
+class LayerState:
+    """What a layer held at a moment; see the attributes of `SegmentedLayer`."""
+
+    frozen: tuple[Segment, ...]
+    tail: tuple[Tensor, ...]
+    length: int
+    expected: int
+    shared_length: int
+    is_initialized: bool
+
+
 class SegmentedLayer(CacheLayerMixin):
     """One layer of a cache: frozen segments and an own tail (see the head of this file)."""
 
@@ -402,10 +414,23 @@ class SegmentedLayer(CacheLayerMixin):
         self.frozen = tuple(
             s
             if s.tensors[0].shape[0] == 1 and batch > 1
-            else Segment(tuple(change(t) for t in s.tensors), s.length)
+            else Segment(tuple(change(t) for t in s.tensors), s.length, s.nested)
             for s in self.frozen
         )
         self._shared_length = 0
+
+    def state(self) -> LayerState:
+        """What `restore` needs; refers to the storage and copies nothing."""
+        return LayerState(
+            self.frozen, self.tail, self.length, self.expected, self._shared_length,
+            self.is_initialized,
+        )  # fmt: skip
+
+    def restore(self, state: LayerState) -> None:
+        """Goes back to an earlier state: what is cached is added to, never overwritten."""
+        self.frozen, self.tail, self.length = state.frozen, state.tail, state.length
+        self.expected, self._shared_length = state.expected, state.shared_length
+        self.is_initialized = state.is_initialized
 
     def storages(self) -> Iterator[torch.UntypedStorage]:
         """Every storage that this layer keeps alive, shared ones included."""
@@ -444,6 +469,22 @@ class SegmentedCache(Cache):
             yield
         finally:
             self.placement, self.over_segments = None, False
+
+    @contextmanager
+    def unchanged_on_failure(self) -> Iterator[None]:
+        """If the block fails, layers hold again what they held before it.
+
+        A failure in the middle of a forward pass has cached its tokens in some layers only. While
+        the block runs, tails that it outgrew are kept: `COPIED_TOKENS` tokens a layer at most.
+        """
+        layers = [self.segmented(index) for index in range(len(self.layers))]
+        states = [layer.state() for layer in layers]
+        try:
+            yield
+        except BaseException:
+            for layer, state in zip(layers, states, strict=True):
+                layer.restore(state)
+            raise
 
     def expect(self, tokens: int) -> None:
         """Announces how many tokens follow, so that they are allocated at once and never copied."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from math import inf
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ from internvideo3.model.forward import Tokens, logits, run
 
 ROUND = 4096
 """Most steps between two allocations: a tail gets room for so many tokens at once."""
+
+
+LEAST_TEMPERATURE = 1e-6
+"""Below it the likeliest token is drawn all but surely, and logits divided by it overflow."""
 
 
 class StopReason(StrEnum):
@@ -55,13 +60,32 @@ class Limits:
         """Checks the numbers.
 
         Raises:
-            ValueError: no token is allowed, or the temperature is negative.
+            ValueError: no token is allowed, the temperature or the seed is none that draws can
+                be made with, or an id to be barred is negative.
         """
-        if self.max_new_tokens < 1 or self.temperature < 0:
+        if self.max_new_tokens < 1 or not (
+            self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < inf
+        ):
             raise ValueError(
-                f"max_new_tokens must be at least 1 and temperature at least 0, not "
-                f"{self.max_new_tokens} and {self.temperature}."
+                f"max_new_tokens must be at least 1, and temperature 0 (always the likeliest) or "
+                f"at least {LEAST_TEMPERATURE}, not {self.max_new_tokens} and {self.temperature}."
             )
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"the seed {self.seed} is not of 64 bits; take a smaller one.")
+        if min(self.barred_ids, default=0) < 0:
+            raise ValueError(f"barred_ids holds {min(self.barred_ids)}, and ids begin at 0.")
+
+    def check_vocabulary(self, size: int) -> None:
+        """Whether the barred ids are of a vocabulary of this size, and leave something to say.
+
+        Raises:
+            ValueError: they are not, or do not.
+        """
+        barred = set(self.barred_ids)
+        if max(barred, default=0) >= size:
+            raise ValueError(f"barred_ids holds {max(barred)}; the vocabulary ends at {size - 1}.")
+        if len(barred) == size:
+            raise ValueError("every token of the vocabulary is barred; leave one that can be said.")
 
 
 @dataclass
@@ -107,7 +131,12 @@ def generate(
         rows: the contexts.
         stop_ids: ends replies whose limits name no stop ids.
         chunk: most tokens of a row prefilled at once.
+
+    Raises:
+        ValueError: an id to be barred is not in the vocabulary, or all of it is barred.
     """
+    for row in rows:
+        row.limits.check_vocabulary(model.config.text_config.vocab_size)
     started = time.perf_counter()
     batch = _Batch(model, rows)
     scores_BY = batch.prefill([row.pending for row in rows], chunk)

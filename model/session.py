@@ -8,7 +8,8 @@ and never reads the model's `rope_deltas`, and forks without copying.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,16 +49,21 @@ class Session:
     """A context that grows by messages, text or ids, and can be forked and continued.
 
     Text without media is deferred: it is prefilled together with what follows, or with the
-    prompts of other sessions (`generate_batch`), when its outcome is asked for.
+    prompts of other sessions (`generate_batch`), when its outcome is asked for. What fails in its
+    middle (bad input, no memory left, Ctrl-C) leaves the session as it was, and can be repeated.
 
     Args:
-        model: a Qwen3-VL for conditional generation, GQA or M²LA; not changed.
+        model: a Qwen3-VL for conditional generation, GQA or M²LA. Its values stay; the storage of
+            some weights is laid side by side when it first replies (`model.engine_layers`).
         processor: its `Qwen3VLProcessor`.
         device: where inputs go; the model's device by default.
         chunk: most tokens prefilled at once; by default what suits the device (`CHUNK`).
         features: keeps encoded media; give one to several sessions to share it.
         media_options: further arguments of the processor call for frames and images, e.g.
             `{"do_resize": False}`.
+
+    Raises:
+        ValueError: the chunk is not at least one token.
     """
 
     def __init__(
@@ -70,6 +76,8 @@ class Session:
         features: FeatureCache | None = None,
         media_options: Mapping[str, Any] | None = None,
     ) -> None:
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk is {chunk}; prefill takes at least 1 token at a time.")
         self.model = model
         self.processor = processor
         self.device = torch.device(device or model.device)
@@ -162,11 +170,12 @@ class Session:
         before = len(self)
         joined = self._tail + text
         piece = self._prompter.piece(joined, frames, images)
-        self._pending += piece.ids[self._unmerge(piece.ids) :]
-        if piece.media:
-            self._prefill(piece.media)
-        self._tail = self._prompter.tail(joined)
-        self._reply_open = False
+        with self._unchanged_on_failure():
+            self._pending += piece.ids[self._unmerge(piece.ids) :]
+            if piece.media:
+                self._prefill(piece.media)
+            self._tail = self._prompter.tail(joined)
+            self._reply_open = False
         return len(self) - before
 
     def append_ids(self, ids: Sequence[int]) -> int:
@@ -181,10 +190,7 @@ class Session:
         media = {self.model.config.image_token_id, self.model.config.video_token_id}
         if media.intersection(ids):
             raise PromptError("these ids hold vision tokens; append their frames with append_text.")
-        self._pending += ids
-        self._tail = ""
-        self._reply_open = False
-        self.prefill()
+        self._append_raw(ids, [])
         return len(ids)
 
     def append_piece(self, piece: Piece) -> int:
@@ -205,11 +211,27 @@ class Session:
                     f"the ids have {places} {kind} tokens, and their media make {seen}; tokenise "
                     "the prompt with the processor of this model, at the same frame size."
                 )
-        self._pending += piece.ids
-        self._tail = ""
-        self._reply_open = False
-        self._prefill(piece.media)
+        self._append_raw(piece.ids, piece.media)
         return len(piece.ids)
+
+    def _append_raw(self, ids: Sequence[int], media: list[Medium]) -> None:
+        with self._unchanged_on_failure():
+            self._pending += ids
+            self._tail = ""
+            self._reply_open = False
+            self._prefill(media)
+
+    @contextmanager
+    def _unchanged_on_failure(self) -> Iterator[None]:
+        """If the block fails, the session is what it was before."""
+        kept, pending = dict(self.__dict__), list(self._pending)
+        try:
+            with self.cache.unchanged_on_failure():
+                yield
+        except BaseException:
+            self.__dict__.update(kept)
+            self._pending = pending
+            raise
 
     def log_likelihood(self, ids: Sequence[int]) -> float:
         """Natural logarithm of the probability that `ids` follow, in one pass on a fork.
@@ -233,7 +255,8 @@ class Session:
 
     def prefill(self) -> None:
         """Caches deferred text now."""
-        self._prefill([])
+        with self._unchanged_on_failure():
+            self._prefill([])
 
     def compress(self) -> None:
         """Keeps what is cached so far with latents in fp8, in about half the bytes; M²LA only.
@@ -276,6 +299,7 @@ class Session:
 
         Raises:
             PromptError: the models differ, a session is empty, or one is given twice.
+            ValueError: an id to be barred is not in the vocabulary, or all of it is barred.
         """
         if not sessions:
             return []
@@ -287,8 +311,11 @@ class Session:
         if not all(len(s) for s in sessions):
             raise PromptError("an empty session cannot answer; append something first.")
         rows = [s._row(limit) for s, limit in zip(sessions, each, strict=True)]
-        continued = decoding.generate(first.model, rows, first._stop_ids(), first.chunk)
-        return [s._accept(c) for s, c in zip(sessions, continued, strict=True)]
+        with ExitStack() as held:
+            for session in sessions:
+                held.enter_context(session._unchanged_on_failure())
+            continued = decoding.generate(first.model, rows, first._stop_ids(), first.chunk)
+            return [s._accept(c) for s, c in zip(sessions, continued, strict=True)]
 
     def _row(self, limits: Limits) -> decoding.Row:
         return decoding.Row(self.cache, self._pending, self._position, self._logits_Y, limits)

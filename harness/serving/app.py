@@ -35,6 +35,7 @@ from internvideo3.harness.serving.wire import (
     event,
     read_request,
 )
+from internvideo3.model.decoding import LEAST_TEMPERATURE
 from internvideo3.model.session import Limits
 
 LOOK_EVERY_S = 0.25
@@ -189,9 +190,11 @@ class Serving:
         return {"id": name, "object": "model", "created": _STARTED, "owned_by": "internvideo3"}
 
     def _limits(self, asked: ChatRequest) -> Limits:
+        # Below the least temperature a draw is the likeliest token all the same.
+        drawn = (asked.temperature or 0.0) >= LEAST_TEMPERATURE
         return Limits(
             max_new_tokens=asked.most_tokens or self.new_tokens,
-            temperature=asked.temperature or 0.0,
+            temperature=asked.temperature if drawn and asked.temperature else 0.0,
             seed=asked.seed or 0,
         )
 

@@ -5,8 +5,10 @@ Run: .venv/bin/python -m pytest tests/model/test_session.py -q
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from internvideo3.model import decoding
 from internvideo3.model.cache import allocated_bytes
+from internvideo3.model.engine import Engine
 from internvideo3.model.prompt import Prompter, PromptError
 from internvideo3.model.session import Limits, Session, StopReason
 from internvideo3.model.vision import FeatureCache
@@ -348,6 +351,70 @@ def test_time_is_accounted_for(source: Any, asker: Asker) -> None:
     assert spent <= time.perf_counter() - started
 
 
+@contextmanager
+def failing(model: Any, call: int) -> Iterator[None]:
+    """The last layer runs out of memory when it is called so often."""
+    calls = itertools.count(1)
+
+    def fail(*_: Any) -> None:
+        if next(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    hook = model.model.language_model.layers[-1].register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("start", [0, 40])
+def test_a_failed_append_can_be_repeated(
+    model: Any, processor: Any, asker: Asker, start: int
+) -> None:
+    """Layers before the one that failed have cached the tokens; a repeat must not see them."""
+    session = Session(model, processor, chunk=32)
+    ids = [300 + token for token in range(start)]
+    if ids:
+        session.append_ids(ids)
+    child = session.fork() if ids else None
+    more = list(range(400, 500))
+    with failing(model, call=2), pytest.raises(torch.OutOfMemoryError):
+        session.append_ids(more)
+    assert session.ids == ids and session.cache.get_seq_length() == len(ids)
+    with failing(model, call=1), pytest.raises(torch.OutOfMemoryError):
+        session.append_text(split_chat(processor, asker.chat("", 2))[0], asker.videos)
+    assert session.ids == ids
+    session.append_ids(more)
+    fresh = Session(model, processor, chunk=32)
+    fresh.append_ids(ids + more)
+    assert gap(session.logits_last, fresh.logits_last) < 1e-5
+    if child is not None:
+        child.append_ids(more)
+        assert gap(child.logits_last, fresh.logits_last) < 1e-5
+
+
+def test_a_failed_reply_can_be_repeated(
+    model: Any, asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = asker.prefix(model)
+    limits = Limits(max_new_tokens=6, stop_ids=())
+    want = asker.ask(prefix, QUESTIONS[0]).generate(limits)
+    fork = asker.ask(prefix, QUESTIONS[0])
+    before = fork.ids
+    advance, calls = Engine.advance, itertools.count()
+
+    def interrupted(engine: Engine) -> None:
+        advance(engine)
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Engine, "advance", interrupted)
+        fork.generate(limits)
+    assert fork.ids == before
+    assert fork.generate(limits).token_ids == want.token_ids
+
+
 def test_stop_tokens_end_a_reply(source: Any, asker: Asker) -> None:
     prefix = asker.prefix(source)
     free = asker.ask(prefix, QUESTIONS[0]).generate(Limits(max_new_tokens=6, stop_ids=()))
@@ -474,8 +541,21 @@ def test_mistakes_are_explained(source: Any, processor: Any, asker: Asker, chat:
     with pytest.raises(PromptError, match="different sessions"):
         session.append_text("Hello")
         Session.generate_batch([session, session], Limits(max_new_tokens=1))
-    with pytest.raises(ValueError, match="max_new_tokens"):
-        Limits(max_new_tokens=0)
+    for wrong, said in (
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": 1e-39}, "at least 1e-06"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"seed": 10**20}, "64 bits"),
+        ({"barred_ids": (3, -1)}, "begin at 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Limits(**({"max_new_tokens": 1} | wrong))
+    size = source.config.text_config.vocab_size
+    for ids, said in (((size,), "vocabulary ends"), (tuple(range(size)), "every token")):
+        with pytest.raises(ValueError, match=said):
+            session.generate(Limits(max_new_tokens=1, barred_ids=ids))
+    with pytest.raises(ValueError, match="chunk is -1"):
+        Session(source, processor, chunk=-1)
     fork = session.fork()
     with pytest.raises(PromptError, match="special token"):
         for letters in ("lo", "ow", "s", "ing"):
