@@ -22,9 +22,9 @@ from internvideo3.kernels.decode_linear.dispatch import decode_linear
 from internvideo3.model.cache import SegmentedCache
 from internvideo3.model.engine_layers import Where, bind
 
-LOOK_EVERY = 16
-"""Steps on CUDA between two looks at whether all replies have ended; each look waits for the
-device. On a CPU there is nothing to wait for."""
+LOOK_EVERY = {"cpu": 1, "cuda": 16}
+"""Steps between two looks at whether all replies have ended, by device: each look waits for it,
+and on a CPU there is nothing to wait for."""
 
 EAGER_STEPS = 3
 """Steps before a capture: they compile the kernels."""
@@ -116,7 +116,7 @@ class Engine:
 
     def run(self, steps: int) -> None:
         """Takes at most so many steps; fewer if all replies end before."""
-        look = 1 if self.device.type == "cpu" else LOOK_EVERY
+        look = LOOK_EVERY.get(self.device.type, 1)
         for taken in range(steps):
             if taken % look == 0 and self.ended:
                 return

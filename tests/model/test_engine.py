@@ -6,6 +6,7 @@ Run: .venv/bin/python -m pytest tests/model/test_engine.py -q
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,12 +18,15 @@ from internvideo3.model import decoding, segments
 from internvideo3.model.cache import Segment
 from internvideo3.model.checkpoint import load_model, resolve_checkpoint
 from internvideo3.model.config import InternVideo3Config
-from internvideo3.model.engine import Engine
+from internvideo3.model.engine import Engine, Reply
 from internvideo3.model.engine_layers import MergedLinear
 from internvideo3.model.modeling import InternVideo3ForConditionalGeneration
 from internvideo3.model.session import Limits, Session
 
-NEW = 24
+NEW = 48
+BARRED = (2, 349, 353, 356, 376, 387, 390, 461)
+"""What trained models repeat once they have answered, the end of the turn above all: without it
+they say many different tokens, and a decode step that is wrong says others."""
 VIDEO_TEXT = "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
 QUESTION = "What shape is the red object?<|im_end|>\n<|im_start|>assistant\n"
 
@@ -38,9 +42,11 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "BLOCK", 16)
 
 
-def transformers_says(model: Any, processor: Any, video: Any, new: int = NEW) -> list[int]:
+def transformers_says(
+    model: Any, processor: Any, video: Any, new: int = NEW, question: str = QUESTION
+) -> list[int]:
     session = Session(model, processor)
-    piece = session._prompter.piece(VIDEO_TEXT + QUESTION, [video])
+    piece = session._prompter.piece(VIDEO_TEXT + question, [video])
     (medium,) = piece.media
     ids = torch.tensor([piece.ids])
     video_token = model.config.video_token_id
@@ -53,24 +59,55 @@ def transformers_says(model: Any, processor: Any, video: Any, new: int = NEW) ->
         max_new_tokens=new,
         do_sample=False,
         eos_token_id=-1,
+        suppress_tokens=list(BARRED),
     )
     return list(out[0, len(piece.ids) :].tolist())
 
 
-def engine_says(model: Any, processor: Any, video: Any, chunk: int, new: int = NEW) -> list[int]:
+def free(new: int = NEW, **limits: Any) -> Limits:
+    return Limits(max_new_tokens=new, stop_ids=(), barred_ids=BARRED, **limits)
+
+
+def engine_says(
+    model: Any, processor: Any, video: Any, chunk: int, new: int = NEW, **limits: Any
+) -> list[int]:
     session = Session(model, processor, chunk=chunk)
     session.append_text(VIDEO_TEXT + QUESTION, [video])
-    return list(session.generate(Limits(max_new_tokens=new, stop_ids=())).token_ids)
+    return list(session.generate(free(new, **limits)).token_ids)
 
 
 @pytest.mark.parametrize("chunk", [23, 4096], ids=["chunked", "unchunked"])
 def test_greedy_tokens_are_those_of_generate(
     loaded: tuple[Any, Any], frames: Any, chunk: int, small_blocks: None
 ) -> None:
+    replies = set()
     for seed in (1, 2, 3):
         video = frames(20, seed)
         want = transformers_says(*loaded, video)
         assert engine_says(*loaded, video, chunk) == want
+        assert len(set(want)) >= 10
+        replies.add(tuple(want))
+    assert len(replies) == 3
+
+
+def test_a_batch_says_what_generate_says_of_each(loaded: tuple[Any, Any], frames: Any) -> None:
+    """Forks of one prefix with questions of different lengths, and a prompt of its own."""
+    model, processor = loaded
+    prefix = Session(model, processor)
+    prefix.append_text(VIDEO_TEXT, [frames(20, 1)])
+    questions = (QUESTION, "Is anything red?<|im_end|>\n<|im_start|>assistant\n")
+    forks = [prefix.fork() for _ in questions]
+    for fork, question in zip(forks, questions, strict=True):
+        fork.append_text(question)
+    alone = Session(model, processor)
+    alone.append_text(VIDEO_TEXT + QUESTION, [frames(6, 2)])
+    replies = Session.generate_batch([*forks, alone], free())
+    wants = [
+        transformers_says(model, processor, frames(20, 1)),
+        transformers_says(model, processor, frames(20, 1), question=questions[1]),
+        transformers_says(model, processor, frames(6, 2)),
+    ]
+    assert [list(reply.token_ids) for reply in replies] == wants
 
 
 @pytest.mark.parametrize("form", ["absorbed", "reconstruct"])
@@ -95,7 +132,7 @@ def test_a_compressed_session_reads_fp8_and_goes_on(frames: Any) -> None:
         layer = widened.cache.segmented(index)
         runs = [segment.compress(model.config.text_config.rank(index)) for segment in layer.frozen]
         layer.frozen = tuple(Segment(run.views(), run.length) for run in runs)
-    limits = Limits(max_new_tokens=NEW, stop_ids=())
+    limits = free()
     said = {name: s.generate(limits) for name, s in (("short", short), ("wide", widened))}
     assert said["short"].token_ids == said["wide"].token_ids
     assert all(s.compressed for s in short.cache.segmented(0).frozen[:-1])
@@ -154,13 +191,133 @@ def test_replies_longer_than_a_round_go_on(
     model, processor = loaded
     session = Session(model, processor)
     session.append_text(VIDEO_TEXT + QUESTION, [video])
-    reply = session.generate(Limits(max_new_tokens=40, stop_ids=()))
+    reply = session.generate(free(40))
     assert list(reply.token_ids) == want
     assert len(session.cache.segmented(0).frozen) > 3
 
 
-def test_the_step_reads_nothing_on_the_host(
+class FakeGraph:
+    """A CUDA graph on a CPU: capturing executes nothing, a replay runs on what was bound then."""
+
+    capturing: FakeGraph | None = None
+    made: list[FakeGraph] = []
+
+    def __init__(self) -> None:
+        self.generators: list[torch.Generator] = []
+        self.call: Callable[[], None] | None = None
+        self.replays = 0
+        FakeGraph.made.append(self)
+
+    def register_generator_state(self, generator: torch.Generator) -> None:
+        self.generators.append(generator)
+
+    def replay(self) -> None:
+        assert self.call is not None
+        self.replays += 1
+        self.call()
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
+    """CUDA graphs that were made."""
+    step = Engine.step
+
+    def captured(engine: Engine) -> None:
+        graph = FakeGraph.capturing
+        if graph is None:
+            return step(engine)
+        layers = engine._layers
+
+        def replay() -> None:
+            now, engine._layers = engine._layers, layers
+            step(engine)
+            engine._layers = now
+
+        graph.call = replay
+        return None
+
+    @contextmanager
+    def capture(graph: FakeGraph) -> Iterator[None]:
+        FakeGraph.capturing = graph
+        yield
+        FakeGraph.capturing = None
+
+    monkeypatch.setattr(FakeGraph, "made", [])
+    monkeypatch.setattr(Engine, "step", captured)
+    monkeypatch.setattr(Engine, "capturable", property(lambda _: True))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    return FakeGraph.made
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_each_round_replays_a_graph_of_its_own(
+    loaded: tuple[Any, Any],
+    frames: Any,
+    temperature: float,
+    graphs: list[FakeGraph],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Growth moves the tail: a graph from before it would write where nothing is read any more."""
+    video = frames(8, 4)
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "capturable", property(lambda _: False))
+        want = engine_says(*loaded, video, 4096, new=100, temperature=temperature)
+    assert not graphs
+    monkeypatch.setattr(decoding, "ROUND", 40)
+    monkeypatch.setattr("internvideo3.model.cache.GROWTH", 1.0)
+    monkeypatch.setattr("internvideo3.model.cache.BLOCK_TOKENS", 1)
+    assert engine_says(*loaded, video, 4096, new=100, temperature=temperature) == want
+    # The last 19 steps are not worth a graph, and three steps before each one compile the kernels.
+    assert [graph.replays for graph in graphs] == [37, 37]
+    assert all(len(graph.generators) == bool(temperature) for graph in graphs)
+
+
+def test_the_host_looks_only_now_and_then(
     loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a look waits for the device."""
+    looks = []
+    ended = Engine.ended.fget  # type: ignore[attr-defined]
+    monkeypatch.setattr(Engine, "ended", property(lambda e: looks.append(1) or ended(e)))
+    session = Session(*loaded)
+    session.append_ids(list(range(100, 140)))
+    engine = prepared_engine([session], steps=40)
+    monkeypatch.setattr("internvideo3.model.engine.LOOK_EVERY", {"cpu": 16})
+    engine.run(40)
+    assert len(looks) == 3
+
+
+def test_draws_have_the_odds_of_their_temperature() -> None:
+    """20,000 rows of one distribution, a seed each: counts within five standard errors."""
+    count, logits_Y = 20_000, torch.tensor([2.0, 1.0, 0.0, -1.0])
+    for temperature in (0.5, 2.0):
+        model: Any = None
+        replies = [Reply(0, 0, 1, (), temperature, seed) for seed in range(count)]
+        engine = Engine(model, replies, logits_Y.expand(count, -1).contiguous())
+        odds_Y = (logits_Y / temperature).softmax(-1)
+        counts_Y = engine.token_B.bincount(minlength=4) / count
+        error_Y = (odds_Y * (1 - odds_Y) / count).sqrt()
+        assert ((counts_Y - odds_Y).abs() <= 5 * error_Y).all()
+        assert torch.allclose(engine.logp_BN[:, 0], odds_Y.log()[engine.token_B], atol=1e-5)
+
+
+def test_seeds_differ_beyond_the_first_token() -> None:
+    """Rows of one seed draw alike at every token, of another seed not."""
+    model: Any = None
+    replies = [Reply(0, 0, 12, (), 1.0, seed) for seed in (3, 3, 4)]
+    engine = Engine(model, replies, torch.zeros(3, 50))
+    for _ in range(11):
+        engine.choose(torch.zeros(3, 50))
+    first, same, other = engine.said()
+    assert first == same and len(set(first)) > 6
+    assert sum(a == b for a, b in zip(first[1:], other[1:], strict=True)) <= 3
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_the_step_reads_nothing_on_the_host(
+    loaded: tuple[Any, Any], drawn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a CUDA graph needs: the same operators on the same storage whatever the length.
 
@@ -170,7 +327,11 @@ def test_the_step_reads_nothing_on_the_host(
     model, processor = loaded
     session = Session(model, processor)
     session.append_ids(list(range(100, 140)))
-    engine = prepared_engine(session, steps=4)
+    sessions = [session]
+    if drawn:
+        sessions = [session.fork(), session.fork()]
+        sessions[1].append_ids([100, 101])
+    engine = prepared_engine(sessions, steps=4, temperature=float(drawn))
     zeros = torch.zeros(1, model.config.text_config.num_attention_heads, 1)
 
     def without_lengths(q: Tensor, runs: Any, *, scale: float, **widths: int) -> Any:
@@ -181,18 +342,27 @@ def test_the_step_reads_nothing_on_the_host(
     monkeypatch.setattr("internvideo3.model.engine_layers.gqa_decode", without_lengths)
     with Watch() as first:
         engine.step()
-    with Watch() as second:
+
+    def read(*_: Any) -> Any:
+        raise AssertionError("the step reads a tensor on the host")
+
+    with monkeypatch.context() as patched, Watch() as second:
+        for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__"):
+            patched.setattr(Tensor, name, read)
         engine.step()
     assert first.operators == second.operators
     assert not {"_local_scalar_dense", "nonzero", "item"} & set(first.operators)
 
 
-def prepared_engine(session: Session, steps: int) -> Engine:
-    """An engine after a session's last token, ready for some steps."""
-    row = session._row(Limits(max_new_tokens=steps + 1, stop_ids=()))
-    logits_BY = session.logits_last[None]
-    batch = decoding._Batch(session.model, [row])
-    engine = Engine(session.model, batch.continuations([row.limits], [()]), logits_BY)
+def prepared_engine(sessions: list[Session], steps: int, temperature: float = 0.0) -> Engine:
+    """An engine after the sessions' last tokens, ready for some steps."""
+    logits_BY = torch.stack([session.logits_last for session in sessions])
+    limits = free(steps + 1, temperature=temperature)
+    rows = [session._row(limits) for session in sessions]
+    model = sessions[0].model
+    batch = decoding._Batch(model, rows)
+    replies = batch.continuations([limits] * len(rows), [()] * len(rows))
+    engine = Engine(model, replies, logits_BY)
     batch.make_room(steps)
     engine.bind(batch.cache)
     return engine
