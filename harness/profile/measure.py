@@ -84,9 +84,9 @@ def run_once(subject: Subject, point: Point) -> Run:
 
 
 def _decoded(runner: Runner, point: Point, logits_BY: torch.Tensor) -> Run:
-    clock, before = Clock(runner.device), energy_j(runner.device)
+    clock = Clock(runner.device, lambda: energy_j(runner.device))
     runner.decode(logits_BY, point.new_tokens, clock)
-    steps, after = clock.seconds(), energy_j(runner.device)
+    steps, before, after = clock.seconds(), clock.counted, energy_j(runner.device)
     spent = None if before is None or after is None else after - before
     memory = memory_of(runner.device)
     return Run(None, 0, tuple(steps), runner.cache_bytes(), runner.step_bytes(), spent, memory)

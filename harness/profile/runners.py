@@ -23,20 +23,36 @@ from internvideo3.model.engine import EAGER_STEPS, Engine, Reply
 from internvideo3.model.forward import Tokens, logits, new_cache, run
 from internvideo3.model.session import CHUNK
 
+UNTIMED_STEPS = 3
+"""Of transformers' baselines on a GPU: torch.compile works, and captures, in the first ones."""
 EXACT = 1e-4
 """Largest distance in float32: sums of different order."""
 SLACK = 1.5
 
 
 class Clock:
-    """Moments on the device: CUDA events, or the processor's clock."""
+    """Moments on the device: CUDA events, or the processor's clock.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: whose work is timed.
+        counter: read at the first stamp, when all work before it is done; say, of energy.
+    """
+
+    def __init__(
+        self, device: torch.device, counter: Callable[[], float | None] = lambda: None
+    ) -> None:
         self.on_gpu = device.type == "cuda"
         self.moments: list[Any] = []
+        self.counted: float | None = None
+        """What the counter read."""
+        self._counter = counter
 
     def stamp(self) -> None:
-        """Notes this moment in the device's order of work; the host does not wait."""
+        """Notes this moment in the device's order of work; only at the first the host waits."""
+        if not self.moments:
+            if self.on_gpu:
+                torch.cuda.synchronize()
+            self.counted = self._counter()
         if not self.on_gpu:
             self.moments.append(time.perf_counter())
             return
@@ -191,6 +207,7 @@ class TransformersRunner(Runner):
     def __init__(self, subject: Subject, batch: int, chunk: int, kind: str) -> None:
         super().__init__(subject, batch, chunk)
         self.kind = kind
+        self.untimed = UNTIMED_STEPS if self.device.type == "cuda" else 0
         self.cache: Any = None
         self.length = 0
         self._forward: Callable[..., Any] = self.model.forward
@@ -199,7 +216,7 @@ class TransformersRunner(Runner):
     def prefill(self, ids_BT: Tensor, new_tokens: int) -> Tensor:
         """As `Runner.prefill`."""
         T = ids_BT.shape[1]
-        self.cache = self._new_cache(T + new_tokens + 1)
+        self.cache = self._new_cache(T + new_tokens + self.untimed + 1)
         for start in range(0, T, self.chunk):
             logits_BY = self._step(ids_BT[:, start : start + self.chunk], self.model.forward)
         return logits_BY
@@ -208,7 +225,7 @@ class TransformersRunner(Runner):
         """As `Runner.fill`."""
         text = self.model.config.text_config
         shape = (self.batch, text.num_key_value_heads, tokens, text.head_dim)
-        self.cache = self._new_cache(tokens + new_tokens + 1)
+        self.cache = self._new_cache(tokens + new_tokens + self.untimed + 1)
         for index in range(text.num_hidden_layers):
             made = (torch.randn(shape, device=self.device, dtype=self.model.dtype) for _ in "kv")
             keys, values = made
@@ -242,10 +259,11 @@ class TransformersRunner(Runner):
 
     @torch.no_grad()
     def decode(self, logits_BY: Tensor, steps: int, clock: Clock) -> list[list[int]]:
-        """As `Runner.decode`."""
+        """As `Runner.decode`; on a GPU some steps come first, which compile and are not timed."""
         said = [logits_BY.argmax(-1, keepdim=True)]
-        clock.stamp()
-        for _ in range(steps):
+        for step in range(self.untimed + steps):
+            if step == self.untimed:
+                clock.stamp()
             said.append(self._step(said[-1], self._forward).argmax(-1, keepdim=True))
             clock.stamp()
         return [list(row) for row in torch.cat(said, dim=1).tolist()]
@@ -266,18 +284,13 @@ class TransformersRunner(Runner):
 def make_runner(
     subject: Subject, kind: str, *, batch: int, chunk: int, cache: str = "native"
 ) -> Runner:
-    """The runner of a point.
+    """The runner of a point that can be run (`workload.why_not`).
 
     Raises:
-        WorkloadError: the baseline cannot run this model, or its package is missing.
+        WorkloadError: the baseline's package is missing.
     """
-    fp8 = cache == "fp8"
-    if fp8 and (subject.attention != "m2la" or kind != "engine"):
-        raise WorkloadError("only the engine has an fp8 cache, and only for M²LA.")
     if kind == "engine":
-        return EngineRunner(subject, batch, chunk, fp8=fp8)
-    if subject.attention != "gqa":
-        raise WorkloadError(f"{kind}: transformers has no M²LA; baselines are for GQA models.")
+        return EngineRunner(subject, batch, chunk, fp8=cache == "fp8")
     implementation = "flash_attention_2" if kind == "flash" else "sdpa"
     try:
         subject.model.set_attn_implementation(implementation)

@@ -74,8 +74,12 @@ class Workload:
                 if given not in known:
                     raise WorkloadError(f"{name}: {given!r} is not one of {', '.join(known)}.")
         for name in ("models", "runners", "contexts", "batches", "chunks", "dtypes", "caches"):
-            if not getattr(self, name):
+            values = getattr(self, name)
+            if not values:
                 raise WorkloadError(f"{name} is empty; give at least one.")
+            twice = next((value for value in values if values.count(value) > 1), None)
+            if twice is not None:
+                raise WorkloadError(f"{name}: {twice!r} is given twice; once is enough.")
         if self.integrate and self.fill != "random":
             raise WorkloadError(
                 "integrate needs fill: random, which can begin in a reply's middle."
@@ -147,6 +151,20 @@ class Point:
         )
 
 
+def why_not(point: Point, attention: str) -> str | None:
+    """Why a point cannot be run on any device; None if it can.
+
+    Args:
+        point: it.
+        attention: of its model, "gqa" or "m2la".
+    """
+    if point.cache == "fp8" and (attention != "m2la" or point.runner != "engine"):
+        return "only the engine has an fp8 cache, and only for M²LA."
+    if point.runner != "engine" and attention != "gqa":
+        return f"{point.runner}: transformers has no M²LA; baselines are for GQA models."
+    return None
+
+
 def read_workload(path: Path) -> Workload:
     """The workload of a YAML file.
 
@@ -157,7 +175,7 @@ def read_workload(path: Path) -> Workload:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise WorkloadError(f"cannot read the workload {path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise WorkloadError(f"{path} is not YAML: {error}") from error
     if not isinstance(found, Mapping):
         raise WorkloadError(f"{path} must be a mapping of names to values; see {FIGURE6}.")
@@ -184,8 +202,8 @@ def changed(workload: Workload, values: Mapping[str, Any]) -> Workload:
     known = {field.name: field for field in fields(Workload)}
     taken: dict[str, Any] = {}
     for name, value in values.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+        if not isinstance(name, str) or name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
             hint = f" Did you mean {near[0]}?" if near else f" Known are {', '.join(known)}."
             raise WorkloadError(f"a workload has no {name!r}.{hint}")
         if value is not None:

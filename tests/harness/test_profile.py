@@ -18,11 +18,12 @@ from internvideo3.harness.profile import command, runners
 from internvideo3.harness.profile.command import GateError, ProfileOptions, is_complete, profile
 from internvideo3.harness.profile.layer import layer_rows
 from internvideo3.harness.profile.measure import prefill_flops
-from internvideo3.harness.profile.plan import device_bytes, plan, table
+from internvideo3.harness.profile.plan import RUNTIME_BYTES, device_bytes, plan, table
 from internvideo3.harness.profile.runners import Clock, make_runner, random_ids
 from internvideo3.harness.profile.subjects import Subject, class_of, config_of, load
 from internvideo3.harness.profile.workload import FIGURE6, Workload, WorkloadError, chosen
 from internvideo3.harness.store import read_rows
+from internvideo3.reports import efficiency
 from internvideo3.reports.efficiency import EfficiencyError, draw, ratio_figure, read
 from internvideo3.tasks.world.media import encode_video
 
@@ -230,14 +231,48 @@ def test_plan_of_the_8b_shape() -> None:
     assert all(p.refused is None for p in plan(figure, h200))
     mega = replace(figure, models=("random:8b-m2la",), contexts=(3 * 2**19,), new_tokens=1)
     assert plan(mega, h200)[0].refused is None
-    longer = replace(mega, contexts=(5 * 2**19,))
+    longer = replace(mega, contexts=(5 * 2**19,), fill="random")
     assert plan(longer, h200)[0].refused is not None
     assert plan(replace(longer, caches=("fp8",)), h200)[0].refused is None
+    # A prefill caches in full what is compressed afterwards.
+    assert plan(replace(longer, caches=("fp8",), fill="prefill"), h200)[0].refused is not None
+    assert plan(replace(longer, caches=("fp8",), fill="last"), h200)[0].refused is None
     lines = table(plan(longer, h200), "h200")
-    assert "does not fit" in lines[-1]
+    assert lines[-1].endswith("0: does not fit")
+    both = replace(figure, runners=("sdpa",), caches=("native", "fp8"), contexts=(32768,))
+    told = [line.split(": ", 1)[-1] for line in table(plan(both, h200), "h200")[2:]]
+    assert ["transformers has no" in line for line in told] == [False, True, False, False]
+    assert ["only the engine" in line for line in told] == [False, False, True, True]
     assert device_bytes("80GB") == 80e9 and device_bytes("79GiB") == 79 * 2**30
-    with pytest.raises(WorkloadError, match="neither"):
-        device_bytes("large")
+    for wrong in ("large", "1.2.3GB", ".", "80", "1e999", "-80GB"):
+        with pytest.raises(WorkloadError, match="neither"):
+            device_bytes(wrong)
+
+
+def test_the_plan_is_not_below_what_was_measured_on_an_h200() -> None:
+    """Every recorded point: peak of the allocator, and at most a twentieth above it."""
+    recorded = Path(efficiency.__file__).parent / "results/efficiency/h200"
+    files = sorted(recorded.glob("*/*/measurements.jsonl"))
+    rows = [row for file in files for row in read_rows(file) if row["kind"] == "cache"]
+    assert len(rows) == 2 * (7 + 2)
+    for row in rows:
+        integrate = 2 * (row["depth"] - row["context_tokens"])
+        values = {"models": row["model"], "runners": "engine", "contexts": row["context_tokens"]}
+        values |= {"new_tokens": row["new_tokens"], "fill": row["fill"], "integrate": integrate}
+        (planned,) = plan(chosen("figure6", values), device_bytes("h200"))
+        share = row["peak_allocated_bytes"] / (planned.need.total - RUNTIME_BYTES)
+        assert 0.95 <= share <= 1
+
+
+def test_the_largest_batch_is_the_largest_that_fits() -> None:
+    workload = chosen("figure6", {"runners": "engine", "contexts": 32768, "fill": "random"})
+    for one in plan(workload, device_bytes("h100")):
+        for batch, fits in ((one.largest_batch, True), (one.largest_batch + 1, False)):
+            (more,) = plan(
+                replace(workload, models=(one.point.model,), batches=(batch,)),
+                device_bytes("h100"),
+            )
+            assert (more.refused is None) == fits
 
 
 @pytest.mark.parametrize(
