@@ -132,10 +132,9 @@ def _median_s(call: Callable[[], Any], device: torch.device, repeats: int = 20) 
     return float(statistics.median(a.elapsed_time(b) / 1e3 for a, b in pairs))
 
 
-def matmul_rate(device: torch.device, size: int) -> float:
-    """FLOP/s of a square bf16 matrix product on random data."""
-    a = torch.randn(size, size, device=device).bfloat16()
-    b = torch.randn(size, size, device=device).bfloat16()
+def matmul_rate(device: torch.device, size: int, dtype: torch.dtype = torch.bfloat16) -> float:
+    """FLOP/s of a square matrix product on random data."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in "ab")
     timing = time_calls([lambda: a @ b], device)
     return 2 * size**3 / timing.median_s
 

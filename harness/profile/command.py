@@ -2,10 +2,10 @@
 
 The gate comes first: logits of the engine, which prefills in pieces and decodes token by token,
 against one forward pass over the same tokens, in float32. No rate is written for a model whose gate
-is red. On a CPU models take turns within each repeat, so that a change in the machine's load falls
-on all of them alike; a GPU holds one model at a time. A point that is in the file already is not
-measured again, a point that does not fit the device or fails is a row that says so, and the others
-go on.
+is red: its points are rows that say so. On a CPU models take turns within each repeat, so that a
+change in the machine's load falls on all of them alike; a GPU holds one model at a time. A point
+that is in the file already, of this device and as often repeated, is not measured again; a point
+that does not fit the device or fails is a row that says so, and the others go on.
 
 Contexts are random token ids: prefill and decode cost depends on how many tokens there are and not
 on which. Decoding a video and encoding its frames are stages of their own.
@@ -28,19 +28,27 @@ from internvideo3.harness.profile.measure import Ceilings, Row, Run, rows_of, ru
 from internvideo3.harness.profile.plan import folded_bytes, need_of, refusal
 from internvideo3.harness.profile.runners import Gate, gate
 from internvideo3.harness.profile.stages import decoding_row, encoding_row
-from internvideo3.harness.profile.subjects import Subject, load
-from internvideo3.harness.profile.workload import Point, Workload, WorkloadError
+from internvideo3.harness.profile.subjects import (
+    Subject,
+    attention_of,
+    config_of,
+    label_of,
+    load,
+    parameters_of,
+)
+from internvideo3.harness.profile.workload import Point, Workload, WorkloadError, why_not
 from internvideo3.harness.store import SCHEMA, RunStore, append_measurements, read_rows
 from internvideo3.model.device import DeviceError, device_of
 
 GATE_PIECES, GATE_NEW = (32, 64), 8
 ENDINGS = ("cache", "none")
+TRIED_AGAIN = ("failed", "gate red")
 FRAMES_PER_S, MAX_FRAMES = 2.0, 64
 Tell = Callable[[str], None]
 
 
 class GateError(ValueError):
-    """A model whose engine and forward pass disagree; it is not timed."""
+    """Models whose engine and forward pass disagree; they were not timed, the others were."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +75,10 @@ class ProfileOptions:
         """The run directory of a model."""
         return self.into.get(model) or self.out / model.replace(":", "-").replace("/", "-")
 
+    def runs(self) -> list[Path]:
+        """The run directories of all models."""
+        return [self.run_of(name) for name in self.workload.models]
+
 
 def profile(options: ProfileOptions, tell: Tell = lambda _: None) -> list[Path]:
     """Measure what is missing of a workload.
@@ -79,44 +91,73 @@ def profile(options: ProfileOptions, tell: Tell = lambda _: None) -> list[Path]:
         The run directories, in the order of the models.
 
     Raises:
-        GateError: a model's engine disagrees with its forward pass.
-        WorkloadError: a model that there is not, or no such device.
+        GateError: a model's engine disagrees with its forward pass; raised when all else is done.
+        WorkloadError: a model, video or device that there is not.
     """
     workload, device = options.workload, _device(options.device)
+    _check(options)
     torch.set_num_threads(options.threads)
     transformers.logging.disable_progress_bar()
     deadline = None if options.budget_s is None else time.monotonic() + options.budget_s
+    red: list[str] = []
     with contextlib.ExitStack() as held:
         for name in workload.models:
             if name not in options.into:
                 opened = RunStore.open(options.run_of(name), _describe(name, options))
                 held.enter_context(opened)
-        ceilings = _ceilings(device)
-        tell(
-            f"{_device_name(device)}: copies {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s, "
-            f"multiplies {ceilings.matmul_flop_per_s / 1e9:.0f} GFLOP/s"
-        )
         together = device.type == "cpu"
         groups = [workload.models] if together else [(name,) for name in workload.models]
         for dtype in workload.dtypes:
+            ceilings = _ceilings(device, dtype)
+            tell(
+                f"{_device_name(device)}: copies {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s, "
+                f"multiplies {ceilings.matmul_flop_per_s / 1e9:.0f} GFLOP/s in {dtype}"
+            )
             for names in groups:
-                _Group(options, device, dtype, ceilings, deadline, tell).measure(names)
-    return [options.run_of(name) for name in workload.models]
+                group = _Group(options, device, dtype, ceilings, deadline, tell, red)
+                group.measure(names)
+    if red:
+        raise GateError(f"{', '.join(red)}: the gate is red, no rate is reported; see the rows.")
+    return options.runs()
 
 
 def is_complete(options: ProfileOptions) -> bool:
-    """Whether an earlier command has measured every point."""
+    """Whether an earlier command has measured every point on this device."""
     return not any(_missing(options, point) for point in options.workload.points())
 
 
 def _missing(options: ProfileOptions, point: Point) -> bool:
     """Whether a point has no row yet; a failure is tried again, what did not fit is not."""
     file = options.run_of(point.model) / "measurements.jsonl"
+    device = _device_name(_device(options.device))
+    wanted = options.workload.repeats
     # The last row of a point; a process may have been killed while it wrote the others.
     return not any(
-        row.get("point") == point.key and row["kind"] in ENDINGS and row["status"] != "failed"
+        row.get("point") == point.key
+        and row["kind"] in ENDINGS
+        and row["device"] == device
+        and row["status"] not in TRIED_AGAIN
+        and (row["status"] != "ok" or row["repeats"] >= wanted)
         for row in read_rows(file)
     )
+
+
+def _check(options: ProfileOptions) -> None:
+    """Whether all that is named is there, before anything is written.
+
+    Raises:
+        WorkloadError: a model or the video is not, or two models would share a folder.
+        CheckpointError: the same, of a checkpoint.
+    """
+    for name in options.workload.models:
+        config_of(name)
+    if len(set(options.runs())) < len(options.workload.models):
+        raise WorkloadError(
+            "two of the models have one run directory, since their names differ in signs only; "
+            "give them separate --out folders."
+        )
+    if options.video is not None and not options.video.is_file():
+        raise WorkloadError(f"there is no video {options.video}.")
 
 
 @dataclass(frozen=True)
@@ -130,29 +171,60 @@ class _Group:
     deadline: float | None
     """Of `time.monotonic`."""
     tell: Tell
+    red: list[str]
+    """Gets the models whose gate is red."""
 
     def measure(self, names: Sequence[str]) -> None:
         """Load the models, hold them to the gate, measure what is missing of them."""
         wanted = list(self._wanted(names))
-        needed = {point.model for turn in wanted for point in turn}
+        needed = {point.model for turn in wanted for point in turn} | set(self._unseen(names))
         if not needed:
             self.tell(f"{', '.join(names)}: measured before, kept")
             return
-        subjects = {name: self._prepared(name) for name in names if name in needed}
-        gates = {name: found for name, (_, found) in subjects.items()}
-        models = {name: subject for name, (subject, _) in subjects.items()}
+        if self._is_over():
+            return
+        prepared = {name: self._prepared(name) for name in names if name in needed}
+        gates = {name: one[1] for name, one in prepared.items() if not isinstance(one, dict)}
+        models = {name: one[0] for name, one in prepared.items() if not isinstance(one, dict)}
+        absent = {name: one for name, one in prepared.items() if isinstance(one, dict)}
+        prepared.clear()
         for turn in wanted:
-            if self.deadline is not None and time.monotonic() > self.deadline:
-                self.tell("the time is up; the same command goes on from here")
+            if self._is_over():
                 break
-            for point, rows in self._in_turns(turn, models):
-                self._write(point, models[point.model], gates[point.model], rows)
-        if self.options.video is not None:
-            for name, subject in models.items():
-                self._stages(self.options.video, subject, gates[name])
+            for point in (point for point in turn if point.model in absent):
+                self._write(point, None, [absent[point.model]])
+            for point, rows in self._in_turns([p for p in turn if p.model in models], models):
+                self._write(point, gates[point.model], rows)
+        self._watch(models, gates)
         models.clear()
-        subjects.clear()
         release()
+
+    def _watch(self, models: Mapping[str, Subject], gates: Mapping[str, Gate]) -> None:
+        """Time decoding and encoding of the video, where that has not been done."""
+        for name in self._unseen(tuple(models)):
+            if self.options.video is not None and not self._is_over():
+                self._stages(self.options.video, models[name], gates[name])
+
+    def _is_over(self) -> bool:
+        over = self.deadline is not None and time.monotonic() > self.deadline
+        if over:
+            self.tell("the time is up; the same command goes on from here")
+        return over
+
+    def _unseen(self, names: Sequence[str]) -> list[str]:
+        """Models for which the video's stages have not been timed."""
+        video = self.options.video
+        if video is None:
+            return []
+        about = {"video": video.name, "device": _device_name(self.device), "dtype": self.dtype}
+        return [
+            name
+            for name in names
+            if not any(
+                about.items() <= row.items()
+                for row in read_rows(self.options.run_of(name) / "measurements.jsonl")
+            )
+        ]
 
     def _wanted(self, names: Sequence[str]) -> Iterator[list[Point]]:
         """Missing points, those that differ in the model only together."""
@@ -163,16 +235,22 @@ class _Group:
                 alike.setdefault(point.key.removeprefix(point.model), []).append(point)
         yield from alike.values()
 
-    def _prepared(self, name: str) -> tuple[Subject, Gate]:
-        subject = load(name, self.device, self.dtype)
-        found = gate(subject, GATE_PIECES, GATE_NEW)
-        told = f"logits of the engine are {found.engine:.1e} from {found.reference}"
-        if found.forward:
-            told += f", those of the forward pass in {self.dtype} {found.forward:.1e}"
-        if not found.is_green:
-            raise GateError(f"{name}: {told}. No rate is reported; run the tests of model/.")
-        self.tell(f"{name}: gate green, {told}")
-        return subject, found
+    def _prepared(self, name: str) -> tuple[Subject, Gate] | Row:
+        """A model and its gate; or the row of each of its points, if it cannot be timed."""
+        try:
+            subject = load(name, self.device, self.dtype)
+            found = gate(subject, GATE_PIECES, GATE_NEW)
+        except ValueError:
+            raise
+        except Exception as error:
+            row = _failure(error)
+            self.tell(f"{name}: {row['status']}: {row['reason']}")
+            return row
+        self.tell(f"{name}: gate {'green' if found.is_green else 'RED'}, {_told(found)}")
+        if found.is_green:
+            return subject, found
+        self.red.append(name)
+        return {"kind": "none", "status": "gate red", "reason": _told(found)}
 
     def _in_turns(
         self, turn: Sequence[Point], models: Mapping[str, Subject]
@@ -191,27 +269,32 @@ class _Group:
                 elif repeat >= workload.warmups:
                     runs[point].append(found)
         for point in turn:
-            if point in failed:
+            if not runs[point]:
                 yield point, [failed[point]]
                 continue
-            subject = models[point.model]
-            rows = rows_of(subject, point, runs[point], self.ceilings)
-            yield point, [row | {"status": "ok"} for row in rows]
+            # What was measured before a later repeat failed stays.
+            told = {"repeats": len(runs[point]), "status": "ok"}
+            if point in failed:
+                told["ended_by"] = f"{failed[point]['status']}: {failed[point]['reason']}"
+            rows = rows_of(models[point.model], point, runs[point], self.ceilings)
+            yield point, [row | told for row in rows]
 
     def _tried(self, subject: Subject, point: Point) -> Run | Row:
         """One run, or the row that says why there is none."""
+        impossible = why_not(point, subject.attention)
+        if impossible is not None:
+            return {"kind": "none", "status": "not possible", "reason": impossible}
         refused = self._refusal(subject, point)
         if refused is not None:
             return {"kind": "none", "status": "does not fit", "reason": refused}
         try:
             return run_once(subject, point)
-        except torch.OutOfMemoryError as error:
-            reason = str(error).split(". ", maxsplit=1)[0]
-            return {"kind": "none", "status": "out of memory", "reason": reason}
         except WorkloadError as error:
             return {"kind": "none", "status": "not possible", "reason": str(error)}
-        except RuntimeError as error:
-            return {"kind": "none", "status": "failed", "reason": f"{error}"[:400]}
+        except Exception as error:
+            # Whatever a kernel, its compiler or a baseline comes up with is this point's result:
+            # Triton's errors have no class in common, and other points are not to be lost.
+            return _failure(error)
 
     def _refusal(self, subject: Subject, point: Point) -> str | None:
         if self.device.type != "cuda":
@@ -221,8 +304,8 @@ class _Group:
         weights = subject.weight_bytes + folded_bytes(config, point.dtype)
         return refusal(point, need_of(point, config, weights), memory)
 
-    def _write(self, point: Point, subject: Subject, found: Gate, rows: Sequence[Row]) -> None:
-        common = self._common(subject, found) | {
+    def _write(self, point: Point, found: Gate | None, rows: Sequence[Row]) -> None:
+        common = self._common(point.model, found) | {
             "point": point.key,
             "runner": point.runner,
             "context_tokens": point.context,
@@ -233,39 +316,37 @@ class _Group:
             "fill": point.fill,
             "depth": point.depth,
         }
-        self._append(subject, [common | row for row in rows])
+        append_measurements(self.options.run_of(point.model), [common | row for row in rows])
         self.tell(_summary(point, rows))
 
     def _stages(self, video: Path, subject: Subject, found: Gate) -> None:
         """Time decoding and encoding of a video."""
         repeats = self.options.workload.repeats
+        about = {"video": video.name, "repeats": repeats, "status": "ok"}
         row, frames = decoding_row(video, FRAMES_PER_S, MAX_FRAMES, repeats)
         rows = [row]
         self.tell(f"{subject.name}: {video.name} decoded at {row['frames_per_s']:.0f} frames/s")
         if subject.processor is not None:
             rows.append(encoding_row(subject, frames, repeats))
             self.tell(f"{subject.name}: encoded at {rows[-1]['tokens_per_s']:.0f} vision tokens/s")
-        common = self._common(subject, found) | {"status": "ok"}
-        self._append(subject, [common | one for one in rows])
+        common = self._common(subject.name, found) | about
+        append_measurements(self.options.run_of(subject.name), [common | one for one in rows])
 
-    def _common(self, subject: Subject, found: Gate) -> Row:
+    def _common(self, model: str, found: Gate | None) -> Row:
         return {
-            "attention": subject.attention,
-            "model": subject.name,
+            "attention": attention_of(config_of(model)),
+            "model": model,
             "device": _device_name(self.device),
             "dtype": self.dtype,
             "threads": self.options.threads,
-            "repeats": self.options.workload.repeats,
-            "gate_engine_error": found.engine,
-            "gate_forward_error": found.forward,
-            "label": subject.label,
+            "gate_engine_error": found and found.engine,
+            "gate_forward_error": found and found.forward,
+            "label": label_of(model),
+            "parameters": parameters_of(model),
             "copy_bytes_per_s": self.ceilings.copy_bytes_per_s,
             "matmul_flop_per_s": self.ceilings.matmul_flop_per_s,
             "device_state": device_state() if self.device.type == "cuda" else {},
         }
-
-    def _append(self, subject: Subject, rows: Sequence[Row]) -> None:
-        append_measurements(self.options.run_of(subject.name), rows)
 
 
 def _device(name: str) -> torch.device:
@@ -281,14 +362,32 @@ def _device_name(device: torch.device) -> str:
     return str(provenance.hardware()["cpu"])
 
 
-def _ceilings(device: torch.device) -> Ceilings:
+def _ceilings(device: torch.device, dtype: str) -> Ceilings:
     """Copy bandwidth and matrix rate; on a CPU of a size that takes a moment."""
     real = device.type == "cuda"
     found = Ceilings(
-        copy_bandwidth(device, 2**32 if real else 2**27), matmul_rate(device, 8192 if real else 512)
+        copy_bandwidth(device, 2**32 if real else 2**27),
+        matmul_rate(device, 8192 if real else 1024, getattr(torch, dtype)),
     )
     release()
     return found
+
+
+def _told(found: Gate) -> str:
+    told = f"logits of the engine are {found.engine:.1e} from {found.reference}"
+    if found.forward:
+        told += f", those of the model's own forward pass {found.forward:.1e}"
+    return told
+
+
+def _failure(error: Exception) -> Row:
+    """The row of a point that ended so; the CPU's allocator has no error of its own."""
+    if isinstance(error, torch.OutOfMemoryError):
+        reason = str(error).split(". ", maxsplit=1)[0]
+        return {"kind": "none", "status": "out of memory", "reason": reason}
+    scarce = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    status = "out of memory" if scarce else "failed"
+    return {"kind": "none", "status": status, "reason": f"{type(error).__name__}: {error}"[:400]}
 
 
 def _summary(point: Point, rows: Sequence[Row]) -> str:
@@ -320,7 +419,11 @@ def _describe(name: str, options: ProfileOptions) -> Row:
         "model": _described(name, options.workload.dtypes[0]),
         "suites": {},
         # What is measured grows from command to command; where it is measured does not.
-        "config": {"device": options.device, "threads": options.threads},
+        "config": {
+            "device": options.device,
+            "card": _device_name(_device(options.device)),
+            "threads": options.threads,
+        },
         "commit": commit,
         "dirty": dirty,
         "packages": provenance.packages(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -78,12 +79,6 @@ class Subject:
     """"gqa" or "m2la"."""
 
     @property
-    def label(self) -> str | None:
-        """What kind of result this is not: "scale", or "random weights"."""
-        kind = self.name.partition(":")[0]
-        return {"scale": "scale", "random": "random weights"}.get(kind)
-
-    @property
     def bytes_per_token(self) -> int:
         """Cache bytes of a token, all layers together."""
         return cache_bytes_per_token(self.model.config, self.model.dtype)
@@ -113,6 +108,26 @@ def config_of(name: str) -> Any:
     return AutoConfig.from_pretrained(path, local_files_only=True)
 
 
+def label_of(name: str) -> str | None:
+    """What a model's results are not those of a trained one of full size for."""
+    return {"scale": "scale", "random": "random weights"}.get(name.partition(":")[0])
+
+
+def attention_of(config: Any) -> str:
+    """The attention of a configuration: "gqa" or "m2la"."""
+    return "m2la" if isinstance(config, InternVideo3Config) else "gqa"
+
+
+@functools.cache
+def parameters_of(name: str) -> int:
+    """How many parameters a model by name has, all of them counted once; nothing is loaded."""
+    config = config_of(name)
+    with torch.device("meta"):
+        model = class_of(config)(config)
+    counts = {id(p): p.numel() for p in model.parameters()}
+    return sum(counts.values())
+
+
 def class_of(config: Any) -> Any:
     """The model class of a configuration."""
     latent = isinstance(config, InternVideo3Config)
@@ -127,7 +142,7 @@ def load(name: str, device: torch.device, dtype: str) -> Subject:
         CheckpointError: the checkpoint cannot be used.
     """
     config = config_of(name)
-    attention = "m2la" if isinstance(config, InternVideo3Config) else "gqa"
+    attention = attention_of(config)
     if not name.startswith("random:"):
         return Subject(name, *load_model(name, device, dtype), attention)
     kind = getattr(torch, dtype)
