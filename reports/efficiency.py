@@ -1,9 +1,10 @@
 """Figure 6: decoding speed, end-to-end latency and cache bytes over the context's length.
 
 Drawn from `measurements.jsonl` of the profiler alone, as SVG and PNG with a table of the same
-numbers. The paper's published points are overlaid as what they are: hollow, labelled, of another
-machine unless the device is an H200. A reply's time that was extrapolated is called integrated;
-nothing modelled is drawn.
+numbers. The paper's published points are overlaid as what they are: hollow, labelled, of an H200,
+and only beside models of their size. A reply's time that was extrapolated is called integrated.
+What two rows differ in (device, chunk ...) keeps them apart, in the figures as in the table. What
+is computed and not measured, the ratio of bytes, is dashed and labelled.
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 PAPER = Path(__file__).parent / "efficiency_paper.json"
 COLOURS = ("#2f6db5", "#cf5a1f", "#15836f", "#a2478f", "#8f6a00", "#4d5a96")
@@ -22,6 +23,13 @@ MARKERS = ("o", "D", "s", "^", "v", "P")
 PAPER_STYLE = {"gqa": ("#656a72", "o"), "m2la": ("#1c1e21", "D")}
 ATTENTION = {"gqa": "GQA", "m2la": "M²LA"}
 PNG_DPI = 160
+APART = {"device": "", "chunk": "chunk", "new_tokens": "new tokens", "threads": "threads"}
+"""What keeps rows of one model apart where they differ in it, and how that is said."""
+STAGES = ("video_decoding", "vision_encoding")
+PAPER_SIZE = 7e9, 10e9
+"""Parameters of models that the paper's may stand beside."""
+CROWD = 3
+"""More series than this, and the legend goes below the figure."""
 
 
 class EfficiencyError(ValueError):
@@ -34,8 +42,8 @@ class Series:
 
     name: str
     attention: str
-    way: tuple[str, int, str]
-    """Runner, batch and number format: what must be equal for a fair ratio."""
+    way: tuple[Any, ...]
+    """How and on what it was run: what must be equal for a fair ratio."""
     decode: dict[int, Mapping[str, Any]]
     """Rows of decoding."""
     prefill: dict[int, Mapping[str, Any]]
@@ -62,6 +70,10 @@ class Efficiency:
     devices: tuple[str, ...]
     labels: tuple[str, ...]
     """What the numbers are not: "scale", "random weights", "integrated"."""
+    stages: tuple[Mapping[str, Any], ...] = ()
+    """Rows of what comes before the language model."""
+    sizes: tuple[int, ...] = ()
+    """Parameters of the models."""
 
     @property
     def contexts(self) -> tuple[int, ...]:
@@ -78,12 +90,13 @@ def read(runs: Iterable[Path]) -> Efficiency:
     """
     rows = [row for run in runs for row in _rows(run / "measurements.jsonl")]
     found: dict[str, Series] = {}
-    for row in rows:
-        if "point" in row:
-            name = _name(row)
-            way = str(row["runner"]), int(row["batch"]), str(row["dtype"])
-            made = found.setdefault(name, Series(name, row["attention"], way, {}, {}, {}, {}, {}))
-            _sort_in(made, row)
+    points = [row for row in rows if "point" in row]
+    differ = [one for one in APART if len({row.get(one) for row in points}) > 1]
+    for row in points:
+        name = _name(row, differ)
+        way = tuple(row.get(one) for one in ("runner", "batch", "dtype", *APART))
+        made = found.setdefault(name, Series(name, row["attention"], way, {}, {}, {}, {}, {}))
+        _sort_in(made, row)
     if not any(s.decode or s.absent for s in found.values()):
         raise EfficiencyError(
             "no measurements of the profiler in these directories; run `internvideo3 profile`."
@@ -91,22 +104,40 @@ def read(runs: Iterable[Path]) -> Efficiency:
     labels = {row["label"] for row in rows if row.get("label")}
     labels |= {"integrated" for row in rows if row.get("integrated")}
     devices = dict.fromkeys(str(row["device"]) for row in rows)
-    return Efficiency(tuple(found.values()), tuple(devices), tuple(sorted(labels)))
+    stages = tuple(row for row in rows if row["kind"] in STAGES)
+    sizes = {row.get("parameters", _size_told(row)) for row in points}
+    return Efficiency(
+        tuple(found.values()), tuple(devices), tuple(sorted(labels)), stages, tuple(sorted(sizes))
+    )
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     lines = file.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.strip()]
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise EfficiencyError(f"{file}: line {number} is not JSON; remove it.") from error
+            # A process that was killed while it wrote; the profiler measures that point again.
+    return found
 
 
-def _name(row: Mapping[str, Any]) -> str:
-    """Model and, where it is not the plain case, how it was run."""
+def _size_told(row: Mapping[str, Any]) -> int:
+    """Parameters of a model whose row does not say them: those written before rows did."""
+    return 8 * 10**9 if str(row["model"]).startswith("random:8b") else 0
+
+
+def _name(row: Mapping[str, Any], differ: Sequence[str]) -> str:
+    """Model and, where it is not the plain case or rows differ in it, how it was run."""
     extra = [row["runner"]] if row["runner"] != "engine" else []
     extra += [f"batch {row['batch']}"] if row["batch"] != 1 else []
     extra += [f"{row['cache']} cache"] if row["cache"] != "native" else []
     extra += [row["dtype"]] if row["dtype"] == "float32" else []
+    extra += [f"{APART[one]} {row.get(one)}".strip() for one in differ]
     return f"{row['model']}" + (f" ({', '.join(extra)})" if extra else "")
 
 
@@ -171,10 +202,10 @@ def decode_figure(data: Efficiency) -> Figure:
     if _is_full_size(data):
         _overlay(axes)
     axes.set_yscale("log")
-    plain = FuncFormatter(lambda rate, _: f"{rate:g}")
-    axes.yaxis.set_major_formatter(plain)
-    axes.yaxis.set_minor_formatter(plain)
-    axes.legend(fontsize=7, frameon=False)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    _legend(axes)
     return figure
 
 
@@ -197,18 +228,19 @@ def latency_figure(data: Efficiency) -> Figure:
         axes.bar(0, 0, color=colour, label=series.name)
     axes.set_xscale("linear")
     axes.set_xticks(range(len(data.contexts)), [_tokens(n) for n in data.contexts])
-    axes.legend(fontsize=7, frameon=False)
+    _legend(axes)
     return figure
 
 
 def cache_figure(data: Efficiency) -> Figure:
     """Cache bytes that were allocated."""
-    figure, axes = _canvas(data, "Cache, bytes allocated")
+    middle = ", in the middle of the reply" if "integrated" in data.labels else ""
+    figure, axes = _canvas(data, f"Cache, bytes allocated{middle}")
     for series, style in _styled(data):
         points = [(n, row["cache_bytes"]) for n, row in sorted(series.cache.items())]
         _line(axes, points, series.name, style)
     axes.set_yscale("log")
-    axes.legend(fontsize=7, frameon=False)
+    _legend(axes)
     return figure
 
 
@@ -233,7 +265,7 @@ def ratio_figure(data: Efficiency) -> Figure | None:
     if _is_full_size(data):
         _hollow(axes, _paper()["decode_speedup"], "m2la", "paper (H200)")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=7, frameon=False, loc="center right")
+    _legend(axes, "center right")
     return figure
 
 
@@ -248,6 +280,15 @@ def _pairs(data: Efficiency) -> Iterable[tuple[Series, Series, tuple[str, str]]]
 
 def _ratio(one: Series, other: Series, context: int, name: str) -> float:
     return float(one.decode[context][name]) / float(other.decode[context][name])
+
+
+def _legend(axes: Axes, place: str = "best") -> None:
+    """A legend, below the figure where it would cover much of it."""
+    many = len(axes.get_legend_handles_labels()[1]) > CROWD
+    options: dict[str, Any] = {"loc": place}
+    if many:
+        options = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.16), "ncols": 2}
+    axes.legend(fontsize=7, frameon=False, **options)
 
 
 def _canvas(data: Efficiency, title: str) -> tuple[Figure, Axes]:
@@ -270,7 +311,8 @@ def _canvas(data: Efficiency, title: str) -> tuple[Figure, Axes]:
 
 def _styled(data: Efficiency) -> Iterable[tuple[Series, tuple[str, str]]]:
     for index, series in enumerate(data.series):
-        yield series, (COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
+        turn = index // len(COLOURS)
+        yield series, (COLOURS[index % len(COLOURS)], MARKERS[(index + turn) % len(MARKERS)])
 
 
 def _line(
@@ -282,24 +324,36 @@ def _line(
 
 
 def _mark_absent(axes: Axes, series: Series, style: tuple[str, str]) -> None:
-    """A cross at the foot of the figure for each length that could not be run."""
-    for context in series.absent:
-        axes.plot(
-            context, 0.03, "x", color=style[0], transform=axes.get_xaxis_transform(), markersize=5
-        )
+    """A cross at the foot of the figure for each length that could not be run, and why."""
+    foot: dict[str, Any] = {"color": style[0], "transform": axes.get_xaxis_transform()}
+    by_reason: dict[str, list[int]] = {}
+    for context, reason in sorted(series.absent.items()):
+        by_reason.setdefault(reason, []).append(context)
+    for reason, contexts in by_reason.items():
+        label = f"{series.name}: {reason}"
+        axes.plot(contexts, [0.03] * len(contexts), "x", markersize=5, label=label, **foot)
 
 
 def _is_full_size(data: Efficiency) -> bool:
     """Whether the paper's points are of the same model's size, so that they can stand beside."""
-    return "scale" not in data.labels and max(data.contexts, default=0) >= min(
+    low, high = PAPER_SIZE
+    of_its_size = bool(data.sizes) and all(low <= size <= high for size in data.sizes)
+    return of_its_size and max(data.contexts, default=0) >= min(
         int(n) for points in _paper()["decode_tokens_per_s"].values() for n in points
     )
 
 
 def _overlay(axes: Axes) -> None:
-    """The paper's points, hollow."""
+    """The paper's points, hollow, and from where on it ran out of memory."""
     for attention, points in _paper()["decode_tokens_per_s"].items():
         _hollow(axes, points, attention, f"paper, {ATTENTION[attention]} (H200)")
+    start = _paper()["gqa_out_of_memory_from"]
+    label = f"paper, GQA: out of memory from {_tokens(start)}"
+    at_foot: dict[str, Any] = {
+        "transform": axes.get_xaxis_transform(),
+        "color": PAPER_STYLE["gqa"][0],
+    }
+    axes.plot([start], [0.08], "x", markersize=7, label=label, **at_foot)
 
 
 def _hollow(axes: Axes, points: Mapping[str, float], attention: str, label: str) -> None:
@@ -344,8 +398,17 @@ def markdown(data: Efficiency) -> list[str]:
                 cells += ["–"] * (len(COLUMNS) - len(cells))
             else:
                 cells = _cells(series, context)
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
+            lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    return lines + [line for row in data.stages for line in ("", _stage_line(row))]
+
+
+def _stage_line(row: Mapping[str, Any]) -> str:
+    """A stage before the language model in a sentence."""
+    if row["kind"] == "video_decoding":
+        what = f"{row['video']} is decoded at {row['frames_per_s']:.0f} frames/s"
+    else:
+        what = f"its frames are encoded at {row['tokens_per_s']:.0f} vision tokens/s"
+    return f"{row['model']} ({row['device']}, {row['dtype']}): {what}."
 
 
 def _cells(series: Series, context: int) -> list[str]:

@@ -65,6 +65,7 @@ RANDOM: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, An
 }
 """Text shape, vision shape, and the latent row of M²LA (1024 and 576 numbers of 2048)."""
 STD = 0.02
+FACTORS = ("rope_write", "rope_read", "nope_gain")
 
 
 @dataclass(frozen=True)
@@ -153,10 +154,14 @@ def load(name: str, device: torch.device, dtype: str) -> Subject:
 
 @torch.no_grad()
 def _randomised(model: Any) -> Any:
-    """The model with weights drawn anew: not zeros, which make a GPU faster than it is."""
+    """The model with weights drawn anew: not zeros, which make a GPU faster than it is.
+
+    Factors of a head's coordinates are around one: M²LA's rotary part would otherwise weigh next to
+    nothing, and a wrong position would not be seen by the gate.
+    """
     drawn = torch.Generator(model.device).manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and name.rpartition(".")[2] not in FACTORS:
             parameter.normal_(std=STD, generator=drawn)
         else:
             parameter.uniform_(0.5, 1.5, generator=drawn)

@@ -17,14 +17,14 @@ from internvideo3.harness.inspection import describe
 from internvideo3.harness.profile import command, runners
 from internvideo3.harness.profile.command import GateError, ProfileOptions, is_complete, profile
 from internvideo3.harness.profile.layer import layer_rows
-from internvideo3.harness.profile.measure import prefill_flops
+from internvideo3.harness.profile.measure import Ceilings, Run, prefill_flops, rows_of
 from internvideo3.harness.profile.plan import RUNTIME_BYTES, device_bytes, plan, table
 from internvideo3.harness.profile.runners import Clock, make_runner, random_ids
 from internvideo3.harness.profile.subjects import Subject, class_of, config_of, load
 from internvideo3.harness.profile.workload import FIGURE6, Workload, WorkloadError, chosen
-from internvideo3.harness.store import read_rows
+from internvideo3.harness.store import StoreError, read_rows
 from internvideo3.reports import efficiency
-from internvideo3.reports.efficiency import EfficiencyError, draw, ratio_figure, read
+from internvideo3.reports.efficiency import EfficiencyError, decode_figure, draw, ratio_figure, read
 from internvideo3.tasks.world.media import encode_video
 
 TINY = ("random:tiny-gqa", "random:tiny-m2la")
@@ -108,9 +108,107 @@ def test_wrong_positions_turn_the_gate_red(
         return right(position + 1, *rest)
 
     monkeypatch.setattr(runners, "Reply", shifted)
-    with pytest.raises(GateError, match="No rate is reported"):
+    with pytest.raises(GateError, match="tiny-gqa, random:tiny-m2la: the gate is red"):
         profile(tiny)
-    assert not list(tiny.out.glob("*/measurements.jsonl"))
+    rows = [row for run in tiny.runs() for row in measured(run)]
+    assert [row["status"] for row in rows] == ["gate red"] * 4
+    assert not any("tokens_per_s" in row for row in rows)
+
+
+def test_a_red_gate_stops_its_own_model_only(
+    tiny: ProfileOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    green = command.gate
+
+    def red_for_gqa(subject: Subject, *sizes: Any) -> Any:
+        found = green(subject, *sizes)
+        return replace(found, engine=1.0) if subject.attention == "gqa" else found
+
+    with monkeypatch.context() as patched, pytest.raises(GateError, match="tiny-gqa: the gate"):
+        patched.setattr(command, "gate", red_for_gqa)
+        profile(tiny)
+    gqa, m2la = map(measured, tiny.runs())
+    assert {row["status"] for row in gqa} == {"gate red"}
+    assert {row["status"] for row in m2la} == {"ok"}
+    profile(tiny)
+    again, kept = map(measured, tiny.runs())
+    assert kept == m2la and {row["status"] for row in again[2:]} == {"ok"}
+
+
+class CompilerError(Exception):
+    """As Triton's, which have nothing in common with torch's."""
+
+
+def test_what_a_compiler_comes_up_with_is_one_point_lost(
+    tiny: ProfileOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repeat that fails later leaves what was measured before it."""
+    run_once, seen = command.run_once, []
+
+    def flaky(subject: Subject, point: Any) -> Any:
+        seen.append(point)
+        if subject.attention == "gqa" and point.context == 48:
+            raise CompilerError("out of resource: shared memory")
+        if subject.attention == "m2la" and point.context == 96 and seen.count(point) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+        return run_once(subject, point)
+
+    monkeypatch.setattr(command, "run_once", flaky)
+    gqa, m2la = map(measured, profile(replace(tiny, workload=replace(tiny.workload, repeats=3))))
+    assert [(row["context_tokens"], row["status"]) for row in gqa if row["kind"] == "none"] == [
+        (48, "failed")
+    ]
+    assert "CompilerError: out of resource" in gqa[0]["reason"]
+    ended = [row for row in m2la if row["context_tokens"] == 96]
+    assert {row["repeats"] for row in ended} == {1} and {row["status"] for row in ended} == {"ok"}
+    assert ended[0]["ended_by"] == "out of memory: CUDA out of memory"
+    assert {row["repeats"] for row in m2la if row["context_tokens"] == 48} == {3}
+
+
+def test_another_card_and_more_repeats_are_no_repetition(
+    tiny: ProfileOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "_device_name", lambda _: "NVIDIA H200")
+    profile(tiny)
+    assert is_complete(tiny)
+    assert not is_complete(replace(tiny, workload=replace(tiny.workload, repeats=2)))
+    monkeypatch.setattr(command, "_device_name", lambda _: "NVIDIA H100")
+    assert not is_complete(tiny)
+    with pytest.raises(StoreError, match="card"):
+        profile(tiny)
+    other = replace(tiny, out=tiny.out.with_name("h100"))
+    runs = [*tiny.runs(), *profile(other)]
+    names = {series.name for series in read(runs).series}
+    assert {name.partition("(")[2] for name in names} == {"NVIDIA H200)", "NVIDIA H100)"} or {
+        name.rpartition(", ")[2] for name in names
+    } == {"NVIDIA H200)", "NVIDIA H100)"}
+
+
+def test_rows_of_known_runs() -> None:
+    """Two sequences of 100 tokens, 4 steps: every figure by hand."""
+    subject = load("random:tiny-gqa", torch.device("cpu"), "float32")
+    (point,) = Workload(
+        models=("random:tiny-gqa",), contexts=(100,), batches=(2,), new_tokens=4
+    ).points()
+    steps = ((0.1, 0.2, 0.3, 0.4), (0.2, 0.2, 0.2, 0.2), (0.5, 0.5, 0.5, 0.5))
+    runs = [
+        Run(1.0 + i, 100, one, 1000, 5000, 80.0 * (i + 1), {"peak_allocated_bytes": 7})
+        for i, one in enumerate(steps)
+    ]
+    prefill, decode, cache = rows_of(subject, point, runs, Ceilings(1e6, 1e9))
+    assert prefill["median_s"] == 2.0 and prefill["tokens_per_s"] == 2 * 100 / 2.0
+    assert prefill["flop_share"] == pytest.approx(prefill_flops(subject, point) / 2.0 / 1e9)
+    # Totals are 1.0, 0.8 and 2.0 seconds for 2 x 4 tokens.
+    assert decode["median_s"] == pytest.approx(1.0)
+    assert decode["tokens_per_s"] == pytest.approx(8.0)
+    assert decode["step_median_s"] == pytest.approx(0.25)
+    assert decode["energy_j_per_token"] == pytest.approx(160.0 / 8)
+    # A step reads the weights once, and of each sequence 100 tokens and on average 2.5 new ones.
+    token = 2 * 2 * 2 * 128 * 4
+    assert decode["moved_bytes_per_step"] == 5000 + 2 * 102.5 * token
+    assert decode["roofline_share"] == pytest.approx((5000 + 205 * token) / 0.25 / 1e6)
+    assert cache["cache_bytes"] == 1000 and cache["cache_bytes_per_token"] == token
+    assert cache["peak_allocated_bytes"] == 7
 
 
 def test_what_cannot_run_is_a_row_and_the_rest_goes_on(
@@ -293,6 +391,44 @@ def test_one_layer_three_ways() -> None:
     assert all(len(row["runs_s"]) == 2 and row["median_s"] > 0 for row in rows)
 
 
+def test_a_torn_last_row_is_left_out_and_another_is_named(tmp_path: Path) -> None:
+    row = {"model": "m", "attention": "gqa", "runner": "engine", "batch": 1, "dtype": "bfloat16"}
+    row |= {"cache": "native", "context_tokens": 64, "point": "p", "kind": "none"}
+    row |= {"device": "NVIDIA H200", "status": "out of memory"}
+    file = tmp_path / "measurements.jsonl"
+    file.write_text(json.dumps(row) + '\n{"kind": "dec')
+    assert read([tmp_path]).series[0].absent == {64: "out of memory"}
+    file.write_text('{"kind": "dec\n' + json.dumps(row))
+    with pytest.raises(EfficiencyError, match="line 1 is not JSON"):
+        read([tmp_path])
+
+
+def test_the_paper_stands_beside_its_own_size_only(tmp_path: Path) -> None:
+    def labels(parameters: int, context: int) -> list[str]:
+        row = {"model": "a|b", "attention": "gqa", "runner": "engine", "batch": 1, "chunk": 0}
+        row |= {
+            "cache": "native",
+            "context_tokens": context,
+            "point": f"p{context}",
+            "kind": "none",
+        }
+        row |= {"dtype": "bfloat16", "device": "NVIDIA H200", "status": "out of memory"}
+        out = tmp_path / f"{parameters}-{context}"
+        out.mkdir()
+        row["parameters"] = parameters
+        (out / "measurements.jsonl").write_text(json.dumps(row) + "\n")
+        draw([out], out)
+        assert "| a/b | " in (out / "efficiency.md").read_text()
+        (axes,) = decode_figure(read([out])).axes
+        return [str(line.get_label()) for line in axes.lines]
+
+    assert any("paper, M²LA (H200)" in one for one in labels(8 * 10**9, 524288))
+    assert any("paper, GQA: out of memory from 512K" in one for one in labels(8 * 10**9, 524289))
+    assert any(one == "a|b: out of memory" for one in labels(8 * 10**9, 524290))
+    assert not any("paper" in one for one in labels(10**6, 524288))
+    assert not any("paper" in one for one in labels(8 * 10**9, 1024))
+
+
 def test_figures_and_table(options: ProfileOptions, tmp_path: Path) -> None:
     runs = profile(options)
     files = draw(runs, tmp_path / "figures")
@@ -321,6 +457,7 @@ def test_the_ratio_pairs_what_was_run_in_the_same_way(tmp_path: Path) -> None:
         about = {"model": model, "attention": attention, "runner": runner, "batch": 1}
         about |= {"dtype": "bfloat16", "cache": "native", "context_tokens": 32768, "point": model}
         about |= {"kind": "decode", "status": "ok", "device": "NVIDIA H200", "median_s": 1.0}
+        about |= {"parameters": 8 * 10**9}
         return json.dumps(about | {"tokens_per_s": rate, "moved_bytes_per_step": read})
 
     gqa = row("gqa", "gqa", "engine", 80.0, 300.0), row("gqa", "gqa", "sdpa", 20.0, 300.0)
