@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 # One thread a process: on a shared machine more threads are slower (model/scale/MODEL_CARD.md).
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check scale-model gpu gpu-kernels gpu-step gpu-figure6 clean
+.PHONY: help demo test check scale-model gpu gpu-kernels gpu-step gpu-figure6 gpu-missing clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
@@ -126,7 +126,9 @@ agent-model: $(STAMP)  ## Train the scale model to act by its own calls, measure
 		runs/agent/own-trained runs/agent/own-random --other-models --out runs/agent/own
 
 # On a GPU machine, with its own Python (torch, triton, transformers); nothing is installed.
-gpu: gpu-kernels gpu-step gpu-figure6  ## On a GPU: kernels against float64 and the roofline, whole decode steps
+# What fails does not keep the others from being measured.
+gpu:  ## On a GPU: kernels against float64 and the roofline, whole decode steps
+	@$(MAKE) --keep-going --no-print-directory gpu-kernels gpu-step gpu-figure6
 
 gpu-kernels:  ## On a GPU: the kernels only
 	PYTHONPATH=src $(PYTHON) -m internvideo3.harness.gpu.kernels \
@@ -139,6 +141,18 @@ gpu-step:  ## On a GPU: where a decode step's time goes
 gpu-figure6:  ## On a GPU: Figure 6 in its quick form, an 8B shape with random weights
 	PYTHONPATH=src $(PYTHON) -m internvideo3.harness.gpu.figure6 \
 		--out runs/gpu/figure6 --budget-s 240
+
+# The longest first of what no card has measured yet; each goes on where it stopped.
+FIGURE6 := PYTHONPATH=src $(PYTHON) -m internvideo3.harness.gpu.figure6
+M2LA := --models random:8b-m2la
+GQA := --models random:8b-gqa
+gpu-missing:  ## On an H200: the last chunk of 768K, 2.5M tokens in fp8, transformers' baselines, batches
+	-$(FIGURE6) --out runs/gpu/last-chunk --last-chunk $(M2LA) --contexts 786432 --budget-s 120
+	-$(FIGURE6) --out runs/gpu/fp8 $(M2LA) --caches fp8 --contexts 2621440 131072 --new-tokens 64 \
+		--budget-s 60
+	-$(FIGURE6) --out runs/gpu/baselines --prefill $(GQA) --runners engine sdpa static \
+		--contexts 32768 --budget-s 120
+	-$(FIGURE6) --out runs/gpu/batches --contexts 32768 --batches 4 16 --new-tokens 64 --budget-s 60
 
 clean:  ## Remove caches; keeps .venv and runs
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,6 +18,7 @@ import typer
 if TYPE_CHECKING:
     from internvideo3.harness.evaluate import EvalSummary
     from internvideo3.harness.options import EvalOptions
+    from internvideo3.harness.profile.workload import Workload
 
 USER_ERROR = 1
 INTERRUPTED = 130
@@ -909,6 +910,16 @@ def profile_command(
             help="prefill; random: decoding only, on a synthetic cache; last: its last chunk."
         ),
     ] = None,
+    integrate: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="With --fill random: time decoding in the middle of a reply of so many tokens.",
+        ),
+    ] = None,
+    warmups: Annotated[
+        int | None, typer.Option(min=0, help="Untimed runs of each point before the timed ones.")
+    ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Timings of each point.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -924,7 +935,8 @@ def profile_command(
     layer: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Time one 8B layer's step at so many tokens, three ways; no model."
+            min=1,
+            help="Time one 8B layer's step at so many tokens, three ways; no model.",
         ),
     ] = None,
     threads: ThreadsOption = 1,
@@ -953,6 +965,8 @@ def profile_command(
                 "chunks": chunk and _numbers(chunk),
                 "caches": cache,
                 "fill": fill,
+                "integrate": integrate,
+                "warmups": warmups,
                 "repeats": repeats,
                 "dtypes": dtype,
             },
@@ -964,11 +978,12 @@ def profile_command(
             print("\n".join(table(planned(wanted, device_bytes(memory)), memory)))
             return
         if layer is not None:
-            _print_layer(layer, wanted.dtypes, device, wanted.repeats, threads)
+            _print_layer(layer, wanted, device, threads, out)
             return
-        from internvideo3.harness.profile.command import ProfileOptions, profile
+        from internvideo3.harness.profile.command import GateError, ProfileOptions, profile
         from internvideo3.reports.efficiency import draw
 
+        red: GateError | None = None
         options = ProfileOptions(
             workload=wanted,
             out=out,
@@ -977,24 +992,37 @@ def profile_command(
             video=video,
             command=_command(),
         )
-        runs = profile(options, print)
-        for run in runs:
+        try:
+            profile(options, print)
+        except GateError as error:
+            red = error
+        for run in options.runs():
             print(f"Measurements: {run / 'measurements.jsonl'}")
-        for file in draw(runs, out):
+        for file in draw(options.runs(), out):
             print(f"Wrote {file}")
+        if red is not None:
+            raise red
 
 
-def _print_layer(
-    tokens: int, dtypes: tuple[str, ...], device: str, repeats: int, threads: int
-) -> None:
+def _print_layer(tokens: int, wanted: "Workload", device: str, threads: int, out: Path) -> None:
     import torch
 
+    from internvideo3.harness import provenance
     from internvideo3.harness.profile.layer import layer_rows
+    from internvideo3.harness.store import write_json
+    from internvideo3.model.device import device_of
 
     torch.set_num_threads(threads)
-    for dtype in dtypes:
-        for row in layer_rows(tokens, getattr(torch, dtype), torch.device(device), repeats):
+    commit, dirty = provenance.revision()
+    about = {"command": _command(), "commit": commit, "dirty": dirty}
+    rows: list[dict[str, object]] = []
+    for dtype in wanted.dtypes:
+        for row in layer_rows(tokens, getattr(torch, dtype), device_of(device), wanted.repeats):
             print(f"{row['way']:<18} {dtype}, {tokens} tokens: {1e3 * row['median_s']:.2f} ms")
+            rows.append(row)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "layer.json", about | {"hardware": provenance.hardware(), "rows": rows})
+    print(f"Wrote {out / 'layer.json'}")
 
 
 @app.command("train")

@@ -11,11 +11,17 @@ def device_of(name: str | torch.device | None = None) -> torch.device:
     """Return a device by its name; without one, CUDA if there is any, else the CPU.
 
     Raises:
-        DeviceError: There is no such GPU here.
+        DeviceError: There is no such GPU here, or it is another kind of device.
     """
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type != "cuda":
+    given = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(given)
+    except RuntimeError as error:
+        raise DeviceError(f"--device {given}: take cpu, cuda or cuda:1.") from error
+    if device.type == "cpu":
         return device
+    if device.type != "cuda":
+        raise DeviceError(f"--device {given}: take cpu, cuda or cuda:1.")
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
         raise DeviceError(

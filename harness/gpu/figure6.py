@@ -12,12 +12,13 @@ to draw matplotlib; nothing is downloaded. ``--device cpu`` rehearses it on a ti
 """
 
 import argparse
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from internvideo3.harness.gpu.measure import say
-from internvideo3.harness.profile.command import ProfileOptions, profile
+from internvideo3.harness.gpu.measure import device_given, say
+from internvideo3.harness.profile.command import GateError, ProfileOptions, profile
 from internvideo3.harness.profile.workload import FIGURE6, Workload, changed, read_workload
 
 
@@ -72,23 +73,38 @@ def main() -> None:
     parser.add_argument("--caches", nargs="+", help="native, fp8 (M²LA only)")
     parser.add_argument("--runners", nargs="+", help="engine, sdpa, flash, static")
     given = parser.parse_args()
+    if not given.draw_only:
+        device_given(given.device)
     names = ("contexts", "models", "caches", "runners", "batches", "new_tokens")
     workload = changed(
         quick(given.device, fill=given.fill), {name: getattr(given, name) for name in names}
     )
     options = ProfileOptions(
-        workload=workload, out=given.out, device=given.device, budget_s=given.budget_s
+        workload=workload,
+        out=given.out,
+        device=given.device,
+        budget_s=given.budget_s,
+        command=tuple(sys.argv),
     )
     if given.draw_only:
-        runs = [options.run_of(name) for name in options.workload.models]
-    else:
-        runs = profile(options, say)
+        _draw(options)
+        return
+    try:
+        profile(options, say)
+    except GateError as red:
+        _draw(options)
+        raise SystemExit(str(red)) from red
+    _draw(options)
+
+
+def _draw(options: ProfileOptions) -> None:
+    """Draw what has been measured, if that can be done here."""
     if find_spec("matplotlib") is None:
-        say(f"no matplotlib here; the same with --draw-only draws {given.out} elsewhere")
+        say(f"no matplotlib here; the same with --draw-only draws {options.out} elsewhere")
         return
     from internvideo3.reports.efficiency import draw
 
-    for file in draw(runs, given.out):
+    for file in draw(options.runs(), options.out):
         say(f"wrote {file}")
 
 

@@ -1,6 +1,7 @@
 """Timing, ceilings and the results file of the GPU benchmarks."""
 
 import gc
+import itertools
 import json
 import platform
 import shutil
@@ -153,6 +154,22 @@ def device_state() -> dict[str, Any]:
     return dict(zip(NVIDIA_FIELDS.split(","), values, strict=False))
 
 
+def device_given(name: str) -> torch.device:
+    """The device of a script's command line; says what is missing and ends if it is not there."""
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit(
+            "this measures an NVIDIA GPU, and torch sees none. `kernels` and `figure6` rehearse on "
+            "tiny shapes with --device cpu; `internvideo3 profile` measures a CPU."
+        )
+    return torch.device(name)
+
+
+def _aside(path: Path) -> Path:
+    """A free name beside a file."""
+    names = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
 def describe_device(device: torch.device) -> dict[str, Any]:
     """Name, memory and versions; a CPU is labelled a rehearsal."""
     from importlib.metadata import version
@@ -178,7 +195,10 @@ class Results:
     """Measured points in one JSON file, rewritten whole and atomically after each point."""
 
     def __init__(self, path: Path, device: torch.device, budget_s: float) -> None:
-        """Open the file; points of the same device and versions are kept and not measured again."""
+        """Open the file; points of the same device and versions are kept and not measured again.
+
+        A file of another device or other versions is moved aside, and stays.
+        """
         self.path = path
         self.deadline = time.monotonic() + budget_s
         about = describe_device(device)
@@ -192,6 +212,10 @@ class Results:
             old = json.loads(path.read_text())
             if old.get("schema") == SCHEMA and old["device"] == about:
                 self.data = old
+            else:
+                kept = _aside(path)
+                path.rename(kept)
+                say(f"{path} is of {old.get('device', {}).get('name')}; kept as {kept.name}")
         commit, dirty = provenance.revision()
         self.data |= {"command": sys.argv, "commit": commit, "dirty": dirty}
         self.data["state_at_start"] = device_state()
@@ -226,7 +250,8 @@ class Results:
             found = {"status": "ok"} | measure()
         except torch.OutOfMemoryError as error:
             found = {"status": "out of memory", "error": str(error).split(". ")[0]}
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:
+            # A compiler's errors have no class in common with torch's, and the next point waits.
             found = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:400]}
         release()
         found["wall_s"] = round(time.monotonic() - start, 2)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.profiler import DeviceType, ProfilerActivity
 
-from internvideo3.harness.gpu.measure import Results, release, say
+from internvideo3.harness.gpu.measure import Results, device_given, release, say
 from internvideo3.harness.profile.plan import fp8_bytes
 from internvideo3.harness.profile.runners import Clock, EngineRunner
 from internvideo3.harness.profile.subjects import Subject, load
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--caches", nargs="+", default=["native", "fp8"], help="of M²LA")
     parser.add_argument("--budget-s", type=float, default=100.0)
     given = parser.parse_args()
-    device = torch.device("cuda")
+    device = device_given("cuda")
     results = Results(given.out, device, given.budget_s)
     results.ceilings(device)
     for name in MODELS:

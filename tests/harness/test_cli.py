@@ -152,8 +152,8 @@ OPTIONS = {
     "score": "",
     "judge": "endpoint judge key-variable workers",
     "report": "out title",
-    "profile": "model out workload contexts new-tokens batch chunk runner cache fill repeats dtype "
-    "device video plan memory layer threads",
+    "profile": "model out workload contexts new-tokens batch chunk runner cache fill integrate "
+    "warmups repeats dtype device video plan memory layer threads",
     "train": "out plan model gpus device threads",
     "ablate": "out preset seeds suite data limit jobs device threads root",
     "demo": "full videos out root threads",

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from internvideo3.harness.gpu import figure6
+from internvideo3.harness.gpu import figure6, measure
+from internvideo3.harness.gpu.measure import Results
 from internvideo3.harness.inspection import describe
 from internvideo3.harness.profile import command, runners
 from internvideo3.harness.profile.command import GateError, ProfileOptions, is_complete, profile
@@ -339,7 +340,7 @@ def test_plan_of_the_8b_shape() -> None:
     assert lines[-1].endswith("0: does not fit")
     both = replace(figure, runners=("sdpa",), caches=("native", "fp8"), contexts=(32768,))
     told = [line.split(": ", 1)[-1] for line in table(plan(both, h200), "h200")[2:]]
-    assert ["transformers has no" in line for line in told] == [False, True, False, False]
+    assert ["transformers has no" in line for line in told] == [True, False, False, False]
     assert ["only the engine" in line for line in told] == [False, False, True, True]
     assert device_bytes("80GB") == 80e9 and device_bytes("79GiB") == 79 * 2**30
     for wrong in ("large", "1.2.3GB", ".", "80", "1e999", "-80GB"):
@@ -482,6 +483,35 @@ def test_the_gpu_script_rehearses_on_a_cpu(tmp_path: Path, monkeypatch: pytest.M
     assert "integrated" in (tmp_path / "efficiency.md").read_text()
     # A cache filled with random numbers was not prefilled, and the figure must not say so.
     assert "prefill not timed" in (tmp_path / "figure6b-latency.svg").read_text()
+
+
+def test_a_file_of_another_device_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rehearsal must not cost what a rented card measured."""
+    cpu, file = torch.device("cpu"), tmp_path / "kernels.json"
+    with monkeypatch.context() as patched:
+        patched.setattr(measure, "describe_device", lambda _: {"name": "NVIDIA H200"})
+        Results(file, cpu, 60).point("a", lambda: {"median_s": 1.0})
+    theirs = file.read_text()
+    ours = Results(file, cpu, 60)
+    assert ours.data["points"] == {}
+    assert "NVIDIA H200; kept as kernels-1.json" in capsys.readouterr().out
+    assert (tmp_path / "kernels-1.json").read_text() == theirs
+
+    def fail() -> dict[str, Any]:
+        raise CompilerError("shared memory")
+
+    found = ours.point("b", fail)
+    assert found is not None and found["status"] == "failed" and "shared" in found["error"]
+    assert Results(file, cpu, 60).data["points"]["b"] == found
+
+
+def test_the_gpu_scripts_say_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="torch sees none"):
+        measure.device_given("cuda")
+    assert measure.device_given("cpu") == torch.device("cpu")
 
 
 def test_workloads_are_checked(tmp_path: Path) -> None:
