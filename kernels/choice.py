@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HALVES = (torch.bfloat16, torch.float16)
 INTERPRETED_SMS = 4
 
 _interpreting = False

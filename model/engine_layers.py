@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
-from internvideo3.kernels.choice import is_power_of_two
 from internvideo3.kernels.decode_linear.dispatch import decode_linear
 from internvideo3.kernels.gqa_append.dispatch import gqa_append
 from internvideo3.kernels.gqa_decode.dispatch import decode_runs as gqa_decode
+from internvideo3.kernels.gqa_decode.dispatch import is_static as gqa_is_static
 from internvideo3.kernels.gqa_decode.naive import KeysValues
 from internvideo3.kernels.latent_decode.dispatch import decode_runs as latent_decode
 from internvideo3.kernels.latent_decode.dispatch import is_static
@@ -108,7 +108,7 @@ class GroupedAttend:
     @property
     def static(self) -> bool:
         """As `Attend.static`."""
-        return is_power_of_two(self.attn.head_dim)
+        return gqa_is_static(self.attn.head_dim)
 
     def weights(self) -> list[Tensor]:
         """As `Attend.weights`."""

@@ -32,6 +32,8 @@ class Tile:
 
 
 TILE = Tile(64, 4, 3)
+FLOAT32_TILE = Tile(32, 8, 2)
+"""Of float32, which needs twice the shared memory and registers."""
 PROGRAMS_PER_MULTIPROCESSOR = 3
 
 
@@ -195,13 +197,14 @@ def decode_runs(
     Returns:
         Output ``[B, H, D]`` in the dtype of q, natural-log float32 log-sum-exp ``[B, H]``.
     """
+    tile = FLOAT32_TILE if q_BHD.dtype == torch.float32 else TILE
     launches = []
     for run in runs:
         _, kv_heads, capacity, _ = run.keys_bKTD.shape
         most = multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // (q_BHD.shape[0] * kv_heads)
-        few = triton.cdiv(capacity, TILE.block_n * BLOCKS_PER_SPLIT)
+        few = triton.cdiv(capacity, tile.block_n * BLOCKS_PER_SPLIT)
         launches.append((run, max(1, min(most, few))))
-    return _launch(q_BHD, launches, scale, TILE, parts_dtype or q_BHD.dtype)
+    return _launch(q_BHD, launches, scale, tile, parts_dtype or q_BHD.dtype)
 
 
 def _launch(

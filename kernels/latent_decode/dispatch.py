@@ -7,12 +7,20 @@ from collections.abc import Sequence
 
 import torch
 
-from internvideo3.kernels.choice import multiprocessors, wants_triton
+from internvideo3.kernels.choice import (
+    HALVES,
+    multiprocessors,
+    triton_is_installed,
+    wants_triton,
+)
 from internvideo3.kernels.latent_decode import naive
 from internvideo3.kernels.latent_decode.rows import Rows
 
 WIDEST = 1024
 """Columns of a row that a kernel takes."""
+
+MOST_HEADS = 32
+"""Query heads that a kernel takes at once; the tile of more does not fit the shared memory."""
 
 
 def is_static(width: int, dtype: torch.dtype) -> bool:
@@ -20,7 +28,7 @@ def is_static(width: int, dtype: torch.dtype) -> bool:
 
     The tiles of wider rows, and of float32 ones, are too large for the shared memory.
     """
-    return width <= WIDEST and dtype != torch.float32
+    return width <= WIDEST and dtype in HALVES and triton_is_installed()
 
 
 def decode_runs(
@@ -29,6 +37,7 @@ def decode_runs(
     """Attend from absorbed queries over runs of latent rows; see ``naive.decode_runs``.
 
     What is not ``is_static`` runs in torch; the interpreter, which has no limit, takes float32.
+    More than `MOST_HEADS` heads are taken in equal groups, each of which reads the rows.
     """
     dtype = q_BHW.dtype if q_BHW.is_cuda else torch.bfloat16
     fits = all(is_static(run.width, dtype) for run in runs)
@@ -36,10 +45,17 @@ def decode_runs(
         return naive.decode_runs(q_BHW, runs, scale=scale, value_width=value_width)
     from internvideo3.kernels.latent_decode import triton
 
-    return triton.decode_runs(
-        q_BHW,
-        runs,
-        scale=scale,
-        value_width=value_width,
-        multiprocessors=multiprocessors(q_BHW.device),
-    )
+    found = [
+        triton.decode_runs(
+            group_BHW,
+            runs,
+            scale=scale,
+            value_width=value_width,
+            multiprocessors=multiprocessors(q_BHW.device),
+        )
+        for group_BHW in q_BHW.tensor_split(-(-q_BHW.shape[1] // MOST_HEADS), dim=1)
+    ]
+    if len(found) == 1:
+        return found[0]
+    out_BHV, lse_BH = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return out_BHV, lse_BH

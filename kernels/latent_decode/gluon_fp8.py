@@ -5,8 +5,9 @@ Axes: B sequences, H query heads, R rank, S splits.
 
 The warpgroup instruction reads both operands in one format, so a chunk of fp8 is copied to a small
 ring and converted on its way into the tile: e4m3 to float16 is exact and one instruction for two
-values, and so is bfloat16 for queries below 65504. The rotary chunk stays bfloat16, as it is
-cached. A row's scale multiplies its score and its weight.
+values. Queries become float16 too: exactly from 6e-5 to 65504, smaller ones to 3e-8. The rotary
+chunk stays bfloat16, as it is cached. A row's scale is part of its weight's exponent (README), so
+that weights of small latents do not leave float16's range.
 """
 
 from typing import Any
@@ -31,7 +32,6 @@ from internvideo3.kernels.latent_decode.gluon import (
     reaches_last_row,
     store_parts,
     tile_base,
-    weigh,
 )
 from internvideo3.kernels.latent_decode.rows import FP8, Rows
 from internvideo3.kernels.triton_overlap import HOPPER, capability, overlap, wait_for_inputs
@@ -49,6 +49,15 @@ def fetch_fp8(buffer, base_ptr, remaining, column, stride_rt):
     source = base_ptr + step[:, None] * stride_rt + (column * CHUNK + place)[None, :]
     async_copy.async_copy_global_to_shared(buffer, source, mask=(step < remaining)[:, None])
     async_copy.commit_group()
+
+
+@gluon.jit
+def weigh_scaled(scores, row_scale, top, total):
+    """As `weigh`, of scores that hold the row's scale; the sum of weights is without it."""
+    new_top = gl.maximum(top, gl.max(scores, axis=0))
+    keep = gl.exp2(top - new_top)
+    weight = gl.exp2(scores - new_top[None, :])
+    return weight, keep, new_top, total * keep[None, :] + weight * (1.0 / row_scale)[:, None]
 
 
 @gluon.jit
@@ -147,7 +156,7 @@ def hopper_fp8_kernel(
             row_scale_ptr, pages_ptr, batch, first, length, stride_sb, 1, stride_pb, PAGE
         )
         remaining = length - first
-        row_scale = gl.load(scale_base + token, mask=token < remaining, other=0.0)
+        row_scale = gl.load(scale_base + token, mask=token < remaining, other=1.0)
         raw = warpgroup_mma_init(gl.zeros([TILE, HEADS], gl.float32, scores_layout))
         for c in gl.static_range(VALUES):
             # The rotary chunk was fetched after the first STAGES chunks of its tile.
@@ -177,9 +186,10 @@ def hopper_fp8_kernel(
         cta_barrier()
         fetch(rope.index(0), rope_ahead, remaining - step, 0, stride_kt)
 
-        scores = gl.where((token < remaining)[:, None], scores * scale_log2, float("-inf"))
-        weight, keep, top, total = weigh(scores, top, total)
-        weight_buffer.store((weight * row_scale[:, None]).to(gl.float16))
+        scores = scores * scale_log2 + gl.log2(row_scale)[:, None]
+        scores = gl.where((token < remaining)[:, None], scores, float("-inf"))
+        weight, keep, top, total = weigh_scaled(scores, row_scale, top, total)
+        weight_buffer.store(weight.to(gl.float16))
         fence_async_shared()
         keep = gl.convert_layout(keep, gl.SliceLayout(0, out_layout))
         cta_barrier()

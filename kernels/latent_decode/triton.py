@@ -58,13 +58,12 @@ PLANS = {
 }
 PAGED_PLANS = PLANS | {576: Plan(Tile("transposed", 32, 8, 3), 2)}
 FP8_PLANS = {
-    # One stage: with two, 1024 columns converted in registers spill (README, "fp8 rows").
+    # One stage: with two, 1024 columns converted in registers spill (README, "fp8 rows"). Twice the
+    # tokens fit contiguous rows of 512 + 64 only: triton 3.6 spills with pages, masks or more keys.
     1024: Plan(Tile("transposed", 16, 8, 1), 2),
     576: Plan(Tile("transposed", 32, 8, 2), 2),
-    512: Plan(Tile("transposed", 32, 8, 2), 2),
+    512: Plan(Tile("transposed", 16, 8, 2), 2),
 }
-FP8_PADDED = Plan(Tile("transposed", 16, 8, 2), 2)
-"""Of up to 512 columns that are no power of two: triton 3.6 spills with the mask at 32 tokens."""
 WARPGROUPS = Tile("warpgroups", gluon.TILE.value, gluon.NUM_WARPS, 1)
 HOPPER_PLAN = Plan(WARPGROUPS, 1)
 WIDEST_TAIL = 128
@@ -174,7 +173,7 @@ def transposed_kernel(
         if SCALED:
             rows = rows.to(q.dtype)
             row_scale = tl.load(
-                row_scale_ptr + item * stride_sb + token + step, mask=valid, other=0.0
+                row_scale_ptr + item * stride_sb + token + step, mask=valid, other=1.0
             )
         scores = tl.dot(rows, tl.trans(q), input_precision="ieee")
         if SCALED:
@@ -193,14 +192,19 @@ def transposed_kernel(
                 other=0.0,
             )
             scores = tl.dot(rows_tail, tl.trans(q_tail), scores, input_precision="ieee")
-        scores = tl.where(valid[:, None], scores * scale_log2, float("-inf"))
+        scores = scores * scale_log2
+        if SCALED:
+            # A weight takes its row's scale along: small ones would leave float16's range.
+            scores += tl.log2(row_scale)[:, None]
+        scores = tl.where(valid[:, None], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=0))
         keep = tl.exp2(top - new_top)
         weight = tl.exp2(scores - new_top[None, :])
-        total = total * keep + tl.sum(weight, axis=0)
-        acc = acc * keep[None, :]
         if SCALED:
-            weight = weight * row_scale[:, None]
+            total = total * keep + tl.sum(weight / row_scale[:, None], axis=0)
+        else:
+            total = total * keep + tl.sum(weight, axis=0)
+        acc = acc * keep[None, :]
         acc = tl.dot(tl.trans(rows), weight.to(rows.dtype), acc, input_precision="ieee")
         top = new_top
 
@@ -294,8 +298,8 @@ def plan_of(run: Rows, heads: int) -> Plan:
     real, tail = _columns(run)
     widest = 1024 if real > 512 else 576 if tail else 512
     if run.scale_bT is not None:
-        padded = widest < 1024 and real & (real - 1)
-        return FP8_PADDED if padded else FP8_PLANS[widest]
+        is_576 = (real, tail) == (512, 64) and run.pages_BN is None
+        return FP8_PLANS[1024 if widest == 1024 else 576 if is_576 else 512]
     return (PLANS if run.pages_BN is None else PAGED_PLANS)[widest]
 
 

@@ -6,10 +6,12 @@ V value width.
 
 import torch
 
-from internvideo3.kernels.choice import is_power_of_two, wants_triton
+from internvideo3.kernels.choice import wants_triton
 from internvideo3.kernels.latent_prefill import cudnn, fused
 
 KERNEL_WIDTHS = (128, 256)
+"""Of queries and keys."""
+VALUE_WIDTHS = (16, 32, 64, 128)
 
 
 def latent_prefill(
@@ -24,10 +26,10 @@ def latent_prefill(
     if cudnn.fits(q_BQHD, k_BTKD, v_BTKV, offset):
         return cudnn.latent_prefill(q_BQHD, k_BTKD, v_BTKV, scale=scale, offset=offset)
     width = q_BQHD.shape[-1]
-    fits = width in KERNEL_WIDTHS and is_power_of_two(v_BTKV.shape[-1])
+    fits = width in KERNEL_WIDTHS and v_BTKV.shape[-1] in VALUE_WIDTHS
     if not fits or not wants_triton(q_BQHD):
         return fused.latent_prefill(q_BQHD, k_BTKD, v_BTKV, scale=scale, offset=offset)
     from internvideo3.kernels.latent_prefill import triton
 
-    tile = triton.WIDE_TILE if q_BQHD.dtype == torch.float32 else triton.TILES[width]
+    tile = triton.FLOAT32_TILE if q_BQHD.dtype == torch.float32 else triton.TILES[width]
     return triton.latent_prefill(q_BQHD, k_BTKD, v_BTKV, scale=scale, offset=offset, tile=tile)

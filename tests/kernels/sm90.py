@@ -7,8 +7,9 @@ With another triton, say an older one of a GPU machine, isolated:
     pip install --no-deps --target /tmp/t36 triton==3.6.0
     PYTHONPATH=/tmp/t36:src python tests/kernels/sm90.py shipped
 
-Prints one JSON object per case, its ``faults`` empty when it passes the gate. Run as
-a script, because TRITON_INTERPRET (set by the tests) replaces the compiler.
+Prints one JSON object per case, its ``faults`` empty when it passes the gate. Exits with 1 if a
+case has faults, or if one of the controls, which must have some, has none. Run as a script, because
+TRITON_INTERPRET (set by the tests) replaces the compiler.
 """
 
 import contextlib
@@ -167,38 +168,50 @@ def latent_case(name: str, tile: Any, width: int, value: int, **options: Any) ->
     return runs_case(name, tile, run, value, **options)
 
 
-def runs_case(name: str, tile: Any, run: Any, value: int, **options: Any) -> Case:
+def runs_case(
+    name: str, tile: Any, run: Any, value: int, *, heads: int = 32, **options: Any
+) -> Case:
     from internvideo3.kernels.latent_decode import triton as latent
 
-    constants = latent.launch_constants(tile, run, heads=32, value_width=value)
+    constants = latent.launch_constants(tile, run, heads=heads, value_width=value)
     return Case(name, latent.transposed_kernel, constants, opcode="any", pipelined=True, **options)
 
 
-def fp8_case(name: str, tile: Any, rank: int, rope: int) -> Case:
+def fp8_case(name: str, rank: int, rope: int, *, paged: bool = False, heads: int = 32) -> Case:
     """Narrow copies are allowed: a row of fp8 is half as wide, and converted after the copy."""
-    run = fp8_run(rank, rope)
-    case = runs_case(name, tile, run, rank, types={"rows_ptr": "*fp8e4nv"})
+    from internvideo3.kernels.latent_decode import triton as latent
+
+    run = plain_run(rank, rope, paged=paged, fp8=True)
+    tile = latent.plan_of(run, heads).tile
+    case = runs_case(name, tile, run, rank, heads=heads, types={"rows_ptr": "*fp8e4nv"})
     return replace(case, pipelined=False)
 
 
-def fp8_run(rank: int, rope: int) -> Rows:
+def plain_run(rank: int, rope: int, *, paged: bool = False, fp8: bool = False) -> Rows:
     return Rows(
-        rows_bTW=torch.empty(1, 64, rank),
+        rows_bTW=torch.empty(8, 128, rank if fp8 else rank + rope),
         lengths_B=torch.empty(1),
         rank=rank,
-        rope_bTS=torch.empty(1, 64, rope),
-        scale_bT=torch.empty(1, 64),
+        rope_bTS=torch.empty(8, 128, rope) if fp8 else None,
+        scale_bT=torch.empty(8, 128) if fp8 else None,
+        pages_BN=torch.empty(1, 4, dtype=torch.int32) if paged else None,
     )
 
 
-def gqa_case(name: str, tile: Any) -> Case:
+def gqa_case(name: str, tile: Any, width: int = 128, *, dtype: str = "bf16") -> Case:
+    """In float32 the copies need not be asynchronous: it is there to be right."""
     from internvideo3.kernels.gqa_decode import triton as gqa
 
-    constants = gqa.launch_constants(tile, heads=32, kv_heads=8, width=128)
-    return Case(name, gqa.gqa_kernel, constants, opcode="hmma", pipelined=True)
+    constants = gqa.launch_constants(tile, heads=32, kv_heads=8, width=width)
+    types = {f"{one}_ptr": f"*{dtype}" for one in ("q", "keys", "values", "parts")}
+    half = dtype == "bf16"
+    opcode = "hmma" if half else None
+    return Case(name, gqa.gqa_kernel, constants, types, opcode=opcode, pipelined=half)
 
 
-def prefill_case(name: str, tile: Any, width: int) -> Case:
+def prefill_case(
+    name: str, tile: Any, width: int, *, causal: bool = True, dtype: str = "bf16"
+) -> Case:
     from internvideo3.kernels.latent_prefill import triton as prefill
 
     constants = prefill.launch_constants(
@@ -207,15 +220,21 @@ def prefill_case(name: str, tile: Any, width: int) -> Case:
         kv_heads=32 if width == 256 else 8,
         width=width,
         value_width=128,
-        causal=True,
+        causal=causal,
     )
-    return Case(name, prefill.prefill_kernel, constants, opcode="hgmma", pipelined=True)
+    types = {f"{one}_ptr": f"*{dtype}" for one in ("q", "k", "v", "out")}
+    half = dtype == "bf16"
+    opcode = "hgmma" if half else None
+    return Case(name, prefill.prefill_kernel, constants, types, opcode=opcode, pipelined=half)
 
 
-def linear_case(name: str, tile: Any, rows: int, width: int, *, gated: bool) -> Case:
+def linear_case(
+    name: str, tile: Any, rows: int, width: int, *, gated: bool, norm: bool | None = None
+) -> Case:
     from internvideo3.kernels.decode_linear import triton as linear
 
-    constants = {"N": rows, "K": width, "NORM": gated, "GATED": gated, "RESIDUAL": not gated}
+    norm = gated if norm is None else norm
+    constants = {"N": rows, "K": width, "NORM": norm, "GATED": gated, "RESIDUAL": not norm}
     constants |= {"BIAS": not gated}
     constants |= linear.tile_constants(tile, width)
     return Case(name, linear.linear_kernel, constants)
@@ -234,11 +253,11 @@ def hopper_case(name: str, width: int, rank: int, value: int, *, paged: bool = F
     return Case(name, gluon.hopper_kernel, constants, opcode="hgmma", pipelined=True)
 
 
-def hopper_fp8_case(name: str, rank: int) -> Case:
+def hopper_fp8_case(name: str, rank: int, value: int | None = None, *, paged: bool = False) -> Case:
     from internvideo3.kernels.latent_decode import gluon_fp8
 
-    run = Rows(rows_bTW=torch.empty(8, 128, rank), lengths_B=torch.empty(1), rank=rank)
-    constants = gluon_fp8.launch_constants(run, heads=32, value_width=rank)
+    run = plain_run(rank, 128, paged=paged, fp8=True)
+    constants = gluon_fp8.launch_constants(run, heads=32, value_width=value or rank)
     kernel, types = gluon_fp8.hopper_fp8_kernel, {"rows_ptr": "*fp8e4nv"}
     return Case(name, kernel, constants, types=types, opcode="hgmma", pipelined=True)
 
@@ -248,8 +267,11 @@ def hopper_cases() -> Iterator[Case]:
     yield hopper_case("hopper-1024-paged", 1024, 896, 896, paged=True)
     yield hopper_case("hopper-512", 512, 384, 384)
     yield hopper_case("hopper-512-of-1024", 512, 384, 896)
-    for rank in (896, 384):
+    yield hopper_case("hopper-512-paged", 512, 384, 384, paged=True)
+    for rank in (384, 512, 640, 768, 896):
         yield hopper_fp8_case(f"hopper-fp8-{rank}", rank)
+    yield hopper_fp8_case("hopper-fp8-896-paged", 896, paged=True)
+    yield hopper_fp8_case("hopper-fp8-384-of-1024", 384, 896)
 
 
 WIDTHS = {1024: 896, 576: 512, 512: 384}
@@ -261,34 +283,32 @@ def other_row_cases() -> Iterator[Case]:
     from internvideo3.kernels.latent_decode import triton as latent
 
     for rank, rope in OTHER_ROWS:
-        run = Rows(rows_bTW=torch.empty(1, 64, rank + rope), lengths_B=torch.empty(1), rank=rank)
+        run = plain_run(rank, rope)
         tile = latent.plan_of(run, 32).tile
         yield runs_case(f"latent_decode-{rank}+{rope}", tile, run, rank)
-        tile = latent.plan_of(fp8_run(rank, rope), 32).tile
-        yield fp8_case(f"latent_decode-{rank}+{rope}-fp8", tile, rank, rope)
+        yield fp8_case(f"latent_decode-{rank}+{rope}-fp8", rank, rope)
+    # More than 32 heads come in equal groups: 40 of them as 20 and 20.
+    for heads in (8, 16, 20):
+        run = plain_run(896, 128)
+        tile = latent.plan_of(run, heads).tile
+        yield runs_case(f"latent_decode-1024-{heads}-heads", tile, run, 896, heads=heads)
+    yield fp8_case("latent_decode-1024-fp8-20-heads", 896, 128, heads=20)
 
 
 def shipped_cases() -> Iterator[Case]:
-    """What ``dispatch`` launches for the 8B model."""
-    from internvideo3.kernels.decode_linear import triton as linear
-    from internvideo3.kernels.gqa_append import triton as gqa_append
-    from internvideo3.kernels.gqa_decode import triton as gqa
-    from internvideo3.kernels.latent_append import triton as append
+    """What ``dispatch`` launches for the 8B model, and for rows, heads and widths of others."""
+    yield from latent_cases()
+    yield from hopper_cases()
+    yield from grouped_cases()
+    yield from small_cases()
+
+
+def latent_cases() -> Iterator[Case]:
     from internvideo3.kernels.latent_decode import triton as latent
-    from internvideo3.kernels.latent_expand import triton as expand
-    from internvideo3.kernels.latent_prefill import triton as prefill
-    from internvideo3.kernels.latent_token import triton as token
-    from internvideo3.kernels.lse_merge import triton as merge
 
     for width, plan in latent.PLANS.items():
         yield latent_case(f"latent_decode-{width}", plan.tile, width, WIDTHS[width])
-        pages = torch.empty(1, 4, dtype=torch.int32)
-        run = Rows(
-            rows_bTW=torch.empty(8, 128, width),
-            lengths_B=torch.empty(1),
-            rank=WIDTHS[width],
-            pages_BN=pages,
-        )
+        run = plain_run(WIDTHS[width], width - WIDTHS[width], paged=True)
         # Its three narrow copies fetch page numbers.
         tile = latent.plan_of(run, 32).tile
         yield runs_case(
@@ -297,16 +317,39 @@ def shipped_cases() -> Iterator[Case]:
     nested = Rows(rows_bTW=torch.empty(1, 64, 512), lengths_B=torch.empty(1), rank=384)
     yield runs_case("latent_decode-512-of-1024", latent.PLANS[512].tile, nested, 896)
     yield from other_row_cases()
-    for width, plan in latent.FP8_PLANS.items():
-        rank = WIDTHS[width]
-        yield fp8_case(f"latent_decode-{width}-fp8", plan.tile, rank, width - rank)
+    for width, rank in WIDTHS.items():
+        for paged in (False, True):
+            name = f"latent_decode-{width}-fp8" + ("-paged" if paged else "")
+            yield fp8_case(name, rank, width - rank, paged=paged)
+
+
+def grouped_cases() -> Iterator[Case]:
+    from internvideo3.kernels.gqa_decode import triton as gqa
+    from internvideo3.kernels.latent_prefill import triton as prefill
+
     yield gqa_case("gqa_decode", gqa.TILE)
+    for width in (16, 64, 256):
+        yield gqa_case(f"gqa_decode-{width}", gqa.TILE, width)
+    for width in (16, 128, 256):
+        yield gqa_case(f"gqa_decode-{width}-float32", gqa.FLOAT32_TILE, width, dtype="fp32")
     for width, tile in prefill.TILES.items():
         yield prefill_case(f"latent_prefill-{width}", tile, width)
-    yield from hopper_cases()
-    for splits, value in ((132, 896), (49, 128)):
+        yield prefill_case(f"latent_prefill-{width}-past", tile, width, causal=False)
+        name = f"latent_prefill-{width}-float32"
+        yield prefill_case(name, prefill.FLOAT32_TILE, width, dtype="fp32")
+
+
+def small_cases() -> Iterator[Case]:
+    from internvideo3.kernels.decode_linear import triton as linear
+    from internvideo3.kernels.gqa_append import triton as gqa_append
+    from internvideo3.kernels.latent_append import triton as append
+    from internvideo3.kernels.latent_expand import triton as expand
+    from internvideo3.kernels.latent_token import triton as token
+    from internvideo3.kernels.lse_merge import triton as merge
+
+    for splits, value in ((132, 896), (49, 128), (528, 896)):
         constants = merge.launch_constants(splits, heads=32, value_width=value)
-        yield Case(f"lse_merge-{value}", merge.merge_kernel, constants)
+        yield Case(f"lse_merge-{splits}-of-{value}", merge.merge_kernel, constants)
     heads: dict[str, Any] = {"HEADS": 32, "RANK": 896, "num_warps": 4}
     constants = {"RANK": 896, "ROTARY": 64, "BLOCK_R": 1024, "BLOCK_S": 64, "num_warps": 4}
     constants |= {"NORM": True, "AFFINE": True}
@@ -318,6 +361,7 @@ def shipped_cases() -> Iterator[Case]:
     yield linear_case("linear-gate-up", linear.TILE, 12288, 4096, gated=True)
     yield linear_case("linear-out", linear.TILE, 4096, 4096, gated=False)
     yield linear_case("linear-down", linear.TILE, 4096, 12288, gated=False)
+    yield linear_case("linear-qkv", linear.TILE, 6144, 4096, gated=False, norm=True)
     constants = token.launch_constants(32, 8, 128, 1024, 64)
     yield Case("latent_token", token.token_kernel, constants)
 
@@ -343,9 +387,15 @@ def tried_cases() -> Iterator[Case]:
 
 
 def control_cases() -> Iterator[Case]:
-    """What must fail the gate: a tile too large, and a good tile without alignment."""
+    """What must fail the gate, each for its own reason."""
+    from internvideo3.kernels.latent_append import triton as append
     from internvideo3.kernels.latent_decode.triton import Tile
 
+    constants = {"RANK": 896, "ROTARY": 64, "BLOCK_R": 1024, "BLOCK_S": 64, "num_warps": 4}
+    constants |= {"NORM": True, "AFFINE": True}
+    yield Case("without-products", append.append_kernel, constants, opcode="any")
+    crowded = hopper_case("gluon-of-64-heads", 1024, 896, 896)
+    yield replace(crowded, constants=crowded.constants | {"HEADS": 64})
     yield latent_case("too-large", Tile("transposed", 64, 8, 2), 1024, 896)
     yield latent_case("unaligned", Tile("transposed", 32, 8, 3), 1024, 896, aligned=False)
 
@@ -355,7 +405,11 @@ SETS = {"shipped": shipped_cases, "tried": tried_cases, "controls": control_case
 
 if __name__ == "__main__":
     chosen, *wanted = sys.argv[1:] or ["shipped"]
+    held = True
     for case in SETS[chosen]():
         if not wanted or any(w in case.name for w in wanted):
-            sys.stdout.write(json.dumps(examine(case)) + "\n")
+            found = examine(case)
+            held &= bool(found["faults"]) == (chosen == "controls")
+            sys.stdout.write(json.dumps(found) + "\n")
             sys.stdout.flush()
+    sys.exit(0 if held else 1)

@@ -34,7 +34,6 @@ def small_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     for plans in (latent.PLANS, latent.PAGED_PLANS, latent.FP8_PLANS):
         for width in plans:
             monkeypatch.setitem(plans, width, plan)
-    monkeypatch.setattr(latent, "FP8_PADDED", plan)
 
 
 def int32(values: list[int]) -> torch.Tensor:
