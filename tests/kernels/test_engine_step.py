@@ -13,22 +13,30 @@ from internvideo3.kernels.choice import interpreted
 STEPS = 1
 
 
-def step(name: str, batch: int) -> torch.Tensor:
-    """Logits of the last step, [B, Y]."""
+def step(name: str, batch: int, *, fp8: bool = False) -> torch.Tensor:
+    """Logits of the last step, [B, Y], after a prefill in several chunks."""
     subject = load(name, torch.device("cpu"), "float32")
-    runner = EngineRunner(subject, batch, chunk=32)
+    runner = EngineRunner(subject, batch, chunk=16, fp8=fp8)
     runner.keeps_logits = True
-    logits_BY = runner.prefill(random_ids(subject, batch, 21), STEPS)
+    logits_BY = runner.prefill(random_ids(subject, batch, 37), STEPS)
     runner.decode(logits_BY, STEPS, Clock(runner.device))
     return runner.logits[-1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["random:tiny-gqa", "random:tiny-m2la"])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_a_step_through_the_kernels_is_the_step_in_torch(name: str, batch: int) -> None:
-    want_BY = step(name, batch)
+@pytest.mark.parametrize(
+    ("name", "batch", "fp8"),
+    [
+        ("random:tiny-gqa", 1, False),
+        ("random:tiny-gqa", 2, False),
+        ("random:tiny-m2la", 1, False),
+        ("random:tiny-m2la", 2, False),
+        ("random:tiny-m2la", 2, True),
+    ],
+)
+def test_a_step_through_the_kernels_is_the_step_in_torch(name: str, batch: int, fp8: bool) -> None:
+    want_BY = step(name, batch, fp8=fp8)
     with interpreted():
-        got_BY = step(name, batch)
+        got_BY = step(name, batch, fp8=fp8)
     assert float((got_BY - want_BY).abs().max() / want_BY.abs().max()) <= 1e-5
     assert want_BY.std() > 1e-3

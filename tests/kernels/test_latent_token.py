@@ -43,6 +43,10 @@ def maps_of(
         (1, 1, 16, 3, 2),
         (8, 8, 32, 65, 32),
         (2, 1, 128, 448, 32),
+        (8, 2, 16, 40, 4),
+        (12, 4, 32, 100, 16),
+        (3, 1, 64, 33, 8),
+        (16, 8, 16, 17, 16),
     ],
 )
 def test_row_and_queries(
@@ -52,6 +56,7 @@ def test_row_and_queries(
     maps = maps_of(heads, kv_heads, dim, width, rotary, dtype)
     drawn = torch.Generator().manual_seed(batch)
     qkv = torch.randn(batch, (heads + 2 * kv_heads) * dim, generator=drawn).to(dtype)
+    qkv[0] *= 1e-3  # so small that eps decides
     angle = torch.randn(batch, rotary, generator=drawn)
     slots = torch.tensor([4, 0, 2][:batch])
     rows = torch.full((6, width), 7.0, dtype=dtype)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from nearness import assert_near
 
+from internvideo3.kernels.choice import interpreted
 from internvideo3.kernels.decode_linear import batched as linear_batched
 from internvideo3.kernels.decode_linear import naive as linear_naive
 from internvideo3.kernels.decode_linear import triton as linear
@@ -20,6 +21,7 @@ from internvideo3.kernels.latent_append import naive as append_naive
 from internvideo3.kernels.latent_append import triton as append
 from internvideo3.kernels.latent_expand import naive as expand_naive
 from internvideo3.kernels.latent_expand import triton as expand
+from internvideo3.kernels.latent_prefill import dispatch as prefill_dispatch
 from internvideo3.kernels.latent_prefill import naive as prefill_naive
 from internvideo3.kernels.latent_prefill import triton as prefill
 from internvideo3.kernels.lse_merge import naive as merge_naive
@@ -40,9 +42,10 @@ def doubled(*tensors: torch.Tensor) -> Any:
 @pytest.mark.parametrize("lengths", [[1], [63], [64], [65], [130, 0, 17]])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (32, 8), (4, 4)])
 def test_gqa_decode(lengths: list[int], heads: int, kv_heads: int, dtype: torch.dtype) -> None:
-    q = randn(len(lengths), heads, 32).to(dtype)
+    # Each with strides of its own: heads of a projection, a cache of keys and one of values.
+    q = randn(len(lengths), heads, 40).to(dtype)[..., :32]
     keys = randn(len(lengths), kv_heads, 140, 32, seed=1).to(dtype)
-    values = randn(len(lengths), kv_heads, 140, 32, seed=2).to(dtype)
+    values = randn(len(lengths), 140, kv_heads, 48, seed=2).to(dtype).transpose(1, 2)[..., :32]
     lengths_B = torch.tensor(lengths, dtype=torch.int32)
     expected, expected_lse = gqa_naive.gqa_decode(*doubled(q, keys, values), lengths_B, scale=0.2)
     for index, length in enumerate(lengths):
@@ -60,13 +63,16 @@ def test_gqa_decode(lengths: list[int], heads: int, kv_heads: int, dtype: torch.
 @pytest.mark.parametrize(("queries", "keys", "offset"), [
     (1, 1, 0), (33, 33, 0), (17, 50, 33), (40, 40, None), (16, 70, None), (20, 12, -8), (50, 50, 3),
 ])  # fmt: skip
-@pytest.mark.parametrize(("heads", "kv_heads", "width", "value"), [(2, 2, 64, 32), (4, 2, 32, 32)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "value"), [(2, 2, 64, 32), (4, 2, 32, 32), (3, 1, 16, 64)]
+)
 def test_prefill(
     queries: int, keys: int, offset: int | None, heads: int, kv_heads: int, width: int, value: int,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    q = randn(2, queries, heads, width).to(dtype)
-    k = randn(2, keys, kv_heads, width, seed=1).to(dtype)
+    # Heads outside, as a cache has them; the engine hands on views of such.
+    q = randn(2, heads, queries, width + 16).to(dtype).transpose(1, 2)[..., :width]
+    k = randn(2, kv_heads, keys, width, seed=1).to(dtype).transpose(1, 2)
     v = randn(2, keys, kv_heads, value, seed=2).to(dtype)
     out, lse = prefill.latent_prefill(
         q, k, v, scale=0.1, offset=offset, tile=prefill.Tile(16, 16, 4, 2)
@@ -90,13 +96,39 @@ def test_prefill_at_the_real_widths(dtype: torch.dtype) -> None:
     assert_near(out, expected)
 
 
+@pytest.mark.parametrize("offset", [0, 20, None])
+@pytest.mark.parametrize(
+    ("width", "value", "by_kernel"),
+    [(128, 128, True), (256, 128, True), (192, 128, False), (256, 256, False), (128, 40, False)],
+)
+def test_prefill_goes_where_it_fits(
+    width: int, value: int, by_kernel: bool, offset: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel for widths with a tile that fits an H100, torch for the others."""
+    taken, kernel = [], prefill.latent_prefill
+    monkeypatch.setattr(
+        prefill, "latent_prefill", lambda *a, **b: taken.append(b["tile"]) or kernel(*a, **b)
+    )
+    q, k, v = randn(1, 12, 2, width), randn(1, 32, 1, width, seed=1), randn(1, 32, 1, value, seed=2)
+    with interpreted():
+        out, lse = prefill_dispatch.latent_prefill(q, k, v, scale=width**-0.5, offset=offset)
+    expected, expected_lse = prefill_naive.latent_prefill(
+        *doubled(q, k, v), scale=width**-0.5, offset=offset
+    )
+    assert_near(out, expected)
+    assert torch.allclose(lse.double(), expected_lse, atol=1e-4)
+    assert taken == [prefill.FLOAT32_TILE] * by_kernel
+
+
 @DTYPES
 @pytest.mark.parametrize(("rank", "rotary"), [(896, 64), (384, 64), (512, 32), (40, 8), (16, 3)])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("affine", [False, True])
 def test_append(rank: int, rotary: int, norm: bool, affine: bool, dtype: torch.dtype) -> None:
     tokens, width = 5, rank + 2 * rotary
-    x = randn(tokens, width).to(dtype)
+    # Not contiguous, and one token so small that eps decides.
+    x = randn(tokens, width + 16).to(dtype)[:, :width]
+    x[3] *= 1e-3
     angle = randn(tokens, rotary)
     slots = torch.tensor([7, 0, -1, 3, 9])
     options: dict[str, torch.Tensor] = {}
@@ -113,16 +145,17 @@ def test_append(rank: int, rotary: int, norm: bool, affine: bool, dtype: torch.d
         x.double(), angle.cos().double(), angle.sin().double(), slots, expected,
         **{k: v if k == "modality_N" else v.double() for k, v in options.items()},
     )  # fmt: skip
-    assert_near(rows, expected, roundings=1)
+    assert_near(rows[slots[slots >= 0]], expected[slots[slots >= 0]], roundings=1)
     untouched = [1, 2, 4, 5, 6, 8, 10]
     assert (rows[untouched] == 7).all()
 
 
 @DTYPES
 @pytest.mark.parametrize("splits", [1, 31, 33, 64, 70, 132, 300])
-def test_merge(splits: int, dtype: torch.dtype) -> None:
-    parts = randn(2, splits, 4, 24).to(dtype)
-    lse = 20 * randn(2, splits, 4)
+@pytest.mark.parametrize(("heads", "value"), [(4, 24), (32, 40), (5, 7)])
+def test_merge(splits: int, heads: int, value: int, dtype: torch.dtype) -> None:
+    parts = randn(2, splits, heads, value).to(dtype)
+    lse = 20 * randn(2, splits, heads)
     lse[:, splits // 2] = float("-inf")
     parts[:, splits // 2] = float("nan")
     heads_last = parts.transpose(2, 3).contiguous()
@@ -138,27 +171,40 @@ def test_merge(splits: int, dtype: torch.dtype) -> None:
 @DTYPES
 @pytest.mark.parametrize("rank", [896, 384, 200, 7])
 @pytest.mark.parametrize("values", [20, 64])
-@pytest.mark.parametrize("share", [1, 3])
+@pytest.mark.parametrize("share", [1, 2, 6])
 def test_expand(rank: int, values: int, share: int, dtype: torch.dtype) -> None:
-    latent, w_uv = randn(2, 3, rank).to(dtype), randn(3 // share, values, rank, seed=1).to(dtype)
+    latent, w_uv = randn(2, 6, rank).to(dtype), randn(6 // share, values, rank, seed=1).to(dtype)
     expected = expand_naive.expand_output(*doubled(latent, w_uv))
     assert_near(expand.expand_output(latent, w_uv), expected, roundings=1)
 
 
 @DTYPES
-def test_gqa_append(dtype: torch.dtype) -> None:
-    qkv, angle = randn(2, (8 + 4) * 16).to(dtype), randn(2, 8)
-    norms = randn(16, seed=1).to(dtype), randn(16, seed=2).to(dtype)
-    slots = torch.tensor([3, 0])
-    keys, values = torch.zeros(2, 2, 5, 16, dtype=dtype), torch.zeros(2, 2, 5, 16, dtype=dtype)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (4, 4), (6, 1), (5, 5)])
+@pytest.mark.parametrize("dim", [16, 64, 128])
+def test_gqa_append(batch: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    """A token so small that eps decides; what lies beside the slot stays."""
+    qkv, angle = randn(batch, (heads + 2 * kv_heads) * dim).to(dtype), randn(batch, dim // 2)
+    qkv[0] *= 1e-3
+    norms = randn(dim, seed=1).to(dtype), randn(dim, seed=2).to(dtype)
+    slots = torch.tensor([3, 0, 4][:batch])
+    keys, values = (torch.full((batch, kv_heads, 5, dim), 7.0, dtype=dtype) for _ in "kv")
     expected_keys, expected_values = doubled(keys, values)
     q = gqa_append.gqa_append(qkv, *norms, angle.cos(), angle.sin(), slots, keys, values)
     expected = gqa_append_naive.gqa_append(
         *doubled(qkv, *norms, angle.cos(), angle.sin()), slots, expected_keys, expected_values
     )
-    assert_near(q, expected, roundings=1)
-    assert_near(keys, expected_keys, roundings=1)
-    assert_near(values, expected_values, roundings=1)
+    rows = torch.arange(batch)
+    beside = torch.ones(batch, 5, dtype=torch.bool).index_put((rows, slots), torch.tensor(False))
+    new = [x[rows, :, slots] for x in (keys, expected_keys, values, expected_values)]
+    # Few values each: their errors are told apart from wrong ones together.
+    assert_near(
+        torch.cat([q.flatten(), new[0].flatten(), new[2].flatten()]),
+        torch.cat([expected.flatten(), new[1].flatten(), new[3].flatten()]),
+        roundings=1,
+    )
+    for found in (keys, values):
+        assert (found.transpose(1, 2)[beside] == 7).all()
 
 
 @DTYPES
@@ -167,6 +213,8 @@ def test_gqa_append(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("added", ["nothing", "bias", "residual", "both", "gated"])
 def test_linear(rows: int, width: int, norm: bool, added: str, dtype: torch.dtype) -> None:
     x, weight = randn(1, width).to(dtype), randn(rows, width, seed=1).to(dtype)
+    if norm:
+        x *= 1e-3  # so small that eps decides
     options: dict[str, Any] = {}
     if norm:
         options["norm_weight_K"] = randn(width, seed=2).to(dtype)

@@ -15,7 +15,7 @@ from internvideo3.kernels.choice import interpreted
 from internvideo3.kernels.gqa_decode import dispatch as gqa
 from internvideo3.kernels.gqa_decode import naive as gqa_naive
 from internvideo3.kernels.gqa_decode.naive import KeysValues
-from internvideo3.kernels.latent_decode import naive
+from internvideo3.kernels.latent_decode import dispatch, naive
 from internvideo3.kernels.latent_decode import triton as latent
 from internvideo3.kernels.latent_decode.dispatch import WIDEST, is_static
 from internvideo3.kernels.latent_decode.rows import FP8_LARGEST, Rows, quantize
@@ -102,7 +102,8 @@ def doubled(run: Rows) -> Rows:
 def compare(runs: list[Rows], rank: int, rope: int, dtype: torch.dtype) -> None:
     drawn = torch.Generator().manual_seed(9)
     batch = len(runs[0].lengths_B)
-    q = torch.randn(batch, HEADS, rank + rope, generator=drawn).to(dtype)
+    # Heads lie apart, as they do in a projection of all of them.
+    q = torch.randn(batch, HEADS, rank + rope + 16, generator=drawn).to(dtype)[..., :-16]
     options = {"scale": (rank + rope) ** -0.5, "value_width": rank}
     out, lse = latent.decode_runs(q, runs, multiprocessors=3, **options)  # type: ignore[arg-type]
     want, want_lse = naive.decode_runs(q.double(), [doubled(r) for r in runs], **options)  # type: ignore[arg-type]
@@ -133,6 +134,46 @@ def test_forks_share_a_prefix(batch: int, paged: bool, fp8: bool, dtype: torch.d
     prefix = make_run([50] * batch, 96, 32, dtype, shared=True, **kind)
     own = make_run([5, 21, 9][:batch], 96, 32, dtype, seed=1, **kind)
     compare([prefix, own], 96, 32, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("amplitude", [1e-3, 1e-2, 1.0, 100.0])
+@pytest.mark.parametrize("sink", [0.0, 12.0], ids=["even", "sink"])
+def test_fp8_rows_of_any_amplitude(amplitude: float, sink: float, dtype: torch.dtype) -> None:
+    """Times a row's scale, weights of small latents would be subnormal in float16."""
+    lengths = [47, 20]
+    drawn = torch.Generator().manual_seed(0)
+    rows = amplitude * torch.randn(2, 64, 128, generator=drawn)
+    rows[..., 96:] /= amplitude
+    q = torch.randn(2, HEADS, 128, generator=drawn)
+    q[..., :96] /= amplitude
+    # One token that gets nearly all weight of every head, as first tokens do.
+    q[..., 96] = 4.0
+    rows[:, 3, 96] = sink * 128**0.5 / 4
+    run = quantize(rows.to(dtype), int32(lengths), 96)
+    options = {"scale": 128**-0.5, "value_width": 96}
+    q = q.to(dtype)
+    out, lse = latent.decode_runs(q, [run], multiprocessors=3, **options)  # type: ignore[arg-type]
+    want, want_lse = naive.decode_runs(q.double(), [doubled(run)], **options)  # type: ignore[arg-type]
+    assert_near(out, want, roundings=3)
+    assert torch.allclose(lse.double(), want_lse, atol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [33, 40, 64])
+def test_many_heads_go_in_groups(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tile of more than 32 does not fit the shared memory of an H100."""
+    taken, decode = [], latent.decode_runs
+    monkeypatch.setattr(
+        latent, "decode_runs", lambda q, *a, **b: taken.append(q.shape[1]) or decode(q, *a, **b)
+    )
+    run = make_run([37, 20], 48, 16, torch.float32)
+    q = torch.randn(2, heads, 64, generator=torch.Generator().manual_seed(2))
+    with interpreted():
+        out, lse = dispatch.decode_runs(q, [run], scale=0.1, value_width=48)
+    want, want_lse = naive.decode_runs(q.double(), [doubled(run)], scale=0.1, value_width=48)
+    assert_near(out, want)
+    assert torch.allclose(lse.double(), want_lse, atol=1e-4)
+    assert sum(taken) == heads and max(taken) <= 32 and max(taken) - min(taken) <= 1
 
 
 @DTYPES
@@ -223,6 +264,7 @@ def test_gqa_runs(heads: int, batch: int, shared: bool, dtype: torch.dtype) -> N
         (1024, torch.bfloat16, True),
         (576, torch.float16, True),
         (1024, torch.float32, False),
+        (1024, torch.float64, False),
         (640, torch.bfloat16, True),
         (1088, torch.bfloat16, False),
     ],
@@ -231,6 +273,9 @@ def test_a_graph_holds_only_rows_that_a_kernel_reads(
     width: int, dtype: torch.dtype, static: bool
 ) -> None:
     assert is_static(width, dtype) == static
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "triton_is_installed", lambda: False)
+        assert not is_static(width, dtype)
     assert WIDEST == WIDEST_ROW, "`inspect` tells another limit than there is"
 
 
