@@ -28,6 +28,7 @@ W width of a key, V width of a value, X model width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -134,10 +135,13 @@ class RowAttention(nn.Module, ABC):
         """Attention on keys and values rebuilt per head; returns [B, H, T, D]."""
         if goes_by_blocks(parts, q_BHTW.shape[2]):
             q_BKGTW = q_BHTW.unflatten(1, (self.num_kv_heads, -1))
-            return attend_blocks(q_BKGTW, parts, self.scale, self.rebuild).flatten(1, 2)
-        rebuilt = [Part(self.rebuild(p.tensors[0][:, 0]), p.mask_BxTN, p.causal) for p in parts]
+            return attend_blocks(q_BKGTW, parts, self.scale, self._pair).flatten(1, 2)
+        rebuilt = [Part(self._pair(p), p.mask_BxTN, p.causal) for p in parts]
         q_BKGTW = q_BHTW.unflatten(1, (self.num_kv_heads, -1))
         return attend(q_BKGTW, rebuilt, self.scale).flatten(1, 2)
+
+    def _pair(self, part: Part) -> tuple[Tensor, Tensor]:
+        return self.rebuild(part.rows())
 
     def rebuild(self, row_bNW: Tensor, heads: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Keys [b, K, N, D + 2 S] (rotary part shared by all heads) and values [b, K, N, D].
@@ -158,10 +162,7 @@ class RowAttention(nn.Module, ABC):
     def attend_absorbed(self, q_BHTW: Tensor, parts: list[Part]) -> Tensor:
         """Attention on the cached rows themselves (one shared head); returns [B, H, T, D]."""
         # The rows are keys and values at once; of the output only the latent part is wanted.
-        rows = [
-            Part((p.tensors[0], p.tensors[0]), p.mask_BxTN, p.causal, self._nested(p.tensors[0]))
-            for p in parts
-        ]
+        rows = [replace(part, latent=self._nested(part)) for part in parts]
         out_BHTW = attend(q_BHTW[:, None], rows, self.scale)[:, 0]
         c_BKGTR = out_BHTW[..., : self.rank].unflatten(1, (self.num_kv_heads, -1))
         return torch.einsum("bkgtr,kdr->bkgtd", c_BKGTR, self.v_up).flatten(1, 2)
@@ -170,8 +171,8 @@ class RowAttention(nn.Module, ABC):
         """Latent columns of cached rows [..., W]: of vision tokens they may be fewer."""
         return rows.shape[-1] - 2 * len(self.slot_frequencies)
 
-    def _nested(self, rows: Tensor) -> int | None:
-        rank = self.rank_of(rows)
+    def _nested(self, part: Part) -> int | None:
+        rank = part.width - 2 * len(self.slot_frequencies)
         return None if rank == self.rank else rank
 
     def _absorbs(self, batch: int, new_tokens: int, parts: list[Part]) -> bool:
@@ -180,8 +181,8 @@ class RowAttention(nn.Module, ABC):
             return self.config.attention_form == "absorbed"
         if torch.is_grad_enabled():
             return False
-        longest = max(parts, key=lambda p: p.tensors[0].shape[2])
-        queries = new_tokens * (batch // longest.tensors[0].shape[0])
+        longest = max(parts, key=lambda p: p.cached)
+        queries = new_tokens * (batch // longest.copies)
         return queries < break_even(self)
 
     def _slot_index(self, device: torch.device) -> Tensor:

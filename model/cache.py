@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -74,10 +74,7 @@ class Segment:
         Columns that the rows lack stay out.
         """
         cut = tuple(t[:, :, : self.length] for t in self.tensors)
-        if not self.compressed:
-            return cut
-        latent, rope, scale = cut
-        return (torch.cat([(latent.float() * scale).to(rope.dtype), rope], dim=-1),)
+        return (_widened(*cut),) if self.compressed else cut
 
     def whole(self) -> tuple[Tensor, ...]:
         """As `views`, with zeros where the rows lack columns."""
@@ -110,6 +107,11 @@ class Segment:
         return Segment(joined, self.length, self.nested)
 
 
+def _widened(latent: Tensor, rope: Tensor, scale: Tensor) -> Tensor:
+    """Rows [b, 1, N, W] of a compressed run."""
+    return torch.cat([(latent.float() * scale).to(rope.dtype), rope], dim=-1)
+
+
 def _quantized(rows_bNW: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Latents in fp8 [b, 1, N, R], rotary keys [b, 1, N, 2 S] and scales [b, 1, N, 1]."""
     made = quantize(rows_bNW, rows_bNW.new_empty(0), rank)
@@ -122,13 +124,47 @@ class Part:
     """What one attention call reads from one segment."""
 
     tensors: tuple[Tensor, ...]
-    """Views, each [b, K, N, W]."""
+    """Views, each [b, K, N, W]: keys and values, or rows that are both."""
     mask_BxTN: Tensor | None = None
     """Boolean (True: attend) or additive mask [B or 1, 1, T, N]; None: see `causal`."""
     causal: bool = False
     """The last T tokens are the queries' own: query t sees tokens up to N - T + t."""
     latent: int | None = None
     """Where rows are keys and values at once: their latent columns, if fewer than the query's."""
+    compressed: bool = False
+    """Whether the tensors are those of rows in fp8, which `pair` decodes for the moment."""
+
+    @property
+    def cached(self) -> int:
+        """Number of tokens N."""
+        return self.tensors[0].shape[2]
+
+    @property
+    def copies(self) -> int:
+        """How many sequences the storage holds: b."""
+        return self.tensors[0].shape[0]
+
+    @property
+    def width(self) -> int:
+        """Columns of a row, or of a key."""
+        return sum(t.shape[3] for t in self.tensors[: 2 if self.compressed else 1])
+
+    def cut(self, start: int, stop: int) -> Part:
+        """Some of the tokens, seen by the same queries; as views."""
+        tensors = tuple(t[:, :, start:stop] for t in self.tensors)
+        mask = None if self.mask_BxTN is None else self.mask_BxTN[..., start:stop]
+        return replace(self, tensors=tensors, mask_BxTN=mask, causal=False)
+
+    def rows(self) -> Tensor:
+        """Rows [b, N, W] of a latent cache."""
+        return (_widened(*self.tensors) if self.compressed else self.tensors[0])[:, 0]
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [b, K, N, any]; rows are both."""
+        if len(self.tensors) == 2:
+            return self.tensors[0], self.tensors[1]
+        rows_b1NW = self.rows()[:, None]
+        return rows_b1NW, rows_b1NW
 
 
 @dataclass(frozen=True)
@@ -320,7 +356,8 @@ class SegmentedLayer(CacheLayerMixin):
         start = 0
         for segment in self.frozen:
             part_mask = None if apart else _columns(mask_BxTN, start, segment.length)
-            parts.append(Part(segment.views(), part_mask))
+            views = tuple(t[:, :, : segment.length] for t in segment.tensors)
+            parts.append(Part(views, part_mask, compressed=segment.compressed))
             start += segment.length
         tail = tuple(t[:, :, : self.length] for t in self.tail)
         if placement is not None:

@@ -24,7 +24,7 @@ from torch.nn import functional
 from internvideo3.model.attention import RowAttention, adapted, head_norm, nest, rotate
 from internvideo3.model.cache import LatentCache, Part
 from internvideo3.model.config import InternVideo3TextConfig
-from internvideo3.model.segments import attend
+from internvideo3.model.segments import attend, attend_blocks, goes_by_blocks
 
 
 class PreropeAttention(RowAttention):
@@ -62,11 +62,18 @@ class PreropeAttention(RowAttention):
         row_B1TW = self.write(hidden_states, cos_BTF, sin_BTF, modality_mask)[:, None]
         turn_B1TD = torch.cat([cos_BTF, sin_BTF], dim=-1)[:, None]
         parts = self._parts(row_B1TW, turn_B1TD, attention_mask, past_key_values)
-        rebuilt = [Part(self.rotated(*p.tensors), p.mask_BxTN, p.causal) for p in parts]
         q_BHTD, _ = self.queries(hidden_states, cos_BTF, sin_BTF)
         q_BKGTD = q_BHTD.unflatten(1, (self.num_kv_heads, -1))
-        heads_BHTD = attend(q_BKGTD, rebuilt, self.scale).flatten(1, 2)
+        if goes_by_blocks(parts, T):
+            heads_BKGTD = attend_blocks(q_BKGTD, parts, self.scale, self._pair)
+        else:
+            rebuilt = [Part(self._pair(p), p.mask_BxTN, p.causal) for p in parts]
+            heads_BKGTD = attend(q_BKGTD, rebuilt, self.scale)
+        heads_BHTD = heads_BKGTD.flatten(1, 2)
         return self.o_proj(heads_BHTD.transpose(1, 2).reshape(B, T, -1)), None
+
+    def _pair(self, part: Part) -> tuple[Tensor, Tensor]:
+        return self.rotated(*part.tensors)
 
     def _parts(
         self, row: Tensor, turn: Tensor, mask: Tensor | None, past: LatentCache | None

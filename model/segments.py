@@ -27,8 +27,8 @@ BLOCK = 16384
 """Cached tokens whose keys and values are rebuilt and attended to at once, so that a prefill's
 scratch does not grow with the context."""
 
-Rebuild = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Cached rows [b, N, W] to keys [b, K, N, W'] and values [b, K, N, V]."""
+Rebuild = Callable[[Part], tuple[Tensor, Tensor]]
+"""What is cached of some tokens to keys [b, K, N, W'] and values [b, K, N, V]."""
 
 
 def attend_blocks(
@@ -36,7 +36,7 @@ def attend_blocks(
 ) -> Tensor:
     """Softmax attention over several segments, block by block, merged by log-sum-exp.
 
-    Without gradients and masks only; a part may be causal. Equal to `attend` on what `rebuild`
+    Without gradients only; parts may be causal, or masked. Equal to `attend` on what `rebuild`
     makes of the parts, with keys and values of `BLOCK` tokens at a time. Of several blocks the
     sum is kept in float32: rounded after each of 48 blocks (768K tokens), bfloat16 would be four
     times as far from the truth as one that is rounded once.
@@ -47,17 +47,18 @@ def attend_blocks(
     T = q_BKGTW.shape[3]
     found: tuple[Tensor, Tensor] | None = None
     for part in parts:
-        cached = part.tensors[0].shape[2]
+        cached = part.cached
         # A causal part: what was cached before is seen by all queries, the own tokens by some.
         past = cached - T if part.causal else cached
         cuts = [(start, min(start + BLOCK, past), False) for start in range(0, past, BLOCK)]
         if part.causal:
             cuts.append((past, cached, True))
         for start, stop, causal in cuts:
-            cut = tuple(t[:, :, start:stop] for t in part.tensors)
-            tensors = cut if rebuild is None else rebuild(cut[0][:, 0])
-            block = Part(tensors, causal=causal, latent=part.latent)
-            new = _attend_block(q_BKGTW, block, scale)
+            stretch = part.cut(start, stop)
+            tensors = stretch.pair() if rebuild is None else rebuild(stretch)
+            block = Part(tensors, stretch.mask_BxTN, causal, part.latent)
+            attend_to = _attend_block if block.mask_BxTN is None else _attend_in_runs
+            new = attend_to(q_BKGTW, block, scale)
             found = new if found is None else _merge_into(found, new)
     assert found is not None, "a step always has its own tokens to attend to"
     return found[0].to(q_BKGTW.dtype)
@@ -77,9 +78,11 @@ def attend(q_BKGTW: Tensor, parts: list[Part], scale: float) -> Tensor:
     if goes_by_blocks(parts, T) and W <= FUSED_WIDTH:
         return attend_blocks(q_BKGTW, parts, scale)
     one = parts[0] if len(parts) == 1 and parts[0].latent is None else None
-    if one is not None and one.tensors[0].shape[0] == B and W <= FUSED_WIDTH:
+    if one is not None and one.copies == B and W <= FUSED_WIDTH and not one.compressed:
         return _attend_whole(q_BKGTW, one, scale)
-    cached = sum(part.tensors[0].shape[2] for part in parts)
+    # What is compressed is decoded a block at a time, and forgotten.
+    parts = [stretch for part in parts for stretch in _stretches(part)]
+    cached = sum(part.cached for part in parts)
     run = max(1, MAX_SCORES // (B * K * G * cached))
     if run >= T:
         return _merge([_attend_part(q_BKGTW, part, scale) for part in parts])
@@ -93,12 +96,35 @@ def attend(q_BKGTW: Tensor, parts: list[Part], scale: float) -> Tensor:
 
 
 def goes_by_blocks(parts: list[Part], new_tokens: int) -> bool:
-    """Whether attention can be taken block by block: several queries, no mask, no gradients."""
-    return (
-        new_tokens > 1
-        and not torch.is_grad_enabled()
-        and all(part.mask_BxTN is None for part in parts)
-    )
+    """Whether attention is taken block by block: several queries, no gradients.
+
+    A single short part under a mask is not: torch's fused kernels take it whole.
+    """
+    masked = any(part.mask_BxTN is not None for part in parts)
+    short = len(parts) == 1 and parts[0].cached <= BLOCK
+    return new_tokens > 1 and not torch.is_grad_enabled() and not (masked and short)
+
+
+def _stretches(part: Part) -> list[Part]:
+    """A compressed part in stretches of `BLOCK` tokens, any other part whole."""
+    if not part.compressed:
+        return [part]
+    starts = range(0, part.cached, BLOCK)
+    return [part.cut(start, min(start + BLOCK, part.cached)) for start in starts]
+
+
+def _attend_in_runs(q_BKGTW: Tensor, block: Part, scale: float) -> tuple[Tensor, Tensor]:
+    """`_attend_part` in runs of queries, so that it holds `MAX_SCORES` scores at most."""
+    T = q_BKGTW.shape[3]
+    run = max(1, MAX_SCORES // (q_BKGTW[..., 0, 0].numel() * block.cached))
+    found = [
+        _attend_part(
+            q_BKGTW[..., start : start + run, :], _query_rows(block, start, start + run, T), scale
+        )
+        for start in range(0, T, run)
+    ]
+    outs, lses = zip(*found, strict=True)
+    return torch.cat(outs, dim=3), torch.cat(lses, dim=3)
 
 
 def _attend_whole(q_BKGTW: Tensor, part: Part, scale: float) -> Tensor:
@@ -106,7 +132,7 @@ def _attend_whole(q_BKGTW: Tensor, part: Part, scale: float) -> Tensor:
     K, T = q_BKGTW.shape[1], q_BKGTW.shape[3]
     if T == 1 and part.mask_BxTN is None:
         # One query sees everything: a head's group is then a sequence of queries to its keys.
-        k_BKNW, v_BKNV = part.tensors
+        k_BKNW, v_BKNV = part.pair()
         q_BKGW = q_BKGTW.squeeze(3)
         out_BKGV = functional.scaled_dot_product_attention(q_BKGW, k_BKNW, v_BKNV, scale=scale)
         return out_BKGV.unsqueeze(3)
@@ -118,11 +144,12 @@ def _query_rows(part: Part, start: int, stop: int, new_tokens: int) -> Part:
     """The part as queries `start` to `stop` of `new_tokens` see it."""
     mask = part.mask_BxTN
     if part.causal:
-        cached = part.tensors[0].shape[2]
-        mask = _causal_mask(new_tokens, cached, part.tensors[0].device)
-    return (
-        part if mask is None else Part(part.tensors, mask[..., start:stop, :], latent=part.latent)
-    )
+        mask = _causal_mask(new_tokens, part.cached, part.tensors[0].device)
+    if mask is None:
+        return part
+    # A mask of one row is seen by all queries.
+    rows = mask if mask.shape[-2] == 1 else mask[..., start:stop, :]
+    return replace(part, mask_BxTN=rows, causal=False)
 
 
 def _merge(found: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -145,7 +172,7 @@ def _attend_block(q_BKGTW: Tensor, block: Part, scale: float) -> tuple[Tensor, T
     """
     if block.latent is not None:
         return _attend_nested(_attend_block, q_BKGTW, block, scale)
-    k_bNKW, v_bNKV = (t.transpose(1, 2) for t in block.tensors)
+    k_bNKW, v_bNKV = (t.transpose(1, 2) for t in block.pair())
     B, K, G, T, _ = q_BKGTW.shape
     if block.causal:
         q_BTHW = q_BKGTW.flatten(1, 2).transpose(1, 2)
@@ -178,7 +205,7 @@ def _attend_nested(
     """
     assert part.latent is not None
     kept, width = part.latent, q_BKGTW.shape[-1]
-    rope = part.tensors[0].shape[-1] - kept
+    rope = part.width - kept
     q_cut = torch.cat([q_BKGTW[..., :kept], q_BKGTW[..., width - rope :]], dim=-1)
     out, lse = whole(q_cut, replace(part, latent=None), scale)
     return functional.pad(out[..., :kept], (0, width - kept)), lse
@@ -201,7 +228,7 @@ def _attend_part(q_BKGTW: Tensor, part: Part, scale: float) -> tuple[Tensor, Ten
     """Attention over one segment: normalised output [B,K,G,T,V] and log-sum-exp [B,K,G,T]."""
     if part.latent is not None:
         return _attend_nested(_attend_part, q_BKGTW, part, scale)
-    k_bKNW, v_bKNV = part.tensors
+    k_bKNW, v_bKNV = part.pair()
     B, K, G, T, W = q_BKGTW.shape
     b, N, V = k_bKNW.shape[0], k_bKNW.shape[2], v_bKNV.shape[3]
     fold = B // b
@@ -265,7 +292,7 @@ def _causal_mask(new_tokens: int, cached: int, device: torch.device) -> Tensor:
 
 def _attend_causal(q_BHTW: Tensor, part: Part, scale: float) -> Tensor:
     """Attention of several queries over a single segment by torch's fused kernels; [B, H, T, V]."""
-    k_BKNW, v_BKNV = part.tensors
+    k_BKNW, v_BKNV = part.pair()
     T, N, groups = q_BHTW.shape[2], k_BKNW.shape[2], q_BHTW.shape[1] // k_BKNW.shape[1]
     mask = part.mask_BxTN
     if part.causal and T != N:

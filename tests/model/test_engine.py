@@ -401,6 +401,51 @@ def test_scratch_does_not_grow_with_the_context(
     assert largest[0] == largest[1]
 
 
+@pytest.mark.parametrize("kind", ["forks", "compressed", "compressed forks"])
+@pytest.mark.parametrize("form", ["absorbed", "reconstruct"])
+def test_scratch_of_questions_does_not_grow_with_their_prefix(
+    form: str, kind: str, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four forks' questions over one prefix, and over latents in fp8; the largest tensor made."""
+    model, processor = load_model("scale:m2la", "cpu", "float32")
+    monkeypatch.setattr(model.config.text_config, "attention_form", form)
+    monkeypatch.setattr(segments, "MAX_SCORES", 1 << 14)
+    largest = []
+    for context in (1024, 4096):
+        session = Session(model, processor)
+        session.append_ids([100 + i % 200 for i in range(context)])
+        if kind.startswith("compressed"):
+            session.compress()
+        forks = [session.fork() for _ in range(4 if kind.endswith("forks") else 1)]
+        rows = [fork._row(free(4)) for fork in forks]
+        batch = decoding._Batch(model, rows)
+        pending = [[100 + i for i in range(20 + 3 * n)] for n in range(len(rows))]
+        with Watch() as watch, torch.no_grad():
+            batch.prefill(pending, 64)
+        largest.append(watch.largest)
+    assert largest[0] == largest[1]
+
+
+def test_compressed_forks_say_what_they_say_alone(frames: Any, small_blocks: None) -> None:
+    """Questions of a batch are prefilled under a mask, over stretches that are decoded in turn."""
+    model, processor = load_model("scale:m2la", "cpu", "float32")
+    prefix = Session(model, processor)
+    prefix.append_text(VIDEO_TEXT, [frames(20, 1)])
+    prefix.compress()
+    questions = (QUESTION, "Is anything red?<|im_end|>\n<|im_start|>assistant\n")
+
+    def forks() -> list[Session]:
+        made = [prefix.fork() for _ in questions]
+        for fork, question in zip(made, questions, strict=True):
+            fork.append_text(question)
+        return made
+
+    together = Session.generate_batch(forks(), free(24))
+    alone = [fork.generate(free(24)) for fork in forks()]
+    assert [r.token_ids for r in together] == [r.token_ids for r in alone]
+    assert together[0].token_ids != together[1].token_ids
+
+
 def test_a_long_prompt_is_allocated_once(loaded: tuple[Any, Any]) -> None:
     model, processor = loaded
     session = Session(model, processor, chunk=64)
