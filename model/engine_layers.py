@@ -300,7 +300,9 @@ def _merged(weights: Sequence[Tensor]) -> Tensor:
     else:
         if first.untyped_storage().data_ptr() == weights[-1].untyped_storage().data_ptr():
             return first.detach().as_strided((size, first.shape[1]), first.stride())
-    merged = torch.cat([w.detach() for w in weights])
+    # Or weights first merged under inference mode could never be trained again.
+    with torch.inference_mode(False):
+        merged = torch.cat([w.detach() for w in weights])
     for weight, rows in zip(weights, merged.split([len(w) for w in weights]), strict=True):
         weight.data = rows
     return merged

@@ -487,6 +487,18 @@ def test_merged_weights_are_the_linears_own(
     assert torch.equal(third.weight_NK, torch.cat([linear.weight for linear in linears]))
 
 
+def test_a_model_that_replied_under_inference_mode_can_be_trained() -> None:
+    model, processor = load_model("scale:base", "cpu", "float32")
+    session = Session(model, processor)
+    with torch.inference_mode():
+        session.append_ids([100, 101, 102])
+        session.generate(Limits(max_new_tokens=2, stop_ids=()))
+    weight = model.model.language_model.layers[0].self_attn.q_proj.weight.requires_grad_()
+    with torch.enable_grad():
+        model(input_ids=torch.tensor([[100, 101]])).logits.sum().backward()
+    assert float(weight.grad.abs().max()) > 0
+
+
 def test_a_model_whose_weights_were_merged_saves_and_loads(tmp_path: Any) -> None:
     model, processor = load_model("scale:base", "cpu", "float32")
     session = Session(model, processor)
