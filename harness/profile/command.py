@@ -135,7 +135,7 @@ def _missing(options: ProfileOptions, point: Point) -> bool:
     return not any(
         row.get("point") == point.key
         and row["kind"] in ENDINGS
-        and row["device"] == device
+        and row.get("device") == device
         and row["status"] not in TRIED_AGAIN
         and (row["status"] != "ok" or row["repeats"] >= wanted)
         for row in read_rows(file)
@@ -239,18 +239,22 @@ class _Group:
         """A model and its gate; or the row of each of its points, if it cannot be timed."""
         try:
             subject = load(name, self.device, self.dtype)
+        except torch.OutOfMemoryError as error:
+            return self._told_failure(name, error)
+        try:
             found = gate(subject, GATE_PIECES, GATE_NEW)
-        except ValueError:
-            raise
-        except Exception as error:
-            row = _failure(error)
-            self.tell(f"{name}: {row['status']}: {row['reason']}")
-            return row
+        except Exception as error:  # of a kernel or its compiler, as in `_tried`
+            return self._told_failure(name, error)
         self.tell(f"{name}: gate {'green' if found.is_green else 'RED'}, {_told(found)}")
         if found.is_green:
             return subject, found
         self.red.append(name)
         return {"kind": "none", "status": "gate red", "reason": _told(found)}
+
+    def _told_failure(self, name: str, error: Exception) -> Row:
+        row = _failure(error)
+        self.tell(f"{name}: {row['status']}: {row['reason']}")
+        return row
 
     def _in_turns(
         self, turn: Sequence[Point], models: Mapping[str, Subject]

@@ -166,6 +166,29 @@ def test_what_a_compiler_comes_up_with_is_one_point_lost(
     assert {row["repeats"] for row in m2la if row["context_tokens"] == 48} == {3}
 
 
+@pytest.mark.parametrize("where", ["load", "gate"])
+def test_a_model_that_cannot_be_prepared_is_rows(
+    tiny: ProfileOptions, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One too large for the card, or whose kernels do not compile."""
+    right = getattr(command, where)
+
+    def wrong(given: Any, *rest: Any) -> Any:
+        if "gqa" in (given if isinstance(given, str) else given.name):
+            raise (
+                torch.OutOfMemoryError("CUDA out of memory. Tried")
+                if where == "load"
+                else (CompilerError("PassManager::run failed"))
+            )
+        return right(given, *rest)
+
+    monkeypatch.setattr(command, where, wrong)
+    gqa, m2la = map(measured, profile(tiny))
+    assert {row["status"] for row in m2la} == {"ok"}
+    assert [row["context_tokens"] for row in gqa] == [48, 96]
+    assert {row["status"] for row in gqa} == {"out of memory" if where == "load" else "failed"}
+
+
 def test_another_card_and_more_repeats_are_no_repetition(
     tiny: ProfileOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
