@@ -41,6 +41,8 @@ from internvideo3.harness.store import SCHEMA, RunStore, append_measurements, re
 from internvideo3.model.device import DeviceError, device_of
 
 GATE_PIECES, GATE_NEW = (32, 64), 8
+GATE_SCOPE = "the engine, batch 1, native cache, 104 tokens; fp8 and batches: kernels' own gate"
+"""What was compared, beside every rate that says its gate was green."""
 ENDINGS = ("cache", "none")
 TRIED_AGAIN = ("failed", "gate red")
 FRAMES_PER_S, MAX_FRAMES = 2.0, 64
@@ -345,6 +347,7 @@ class _Group:
             "threads": self.options.threads,
             "gate_engine_error": found and found.engine,
             "gate_forward_error": found and found.forward,
+            "gate_scope": GATE_SCOPE,
             "label": label_of(model),
             "parameters": parameters_of(model),
             "copy_bytes_per_s": self.ceilings.copy_bytes_per_s,
