@@ -1,11 +1,12 @@
 """`internvideo3 profile`: the gate, then every point of a workload, each written when it is done.
 
 The gate comes first: logits of the engine, which prefills in pieces and decodes token by token,
-against one forward pass over the same tokens, in float32. No rate is written for a model whose gate
-is red: its points are rows that say so. On a CPU models take turns within each repeat, so that a
-change in the machine's load falls on all of them alike; a GPU holds one model at a time. A point
-that is in the file already, of this device and as often repeated, is not measured again; a point
-that does not fit the device or fails is a row that says so, and the others go on.
+against one forward pass over the same tokens, in float32, for every batch and kind of cache that is
+timed. No rate is written where the gate is red: such points are rows that say so. On a CPU models
+take turns within each repeat, so that a change in the machine's load falls on all of them alike; a
+GPU holds one model at a time. A point that is in the file already, of this device and as often
+repeated, is not measured again; a point that does not fit the device or fails is a row that says
+so, and the others go on.
 
 Contexts are random token ids: prefill and decode cost depends on how many tokens there are and not
 on which. Decoding a video and encoding its frames are stages of their own.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,9 +25,9 @@ import transformers
 
 from internvideo3.harness import provenance
 from internvideo3.harness.gpu.measure import copy_bandwidth, device_state, matmul_rate, release
+from internvideo3.harness.profile.gate import NEW_TOKENS, PIECES, Form, Gate, gate
 from internvideo3.harness.profile.measure import Ceilings, Row, Run, rows_of, run_once
 from internvideo3.harness.profile.plan import folded_bytes, need_of, refusal
-from internvideo3.harness.profile.runners import Gate, gate
 from internvideo3.harness.profile.stages import decoding_row, encoding_row
 from internvideo3.harness.profile.subjects import (
     Subject,
@@ -40,9 +41,8 @@ from internvideo3.harness.profile.workload import Point, Workload, WorkloadError
 from internvideo3.harness.store import SCHEMA, RunStore, append_measurements, read_rows
 from internvideo3.model.device import DeviceError, device_of
 
-GATE_PIECES, GATE_NEW = (32, 64), 8
-GATE_SCOPE = "the engine, batch 1, native cache, 104 tokens; fp8 and batches: kernels' own gate"
-"""What was compared, beside every rate that says its gate was green."""
+PLAIN = Form()
+"""The form in which a model is held to the gate whatever is timed."""
 ENDINGS = ("cache", "none")
 TRIED_AGAIN = ("failed", "gate red")
 FRAMES_PER_S, MAX_FRAMES = 2.0, 64
@@ -163,6 +163,19 @@ def _check(options: ProfileOptions) -> None:
 
 
 @dataclass(frozen=True)
+class _Prepared:
+    """A model that can be timed, in some forms at least."""
+
+    subject: Subject
+    gates: Mapping[Form, Gate | Row]
+    """Or the row of each point of this form, if it cannot be timed."""
+
+    def gate_of(self, point: Point) -> Gate | Row:
+        """The gate of the form in which the point is timed."""
+        return self.gates[_form_of(point)]
+
+
+@dataclass(frozen=True)
 class _Group:
     """Models of one number format that take turns."""
 
@@ -174,7 +187,7 @@ class _Group:
     """Of `time.monotonic`."""
     tell: Tell
     red: list[str]
-    """Gets the models whose gate is red."""
+    """Gets the models whose gate is red, with the form."""
 
     def measure(self, names: Sequence[str]) -> None:
         """Load the models, hold them to the gate, measure what is missing of them."""
@@ -185,27 +198,41 @@ class _Group:
             return
         if self._is_over():
             return
-        prepared = {name: self._prepared(name) for name in names if name in needed}
-        gates = {name: one[1] for name, one in prepared.items() if not isinstance(one, dict)}
-        models = {name: one[0] for name, one in prepared.items() if not isinstance(one, dict)}
-        absent = {name: one for name, one in prepared.items() if isinstance(one, dict)}
-        prepared.clear()
+        forms = {name: {PLAIN} for name in names if name in needed}
+        for point in (point for turn in wanted for point in turn):
+            forms[point.model].add(_form_of(point))
+        prepared = {name: self._prepared(name, forms[name]) for name in forms}
         for turn in wanted:
             if self._is_over():
                 break
-            for point in (point for point in turn if point.model in absent):
-                self._write(point, None, [absent[point.model]])
-            for point, rows in self._in_turns([p for p in turn if p.model in models], models):
-                self._write(point, gates[point.model], rows)
-        self._watch(models, gates)
-        models.clear()
+            self._measure_turn(turn, prepared)
+        self._watch(prepared)
+        prepared.clear()
         release()
 
-    def _watch(self, models: Mapping[str, Subject], gates: Mapping[str, Gate]) -> None:
+    def _measure_turn(self, turn: Sequence[Point], prepared: Mapping[str, _Prepared | Row]) -> None:
+        """Measure points that differ in the model only; what cannot be timed is a row."""
+        timed: dict[Point, Gate] = {}
+        for point in turn:
+            one = prepared[point.model]
+            found = one if isinstance(one, dict) else one.gate_of(point)
+            if isinstance(found, dict):
+                self._write(point, None, [found])
+            else:
+                timed[point] = found
+        models = {name: one.subject for name, one in prepared.items() if isinstance(one, _Prepared)}
+        for point, rows in self._in_turns(list(timed), models):
+            self._write(point, timed[point], rows)
+
+    def _watch(self, prepared: Mapping[str, _Prepared | Row]) -> None:
         """Time decoding and encoding of the video, where that has not been done."""
-        for name in self._unseen(tuple(models)):
-            if self.options.video is not None and not self._is_over():
-                self._stages(self.options.video, models[name], gates[name])
+        for name in self._unseen(tuple(prepared)):
+            one = prepared[name]
+            if isinstance(one, dict) or self.options.video is None or self._is_over():
+                continue
+            plain = one.gates[PLAIN]
+            if not isinstance(plain, dict):
+                self._stages(self.options.video, one.subject, plain)
 
     def _is_over(self) -> bool:
         over = self.deadline is not None and time.monotonic() > self.deadline
@@ -237,20 +264,29 @@ class _Group:
                 alike.setdefault(point.key.removeprefix(point.model), []).append(point)
         yield from alike.values()
 
-    def _prepared(self, name: str) -> tuple[Subject, Gate] | Row:
-        """A model and its gate; or the row of each of its points, if it cannot be timed."""
+    def _prepared(self, name: str, forms: Iterable[Form]) -> _Prepared | Row:
+        """A model and its gates; or the row of each of its points, if it cannot be timed."""
         try:
             subject = load(name, self.device, self.dtype)
         except torch.OutOfMemoryError as error:
             return self._told_failure(name, error)
+        plain = self._gated(subject, PLAIN)
+        if isinstance(plain, dict):
+            return plain
+        others = {form: self._gated(subject, form) for form in sorted(forms) if form != PLAIN}
+        return _Prepared(subject, {PLAIN: plain, **others})
+
+    def _gated(self, subject: Subject, form: Form) -> Gate | Row:
+        """The model's gate in one form; or the row of each point of this form, if it is red."""
         try:
-            found = gate(subject, GATE_PIECES, GATE_NEW)
+            found = gate(subject, form)
         except Exception as error:  # of a kernel or its compiler, as in `_tried`
-            return self._told_failure(name, error)
-        self.tell(f"{name}: gate {'green' if found.is_green else 'RED'}, {_told(found)}")
+            return self._told_failure(f"{subject.name}, {form}", error)
+        named = subject.name if form == PLAIN else f"{subject.name} ({form})"
+        self.tell(f"{named}: gate {'green' if found.is_green else 'RED'}, {_told(found)}")
         if found.is_green:
-            return subject, found
-        self.red.append(name)
+            return found
+        self.red.append(named)
         return {"kind": "none", "status": "gate red", "reason": _told(found)}
 
     def _told_failure(self, name: str, error: Exception) -> Row:
@@ -311,7 +347,7 @@ class _Group:
         return refusal(point, need_of(point, config, weights), memory)
 
     def _write(self, point: Point, found: Gate | None, rows: Sequence[Row]) -> None:
-        common = self._common(point.model, found) | {
+        common = self._common(point.model, _form_of(point), found) | {
             "point": point.key,
             "runner": point.runner,
             "context_tokens": point.context,
@@ -335,10 +371,10 @@ class _Group:
         if subject.processor is not None:
             rows.append(encoding_row(subject, frames, repeats))
             self.tell(f"{subject.name}: encoded at {rows[-1]['tokens_per_s']:.0f} vision tokens/s")
-        common = self._common(subject.name, found) | about
+        common = self._common(subject.name, PLAIN, found) | about
         append_measurements(self.options.run_of(subject.name), [common | one for one in rows])
 
-    def _common(self, model: str, found: Gate | None) -> Row:
+    def _common(self, model: str, form: Form, found: Gate | None) -> Row:
         return {
             "attention": attention_of(config_of(model)),
             "model": model,
@@ -347,13 +383,19 @@ class _Group:
             "threads": self.options.threads,
             "gate_engine_error": found and found.engine,
             "gate_forward_error": found and found.forward,
-            "gate_scope": GATE_SCOPE,
+            "gate_scope": f"the engine, {form}, {sum(PIECES) + NEW_TOKENS} tokens",
             "label": label_of(model),
             "parameters": parameters_of(model),
             "copy_bytes_per_s": self.ceilings.copy_bytes_per_s,
             "matmul_flop_per_s": self.ceilings.matmul_flop_per_s,
             "device_state": device_state() if self.device.type == "cuda" else {},
         }
+
+
+def _form_of(point: Point) -> Form:
+    """What has to be right for this point to be timed; of baselines, the model's plain form."""
+    possible = why_not(point, attention_of(config_of(point.model))) is None
+    return Form(point.batch, point.cache) if point.runner == "engine" and possible else PLAIN
 
 
 def _device(name: str) -> torch.device:

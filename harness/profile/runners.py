@@ -5,11 +5,9 @@ Axes: B sequences, T tokens, K stored heads, N cached tokens, W row width, Y voc
 
 from __future__ import annotations
 
-import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,9 +23,6 @@ from internvideo3.model.session import CHUNK
 
 UNTIMED_STEPS = 3
 """Of transformers' baselines on a GPU: torch.compile works, and captures, in the first ones."""
-EXACT = 1e-4
-"""Largest distance in float32: sums of different order."""
-SLACK = 1.5
 
 
 class Clock:
@@ -307,70 +302,3 @@ def random_ids(subject: Subject, batch: int, tokens: int) -> Tensor:
     text = subject.model.config.text_config
     ids_BT = torch.randint(64, text.vocab_size - 64, (batch, tokens), generator=drawn)
     return ids_BT.to(subject.model.device)
-
-
-@dataclass(frozen=True)
-class Gate:
-    """How far logits are from a reference: norm of the difference over the norm of it."""
-
-    engine: float
-    """Of the engine."""
-    forward: float
-    """Of one forward pass by the model itself in the same number format."""
-    reference: str
-    """Which passes serve as the truth."""
-
-    @property
-    def is_green(self) -> bool:
-        """Whether the engine is right.
-
-        Rounding to bfloat16 adds up over the layers, for the model's own forward pass as for the
-        engine; so there the engine may be no further from float32 than `SLACK` times that.
-        """
-        limit = SLACK * self.forward if self.forward else EXACT
-        return self.engine <= limit
-
-
-def gate(subject: Subject, pieces: Sequence[int], new_tokens: int) -> Gate:
-    """Compares the engine, prefilled in pieces and then token by token, with whole passes."""
-    runner = EngineRunner(subject, 1, max(pieces))
-    runner.keeps_logits = True
-    ids_1T = random_ids(subject, 1, sum(pieces))
-    for cut in ids_1T.split(list(pieces), dim=1):
-        first_1Y = runner.prefill(cut, 0)
-    (said,) = runner.decode(first_1Y, new_tokens, Clock(runner.device))
-    engine_TY = torch.cat([first_1Y.float(), *runner.logits])
-    whole_1T = torch.cat([ids_1T, ids_1T.new_tensor([said[:-1]])], dim=1)
-    forward_TY = _logits_from(subject.model, whole_1T, sum(pieces) - 1)
-    if subject.model.dtype == torch.float32:
-        return Gate(_distance(engine_TY, forward_TY), 0.0, "its forward pass")
-    with _widened(subject.model):
-        truth_TY = _logits_from(subject.model, whole_1T, sum(pieces) - 1)
-    return Gate(
-        _distance(engine_TY, truth_TY),
-        _distance(forward_TY, truth_TY),
-        "its forward pass in float32",
-    )
-
-
-@torch.no_grad()
-def _logits_from(model: Any, ids_1T: Tensor, start: int) -> Tensor:
-    found: Tensor = model(input_ids=ids_1T).logits[0, start:].float()
-    return found
-
-
-def _distance(found: Tensor, truth: Tensor) -> float:
-    return float((found - truth).norm() / truth.norm())
-
-
-@contextlib.contextmanager
-def _widened(model: Any) -> Iterator[None]:
-    """The model in float32 for a moment; the way back loses nothing."""
-    narrow = {p: p.dtype for p in model.parameters()}
-    for p in narrow:
-        p.data = p.data.float()
-    try:
-        yield
-    finally:
-        for p, dtype in narrow.items():
-            p.data = p.data.to(dtype)

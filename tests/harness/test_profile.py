@@ -24,6 +24,7 @@ from internvideo3.harness.profile.runners import Clock, make_runner, random_ids
 from internvideo3.harness.profile.subjects import Subject, class_of, config_of, load
 from internvideo3.harness.profile.workload import FIGURE6, Workload, WorkloadError, chosen
 from internvideo3.harness.store import StoreError, read_rows
+from internvideo3.model import engine_layers
 from internvideo3.reports import efficiency
 from internvideo3.reports.efficiency import EfficiencyError, decode_figure, draw, ratio_figure, read
 from internvideo3.tasks.world.media import encode_video
@@ -134,6 +135,72 @@ def test_a_red_gate_stops_its_own_model_only(
     profile(tiny)
     again, kept = map(measured, tiny.runs())
     assert kept == m2la and {row["status"] for row in again[2:]} == {"ok"}
+
+
+def test_every_form_that_is_timed_has_a_gate_of_its_own(tiny: ProfileOptions) -> None:
+    workload = replace(tiny.workload, batches=(1, 3), caches=("native", "fp8"), contexts=(48,))
+    told: list[str] = []
+    gqa, m2la = map(measured, profile(replace(tiny, workload=workload), told.append))
+    scopes = {(row["batch"], row["cache"]): row["gate_scope"] for row in m2la}
+    assert scopes == {
+        (batch, cache): f"the engine, batch {batch}, {cache} cache, 104 tokens"
+        for batch in (1, 3)
+        for cache in ("native", "fp8")
+    }
+    assert all(0 < row["gate_engine_error"] <= 1e-4 for row in m2la)
+    assert len({row["gate_engine_error"] for row in m2la}) == 4
+    assert {row["status"] for row in gqa if row["cache"] == "fp8"} == {"not possible"}
+    assert sum("gate green" in line for line in told) == 2 + 4
+    assert sum("over the same fp8 rows" in line for line in told) == 2
+
+
+@pytest.mark.parametrize("broken", ["scales", "places"])
+def test_a_fault_of_one_form_is_red_there_only(
+    tiny: ProfileOptions, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales of fp8 rows, or where the new tokens of a batch are cached."""
+    right = engine_layers._rows
+
+    def wrong(*given: Any) -> Any:
+        rows = right(*given)
+        return replace(rows, scale_bT=rows.scale_bT * 1.05) if rows.scale_bT is not None else rows
+
+    if broken == "scales":
+        monkeypatch.setattr(engine_layers, "_rows", wrong)
+    else:
+        monkeypatch.setattr(engine_layers.RowAttend, "_places", lambda _, where: where.slots_B)
+    workload = replace(
+        tiny.workload,
+        models=("random:tiny-m2la",),
+        batches=(1, 2),
+        caches=("native", "fp8"),
+        contexts=(48,),
+    )
+    form = r"batch 1, fp8" if broken == "scales" else "batch 2, native"
+    with pytest.raises(GateError, match=rf"tiny-m2la \({form} cache\).*: the gate is red"):
+        profile(replace(tiny, workload=workload))
+    red = {
+        (row["batch"], row["cache"])
+        for row in measured(tiny.runs()[1])
+        if row["status"] == "gate red"
+    }
+    assert red == ({(1, "fp8"), (2, "fp8")} if broken == "scales" else {(2, "native"), (2, "fp8")})
+
+
+def test_bfloat16_forms_pass_their_gates(tiny: ProfileOptions) -> None:
+    workload = replace(
+        tiny.workload,
+        dtypes=("bfloat16",),
+        contexts=(48,),
+        batches=(1, 2),
+        caches=("native", "fp8"),
+        models=("random:tiny-m2la",),
+    )
+    (run,) = profile(replace(tiny, workload=workload))
+    assert {row["dtype"] for row in measured(run)} == {"bfloat16"}
+    assert {(row["status"], row["gate_engine_error"] < 0.05) for row in measured(run)} == {
+        ("ok", True)
+    }
 
 
 class CompilerError(Exception):
