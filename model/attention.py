@@ -71,10 +71,16 @@ class RowAttention(nn.Module, ABC):
         self._slots: Tensor | None = None
 
     @abstractmethod
+    def project(self, x_BTX: Tensor, vision_BT: Tensor | None) -> Tensor:
+        """Rows `[c | k_rope before rotation]` of new tokens, [B, T, r + 2 S]."""
+
     def write(
         self, x_BTX: Tensor, cos_BTS: Tensor, sin_BTS: Tensor, vision_BT: Tensor | None
     ) -> Tensor:
         """The cached rows `[c | k_rope]` of new tokens, [B, T, r + 2 S]."""
+        row_BTW = self.project(x_BTX, vision_BT)
+        c_BTR, rope_BTS = row_BTW[..., : self.rank], row_BTW[..., self.rank :]
+        return torch.cat([c_BTR, rotate(rope_BTS, cos_BTS, sin_BTS)], dim=-1)
 
     @abstractmethod
     def queries(self, x_BTX: Tensor, cos_BTS: Tensor, sin_BTS: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,10 +222,8 @@ class LatentAttention(RowAttention):
             self.adapter_bias = nn.Parameter(torch.empty(2, R))
         self._made: Folded | None = None
 
-    def write(
-        self, x_BTX: Tensor, cos_BTS: Tensor, sin_BTS: Tensor, vision_BT: Tensor | None
-    ) -> Tensor:
-        """The cached rows `[c | k_rope]` of new tokens, [B, T, r + 2 S]."""
+    def project(self, x_BTX: Tensor, vision_BT: Tensor | None) -> Tensor:
+        """Rows `[c | k_rope before rotation]` of new tokens, [B, T, r + 2 S]."""
         B, T, _ = x_BTX.shape
         k_BTKD = self.k_norm(self.k_proj(x_BTX).view(B, T, self.num_kv_heads, self.head_dim))
         kv_BTE = torch.cat([k_BTKD.flatten(2), self.v_proj(x_BTX)], dim=-1)
@@ -227,11 +231,10 @@ class LatentAttention(RowAttention):
         if folded is not None:
             row_BTW = folded.rows(kv_BTE, vision_BT)
             c_BTR, rope_BTS = row_BTW[..., : self.rank], row_BTW[..., self.rank :]
-            c_BTR = nest(c_BTR, self.vision_rank, vision_BT)
-            return torch.cat([c_BTR, rotate(rope_BTS, cos_BTS, sin_BTS)], dim=-1)
-        c_BTR = self.adapt(self.latent_proj(kv_BTE), vision_BT)
-        c_BTR = nest(c_BTR, self.vision_rank, vision_BT)
-        return torch.cat([c_BTR, rotate(self.rotary_key(k_BTKD), cos_BTS, sin_BTS)], dim=-1)
+        else:
+            c_BTR = self.adapt(self.latent_proj(kv_BTE), vision_BT)
+            rope_BTS = self.rotary_key(k_BTKD)
+        return torch.cat([nest(c_BTR, self.vision_rank, vision_BT), rope_BTS], dim=-1)
 
     def rotary_key(self, k_BTKD: Tensor) -> Tensor:
         """Shared rotary key before rotation, [B, T, 2 S]: `k'_s = Σ_h w_{s,h} k_{h,f(s)}`."""

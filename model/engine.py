@@ -71,7 +71,9 @@ class Engine:
         self.limit_B = on_device([r.max_new_tokens for r in replies], torch.int64)
         self.position_B = on_device([r.position for r in replies], torch.int64)
         self.length_B = on_device([r.length for r in replies], torch.int64)
-        self.temperature_B1 = on_device([[r.temperature] for r in replies], torch.float32)
+        self.drawn_B = on_device([r.temperature > 0 for r in replies], torch.bool)
+        # Of a reply that is not drawn, 1: its odds are computed and not looked at.
+        self.temperature_B1 = on_device([[r.temperature or 1.0] for r in replies], torch.float32)
         self.token_B = torch.zeros_like(self.limit_B)
         self.count_B = torch.zeros_like(self.limit_B)
         self.goes_on_B = torch.ones_like(self.limit_B, dtype=torch.bool)
@@ -212,16 +214,14 @@ class Engine:
         likeliest_B = logits_BY.argmax(-1)
         if not any(self.generators):
             return likeliest_B, None
-        drawn_B = likeliest_B.clone()
-        logp_B = torch.zeros_like(likeliest_B, dtype=torch.float32)
-        for row, generator in enumerate(self.generators):
+        logp_BY = (logits_BY.float() / self.temperature_B1).log_softmax(-1)
+        noise_BY = torch.ones_like(logp_BY)
+        for noise_Y, generator in zip(noise_BY, self.generators, strict=True):
             if generator is not None:
-                logp_Y = (logits_BY[row].float() / self.temperature_B1[row]).log_softmax(-1)
-                odds_Y = logp_Y.exp()
-                noise_Y = torch.empty_like(odds_Y).exponential_(generator=generator)
-                drawn_B[row] = (odds_Y / noise_Y.clamp_min(1e-30)).argmax(-1)
-                logp_B[row] = logp_Y.gather(0, drawn_B[row : row + 1])[0]
-        return drawn_B, logp_B
+                noise_Y.exponential_(generator=generator)
+        likely_B = logp_BY.exp().div_(noise_BY.clamp_min_(1e-30)).argmax(-1)
+        picked_B = torch.where(self.drawn_B, likely_B, likeliest_B)
+        return picked_B, logp_BY.gather(1, picked_B[:, None])[:, 0]
 
 
 def _barred(replies: Sequence[Reply], logits_BY: Tensor) -> Tensor | None:

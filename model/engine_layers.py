@@ -25,6 +25,7 @@ from internvideo3.kernels.gqa_append.dispatch import gqa_append
 from internvideo3.kernels.gqa_decode.dispatch import decode_runs as gqa_decode
 from internvideo3.kernels.gqa_decode.dispatch import is_static as gqa_is_static
 from internvideo3.kernels.gqa_decode.naive import KeysValues
+from internvideo3.kernels.latent_append.dispatch import latent_append
 from internvideo3.kernels.latent_decode.dispatch import decode_runs as latent_decode
 from internvideo3.kernels.latent_decode.dispatch import is_static
 from internvideo3.kernels.latent_decode.rows import Rows
@@ -183,10 +184,10 @@ class RowAttend:
 
     def write(self, x_BX: Tensor, norm: Any, angles: tuple[Tensor, ...], slots_B: Tensor) -> Tensor:
         """Caches a row of each sequence at its slot; returns the absorbed queries [B, H, W]."""
-        x_B1X, (cos_B1S, sin_B1S) = norm(x_BX)[:, None], (t[:, None] for t in angles)
-        row_B1W = self.attn.write(x_B1X, cos_B1S, sin_B1S, None)
-        self.rows_CW.index_copy_(0, slots_B, row_B1W[:, 0])
-        return self.attn.absorbed_queries(x_B1X, cos_B1S, sin_B1S)[:, :, 0].contiguous()
+        x_B1X, (cos_BS, sin_BS) = norm(x_BX)[:, None], angles
+        latent_append(self.attn.project(x_B1X, None)[:, 0], cos_BS, sin_BS, slots_B, self.rows_CW)
+        q_BH1W = self.attn.absorbed_queries(x_B1X, cos_BS[:, None], sin_BS[:, None])
+        return q_BH1W[:, :, 0].contiguous()
 
 
 class FusedRowAttend(RowAttend):
@@ -246,7 +247,7 @@ class PreropeAttend:
         x_B1X, rows, turns = norm(x_BX)[:, None], self.layer.tail[0], self.first.tail[1]
         cos_B1F, sin_B1F = where.cos_BF[:, None], where.sin_BF[:, None]
         slots_B = self.first_slots_B + where.slots_B
-        new_B1R = attn.write(x_B1X, cos_B1F, sin_B1F, None)
+        new_B1R = attn.project(x_B1X, None)
         rows.view(-1, rows.shape[-1]).index_copy_(0, slots_B, new_B1R[:, 0])
         if self.layer is self.first:
             turn_BD = torch.cat([cos_B1F, sin_B1F], dim=-1)[:, 0]

@@ -59,7 +59,7 @@ class PreropeAttention(RowAttention):
         """As `RowAttention.forward`; always reconstructs."""
         B, T, _ = hidden_states.shape
         cos_BTF, sin_BTF = (x[..., : self.head_dim // 2] for x in position_embeddings)
-        row_B1TW = self.write(hidden_states, cos_BTF, sin_BTF, modality_mask)[:, None]
+        row_B1TW = self.project(hidden_states, modality_mask)[:, None]
         turn_B1TD = torch.cat([cos_BTF, sin_BTF], dim=-1)[:, None]
         parts = self._parts(row_B1TW, turn_B1TD, attention_mask, past_key_values)
         q_BHTD, _ = self.queries(hidden_states, cos_BTF, sin_BTF)
@@ -91,9 +91,7 @@ class PreropeAttention(RowAttention):
             for own, other in zip(parts, first, strict=True)
         ]
 
-    def write(
-        self, x_BTX: Tensor, cos_BTS: Tensor, sin_BTS: Tensor, vision_BT: Tensor | None
-    ) -> Tensor:
+    def project(self, x_BTX: Tensor, vision_BT: Tensor | None) -> Tensor:
         """The cached latents of new tokens, [B, T, r]; positions do not enter."""
         B, T, _ = x_BTX.shape
         k_BTKD = self.k_norm(self.k_proj(x_BTX).view(B, T, self.num_kv_heads, self.head_dim))

@@ -50,13 +50,11 @@ class ReleasedAttention(RowAttention):
         up_HPDR: Tensor = self.kv_b_proj.weight.unflatten(0, (self.num_heads, 2, -1))
         return up_HPDR
 
-    def write(
-        self, x_BTX: Tensor, cos_BTS: Tensor, sin_BTS: Tensor, vision_BT: Tensor | None
-    ) -> Tensor:
-        """The cached rows `[c | k_rope]` of new tokens, [B, T, r + 2 S]; all modalities alike."""
+    def project(self, x_BTX: Tensor, vision_BT: Tensor | None) -> Tensor:
+        """Rows `[c | k_rope before rotation]`, [B, T, r + 2 S]; all modalities alike."""
         row_BTW = self.kv_a_proj_with_mqa(x_BTX)
         c_BTR, rope_BTS = row_BTW[..., : self.rank], row_BTW[..., self.rank :]
-        return torch.cat([c_BTR, rotate(split_pairs(rope_BTS), cos_BTS, sin_BTS)], dim=-1)
+        return torch.cat([c_BTR, split_pairs(rope_BTS)], dim=-1)
 
     def queries(self, x_BTX: Tensor, cos_BTS: Tensor, sin_BTS: Tensor) -> tuple[Tensor, Tensor]:
         """Content query [B, H, T, D] and rotated slot query [B, H, T, 2 S]."""

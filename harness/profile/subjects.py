@@ -149,11 +149,11 @@ def load(name: str, device: torch.device, dtype: str) -> Subject:
     kind = getattr(torch, dtype)
     with torch.device(device):
         model = class_of(config)._from_config(config, dtype=kind).eval()
-    return Subject(name, _randomised(model), None, attention)
+    return Subject(name, randomised(model), None, attention)
 
 
 @torch.no_grad()
-def _randomised(model: Any) -> Any:
+def randomised(model: Any) -> Any:
     """The model with weights drawn anew: not zeros, which make a GPU faster than it is.
 
     Factors of a head's coordinates are around one: M²LA's rotary part would otherwise weigh next to

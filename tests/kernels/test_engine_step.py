@@ -7,15 +7,26 @@ import pytest
 import torch
 
 from internvideo3.harness.profile.runners import Clock, EngineRunner, random_ids
-from internvideo3.harness.profile.subjects import load
+from internvideo3.harness.profile.subjects import Subject, class_of, config_of, load, randomised
 from internvideo3.kernels.choice import interpreted
 
 STEPS = 1
 
 
+def of(name: str) -> Subject:
+    """A model with random weights; `released`: in the layout of the authors' checkpoint."""
+    if name != "released":
+        return load(name, torch.device("cpu"), "float32")
+    config = config_of("random:tiny-m2la")
+    text = config.text_config
+    text.row_form, text.qk_norm, text.rope_slots = "released", "linear", text.head_dim // 2
+    model = class_of(config)._from_config(config, dtype=torch.float32).eval()
+    return Subject(name, randomised(model), None, "m2la")
+
+
 def step(name: str, batch: int, *, fp8: bool = False) -> torch.Tensor:
     """Logits of the last step, [B, Y], after a prefill in several chunks."""
-    subject = load(name, torch.device("cpu"), "float32")
+    subject = of(name)
     runner = EngineRunner(subject, batch, chunk=16, fp8=fp8)
     runner.keeps_logits = True
     logits_BY = runner.prefill(random_ids(subject, batch, 37), STEPS)
@@ -32,6 +43,8 @@ def step(name: str, batch: int, *, fp8: bool = False) -> torch.Tensor:
         ("random:tiny-m2la", 1, False),
         ("random:tiny-m2la", 2, False),
         ("random:tiny-m2la", 2, True),
+        ("released", 1, False),
+        ("released", 2, True),
     ],
 )
 def test_a_step_through_the_kernels_is_the_step_in_torch(name: str, batch: int, fp8: bool) -> None:
