@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -52,6 +53,14 @@ class Series:
     cache: dict[int, Mapping[str, Any]]
     absent: dict[int, str]
     """Why a length has no figures: "out of memory", "does not fit" ..."""
+
+    @property
+    def reply_tokens(self) -> set[int]:
+        """How long the replies are whose seconds are told."""
+        return {
+            int((row.get("integrated") or {}).get("tokens", row["new_tokens"]))
+            for row in self.decode.values()
+        }
 
     def reply_s(self, context: int) -> float | None:
         """Seconds of a whole reply."""
@@ -182,13 +191,14 @@ def draw(runs: Iterable[Path], out: Path) -> list[Path]:
             continue
         for ending in ("svg", "png"):
             file = out / f"{name}.{ending}"
-            figure.savefig(file, dpi=PNG_DPI, bbox_inches="tight", metadata=_undated(ending))
+            with matplotlib.rc_context({"svg.hashsalt": name}):
+                figure.savefig(file, dpi=PNG_DPI, bbox_inches="tight", metadata=_undated(ending))
             written.append(file)
     return written
 
 
 def _undated(ending: str) -> dict[str, Any]:
-    """Equal data give equal files."""
+    """Equal data give equal files (ids within an SVG by `svg.hashsalt`)."""
     return {"Date": None} if ending == "svg" else {"Software": None}
 
 
@@ -210,7 +220,11 @@ def decode_figure(data: Efficiency) -> Figure:
 
 
 def latency_figure(data: Efficiency) -> Figure:
-    """Figure 6b: seconds of prefill and reply, stacked."""
+    """Figure 6b: seconds of prefill and reply, stacked.
+
+    Where replies are as long as the paper's, its own are marked: their tokens over its rate, since
+    it publishes no seconds and, of end to end, ratios only.
+    """
     timed = any(series.prefill for series in data.series)
     title = "Prefill (pale) and reply, seconds" if timed else "Reply, seconds; prefill not timed"
     figure, axes = _canvas(data, title)
@@ -226,6 +240,8 @@ def latency_figure(data: Efficiency) -> Figure:
             axes.bar(x, before, width, color=colour, alpha=0.4)
             axes.bar(x, reply, width, bottom=before, color=colour)
         axes.bar(0, 0, color=colour, label=series.name)
+    if _is_full_size(data):
+        _overlay_replies(axes, data)
     axes.set_xscale("linear")
     axes.set_xticks(range(len(data.contexts)), [_tokens(n) for n in data.contexts])
     _legend(axes)
@@ -356,7 +372,23 @@ def _overlay(axes: Axes) -> None:
     axes.plot([start], [0.08], "x", markersize=7, label=label, **at_foot)
 
 
-def _hollow(axes: Axes, points: Mapping[str, float], attention: str, label: str) -> None:
+def _overlay_replies(axes: Axes, data: Efficiency) -> None:
+    """Seconds of the paper's replies, hollow, beside replies of their length."""
+    paper = _paper()
+    if {n for series in data.series for n in series.reply_tokens} != {paper["reply_tokens"]}:
+        return
+    for attention, points in paper["decode_tokens_per_s"].items():
+        known = {
+            data.contexts.index(int(n)): paper["reply_tokens"] / rate
+            for n, rate in points.items()
+            if int(n) in data.contexts
+        }
+        _hollow(axes, known, attention, f"paper, {ATTENTION[attention]} (H200), reply alone")
+    ratio = paper["end_to_end_speedup"]["32768"]
+    axes.plot([], [], " ", label=f"paper, prefill and reply: M²LA {ratio} times as fast at 32K")
+
+
+def _hollow(axes: Axes, points: Mapping[Any, float], attention: str, label: str) -> None:
     colour, marker = PAPER_STYLE[attention]
     contexts, values = [int(n) for n in points], list(points.values())
     axes.plot(contexts, values, marker, markerfacecolor="none", color=colour, label=label)

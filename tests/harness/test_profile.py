@@ -26,7 +26,14 @@ from internvideo3.harness.profile.workload import FIGURE6, Workload, WorkloadErr
 from internvideo3.harness.store import StoreError, read_rows
 from internvideo3.model import engine_layers
 from internvideo3.reports import efficiency
-from internvideo3.reports.efficiency import EfficiencyError, decode_figure, draw, ratio_figure, read
+from internvideo3.reports.efficiency import (
+    EfficiencyError,
+    decode_figure,
+    draw,
+    latency_figure,
+    ratio_figure,
+    read,
+)
 from internvideo3.tasks.world.media import encode_video
 
 TINY = ("random:tiny-gqa", "random:tiny-m2la")
@@ -530,7 +537,7 @@ def test_figures_and_table(options: ProfileOptions, tmp_path: Path) -> None:
     }
     first = {file: file.read_bytes() for file in files}
     assert draw(runs, tmp_path / "figures") == files
-    assert all(file.read_bytes() == first[file] for file in files if file.suffix != ".svg")
+    assert all(file.read_bytes() == first[file] for file in files)
     text = (tmp_path / "figures/efficiency.md").read_text()
     (decode,) = [
         row for row in measured(runs[1]) if row["kind"] == "decode" and row["context_tokens"] == 256
@@ -548,7 +555,7 @@ def test_the_ratio_pairs_what_was_run_in_the_same_way(tmp_path: Path) -> None:
         about = {"model": model, "attention": attention, "runner": runner, "batch": 1}
         about |= {"dtype": "bfloat16", "cache": "native", "context_tokens": 32768, "point": model}
         about |= {"kind": "decode", "status": "ok", "device": "NVIDIA H200", "median_s": 1.0}
-        about |= {"parameters": 8 * 10**9}
+        about |= {"parameters": 8 * 10**9, "new_tokens": 16384}
         return json.dumps(about | {"tokens_per_s": rate, "moved_bytes_per_step": read})
 
     gqa = row("gqa", "gqa", "engine", 80.0, 300.0), row("gqa", "gqa", "sdpa", 20.0, 300.0)
@@ -564,6 +571,14 @@ def test_the_ratio_pairs_what_was_run_in_the_same_way(tmp_path: Path) -> None:
     assert one.get_ydata()[0] == 1 and "paper" in paper.get_label()
     assert ratio_figure(read([tmp_path / "gqa"])) is None
     assert not [f for f in draw([tmp_path / "gqa"], tmp_path / "out") if "over" in f.name]
+    # Replies are as long as the paper's, so seconds may stand beside its: 16384 / 21.74 tokens/s.
+    paper = latency_figure(data).axes[0].lines
+    assert [line.get_label().rpartition(", ")[2] for line in paper[:2]] == ["reply alone"] * 2
+    assert paper[0].get_xydata().tolist() == [[0, pytest.approx(753.6, abs=0.1)]]
+    file = tmp_path / "m2la" / "measurements.jsonl"
+    file.write_text(file.read_text().replace("16384", "256"))
+    shorter = latency_figure(read([tmp_path / "gqa", tmp_path / "m2la"]))
+    assert not shorter.axes[0].lines
 
 
 def test_the_gpu_script_rehearses_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
