@@ -8,6 +8,7 @@ and never reads the model's `rope_deltas`, and forks without copying.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -394,10 +395,21 @@ class Session:
                     hidden_1TX = run(self.model, self.cache, chunk)
                     appended(chunk.visual_BT)
             self._logits_Y = logits(self.model, hidden_1TX[0, -1])
+        self._warn_of(following)
         self._position = following
         self._ids = (*self._ids, tuple(piece.ids))
         wait_for(self.device)
         self.prefill_s += time.perf_counter() - started - (self.encode_s - encoded_before_s)
+
+    def _warn_of(self, following: int) -> None:
+        """Says once that positions are beyond those the model was made for; it goes on."""
+        most = self.model.config.text_config.max_position_embeddings
+        if self._position <= most < following:
+            warnings.warn(
+                f"the context reaches position {following}, and this model was made for {most} "
+                "(max_position_embeddings); what lies beyond may be understood poorly.",
+                stacklevel=4,
+            )
 
     def _place(self, piece: Piece) -> tuple[Tokens, int]:
         """Tokens of a piece with their positions, and the position that follows."""

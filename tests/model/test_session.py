@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -528,6 +529,21 @@ def test_long_inputs_are_attended_in_runs(
     want = asker.ask(asker.prefix(model), QUESTIONS[1]).logits_last
     monkeypatch.setattr("internvideo3.model.segments.MAX_SCORES", 8 * 128 * 5)
     assert gap(asker.ask(asker.prefix(model), QUESTIONS[1]).logits_last, want) <= TOLERANCE
+
+
+def test_a_context_beyond_what_the_model_was_made_for_is_told_once(
+    source: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source.config.text_config, "max_position_embeddings", 40)
+    session = Session(source, processor)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        session.append_ids(range(100, 140))
+        assert not told
+        session.append_ids([100])
+        session.append_ids([101])
+    assert [str(one.message)[:31] for one in told] == ["the context reaches position 41"]
+    assert len(session) == 42
 
 
 def test_mistakes_are_explained(source: Any, processor: Any, asker: Asker, chat: Any) -> None:
