@@ -102,9 +102,15 @@ class Segment:
             return self
         (rows_b1NW,) = self.views()
         kept = rank - (self.nested.missing if self.nested else 0)
-        runs = [_quantized(cut, kept) for cut in rows_b1NW[:, 0].split(COMPRESSED_TOKENS, dim=1)]
-        joined = tuple(torch.cat(t, dim=2) for t in zip(*runs, strict=True))
-        return Segment(joined, self.length, self.nested)
+        # Filled stretch by stretch: at its fullest moment the run is there twice, not three times.
+        made: tuple[Tensor, ...] = ()
+        for start in range(0, self.length, COMPRESSED_TOKENS):
+            stretch = _quantized(rows_b1NW[:, 0, start : start + COMPRESSED_TOKENS], kept)
+            if not made:
+                made = tuple(t.new_empty(*t.shape[:2], self.length, t.shape[3]) for t in stretch)
+            for whole, part in zip(made, stretch, strict=True):
+                whole[:, :, start : start + COMPRESSED_TOKENS] = part
+        return Segment(made, self.length, self.nested)
 
 
 def _widened(latent: Tensor, rope: Tensor, scale: Tensor) -> Tensor:
@@ -269,14 +275,18 @@ class SegmentedLayer(CacheLayerMixin):
         capacity = self.tail[0].shape[2] if self.tail else 0
         full = self.length + tokens > capacity
         if full and may_freeze and self.length > COPIED_TOKENS:
-            self.frozen = self.segments()
-            self.tail, self.length, self._shared_length = (), 0, 0
+            self.freeze()
         self.reserve(like, self.length + tokens)
+
+    def freeze(self) -> None:
+        """Makes the tail a segment; nothing is copied."""
+        self.frozen = self.segments()
+        self.tail, self.length, self._shared_length = (), 0, 0
 
     def compress(self, rank: int) -> None:
         """Turns everything cached so far into runs with fp8 latents."""
-        self.frozen = tuple(segment.compress(rank) for segment in self.segments())
-        self.tail, self.length, self._shared_length = (), 0, 0
+        self.freeze()
+        self.frozen = tuple(segment.compress(rank) for segment in self.frozen)
 
     def narrow(self, vision_T: Tensor, nested: Nested) -> None:
         """Freezes the tail in two runs: its newest tokens that are of a video, and all others.
@@ -512,7 +522,8 @@ class SegmentedCache(Cache):
         """If the block fails, layers hold again what they held before it.
 
         A failure in the middle of a forward pass has cached its tokens in some layers only. While
-        the block runs, tails that it outgrew are kept: `COPIED_TOKENS` tokens a layer at most.
+        the block runs, tails that it outgrew are kept: `COPIED_TOKENS` tokens a layer at most, or
+        what a prompt's vision rows of a smaller rank were picked from.
         """
         layers = [self.segmented(index) for index in range(len(self.layers))]
         states = [layer.state() for layer in layers]
@@ -582,8 +593,13 @@ class LatentCache(SegmentedCache):
         """
         if config.row_form == "prerope":
             raise ValueError("rows before rotation have no fp8 form; they are never absorbed.")
-        for index in range(len(self.layers)):
-            self.segmented(index).compress(config.rank(index))
+        layers = [self.segmented(index) for index in range(len(self.layers))]
+        # All tails first: should one layer find no memory, they still hold the same tokens in the
+        # same segments, some of them compressed, which is a cache like any other.
+        for layer in layers:
+            layer.freeze()
+        for index, layer in enumerate(layers):
+            layer.compress(config.rank(index))
 
     @contextmanager
     def prefilling(

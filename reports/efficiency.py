@@ -24,7 +24,13 @@ MARKERS = ("o", "D", "s", "^", "v", "P")
 PAPER_STYLE = {"gqa": ("#656a72", "o"), "m2la": ("#1c1e21", "D")}
 ATTENTION = {"gqa": "GQA", "m2la": "M²LA"}
 PNG_DPI = 160
-APART = {"device": "", "chunk": "chunk", "new_tokens": "new tokens", "threads": "threads"}
+APART = {
+    "device": "",
+    "chunk": "chunk",
+    "new_tokens": "new tokens",
+    "threads": "threads",
+    "fill": "fill",
+}
 """What keeps rows of one model apart where they differ in it, and how that is said."""
 STAGES = ("video_decoding", "vision_encoding")
 PAPER_SIZE = 7e9, 10e9
@@ -103,7 +109,7 @@ def read(runs: Iterable[Path]) -> Efficiency:
     differ = [one for one in APART if len({row.get(one) for row in points}) > 1]
     for row in points:
         name = _name(row, differ)
-        way = tuple(row.get(one) for one in ("runner", "batch", "dtype", *APART))
+        way = tuple(row.get(one) for one in ("runner", "batch", "dtype", "cache", *APART))
         made = found.setdefault(name, Series(name, row["attention"], way, {}, {}, {}, {}, {}))
         _sort_in(made, row)
     if not any(s.decode or s.absent for s in found.values()):

@@ -102,9 +102,14 @@ def _draw(options: ProfileOptions) -> None:
     if find_spec("matplotlib") is None:
         say(f"no matplotlib here; the same with --draw-only draws {options.out} elsewhere")
         return
-    from internvideo3.reports.efficiency import draw
+    from internvideo3.reports.efficiency import EfficiencyError, draw
 
-    for file in draw(options.runs(), options.out):
+    try:
+        files = draw(options.runs(), options.out)
+    except EfficiencyError as nothing:
+        say(f"nothing drawn: {nothing}")
+        return
+    for file in files:
         say(f"wrote {file}")
 
 

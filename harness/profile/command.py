@@ -139,9 +139,14 @@ def _missing(options: ProfileOptions, point: Point) -> bool:
         and row["kind"] in ENDINGS
         and row.get("device") == device
         and row["status"] not in TRIED_AGAIN
-        and (row["status"] != "ok" or row["repeats"] >= wanted)
+        and (row["status"] != "ok" or row["repeats"] >= wanted or _ran_out(row))
         for row in read_rows(file)
     )
+
+
+def _ran_out(row: Row) -> bool:
+    """Whether a point's repeats ended for want of memory, as they would again."""
+    return str(row.get("ended_by", "")).startswith("out of memory")
 
 
 def _check(options: ProfileOptions) -> None:
@@ -245,14 +250,21 @@ class _Group:
         video = self.options.video
         if video is None:
             return []
-        about = {"video": video.name, "device": _device_name(self.device), "dtype": self.dtype}
+        about = {
+            "video": video.name,
+            "video_bytes": video.stat().st_size,
+            "device": _device_name(self.device),
+            "dtype": self.dtype,
+        }
+
+        def is_seen(row: Row) -> bool:
+            enough = row.get("repeats", 0) >= self.options.workload.repeats
+            return about.items() <= row.items() and row["status"] not in TRIED_AGAIN and enough
+
         return [
             name
             for name in names
-            if not any(
-                about.items() <= row.items()
-                for row in read_rows(self.options.run_of(name) / "measurements.jsonl")
-            )
+            if not any(map(is_seen, read_rows(self.options.run_of(name) / "measurements.jsonl")))
         ]
 
     def _wanted(self, names: Sequence[str]) -> Iterator[list[Point]]:
@@ -268,7 +280,9 @@ class _Group:
         """A model and its gates; or the row of each of its points, if it cannot be timed."""
         try:
             subject = load(name, self.device, self.dtype)
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not _is_of_memory(error):
+                raise
             return self._told_failure(name, error)
         plain = self._gated(subject, PLAIN)
         if isinstance(plain, dict):
@@ -364,14 +378,19 @@ class _Group:
     def _stages(self, video: Path, subject: Subject, found: Gate) -> None:
         """Time decoding and encoding of a video."""
         repeats = self.options.workload.repeats
-        about = {"video": video.name, "repeats": repeats, "status": "ok"}
-        row, frames = decoding_row(video, FRAMES_PER_S, MAX_FRAMES, repeats)
-        rows = [row]
-        self.tell(f"{subject.name}: {video.name} decoded at {row['frames_per_s']:.0f} frames/s")
-        if subject.processor is not None:
-            rows.append(encoding_row(subject, frames, repeats))
-            self.tell(f"{subject.name}: encoded at {rows[-1]['tokens_per_s']:.0f} vision tokens/s")
+        about = {"video": video.name, "video_bytes": video.stat().st_size, "repeats": repeats}
         common = self._common(subject.name, PLAIN, found) | about
+        rows: list[Row] = []
+        try:
+            row, frames = decoding_row(video, FRAMES_PER_S, MAX_FRAMES, repeats)
+            rows.append(row | {"status": "ok"})
+            self.tell(f"{subject.name}: {video.name} decoded at {row['frames_per_s']:.0f} frames/s")
+            if subject.processor is not None:
+                row = encoding_row(subject, frames, repeats)
+                rows.append(row | {"status": "ok"})
+                self.tell(f"{subject.name}: encoded at {row['tokens_per_s']:.0f} vision tokens/s")
+        except Exception as error:  # no decoder, a bad file, no memory: other models go on
+            rows.append(self._told_failure(f"{subject.name}, {video.name}", error))
         append_measurements(self.options.run_of(subject.name), [common | one for one in rows])
 
     def _common(self, model: str, form: Form, found: Gate | None) -> Row:
@@ -429,13 +448,19 @@ def _told(found: Gate) -> str:
     return told
 
 
+def _is_of_memory(error: Exception) -> bool:
+    """Whether there was too little memory, of the device or the host."""
+    return isinstance(
+        error, (MemoryError, torch.OutOfMemoryError)
+    ) or "can't allocate memory" in str(error)
+
+
 def _failure(error: Exception) -> Row:
     """The row of a point that ended so; the CPU's allocator has no error of its own."""
     if isinstance(error, torch.OutOfMemoryError):
         reason = str(error).split(". ", maxsplit=1)[0]
         return {"kind": "none", "status": "out of memory", "reason": reason}
-    scarce = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-    status = "out of memory" if scarce else "failed"
+    status = "out of memory" if _is_of_memory(error) else "failed"
     return {"kind": "none", "status": status, "reason": f"{type(error).__name__}: {error}"[:400]}
 
 

@@ -16,6 +16,7 @@ import torch
 
 from internvideo3.harness.profile.subjects import attention_of, class_of, config_of
 from internvideo3.harness.profile.workload import Point, Workload, WorkloadError, why_not
+from internvideo3.model.cache import COMPRESSED_TOKENS
 from internvideo3.model.checkpoint import ITEM_BYTES, cache_bytes_per_token
 from internvideo3.model.config import InternVideo3Config
 from internvideo3.model.segments import BLOCK
@@ -31,6 +32,8 @@ RUNTIME_BYTES = 3 << 29
 USABLE = 0.985
 """Share of a device's memory that the allocator gets before fragments stop it."""
 ROUNDED = 64
+FLOAT32_COPIES = 3
+"""Of rows that are compressed: themselves, their sizes, what they are divided to."""
 STEP_BYTES = 1 << 28
 """What a captured step keeps for itself; 0.12 and 0.16 GB of the 8B shape on an H200."""
 MOST_SEQUENCES = 1 << 20
@@ -108,7 +111,22 @@ def need_of(point: Point, config: Any, weights: int) -> Need:
         # What is prefilled is cached in full until the last of it is there.
         whole = point.prefilled(point.chunk or CHUNK["cuda"])
         cached = (tokens - whole) * per_token + whole * native
-    return Need(weights, point.batch * cached, _scratch(point, config))
+    scratch = max(_scratch(point, config), _compressing(point, config))
+    return Need(weights, point.batch * cached, scratch)
+
+
+def _compressing(point: Point, config: Any) -> int:
+    """What a synthetic cache holds beside itself while its last layer is compressed.
+
+    That layer's rows in full, and float32 copies of a stretch of them.
+    """
+    synthetic = point.depth - point.prefilled(point.chunk or CHUNK["cuda"])
+    if point.cache != "fp8" or synthetic <= 0:
+        return 0
+    text: Any = config.text_config
+    width = max(text.row_width(i) for i in range(text.num_hidden_layers))
+    stretch = min(COMPRESSED_TOKENS, synthetic) * FLOAT32_COPIES * 4
+    return int(point.batch * width * (synthetic * ITEM_BYTES[point.dtype] + stretch))
 
 
 def fp8_bytes(config: Any, dtype: str) -> int:

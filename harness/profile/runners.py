@@ -256,12 +256,13 @@ class TransformersRunner(Runner):
     def decode(self, logits_BY: Tensor, steps: int, clock: Clock) -> list[list[int]]:
         """As `Runner.decode`; on a GPU some steps come first, which compile and are not timed."""
         said = [logits_BY.argmax(-1, keepdim=True)]
-        for step in range(self.untimed + steps):
-            if step == self.untimed:
-                clock.stamp()
+        for _ in range(self.untimed):
+            said.append(self._step(said[-1], self._forward).argmax(-1, keepdim=True))
+        clock.stamp()
+        for _ in range(steps):
             said.append(self._step(said[-1], self._forward).argmax(-1, keepdim=True))
             clock.stamp()
-        return [list(row) for row in torch.cat(said, dim=1).tolist()]
+        return [list(row) for row in torch.cat(said[self.untimed :], dim=1).tolist()]
 
     def cache_bytes(self) -> int:
         """As `Runner.cache_bytes`."""

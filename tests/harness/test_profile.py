@@ -347,6 +347,27 @@ def test_every_runner_says_the_same(kind: str) -> None:
     )  # fmt: skip
     assert said == want[:, 70:].tolist()
     assert len(clock.seconds()) == 5
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "static"])
+def test_steps_that_compile_are_not_timed(kind: str) -> None:
+    """As on a GPU; the counter is read where the clock starts."""
+    subject = load("random:tiny-gqa", torch.device("cpu"), "float32")
+    runner = make_runner(subject, kind, batch=1, chunk=32)
+    assert isinstance(runner, runners.TransformersRunner)
+    runner.untimed = 3
+    cached: list[int] = []
+    clock = Clock(runner.device, lambda: cached.append(runner.length) or 7.0)
+    said = runner.decode(runner.prefill(random_ids(subject, 1, 70), 5), 5, clock)
+    assert len(clock.seconds()) == 5 and len(said[0]) == 1 + 5
+    assert clock.counted == 7.0 and cached == [70 + 3]
+
+
+@pytest.mark.parametrize("kind", ["engine", "sdpa", "static"])
+def test_every_runner_reads_the_same(kind: str) -> None:
+    subject = load("random:tiny-gqa", torch.device("cpu"), "float32")
+    runner = make_runner(subject, kind, batch=2, chunk=32)
+    runner.decode(runner.prefill(random_ids(subject, 2, 70), 5), 5, Clock(runner.device))
     text = subject.model.config.text_config
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
     assert runner.cache_bytes() >= 2 * 75 * per_token
@@ -412,6 +433,40 @@ def test_a_video_is_decoded_and_encoded(options: ProfileOptions, tmp_path: Path)
     assert encoding["tokens_per_s"] > 0
 
 
+def test_a_video_that_cannot_be_read_is_a_row_and_the_rest_goes_on(
+    options: ProfileOptions, tmp_path: Path
+) -> None:
+    video = tmp_path / "torn.mp4"
+    video.write_bytes(b"no video")
+    workload = replace(
+        options.workload,
+        contexts=(64,),
+        models=("scale:m2la",),
+        repeats=1,
+        dtypes=("float32", "bfloat16"),
+    )
+    torn = replace(options, workload=workload, video=video)
+    (run,) = profile(torn)
+    failed = [row for row in measured(run) if row.get("video")]
+    assert [(row["status"], row["dtype"]) for row in failed] == [
+        ("failed", "float32"),
+        ("failed", "bfloat16"),
+    ]
+    assert {row["dtype"] for row in measured(run) if row["status"] == "ok"} == {
+        "float32",
+        "bfloat16",
+    }
+    # Another file of this name is another video, and what failed is tried again.
+    frames = torch.randint(0, 255, (24, 64, 64, 3), dtype=torch.uint8).numpy()
+    video.write_bytes(encode_video(frames))
+    profile(torn)
+    seen = [row for row in measured(run) if row.get("video") and row["status"] == "ok"]
+    assert [row["kind"] for row in seen] == ["video_decoding", "vision_encoding"] * 2
+    before = measured(run)
+    profile(torn)
+    assert measured(run) == before
+
+
 def test_plan_of_the_8b_shape() -> None:
     """The issue's limits: 768K and 1.5M tokens in bfloat16 on an H200, 2.5M with fp8 latents."""
     figure = chosen("figure6", {"runners": ["engine"]})
@@ -433,6 +488,12 @@ def test_plan_of_the_8b_shape() -> None:
     # A prefill caches in full what is compressed afterwards.
     assert plan(replace(longer, caches=("fp8",), fill="prefill"), h200)[0].refused is not None
     assert plan(replace(longer, caches=("fp8",), fill="last"), h200)[0].refused is None
+    # While a synthetic layer is compressed it is there in full as well: 1024 numbers a token.
+    compressed = replace(longer, caches=("fp8",))
+    tokens = longer.contexts[0]
+    scratch = plan(compressed, h200)[0].need.scratch
+    assert scratch == 1024 * (2 * tokens + 3 * 4 * 65536)
+    assert plan(replace(compressed, contexts=(3_000_000,)), h200)[0].refused is not None
     lines = table(plan(longer, h200), "h200")
     assert lines[-1].endswith("0: does not fit")
     both = replace(figure, runners=("sdpa",), caches=("native", "fp8"), contexts=(32768,))

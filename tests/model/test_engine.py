@@ -5,6 +5,7 @@ Run: .venv/bin/python -m pytest tests/model/test_engine.py -q
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from internvideo3.model import decoding, segments
+from internvideo3.model import cache, decoding, segments
 from internvideo3.model.cache import Segment
 from internvideo3.model.checkpoint import load_model, resolve_checkpoint
 from internvideo3.model.config import InternVideo3Config
@@ -424,6 +425,69 @@ def test_scratch_of_questions_does_not_grow_with_their_prefix(
             batch.prefill(pending, 64)
         largest.append(watch.largest)
     assert largest[0] == largest[1]
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_session_that_could_not_be_compressed_goes_on(
+    frames: Any, failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers before the failure are compressed, the others not: all hold the same tokens."""
+    model, processor = load_model("scale:m2la", "cpu", "float32")
+
+    def asked() -> Session:
+        session = Session(model, processor)
+        session.append_text(VIDEO_TEXT + QUESTION, [frames(20, 1)])
+        return session
+
+    session, whole, done = asked(), asked(), itertools.count()
+    compress = Segment.compress
+
+    def out_of_memory(segment: Segment, rank: int) -> Segment:
+        if next(done) == failing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compress(segment, rank)
+
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        patched.setattr(Segment, "compress", out_of_memory)
+        session.compress()
+    layers = [session.cache.segmented(i) for i in range(len(session.cache.layers))]
+    assert [one.frozen[0].compressed for one in layers] == [i < failing for i in range(len(layers))]
+    if not failing:
+        assert (
+            session.fork().generate(free(24)).token_ids == whole.fork().generate(free(24)).token_ids
+        )
+    session.compress()
+    whole.compress()
+    assert session.generate(free(24)).token_ids == whole.generate(free(24)).token_ids
+    assert {one.get_seq_length() for one in layers} == {len(whole) - 1}
+
+
+def test_a_compressed_row_is_decoded_once_a_question(
+    small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few queries take their scores at once."""
+    model, processor = load_model("scale:m2la", "cpu", "float32")
+    monkeypatch.setattr(model.config.text_config, "attention_form", "absorbed")
+    monkeypatch.setattr(segments, "FUSED_WIDTH", 1)
+    session = Session(model, processor)
+    session.append_ids([100 + i % 200 for i in range(500)])
+    session.compress()
+    widened, decode = [], cache._widened
+
+    def counted(latent: Any, *others: Any) -> Any:
+        widened.append(latent.shape[2])
+        return decode(latent, *others)
+
+    monkeypatch.setattr(cache, "_widened", counted)
+    found = []
+    for scores in (1 << 26, 1 << 12):
+        monkeypatch.setattr(segments, "MAX_SCORES", scores)
+        fork = session.fork()
+        widened.clear()
+        fork.append_ids(list(range(100, 120)))
+        assert sum(widened) == 500 * model.config.text_config.num_hidden_layers
+        found.append(fork.logits_last)
+    assert torch.allclose(*found, atol=1e-4)
 
 
 def test_compressed_forks_say_what_they_say_alone(frames: Any, small_blocks: None) -> None:
