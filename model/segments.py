@@ -77,7 +77,7 @@ def attend(q_BKGTW: Tensor, parts: list[Part], scale: float) -> Tensor:
     B, K, G, T, W = q_BKGTW.shape
     one = parts[0] if len(parts) == 1 and parts[0].latent is None else None
     whole = one is not None and one.copies == B and W <= FUSED_WIDTH and not one.compressed
-    # On a CPU the fused kernels take masks too, three times as fast as scores that are held.
+    # On a CPU the fused kernels take masks too, and are faster than scores that are held.
     masked = one is not None and one.mask_BxTN is not None and q_BKGTW.device.type == "cpu"
     if goes_by_blocks(parts, T) and W <= FUSED_WIDTH and not (whole and masked):
         return attend_blocks(q_BKGTW, parts, scale)
