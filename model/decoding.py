@@ -282,7 +282,11 @@ def _join(caches: Sequence[SegmentedCache], room: int) -> tuple[SegmentedCache, 
     Returns:
         The joined cache, and the tail length of each row.
     """
-    shared = _shared_segments([cache.segmented(0).segments() for cache in caches])
+    # Layers differ in what they share where one of the caches was compressed half way.
+    shared = min(
+        _shared_segments([cache.segmented(index).segments() for cache in caches])
+        for index in range(len(caches[0].layers))
+    )
     own = [sum(s.length for s in cache.segmented(0).segments()[shared:]) for cache in caches]
     layers = [
         _join_layer([cache.segmented(index) for cache in caches], shared, max(own) + room)

@@ -11,7 +11,7 @@ Axes: B sequences, N tokens of a reply, X model width, Y vocabulary, Z stop ids.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +114,7 @@ class Engine:
         layers = self.model.model.language_model.layers
         first = cache.segmented(0)
         self._layers = [bind(m, cache.segmented(i), first) for i, m in enumerate(layers)]
-        self._advance: Callable[[], Any] = self.step
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def run(self, steps: int) -> None:
         """Takes at most so many steps; fewer if all replies end before."""
@@ -128,7 +128,11 @@ class Engine:
 
     def advance(self) -> None:
         """One step: a replay of the captured graph where there is one."""
-        self._advance()
+        # The engine keeps no method of its own: such a cycle would keep the cache alive.
+        if self._graph is None:
+            self.step()
+        else:
+            self._graph.replay()
 
     @property
     def capturable(self) -> bool:
@@ -149,7 +153,7 @@ class Engine:
         torch.cuda.synchronize(self.device)
         with torch.cuda.graph(graph):
             self.step()
-        self._advance = graph.replay
+        self._graph = graph
 
     def bytes_read(self) -> int:
         """Bytes of weights that one step reads, whatever the batch; without the embedding row."""

@@ -7,6 +7,7 @@ and never reads the model's `rope_deltas`, and forks without copying.
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -327,7 +328,7 @@ class Session:
         self._ids = (*self._ids, tuple(self._pending), tuple(reply_ids[:-1]))
         self._pending = reply_ids[-1:]
         self.cache = continued.cache
-        self._position = continued.position
+        self._move_to(continued.position)
         self._logits_Y = None
         self.prefill_s += continued.prefill_s
         self.decode_s += continued.decode_s
@@ -395,21 +396,21 @@ class Session:
                     hidden_1TX = run(self.model, self.cache, chunk)
                     appended(chunk.visual_BT)
             self._logits_Y = logits(self.model, hidden_1TX[0, -1])
-        self._warn_of(following)
-        self._position = following
+        self._move_to(following)
         self._ids = (*self._ids, tuple(piece.ids))
         wait_for(self.device)
         self.prefill_s += time.perf_counter() - started - (self.encode_s - encoded_before_s)
 
-    def _warn_of(self, following: int) -> None:
-        """Says once that positions are beyond those the model was made for; it goes on."""
+    def _move_to(self, following: int) -> None:
+        """Goes on from this position; says once that it is beyond what the model was made for."""
         most = self.model.config.text_config.max_position_embeddings
         if self._position <= most < following:
             warnings.warn(
                 f"the context reaches position {following}, and this model was made for {most} "
                 "(max_position_embeddings); what lies beyond may be understood poorly.",
-                stacklevel=4,
+                stacklevel=_callers_level(),
             )
+        self._position = following
 
     def _place(self, piece: Piece) -> tuple[Tokens, int]:
         """Tokens of a piece with their positions, and the position that follows."""
@@ -442,3 +443,11 @@ class Session:
         wait_for(self.device)
         self.encode_s += time.perf_counter() - started
         return encoded
+
+
+def _callers_level() -> int:
+    """How far up the stack, for `warnings.warn` one call further down, the first other file is."""
+    frame, level = sys._getframe(1), 1
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame, level = frame.f_back, level + 1
+    return level

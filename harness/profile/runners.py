@@ -74,11 +74,14 @@ class Runner(ABC):
 
     @abstractmethod
     def prefill(self, ids_BT: Tensor, new_tokens: int) -> Tensor:
-        """Caches the tokens, with room for a reply; returns the next-token logits [B, Y]."""
+        """Caches the tokens after what is there, with room for a reply; next-token logits [B, Y].
+
+        Only what `fill` left room for can follow it.
+        """
 
     @abstractmethod
     def fill(self, tokens: int, new_tokens: int) -> Tensor:
-        """Caches random numbers instead; returns random logits [B, Y]."""
+        """Caches random numbers, with room for so many tokens more; random logits [B, Y]."""
 
     @abstractmethod
     def decode(self, logits_BY: Tensor, steps: int, clock: Clock) -> list[list[int]]:
@@ -211,11 +214,13 @@ class TransformersRunner(Runner):
     def prefill(self, ids_BT: Tensor, new_tokens: int) -> Tensor:
         """As `Runner.prefill`."""
         T = ids_BT.shape[1]
-        self.cache = self._new_cache(T + new_tokens + self.untimed + 1)
+        if self.cache is None:
+            self.cache = self._new_cache(T + new_tokens + self.untimed + 1)
         for start in range(0, T, self.chunk):
             logits_BY = self._step(ids_BT[:, start : start + self.chunk], self.model.forward)
         return logits_BY
 
+    @torch.no_grad()
     def fill(self, tokens: int, new_tokens: int) -> Tensor:
         """As `Runner.fill`."""
         text = self.model.config.text_config
@@ -229,7 +234,6 @@ class TransformersRunner(Runner):
         return torch.randn(self.batch, text.vocab_size, device=self.device)
 
     def _new_cache(self, tokens: int) -> Any:
-        self.length = 0
         text = self.model.config.text_config
         if self.kind != "static":
             return DynamicCache(config=text)

@@ -335,6 +335,17 @@ def test_what_cannot_run_is_a_row_and_the_rest_goes_on(
 
 
 @pytest.mark.parametrize("kind", ["engine", "sdpa", "static"])
+def test_every_runner_prefills_after_what_was_filled_in(kind: str) -> None:
+    """The last chunk of a prefill, timed on a synthetic cache."""
+    subject = load("random:tiny-gqa", torch.device("cpu"), "float32")
+    runner = make_runner(subject, kind, batch=2, chunk=32)
+    runner.fill(68, 5 + 32)
+    logits_BY = runner.prefill(random_ids(subject, 2, 32), 5)
+    assert runner.length == runner.cache.get_seq_length() == 100
+    assert len(runner.decode(logits_BY, 5, Clock(runner.device))[0]) == 1 + 5
+
+
+@pytest.mark.parametrize("kind", ["engine", "sdpa", "static"])
 def test_every_runner_says_the_same(kind: str) -> None:
     subject = load("random:tiny-gqa", torch.device("cpu"), "float32")
     ids_BT = random_ids(subject, 2, 70)

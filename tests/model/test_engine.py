@@ -5,7 +5,9 @@ Run: .venv/bin/python -m pytest tests/model/test_engine.py -q
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -508,6 +510,56 @@ def test_compressed_forks_say_what_they_say_alone(frames: Any, small_blocks: Non
     alone = [fork.generate(free(24)) for fork in forks()]
     assert [r.token_ids for r in together] == [r.token_ids for r in alone]
     assert together[0].token_ids != together[1].token_ids
+
+
+def test_a_session_that_is_dropped_takes_its_cache_along(loaded: tuple[Any, Any]) -> None:
+    """At once: what waits for Python's collector fills the device before that runs."""
+    session = Session(*loaded)
+    session.append_ids(list(range(100, 140)))
+    session.generate(free(8))
+    layers = [session.cache.segmented(index) for index in range(len(session.cache.layers))]
+    kept = [weakref.ref(t) for layer in layers for t in layer.tail]
+    gc.collect()
+    gc.disable()
+    try:
+        del session, layers
+        assert not any(ref() is not None for ref in kept)
+    finally:
+        gc.enable()
+
+
+def test_forks_of_a_half_compressed_session_say_what_they_say_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The parent is compressed whole in a second try; its fork keeps some layers in full."""
+    model, processor = load_model("scale:m2la", "cpu", "float32")
+    session, done = Session(model, processor), itertools.count()
+    session.append_ids([100 + i % 200 for i in range(300)])
+    compress = Segment.compress
+
+    def out_of_memory(segment: Segment, rank: int) -> Segment:
+        if next(done) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compress(segment, rank)
+
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        patched.setattr(Segment, "compress", out_of_memory)
+        session.compress()
+    child = session.fork()
+    session.compress()
+
+    def logits_of(sessions: list[Session]) -> list[torch.Tensor]:
+        for one in sessions:
+            one.append_text("A few words.")
+        Session.generate_batch(sessions, free(1))
+        return [one.logits_last for one in sessions]
+
+    alone = [logits_of([one.fork()])[0] for one in (session, child)]
+    for order in ((0, 1), (1, 0)):
+        found = logits_of([(session, child)[i].fork() for i in order])
+        for index, scores in zip(order, found, strict=True):
+            assert torch.allclose(scores, alone[index], atol=1e-4)
+    assert not torch.allclose(*alone, atol=1e-4)
 
 
 def test_a_long_prompt_is_allocated_once(loaded: tuple[Any, Any]) -> None:

@@ -546,6 +546,23 @@ def test_a_context_beyond_what_the_model_was_made_for_is_told_once(
     assert len(session) == 42
 
 
+def test_a_prompt_or_reply_that_goes_beyond_is_told_of_where_it_was_asked_for(
+    source: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source.config.text_config, "max_position_embeddings", 40)
+    deferred, replying = Session(source, processor), Session(source, processor)
+    deferred.append_text("one word after another " * 20)
+    replying.append_ids(range(100, 135))
+    limits = Limits(max_new_tokens=12, stop_ids=())
+    for session in (deferred, replying):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            session.fork().generate(limits)
+            (one,) = told
+        assert "the context reaches position" in str(one.message)
+        assert one.filename == __file__
+
+
 def test_mistakes_are_explained(source: Any, processor: Any, asker: Asker, chat: Any) -> None:
     session = Session(source, processor)
     with pytest.raises(PromptError, match="empty session"):
