@@ -295,7 +295,9 @@ class _Group:
         try:
             found = gate(subject, form)
         except Exception as error:  # of a kernel or its compiler, as in `_tried`
-            return self._told_failure(f"{subject.name}, {form}", error)
+            row = self._told_failure(f"{subject.name}, {form}, gate", error)
+            # Too little memory for the gate is not the point's result: it is tried again.
+            return row | {"status": "failed", "reason": f"its gate: {row['reason']}"}
         named = subject.name if form == PLAIN else f"{subject.name} ({form})"
         self.tell(f"{named}: gate {'green' if found.is_green else 'RED'}, {_told(found)}")
         if found.is_green:
@@ -402,6 +404,7 @@ class _Group:
             "threads": self.options.threads,
             "gate_engine_error": found and found.engine,
             "gate_forward_error": found and found.forward,
+            "gate_fp8_rounding": found and found.rounding,
             "gate_scope": f"the engine, {form}, {sum(PIECES) + NEW_TOKENS} tokens",
             "label": label_of(model),
             "parameters": parameters_of(model),
@@ -445,6 +448,8 @@ def _told(found: Gate) -> str:
     told = f"logits of the engine are {found.engine:.1e} from {found.reference}"
     if found.forward:
         told += f", those of the model's own forward pass {found.forward:.1e}"
+    if found.rounding is not None:
+        told += f"; a row in fp8 is at most {found.rounding:.1%} from what it was"
     return told
 
 

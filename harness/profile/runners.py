@@ -16,7 +16,7 @@ from transformers import DynamicCache, StaticCache
 
 from internvideo3.harness.profile.subjects import Subject
 from internvideo3.harness.profile.workload import WorkloadError
-from internvideo3.model.cache import LatentCache, allocated_bytes
+from internvideo3.model.cache import LatentCache, SegmentedCache, allocated_bytes
 from internvideo3.model.engine import EAGER_STEPS, Engine, Reply
 from internvideo3.model.forward import Tokens, logits, new_cache, run
 from internvideo3.model.session import CHUNK
@@ -111,6 +111,8 @@ class EngineRunner(Runner):
         self.logits: list[Tensor] = []
         """Of each step, if asked for."""
         self.keeps_logits = False
+        self.before_compressing: Callable[[SegmentedCache], object] = lambda _: None
+        """Is shown the cache while what was prefilled is still in full."""
         self._engine: Engine | None = None
 
     @torch.no_grad()
@@ -124,6 +126,7 @@ class EngineRunner(Runner):
             hidden_BTX = run(self.model, self.cache, cut)
         self.length += T
         if isinstance(self.cache, LatentCache) and self.fp8:
+            self.before_compressing(self.cache)
             self.cache.compress(self.model.config.text_config)
         return logits(self.model, hidden_BTX[:, -1])
 

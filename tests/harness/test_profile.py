@@ -17,6 +17,7 @@ from internvideo3.harness.gpu.measure import Results
 from internvideo3.harness.inspection import describe
 from internvideo3.harness.profile import command, runners
 from internvideo3.harness.profile.command import GateError, ProfileOptions, is_complete, profile
+from internvideo3.harness.profile.gate import Form, gate
 from internvideo3.harness.profile.layer import layer_rows
 from internvideo3.harness.profile.measure import Ceilings, Run, prefill_flops, rows_of
 from internvideo3.harness.profile.plan import RUNTIME_BYTES, device_bytes, plan, table
@@ -24,7 +25,7 @@ from internvideo3.harness.profile.runners import Clock, make_runner, random_ids
 from internvideo3.harness.profile.subjects import Subject, class_of, config_of, load
 from internvideo3.harness.profile.workload import FIGURE6, Workload, WorkloadError, chosen
 from internvideo3.harness.store import StoreError, read_rows
-from internvideo3.model import engine_layers
+from internvideo3.model import cache, engine_layers
 from internvideo3.reports import efficiency
 from internvideo3.reports.efficiency import (
     EfficiencyError,
@@ -150,7 +151,7 @@ def test_every_form_that_is_timed_has_a_gate_of_its_own(tiny: ProfileOptions) ->
     gqa, m2la = map(measured, profile(replace(tiny, workload=workload), told.append))
     scopes = {(row["batch"], row["cache"]): row["gate_scope"] for row in m2la}
     assert scopes == {
-        (batch, cache): f"the engine, batch {batch}, {cache} cache, 104 tokens"
+        (batch, cache): f"the engine, batch {batch}, {cache} cache, 1141 tokens"
         for batch in (1, 3)
         for cache in ("native", "fp8")
     }
@@ -192,6 +193,69 @@ def test_a_fault_of_one_form_is_red_there_only(
         if row["status"] == "gate red"
     }
     assert red == ({(1, "fp8"), (2, "fp8")} if broken == "scales" else {(2, "native"), (2, "fp8")})
+
+
+@pytest.mark.parametrize("broken", ["scales", "all rows", "one row", "rotary"])
+def test_rows_that_are_compressed_wrongly_turn_the_gate_red(
+    broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = load("random:tiny-m2la", torch.device("cpu"), "float32")
+    form, right = Form(2, "fp8"), cache._quantized
+    assert gate(subject, form).is_green
+
+    def wrong(*given: Any) -> Any:
+        latent, rope, scale = right(*given)
+        if broken == "scales":
+            return latent, rope, 3 * scale
+        if broken == "rotary":
+            return latent, rope.flip(-1), scale
+        zeroed = slice(None) if broken == "all rows" else slice(1)
+        latent[0, :, zeroed] = 0
+        return latent, rope, scale
+
+    monkeypatch.setattr(cache, "_quantized", wrong)
+    assert not gate(subject, form).is_green
+
+
+def test_a_gate_that_found_no_memory_leaves_the_model_as_it_was(
+    tiny: ProfileOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of it in float32 would be timed as bfloat16. The next command tries the gate again."""
+    workload = replace(
+        tiny.workload, dtypes=("bfloat16",), batches=(1, 2), models=("random:tiny-m2la",)
+    )
+    options, widen = replace(tiny, workload=workload), torch.Tensor.float
+    subject = load("random:tiny-m2la", torch.device("cpu"), "bfloat16")
+    weights = [p.detach().clone() for p in subject.model.parameters()]
+    monkeypatch.setattr(command, "load", lambda *_: subject)
+
+    def no_memory(x: torch.Tensor) -> torch.Tensor:
+        if x.shape == subject.model.lm_head.weight.shape:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+        return widen(x)
+
+    def found() -> list[tuple[int, str]]:
+        return [(row["batch"], row["status"]) for row in measured(options.runs()[0])]
+
+    green = command.gate
+    with monkeypatch.context() as patched:
+
+        def only_one(subject: Subject, form: Any) -> Any:
+            if form.batch == 1:
+                return green(subject, form)
+            with patched.context() as inner:
+                inner.setattr(torch.Tensor, "float", no_memory)
+                return green(subject, form)
+
+        patched.setattr(command, "gate", only_one)
+        profile(options)
+    for was, is_now in zip(weights, subject.model.parameters(), strict=True):
+        assert is_now.dtype == torch.bfloat16 and torch.equal(is_now, was)
+    assert set(found()) == {(1, "ok"), (2, "failed")}
+    assert "its gate: CUDA out of memory" in str(measured(options.runs()[0]))
+    assert not is_complete(options)
+    profile(options)
+    assert is_complete(options) and (2, "ok") in found()
 
 
 def test_bfloat16_forms_pass_their_gates(tiny: ProfileOptions) -> None:

@@ -6,9 +6,12 @@
 import pytest
 import torch
 
+from internvideo3.harness.profile.gate import PIECES
 from internvideo3.harness.profile.runners import Clock, EngineRunner, random_ids
 from internvideo3.harness.profile.subjects import Subject, class_of, config_of, load, randomised
 from internvideo3.kernels.choice import interpreted
+from internvideo3.kernels.gqa_decode import triton as gqa
+from internvideo3.kernels.latent_decode import triton as latent
 
 STEPS = 1
 
@@ -53,3 +56,13 @@ def test_a_step_through_the_kernels_is_the_step_in_torch(name: str, batch: int, 
         got_BY = step(name, batch, fp8=fp8)
     assert float((got_BY - want_BY).abs().max() / want_BY.abs().max()) <= 1e-5
     assert want_BY.std() > 1e-3
+
+
+def test_kernels_deal_out_the_rows_of_the_gate() -> None:
+    """As they do those of long contexts, whatever tile a card gets."""
+    plans = [*latent.PLANS.values(), *latent.FP8_PLANS.values(), latent.HOPPER_PLAN]
+    rows = max(PIECES)
+    for plan in plans:
+        assert rows > 3 * plan.tile.block_n * latent.BLOCKS_PER_SPLIT
+        assert rows % plan.tile.block_n
+    assert rows > 3 * gqa.TILE.block_n * gqa.BLOCKS_PER_SPLIT
