@@ -22,6 +22,7 @@ from internvideo3.harness.profile.runners import Clock, Runner, make_runner, ran
 from internvideo3.harness.profile.subjects import Subject
 from internvideo3.harness.profile.workload import Point
 from internvideo3.model.config import InternVideo3Config
+from internvideo3.model.session import CHUNK
 
 Row = dict[str, Any]
 MEMORY_NAMES = ("peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes")
@@ -219,7 +220,7 @@ def prefill_flops(subject: Subject, point: Point) -> float:
     heads, kv, width = text.num_attention_heads, text.num_key_value_heads, text.head_dim
     layers = subject.model.model.language_model.layers
     linear = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1)
-    chunk = point.chunk or tokens
+    chunk = point.chunk or CHUNK.get(subject.model.device.type, CHUNK["cpu"])
     rebuilt_tokens = sum(min(tokens, start + chunk) for start in range(0, tokens, chunk))
     attention = rebuild = 0.0
     for index in range(text.num_hidden_layers):

@@ -101,32 +101,36 @@ def need_of(point: Point, config: Any, weights: int) -> Need:
         config: of its model.
         weights: bytes of the weights (`weights_of`).
     """
-    tokens = point.depth + point.new_tokens + 1
-    tokens = -(-tokens // ROUNDED) * ROUNDED
-    native = cache_bytes_per_token(config, point.dtype)
-    per_token = native
-    cached = tokens * native
-    if point.cache == "fp8":
-        per_token = fp8_bytes(config, point.dtype)
-        # What is prefilled is cached in full until the last of it is there.
-        whole = point.prefilled(point.chunk or CHUNK["cuda"])
-        cached = (tokens - whole) * per_token + whole * native
+    # In fp8 is only what was there before the prefill; what is prefilled is so when all of it is
+    # there, and the reply is cached in full.
+    compressed = _synthetic(point) if point.cache == "fp8" else 0
+    in_full = point.depth - compressed + point.new_tokens + 1
+    cached = -(-in_full // ROUNDED) * ROUNDED * cache_bytes_per_token(config, point.dtype)
+    if compressed:
+        cached += compressed * fp8_bytes(config, point.dtype)
     scratch = max(_scratch(point, config), _compressing(point, config))
     return Need(weights, point.batch * cached, scratch)
 
 
-def _compressing(point: Point, config: Any) -> int:
-    """What a synthetic cache holds beside itself while its last layer is compressed.
+def _synthetic(point: Point) -> int:
+    """Tokens of a sequence that are cached as random numbers."""
+    return point.depth - point.prefilled(point.chunk or CHUNK["cuda"])
 
-    That layer's rows in full, and float32 copies of a stretch of them.
+
+def _compressing(point: Point, config: Any) -> int:
+    """What a cache holds beside itself while a layer of it is compressed.
+
+    Float32 copies of a stretch of rows; and that layer's rows in both forms: of a synthetic cache
+    those in full come on top, of what was prefilled those in fp8, which are smaller.
     """
-    synthetic = point.depth - point.prefilled(point.chunk or CHUNK["cuda"])
-    if point.cache != "fp8" or synthetic <= 0:
+    if point.cache != "fp8":
         return 0
     text: Any = config.text_config
     width = max(text.row_width(i) for i in range(text.num_hidden_layers))
-    stretch = min(COMPRESSED_TOKENS, synthetic) * FLOAT32_COPIES * 4
-    return int(point.batch * width * (synthetic * ITEM_BYTES[point.dtype] + stretch))
+    synthetic = _synthetic(point)
+    most = max(synthetic, point.depth - synthetic)
+    stretch = min(COMPRESSED_TOKENS, most) * FLOAT32_COPIES * 4
+    return int(point.batch * width * (most * ITEM_BYTES[point.dtype] + stretch))
 
 
 def fp8_bytes(config: Any, dtype: str) -> int:

@@ -136,7 +136,8 @@ class EngineRunner(Runner):
         for index in range(len(self.cache.layers)):
             layer = self.cache.segmented(index)
             like = self._one_token(index)
-            layer.reserve(like, tokens + new_tokens + 1)
+            # What is compressed gets a tail of its own for what follows.
+            layer.reserve(like, tokens if self.fp8 else tokens + new_tokens + 1)
             for tensor in layer.tail:
                 tensor[:, :, :tokens].normal_()
             layer.length = tokens

@@ -20,8 +20,8 @@ from internvideo3.harness.profile.command import GateError, ProfileOptions, is_c
 from internvideo3.harness.profile.gate import Form, gate
 from internvideo3.harness.profile.layer import layer_rows
 from internvideo3.harness.profile.measure import Ceilings, Run, prefill_flops, rows_of
-from internvideo3.harness.profile.plan import RUNTIME_BYTES, device_bytes, plan, table
-from internvideo3.harness.profile.runners import Clock, make_runner, random_ids
+from internvideo3.harness.profile.plan import RUNTIME_BYTES, device_bytes, need_of, plan, table
+from internvideo3.harness.profile.runners import Clock, EngineRunner, make_runner, random_ids
 from internvideo3.harness.profile.subjects import Subject, class_of, config_of, load
 from internvideo3.harness.profile.workload import FIGURE6, Workload, WorkloadError, chosen
 from internvideo3.harness.store import StoreError, read_rows
@@ -542,6 +542,30 @@ def test_a_video_that_cannot_be_read_is_a_row_and_the_rest_goes_on(
     assert measured(run) == before
 
 
+@pytest.mark.parametrize("fill", ["prefill", "random", "last"])
+@pytest.mark.parametrize("form", ["native", "fp8"])
+def test_no_cache_is_larger_than_its_plan(fill: str, form: str) -> None:
+    subject = load("random:tiny-m2la", torch.device("cpu"), "bfloat16")
+    workload = Workload(
+        models=("random:tiny-m2la",), contexts=(500,), dtypes=("bfloat16",), caches=(form,),
+        fill=fill, new_tokens=300, batches=(2,), chunks=(128,),
+    )  # fmt: skip
+    (point,) = workload.points()
+    planned = need_of(point, subject.model.config, subject.weight_bytes).cache
+    runner = EngineRunner(subject, 2, 128, fp8=form == "fp8")
+    held = []
+    runner.before_compressing = lambda cache: held.append(cache.allocated_bytes())
+    prefilled = point.prefilled(128)
+    logits_BY = torch.zeros(2, 512)
+    if prefilled < point.depth:
+        logits_BY = runner.fill(point.depth - prefilled, point.new_tokens + prefilled)
+    if prefilled:
+        logits_BY = runner.prefill(random_ids(subject, 2, prefilled), point.new_tokens)
+    runner.decode(logits_BY, point.new_tokens, Clock(runner.device))
+    held.append(runner.cache_bytes())
+    assert 0.7 * planned < max(held) <= planned
+
+
 def test_plan_of_the_8b_shape() -> None:
     """The issue's limits: 768K and 1.5M tokens in bfloat16 on an H200, 2.5M with fp8 latents."""
     figure = chosen("figure6", {"runners": ["engine"]})
@@ -615,7 +639,7 @@ def test_prefill_operations_of_the_8b_shape(name: str, petaflops: float) -> None
     with torch.device("meta"):
         model = class_of(config_of(name))(config_of(name))
     subject = Subject(name, model, None, "gqa")
-    (point,) = Workload(models=(name,), contexts=(32768,)).points()
+    (point,) = Workload(models=(name,), contexts=(32768,), chunks=(32768,)).points()
     assert prefill_flops(subject, point) == pytest.approx(petaflops * 1e15, rel=0.02)
 
 
