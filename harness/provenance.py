@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -67,6 +68,16 @@ def hardware() -> dict[str, Any]:
         found["gpu"] = torch.cuda.get_device_name(0)
         found["gpus"] = torch.cuda.device_count()
     return found
+
+
+def code_digest(folders: Sequence[str]) -> str:
+    """SHA-256 of the Python files in some of the package's folders, as hex."""
+    root = Path(internvideo3.__file__).resolve().parent
+    found = hashlib.sha256()
+    for folder in folders:
+        for path in sorted((root / folder).rglob("*.py")):
+            found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
 
 
 def file_digest(path: Path) -> str:

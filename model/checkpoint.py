@@ -354,6 +354,8 @@ def load_model(
         device: where to; by default CUDA if there is a GPU.
         dtype: a floating type; "auto" is float32 on CPU and bfloat16 on CUDA.
 
+    A GPU becomes the current one.
+
     Returns:
         The model (a `Qwen3VLForConditionalGeneration`, for M²LA its subclass) and its
         `Qwen3VLProcessor`. For a converted text model its class, and its tokenizer.
@@ -371,7 +373,7 @@ def load_model(
     from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
     from internvideo3.model.config import InternVideo3Config
-    from internvideo3.model.device import device_of
+    from internvideo3.model.device import device_of, use
     from internvideo3.model.modeling import (
         InternVideo3ForCausalLM,
         InternVideo3ForConditionalGeneration,
@@ -400,6 +402,7 @@ def load_model(
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
     check_complete(path, report)
+    use(where)
     return model.to(where).eval(), processor
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from internvideo3.model.cache import Placement, Segment, SegmentedCache, SegmentedLayer
+from internvideo3.model.device import current
 from internvideo3.model.engine import Engine
 from internvideo3.model.engine import Reply as Continuation
 from internvideo3.model.forward import Tokens, logits, run
@@ -137,6 +138,13 @@ def generate(
     """
     for row in rows:
         row.limits.check_vocabulary(model.config.text_config.vocab_size)
+    with current(model.device):
+        return _generated(model, rows, stop_ids, chunk)
+
+
+def _generated(
+    model: Any, rows: Sequence[Row], stop_ids: Sequence[int], chunk: int
+) -> list[Continued]:
     started = time.perf_counter()
     batch = _Batch(model, rows)
     scores_BY = batch.prefill([row.pending for row in rows], chunk)

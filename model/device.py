@@ -1,5 +1,7 @@
 """Which device a command computes on."""
 
+import contextlib
+
 import torch
 
 
@@ -29,3 +31,17 @@ def device_of(name: str | torch.device | None = None) -> torch.device:
             "a torch that is built for it."
         )
     return device
+
+
+def use(device: torch.device) -> None:
+    """Makes a GPU the current one: kernels are launched there, and its events and memory counted.
+
+    A launch on another card than its tensors' reads addresses that are not there.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """As `use`, for a while."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

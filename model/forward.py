@@ -24,6 +24,7 @@ from internvideo3.model.cache import (
     SharedKVCache,
 )
 from internvideo3.model.config import InternVideo3TextConfig
+from internvideo3.model.device import current
 from internvideo3.model.segments import attend
 from internvideo3.model.vision import Encoded
 
@@ -80,7 +81,7 @@ def run(
     if tokens.visual_BT is not None and tokens.encoded is not None:
         embeds_BTX[tokens.visual_BT] = tokens.encoded.tokens_VX.to(embeds_BTX)
         deepstack = list(tokens.encoded.deepstack)
-    with _over_segments(text), cache.step(placement):
+    with current(embeds_BTX.device), _over_segments(text), cache.step(placement):
         hidden: Tensor = text(
             inputs_embeds=embeds_BTX,
             position_ids=tokens.positions_3BT,

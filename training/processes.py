@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from internvideo3.model.device import device_of
+from internvideo3.model.device import device_of, use
 from internvideo3.training.attention import Sharing
 
 PATIENCE = timedelta(hours=12)
@@ -43,6 +43,7 @@ class Processes:
             DeviceError: There is no such GPU here.
         """
         self.device = _device(device)
+        use(self.device)
         cuda = self.device.type == "cuda"
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)

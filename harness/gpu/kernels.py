@@ -10,9 +10,7 @@ Axes: B batch, H query heads, K key/value heads, T tokens, R row width, V value 
 """
 
 import argparse
-import contextlib
 import functools
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -28,6 +26,8 @@ from internvideo3.harness.gpu import rows as row_forms
 from internvideo3.harness.gpu.measure import (
     Results,
     device_given,
+    poisoned,
+    rotation,
     say,
     time_calls,
     timing_fields,
@@ -58,7 +58,6 @@ CHECK_S = 90
 """A check that takes longer hangs; the first ones of a process wait for its compiler."""
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 LATENT = {"m2la-1024": (1024, 896), "m2la-576": (576, 512), "m2la-512": (512, 384)}
-ROTATED_BYTES = 256 * 2**20
 
 LATENT_TILES = {
     "m2la-1024": (latent.WARPGROUPS, latent.Tile("transposed", 32, 8, 3)),
@@ -142,18 +141,6 @@ def sizes_of(device: torch.device) -> Sizes:
 def tile_id(tile: Any) -> str:
     """A tile in a point's name."""
     return "-".join(str(v) for v in vars(tile).values())
-
-
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Fill every torch.empty with NaN, by torch's own deterministic mode."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(False)
 
 
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
@@ -340,11 +327,12 @@ def check_append(device: torch.device) -> float:
     angle = torch.randn(9, 64, device=device)
     kinds = torch.arange(9, device=device, dtype=torch.int32) % 2
     slots = torch.arange(9, device=device).flip(0)
-    rows = torch.zeros(9, 1024, dtype=dtype, device=device)
-    append.latent_append(
-        x, angle.cos(), angle.sin(), slots, rows,
-        norm_weight_R=norm, gain_MR=gain, bias_MR=bias, modality_N=kinds,
-    )  # fmt: skip
+    rows = torch.full((9, 1024), float("nan"), dtype=dtype, device=device)
+    with poisoned():
+        append.latent_append(
+            x, angle.cos(), angle.sin(), slots, rows,
+            norm_weight_R=norm, gain_MR=gain, bias_MR=bias, modality_N=kinds,
+        )  # fmt: skip
     expected = torch.zeros(9, 1024, dtype=torch.float64, device=device)
     append_naive.latent_append(
         x.double(), angle.cos().double(), angle.sin().double(), slots, expected,
@@ -481,11 +469,6 @@ def is_green(results: Results, check: str) -> bool:
 # --- speed -----------------------------------------------------------------------------------
 
 
-def buffers_for(size_bytes: int) -> int:
-    """How many input sets make a rotation that no L2 cache holds."""
-    return max(1, -(-ROTATED_BYTES // size_bytes))
-
-
 def time_latent(
     kind: str, tile: latent.Tile, tokens: int, per_sm: float, parts: torch.dtype,
     device: torch.device,
@@ -497,7 +480,7 @@ def time_latent(
     lengths_B = torch.tensor([tokens], dtype=torch.int32, device=device)
     caches = [
         torch.empty(1, tokens, width, dtype=dtype, device=device).normal_()
-        for _ in range(buffers_for(size) if device.type == "cuda" else 1)
+        for _ in range(rotation(device, size))
     ]
     n_splits = max(1, int(multiprocessors(device) * per_sm))
     calls = [
@@ -529,7 +512,7 @@ def time_gqa(
     lengths_B = torch.tensor([tokens], dtype=torch.int32, device=device)
     caches = [
         torch.empty(2, 1, KV_HEADS, tokens, HEAD_DIM, dtype=dtype, device=device).normal_()
-        for _ in range(buffers_for(size) if device.type == "cuda" else 1)
+        for _ in range(rotation(device, size))
     ]
     n_splits = max(1, int(multiprocessors(device) * per_sm / KV_HEADS))
     calls = [
@@ -645,7 +628,7 @@ def time_linear(shape: str, tile: linear.Tile | None, device: torch.device) -> d
     size = first.nbytes
     weights = [first]
     if device.type == "cuda":
-        weights += [torch.empty_like(first).normal_() for _ in range(buffers_for(size) - 1)]
+        weights += [torch.empty_like(first).normal_() for _ in range(rotation(device, size) - 1)]
     calls: list[Callable[[], Any]]
     if tile is None:
         calls = [functools.partial(torch.nn.functional.linear, x, w.flatten(0, 1)) for w in weights]

@@ -1,5 +1,6 @@
 """Timing, ceilings and the results file of the GPU benchmarks."""
 
+import contextlib
 import gc
 import itertools
 import json
@@ -9,7 +10,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,13 @@ from typing import Any
 import torch
 
 from internvideo3.harness import provenance
+from internvideo3.model.device import DeviceError, device_of, use
 
 SCHEMA = 1
+MEASURED_CODE = ("kernels", "model", "harness/gpu", "harness/profile")
+"""Folders of the package: results of other sources are not those of these."""
+ROTATED_BYTES = 256 * 2**20
+"""More than twice the L2 cache of an H200."""
 NVIDIA_FIELDS = (
     "name,driver_version,memory.total,clocks.sm,clocks.mem,temperature.gpu,power.draw,"
     "clocks_event_reasons.active"
@@ -49,6 +56,11 @@ def summarize(seconds: Sequence[float], calls: int) -> Timing:
     per_call = sorted(s / calls for s in seconds)
     low, _, high = statistics.quantiles(per_call, n=4) if len(per_call) > 1 else [per_call[0]] * 3
     return Timing(statistics.median(per_call), low, high, len(per_call), calls)
+
+
+def rotation(device: torch.device, size_bytes: int) -> int:
+    """How many sets of inputs of this size no L2 cache holds together."""
+    return max(1, -(-ROTATED_BYTES // size_bytes)) if device.type == "cuda" else 1
 
 
 def time_calls(
@@ -103,6 +115,18 @@ def time_calls(
     return summarize(seconds, rounds * len(calls))
 
 
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill every torch.empty with NaN, by torch's own deterministic mode."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
 def release() -> None:
     """Give freed memory back to the device."""
     gc.collect()
@@ -140,18 +164,29 @@ def matmul_rate(device: torch.device, size: int, dtype: torch.dtype = torch.bflo
     return 2 * size**3 / timing.median_s
 
 
-def device_state() -> dict[str, Any]:
+def card_of(device: torch.device) -> str:
+    """The card as its driver names it, which counts cards that torch may not see."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def device_state(device: torch.device) -> dict[str, Any]:
     """What nvidia-smi says of the card now: clocks, temperature, power, throttle reasons."""
-    if shutil.which("nvidia-smi") is None:
+    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         return {}
     answer = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={NVIDIA_FIELDS}", "--format=csv,noheader,nounits"],
+        [
+            "nvidia-smi",
+            f"--query-gpu=uuid,{NVIDIA_FIELDS}",
+            "--format=csv,noheader,nounits",
+        ],
         capture_output=True,
         text=True,
         check=False,
     ).stdout
-    values = [v.strip() for v in answer.split("\n")[0].split(",")]
-    return dict(zip(NVIDIA_FIELDS.split(","), values, strict=False))
+    lines = [[value.strip() for value in line.split(",")] for line in answer.splitlines() if line]
+    # Of a single card there is nothing to choose, should its names differ in form.
+    mine = [line for line in lines if line[0] == card_of(device)] or lines[: len(lines) == 1]
+    return dict(zip(NVIDIA_FIELDS.split(","), mine[0][1:], strict=False)) if mine else {}
 
 
 def device_given(name: str) -> torch.device:
@@ -161,7 +196,12 @@ def device_given(name: str) -> torch.device:
             "this measures an NVIDIA GPU, and torch sees none. `kernels` and `figure6` rehearse on "
             "tiny shapes with --device cpu; `internvideo3 profile` measures a CPU."
         )
-    return torch.device(name)
+    try:
+        device = device_of(name)
+    except DeviceError as error:
+        raise SystemExit(str(error)) from error
+    use(device)
+    return device
 
 
 def _aside(path: Path) -> Path:
@@ -195,9 +235,9 @@ class Results:
     """Measured points in one JSON file, rewritten whole and atomically after each point."""
 
     def __init__(self, path: Path, device: torch.device, budget_s: float) -> None:
-        """Open the file; points of the same device and versions are kept and not measured again.
+        """Open the file; points of the same device, versions and code are not measured again.
 
-        A file of another device or other versions is moved aside, and stays.
+        A file of others is moved aside, and stays: its checks say nothing of what runs now.
         """
         self.path = path
         self.deadline = time.monotonic() + budget_s
@@ -205,20 +245,26 @@ class Results:
         self.data: dict[str, Any] = {
             "schema": SCHEMA,
             "device": about,
+            "code": provenance.code_digest(MEASURED_CODE),
             "ceilings": {},
             "points": {},
         }
         if path.exists():
             old = json.loads(path.read_text())
-            if old.get("schema") == SCHEMA and old["device"] == about:
+            named = ("schema", "device", "code")
+            if all(old.get(name) == self.data[name] for name in named):
                 self.data = old
             else:
                 kept = _aside(path)
                 path.rename(kept)
-                say(f"{path} is of {old.get('device', {}).get('name')}; kept as {kept.name}")
+                say(
+                    f"{path} is of {old.get('device', {}).get('name')}, or of other versions or "
+                    f"code than this; kept as {kept.name}"
+                )
         commit, dirty = provenance.revision()
         self.data |= {"command": sys.argv, "commit": commit, "dirty": dirty}
-        self.data["state_at_start"] = device_state()
+        self.device = device
+        self.data["state_at_start"] = device_state(device)
         self.write()
 
     def write(self) -> None:
@@ -272,7 +318,7 @@ class Results:
 
     def close(self) -> None:
         """Record the card's state at the end."""
-        self.data["state_at_end"] = device_state()
+        self.data["state_at_end"] = device_state(self.device)
         self.write()
 
 

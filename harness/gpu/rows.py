@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from internvideo3.harness.gpu.measure import time_calls, timing_fields
+from internvideo3.harness.gpu.measure import poisoned, rotation, time_calls, timing_fields
 from internvideo3.kernels.choice import multiprocessors
 from internvideo3.kernels.latent_decode import naive
 from internvideo3.kernels.latent_decode import triton as latent
@@ -29,7 +29,10 @@ def make_runs(
     form: str, width: int, rank: int, lengths: tuple[int, ...], device: torch.device,
     dtype: torch.dtype,
 ) -> list[Rows]:  # fmt: skip
-    """Random rows of sequences in a form; a prefix of half the longest where one is shared."""
+    """Random rows of sequences in a form; a prefix of half the longest where one is shared.
+
+    What lies behind a sequence's end is NaN.
+    """
 
     def plain(copies: int, tokens: int, row_width: int) -> torch.Tensor:
         tokens = -(-tokens // PAGE) * PAGE + PAGE
@@ -49,6 +52,8 @@ def make_runs(
         return [replace(own, rows_bTW=small, rank=NESTED_RANK), own]
     if form == "fp8-small":
         own.rows_bTW[..., :rank] *= SMALL
+    for index, length in enumerate(lengths):
+        own.rows_bTW[index, length:] = float("nan")
     if "fp8" in form:
         own = quantize(own.rows_bTW, lengths_B, rank)
     return [_paged(own) if form.startswith("paged") else own]
@@ -86,7 +91,8 @@ def check_rows(
     options: dict[str, Any] = {"scale": width**-0.5, "value_width": rank}
     wide = [_doubled(run) for run in runs]
     expected, _ = naive.decode_runs(q.double(), wide, **options)
-    out, _ = latent.decode_runs(q, runs, multiprocessors=multiprocessors(device), **options)
+    with poisoned():
+        out, _ = latent.decode_runs(q, runs, multiprocessors=multiprocessors(device), **options)
     return float((out.double() - expected).norm() / expected.norm())
 
 
@@ -115,16 +121,18 @@ def time_form(
     """Time one sequence; the bytes are those of the rows that are read."""
     runs = make_runs(form, width, rank, (tokens,), device, dtype)
     q = torch.randn(1, HEADS, width, device=device, dtype=dtype)
-    call = functools.partial(
-        latent.decode_runs,
-        q,
-        runs,
-        scale=width**-0.5,
-        value_width=rank,
-        multiprocessors=multiprocessors(device),
-    )
-    timing = time_calls([call], device)
     size = sum(_bytes_of_token(run) for run in runs) * tokens
+    others = (
+        make_runs(form, width, rank, (tokens,), device, dtype)
+        for _ in range(rotation(device, size) - 1)
+    )
+    options = {
+        "scale": width**-0.5,
+        "value_width": rank,
+        "multiprocessors": multiprocessors(device),
+    }
+    calls = [functools.partial(latent.decode_runs, q, one, **options) for one in (runs, *others)]
+    timing = time_calls(calls, device)
     about = {"tokens": tokens, "bytes": size, "bytes_per_s": size / timing.median_s}
     return about | timing_fields(timing)
 

@@ -39,7 +39,7 @@ from internvideo3.harness.profile.subjects import (
 )
 from internvideo3.harness.profile.workload import Point, Workload, WorkloadError, why_not
 from internvideo3.harness.store import SCHEMA, RunStore, append_measurements, read_rows
-from internvideo3.model.device import DeviceError, device_of
+from internvideo3.model.device import DeviceError, device_of, use
 
 PLAIN = Form()
 """The form in which a model is held to the gate whatever is timed."""
@@ -98,10 +98,12 @@ def profile(options: ProfileOptions, tell: Tell = lambda _: None) -> list[Path]:
     """
     workload, device = options.workload, _device(options.device)
     _check(options)
+    use(device)
     torch.set_num_threads(options.threads)
     transformers.logging.disable_progress_bar()
     deadline = None if options.budget_s is None else time.monotonic() + options.budget_s
     red: list[str] = []
+    commit, _ = provenance.revision()
     with contextlib.ExitStack() as held:
         for name in workload.models:
             if name not in options.into:
@@ -116,7 +118,7 @@ def profile(options: ProfileOptions, tell: Tell = lambda _: None) -> list[Path]:
                 f"multiplies {ceilings.matmul_flop_per_s / 1e9:.0f} GFLOP/s in {dtype}"
             )
             for names in groups:
-                group = _Group(options, device, dtype, ceilings, deadline, tell, red)
+                group = _Group(options, device, dtype, ceilings, deadline, tell, red, commit)
                 group.measure(names)
     if red:
         raise GateError(f"{', '.join(red)}: the gate is red, no rate is reported; see the rows.")
@@ -193,6 +195,8 @@ class _Group:
     tell: Tell
     red: list[str]
     """Gets the models whose gate is red, with the form."""
+    commit: str | None
+    """Of this code; a run directory may hold rows of several."""
 
     def measure(self, names: Sequence[str]) -> None:
         """Load the models, hold them to the gate, measure what is missing of them."""
@@ -410,7 +414,8 @@ class _Group:
             "parameters": parameters_of(model),
             "copy_bytes_per_s": self.ceilings.copy_bytes_per_s,
             "matmul_flop_per_s": self.ceilings.matmul_flop_per_s,
-            "device_state": device_state() if self.device.type == "cuda" else {},
+            "device_state": device_state(self.device),
+            "commit": self.commit,
         }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from internvideo3.harness.gpu.measure import release
+from internvideo3.harness.gpu.measure import card_of, release
 from internvideo3.harness.profile.plan import fp8_bytes
 from internvideo3.harness.profile.runners import Clock, Runner, make_runner, random_ids
 from internvideo3.harness.profile.subjects import Subject
@@ -127,9 +127,15 @@ def _nvml(device: torch.device, question: str) -> Any:
 
         with suppress(pynvml.NVMLError):
             pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
-            return getattr(pynvml, question)(handle)
+            return getattr(pynvml, question)(_nvml_handle(pynvml, device))
     return None
+
+
+def _nvml_handle(nvml: Any, device: torch.device) -> Any:
+    """The card to the driver, which numbers cards otherwise than torch may."""
+    if nvml.nvmlDeviceGetCount() == 1:
+        return nvml.nvmlDeviceGetHandleByIndex(0)
+    return nvml.nvmlDeviceGetHandleByUUID(card_of(device))
 
 
 def rows_of(subject: Subject, point: Point, runs: Sequence[Run], ceilings: Ceilings) -> list[Row]:

@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from internvideo3.harness.gpu import figure6, measure
 from internvideo3.harness.gpu.measure import Results
 from internvideo3.harness.inspection import describe
 from internvideo3.harness.profile import command, runners
+from internvideo3.harness.profile import measure as point_measure
 from internvideo3.harness.profile.command import GateError, ProfileOptions, is_complete, profile
 from internvideo3.harness.profile.gate import Form, gate
 from internvideo3.harness.profile.layer import layer_rows
@@ -26,6 +28,7 @@ from internvideo3.harness.profile.subjects import Subject, class_of, config_of, 
 from internvideo3.harness.profile.workload import FIGURE6, Workload, WorkloadError, chosen
 from internvideo3.harness.store import StoreError, read_rows
 from internvideo3.model import cache, engine_layers
+from internvideo3.model.device import current, use
 from internvideo3.reports import efficiency
 from internvideo3.reports.efficiency import (
     EfficiencyError,
@@ -761,7 +764,8 @@ def test_a_file_of_another_device_is_kept(
     theirs = file.read_text()
     ours = Results(file, cpu, 60)
     assert ours.data["points"] == {}
-    assert "NVIDIA H200; kept as kernels-1.json" in capsys.readouterr().out
+    assert "NVIDIA H200, or of other" in (told := capsys.readouterr().out)
+    assert "kept as kernels-1.json" in told
     assert (tmp_path / "kernels-1.json").read_text() == theirs
 
     def fail() -> dict[str, Any]:
@@ -770,6 +774,52 @@ def test_a_file_of_another_device_is_kept(
     found = ours.point("b", fail)
     assert found is not None and found["status"] == "failed" and "shared" in found["error"]
     assert Results(file, cpu, 60).data["points"]["b"] == found
+    # What other code measured, its green checks above all, says nothing of this.
+    monkeypatch.setattr(measure.provenance, "code_digest", lambda _: "other")
+    assert Results(file, cpu, 60).data["points"] == {}
+    assert (tmp_path / "kernels-2.json").exists()
+
+
+def test_of_several_cards_the_one_that_is_used_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver numbers cards otherwise than torch, and counts those that torch may not see."""
+    second = torch.device("cuda", 1)
+    fields = len(measure.NVIDIA_FIELDS.split(",")) - 1
+    cards = [f"GPU-{name}, NVIDIA {name}" + ", 1" * fields for name in "ab"]
+
+    def answer(lines: list[str]) -> dict[str, Any]:
+        done = SimpleNamespace(stdout="\n".join(lines) + "\n")
+        monkeypatch.setattr(measure.subprocess, "run", lambda *_, **__: done)
+        return measure.device_state(second)
+
+    monkeypatch.setattr(measure.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(measure, "card_of", lambda _: "GPU-b")
+    assert answer(cards)["name"] == "NVIDIA b" and len(answer(cards)) == fields + 1
+    assert answer(cards[:1])["name"] == "NVIDIA a"
+    assert answer([]) == {} == measure.device_state(torch.device("cpu"))
+
+    monkeypatch.setattr(point_measure, "card_of", lambda _: "GPU-b")
+    nvml = SimpleNamespace(
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=str,
+        nvmlDeviceGetHandleByUUID=lambda name: name,
+    )
+    assert point_measure._nvml_handle(nvml, second) == "GPU-b"
+    nvml.nvmlDeviceGetCount = lambda: 1
+    assert point_measure._nvml_handle(nvml, second) == "0"
+
+
+def test_kernels_are_launched_on_the_card_of_their_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    second = torch.device("cuda", 1)
+    use(second)
+    use(torch.device("cpu"))
+    assert chosen == [second]
+    inside = current(second)
+    assert isinstance(inside, torch.cuda.device) and inside.idx == 1
+    assert not isinstance(current(torch.device("cpu")), torch.cuda.device)
 
 
 def test_the_gpu_scripts_say_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
