@@ -980,10 +980,14 @@ def profile_command(
         if layer is not None:
             _print_layer(layer, wanted, device, threads, out)
             return
-        from internvideo3.harness.profile.command import GateError, ProfileOptions, profile
+        from internvideo3.harness.profile.command import (
+            ProfileOptions,
+            UnfinishedError,
+            profile,
+        )
         from internvideo3.reports.efficiency import draw
 
-        red: GateError | None = None
+        amiss: UnfinishedError | None = None
         options = ProfileOptions(
             workload=wanted,
             out=out,
@@ -994,14 +998,14 @@ def profile_command(
         )
         try:
             profile(options, print)
-        except GateError as error:
-            red = error
+        except UnfinishedError as error:
+            amiss = error
         for run in options.runs():
             print(f"Measurements: {run / 'measurements.jsonl'}")
-        for file in draw(options.runs(), out):
+        for file in draw(options.drawn(), out):
             print(f"Wrote {file}")
-        if red is not None:
-            raise red
+        if amiss is not None:
+            raise amiss
 
 
 def _print_layer(tokens: int, wanted: "Workload", device: str, threads: int, out: Path) -> None:

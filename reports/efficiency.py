@@ -7,7 +7,10 @@ What two rows differ in (device, chunk ...) keeps them apart, in the figures as 
 is computed and not measured, the ratio of bytes, is dashed and labelled.
 """
 
+import contextlib
+import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 PAPER = Path(__file__).parent / "efficiency_paper.json"
 COLOURS = ("#2f6db5", "#cf5a1f", "#15836f", "#a2478f", "#8f6a00", "#4d5a96")
+HATCHES = ("", "///", "...", "xxx")
 MARKERS = ("o", "D", "s", "^", "v", "P")
 PAPER_STYLE = {"gqa": ("#656a72", "o"), "m2la": ("#1c1e21", "D")}
 ATTENTION = {"gqa": "GQA", "m2la": "M²LA"}
@@ -30,11 +34,19 @@ APART = {
     "new_tokens": "new tokens",
     "threads": "threads",
     "fill": "fill",
+    "integrate": "integrated reply of",
 }
 """What keeps rows of one model apart where they differ in it, and how that is said."""
 STAGES = ("video_decoding", "vision_encoding")
+RED = "gate red"
+REQUIRED = ("kind", "model", "device", "status")
+"""What every row of the profiler has."""
 PAPER_SIZE = 7e9, 10e9
 """Parameters of models that the paper's may stand beside."""
+MARGIN = 1.2
+"""Of the lengths' axis, as a factor."""
+LEAST_STEP = 1.15
+"""Factor between two lengths that both get a label on the axis."""
 CROWD = 3
 """More series than this, and the legend goes below the figure."""
 
@@ -106,6 +118,8 @@ def read(runs: Iterable[Path]) -> Efficiency:
     rows = [row for run in runs for row in _rows(run / "measurements.jsonl")]
     found: dict[str, Series] = {}
     points = [row for row in rows if "point" in row]
+    for row in points:
+        row.setdefault("integrate", _integrated(row))
     differ = [one for one in APART if len({row.get(one) for row in points}) > 1]
     for row in points:
         name = _name(row, differ)
@@ -117,9 +131,11 @@ def read(runs: Iterable[Path]) -> Efficiency:
             "no measurements of the profiler in these directories; run `internvideo3 profile`."
         )
     labels = {row["label"] for row in rows if row.get("label")}
-    labels |= {"integrated" for row in rows if row.get("integrated")}
+    # Where some replies were timed whole, the names of the others say that they are integrated.
+    if all(row["integrate"] for row in points):
+        labels.add("integrated")
     devices = dict.fromkeys(str(row["device"]) for row in rows)
-    stages = tuple(row for row in rows if row["kind"] in STAGES)
+    stages = tuple(_last_of_each(row for row in rows if "video" in row))
     sizes = {row.get("parameters", _size_told(row)) for row in points}
     return Efficiency(
         tuple(found.values()), tuple(devices), tuple(sorted(labels)), stages, tuple(sorted(sizes))
@@ -133,12 +149,39 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise EfficiencyError(f"{file}: line {number} is not JSON; remove it.") from error
             # A process that was killed while it wrote; the profiler measures that point again.
+            continue
+        lacking = [name for name in REQUIRED if not isinstance(row, dict) or name not in row]
+        if lacking:
+            raise EfficiencyError(
+                f"{file}: line {number} is no measurement ({', '.join(lacking)} missing); "
+                "remove it."
+            )
+        found.append(row)
     return found
+
+
+def _integrated(row: Mapping[str, Any]) -> int:
+    """Tokens of the reply in whose middle a point was timed; of rows that say it in its name."""
+    told = re.search(r" of (\d+)$", str(row["point"]))
+    return int(told[1]) if told else 0
+
+
+def _last_of_each(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The last row of each stage; a failure only where nothing was measured."""
+    found: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    for row in rows:
+        about = tuple(row.get(one) for one in ("model", "device", "dtype", "video", "video_bytes"))
+        if row["kind"] in STAGES:
+            found[*about, row["kind"]] = row
+            found.pop((*about, "none"), None)
+        elif not any((*about, kind) in found for kind in STAGES[1:]):
+            found[*about, "none"] = row
+    return list(found.values())
 
 
 def _size_told(row: Mapping[str, Any]) -> int:
@@ -152,7 +195,11 @@ def _name(row: Mapping[str, Any], differ: Sequence[str]) -> str:
     extra += [f"batch {row['batch']}"] if row["batch"] != 1 else []
     extra += [f"{row['cache']} cache"] if row["cache"] != "native" else []
     extra += [row["dtype"]] if row["dtype"] == "float32" else []
-    extra += [f"{APART[one]} {row.get(one)}".strip() for one in differ]
+    extra += [
+        "whole reply" if (one, row.get(one)) == ("integrate", 0) else f"{APART[one]} {row.get(one)}"
+        for one in differ
+    ]
+    extra = [one.strip() for one in extra]
     return f"{row['model']}" + (f" ({', '.join(extra)})" if extra else "")
 
 
@@ -167,6 +214,11 @@ def _sort_in(series: Series, row: Mapping[str, Any]) -> None:
     if row["status"] == "ok":
         tables[row["kind"]][context] = row
         series.absent.pop(context, None)
+    elif row["status"] == RED:
+        # Whatever was measured before is no more to be trusted.
+        for table in tables.values():
+            table.pop(context, None)
+        series.absent[context] = RED
     elif context not in series.decode:
         series.absent[context] = row["status"]
 
@@ -183,9 +235,8 @@ def draw(runs: Iterable[Path], out: Path) -> list[Path]:
         EfficiencyError: there is nothing to draw.
     """
     data = read(runs)
-    out.mkdir(parents=True, exist_ok=True)
     table = out / "efficiency.md"
-    table.write_text("\n".join(markdown(data)) + "\n", encoding="utf-8")
+    _write(table, "\n".join(markdown(data)) + "\n")
     written = [table]
     for name, figure in (
         ("figure6a-decode", decode_figure(data)),
@@ -193,14 +244,43 @@ def draw(runs: Iterable[Path], out: Path) -> list[Path]:
         ("cache-bytes", cache_figure(data)),
         ("m2la-over-gqa", ratio_figure(data)),
     ):
-        if figure is None:
-            continue
         for ending in ("svg", "png"):
             file = out / f"{name}.{ending}"
-            with matplotlib.rc_context({"svg.hashsalt": name}):
-                figure.savefig(file, dpi=PNG_DPI, bbox_inches="tight", metadata=_undated(ending))
+            if figure is None:
+                file.unlink(missing_ok=True)  # of rows that are not drawn any more
+                continue
+            _write(file, _drawn(figure, name, ending))
             written.append(file)
     return written
+
+
+def _drawn(figure: Figure, name: str, ending: str) -> bytes:
+    made = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(
+            made, format=ending, dpi=PNG_DPI, bbox_inches="tight", metadata=_undated(ending)
+        )
+    return made.getvalue()
+
+
+def _write(file: Path, content: str | bytes) -> None:
+    """Replaces a file, all or nothing.
+
+    Raises:
+        EfficiencyError: no space, or no permission.
+    """
+    new = file.with_name(f".{file.name}.new")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new.write_bytes(content.encode() if isinstance(content, str) else content)
+        new.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise EfficiencyError(
+            f"cannot write {file}: {error.strerror}. The measurements are as they were; the same "
+            "command draws them when this is settled."
+        ) from error
 
 
 def _undated(ending: str) -> dict[str, Any]:
@@ -234,23 +314,25 @@ def latency_figure(data: Efficiency) -> Figure:
     timed = any(series.prefill for series in data.series)
     title = "Prefill (pale) and reply, seconds" if timed else "Reply, seconds; prefill not timed"
     figure, axes = _canvas(data, title)
-    styled = list(_styled(data))
+    styled = [(series, style) for series, style in _styled(data) if series.decode]
     width = 0.8 / max(1, len(styled))
     for index, (series, (colour, _)) in enumerate(styled):
+        hatch = HATCHES[index // len(COLOURS) % len(HATCHES)]
         for place, context in enumerate(data.contexts):
             reply, prefill = series.reply_s(context), series.prefill.get(context)
             if reply is None:
                 continue
             x = place + (index - (len(styled) - 1) / 2) * width
             before = float(prefill["median_s"]) if prefill else 0.0
-            axes.bar(x, before, width, color=colour, alpha=0.4)
-            axes.bar(x, reply, width, bottom=before, color=colour)
-        axes.bar(0, 0, color=colour, label=series.name)
+            axes.bar(x, before, width, color=colour, alpha=0.4, hatch=hatch)
+            axes.bar(x, reply, width, bottom=before, color=colour, hatch=hatch)
+        axes.bar(0, 0, color=colour, label=_plain(series.name), hatch=hatch)
     if _is_full_size(data):
         _overlay_replies(axes, data)
     axes.set_xscale("linear")
     axes.set_xticks(range(len(data.contexts)), [_tokens(n) for n in data.contexts])
-    _legend(axes)
+    axes.set_xlim(-0.6, len(data.contexts) - 0.4)
+    _legend(axes, "below")
     return figure
 
 
@@ -282,12 +364,14 @@ def ratio_figure(data: Efficiency) -> Figure | None:
         read = [(n, _ratio(gqa, m2la, n, "moved_bytes_per_step")) for n in both]
         _line(axes, measured, m2la.name, style)
         label = "bytes that a step reads, GQA over M²LA (computed)"
-        axes.plot(*zip(*read, strict=True), "--", color=style[0], linewidth=1, label=label)
+        # A line of one length is none: a dash stands for it.
+        line = "--" if len(read) > 1 else "_"
+        axes.plot(*zip(*read, strict=True), line, color=style[0], linewidth=1, label=label)
     axes.axhline(1, color="#656a72", linewidth=0.8)
     if _is_full_size(data):
         _hollow(axes, _paper()["decode_speedup"], "m2la", "paper (H200)")
     axes.set_ylim(bottom=0)
-    _legend(axes, "center right")
+    _legend(axes)
     return figure
 
 
@@ -305,10 +389,13 @@ def _ratio(one: Series, other: Series, context: int, name: str) -> float:
 
 
 def _legend(axes: Axes, place: str = "best") -> None:
-    """A legend, below the figure where it would cover much of it."""
-    many = len(axes.get_legend_handles_labels()[1]) > CROWD
+    """A legend, below the figure where it would cover much of it or is asked to be there."""
+    labels = axes.get_legend_handles_labels()[1]
+    if not labels:
+        return
+    many = len(labels) > CROWD
     options: dict[str, Any] = {"loc": place}
-    if many:
+    if many or place == "below":
         options = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.16), "ncols": 2}
     axes.legend(fontsize=7, frameon=False, **options)
 
@@ -317,10 +404,15 @@ def _canvas(data: Efficiency, title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(5.2, 3.4))
     axes = figure.subplots()
     labels = f" ({', '.join(data.labels)})" if data.labels else ""
-    axes.set_title(f"{title}\n{', '.join(data.devices)}{labels}", fontsize=8, loc="left")
+    about = _plain(f"{', '.join(data.devices)}{labels}")
+    axes.set_title(f"{title}\n{about}", fontsize=8, loc="left")
     axes.set_xlabel("context, tokens", fontsize=8)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(data.contexts)
+    axes.set_xticks(_apart_by(data.contexts, LEAST_STEP))
+    # Crosses at the foot have no height, and a single length no width: matplotlib's own choice of
+    # limits then leaves nothing to see.
+    shown = [*data.contexts, *(_paper_contexts() if _is_full_size(data) else ())]
+    axes.set_xlim(min(shown) / MARGIN, max(shown) * MARGIN)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: _tokens(n)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(which="both", labelsize=7)
@@ -340,9 +432,25 @@ def _styled(data: Efficiency) -> Iterable[tuple[Series, tuple[str, str]]]:
 def _line(
     axes: Axes, points: Sequence[tuple[int, float]], name: str, style: tuple[str, str]
 ) -> None:
+    if not points:
+        return
     colour, marker = style
     x, y = [n for n, _ in points], [value for _, value in points]
-    axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.2, label=name)
+    axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.2, label=_plain(name))
+
+
+def _plain(text: str) -> str:
+    """Text as it stands: no line breaks, and no formulas between dollars."""
+    return " ".join(text.split()).replace("$", r"\$")
+
+
+def _apart_by(values: Sequence[int], factor: float) -> list[int]:
+    """Those of ascending values that are far enough from the one before."""
+    found: list[int] = []
+    for value in values:
+        if not found or value >= factor * found[-1]:
+            found.append(value)
+    return found
 
 
 def _mark_absent(axes: Axes, series: Series, style: tuple[str, str]) -> None:
@@ -352,7 +460,7 @@ def _mark_absent(axes: Axes, series: Series, style: tuple[str, str]) -> None:
     for context, reason in sorted(series.absent.items()):
         by_reason.setdefault(reason, []).append(context)
     for reason, contexts in by_reason.items():
-        label = f"{series.name}: {reason}"
+        label = _plain(f"{series.name}: {reason}")
         axes.plot(contexts, [0.03] * len(contexts), "x", markersize=5, label=label, **foot)
 
 
@@ -360,9 +468,13 @@ def _is_full_size(data: Efficiency) -> bool:
     """Whether the paper's points are of the same model's size, so that they can stand beside."""
     low, high = PAPER_SIZE
     of_its_size = bool(data.sizes) and all(low <= size <= high for size in data.sizes)
-    return of_its_size and max(data.contexts, default=0) >= min(
-        int(n) for points in _paper()["decode_tokens_per_s"].values() for n in points
-    )
+    return of_its_size and max(data.contexts, default=0) >= min(_paper_contexts())
+
+
+def _paper_contexts() -> list[int]:
+    """The lengths that the paper's points are at."""
+    points = _paper()["decode_tokens_per_s"].values()
+    return [int(n) for rates in points for n in rates] + [_paper()["gqa_out_of_memory_from"]]
 
 
 def _overlay(axes: Axes) -> None:
@@ -406,7 +518,8 @@ def _paper() -> dict[str, Any]:
 
 
 def _tokens(count: float) -> str:
-    return f"{count / 1024:.0f}K" if count >= 1024 else f"{count:.0f}"
+    """A length in words: in K where that is exact."""
+    return f"{count // 1024:.0f}K" if count and count % 1024 == 0 else f"{count:.0f}"
 
 
 COLUMNS = (
@@ -417,7 +530,7 @@ COLUMNS = (
     "its last chunk, tok/s",
     "decode, tok/s",
     "reply, s",
-    "of the roofline",
+    "median step, of the roofline",
     "cache, MiB",
     "peak memory, GiB",
     "J/token",
@@ -436,17 +549,30 @@ def markdown(data: Efficiency) -> list[str]:
                 cells += ["–"] * (len(COLUMNS) - len(cells))
             else:
                 cells = _cells(series, context)
-            lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+            lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    if any("peak_resident_bytes" in row for one in data.series for row in one.cache.values()):
+        lines += ["", "Peak memory on a CPU is the whole process's, up to then."]
     return lines + [line for row in data.stages for line in ("", _stage_line(row))]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "/")
 
 
 def _stage_line(row: Mapping[str, Any]) -> str:
     """A stage before the language model in a sentence."""
     if row["kind"] == "video_decoding":
-        what = f"{row['video']} is decoded at {row['frames_per_s']:.0f} frames/s"
-    else:
+        size = (
+            f", {row['fps']:g} a second of {row['width']}x{row['height']}" if "fps" in row else ""
+        )
+        what = (
+            f"{row['frames']} frames of {row['video']}{size}, are read in {row['median_s']:.3f} s"
+        )
+    elif row["kind"] == "vision_encoding":
         what = f"its frames are encoded at {row['tokens_per_s']:.0f} vision tokens/s"
-    return f"{row['model']} ({row['device']}, {row['dtype']}): {what}."
+    else:
+        what = f"{row['video']}: {row['status']}: {str(row['reason']).rstrip('.')}"
+    return _cell(f"{row['model']} ({row['device']}, {row['dtype']}): {what}.")
 
 
 def _cells(series: Series, context: int) -> list[str]:

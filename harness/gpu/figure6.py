@@ -18,8 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from internvideo3.harness.gpu.measure import device_given, say
-from internvideo3.harness.profile.command import GateError, ProfileOptions, profile
-from internvideo3.harness.profile.workload import FIGURE6, Workload, changed, read_workload
+from internvideo3.harness.profile.command import ProfileOptions, UnfinishedError, profile
+from internvideo3.harness.profile.workload import (
+    FIGURE6,
+    Workload,
+    WorkloadError,
+    changed,
+    read_workload,
+)
 
 
 def quick(device: str, *, fill: str = "random") -> Workload:
@@ -45,7 +51,14 @@ def quick(device: str, *, fill: str = "random") -> Workload:
 
 
 def main() -> None:
-    """Measure what is missing, then draw."""
+    """Measure what is missing, then draw; what was asked wrongly is said in words."""
+    try:
+        _main()
+    except WorkloadError as error:
+        raise SystemExit(str(error)) from error
+
+
+def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budget-s", type=float, default=300.0)
@@ -91,9 +104,9 @@ def main() -> None:
         return
     try:
         profile(options, say)
-    except GateError as red:
+    except UnfinishedError as amiss:
         _draw(options)
-        raise SystemExit(str(red)) from red
+        raise SystemExit(str(amiss)) from amiss
     _draw(options)
 
 
@@ -105,7 +118,7 @@ def _draw(options: ProfileOptions) -> None:
     from internvideo3.reports.efficiency import EfficiencyError, draw
 
     try:
-        files = draw(options.runs(), options.out)
+        files = draw(options.drawn(), options.out)
     except EfficiencyError as nothing:
         say(f"nothing drawn: {nothing}")
         return

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,9 +26,10 @@ import transformers
 from internvideo3.harness import provenance
 from internvideo3.harness.gpu.measure import copy_bandwidth, device_state, matmul_rate, release
 from internvideo3.harness.profile.gate import NEW_TOKENS, PIECES, Form, Gate, gate
+from internvideo3.harness.profile.host import available_bytes
 from internvideo3.harness.profile.measure import Ceilings, Row, Run, rows_of, run_once
-from internvideo3.harness.profile.plan import folded_bytes, need_of, refusal
-from internvideo3.harness.profile.stages import decoding_row, encoding_row
+from internvideo3.harness.profile.plan import folded_bytes, need_of, refusal, weights_of
+from internvideo3.harness.profile.stages import UNTIMED, decoding_row, encoding_row
 from internvideo3.harness.profile.subjects import (
     Subject,
     attention_of,
@@ -40,6 +41,7 @@ from internvideo3.harness.profile.subjects import (
 from internvideo3.harness.profile.workload import Point, Workload, WorkloadError, why_not
 from internvideo3.harness.store import SCHEMA, RunStore, append_measurements, read_rows
 from internvideo3.model.device import DeviceError, device_of, use
+from internvideo3.model.session import CHUNK
 
 PLAIN = Form()
 """The form in which a model is held to the gate whatever is timed."""
@@ -49,8 +51,12 @@ FRAMES_PER_S, MAX_FRAMES = 2.0, 64
 Tell = Callable[[str], None]
 
 
-class GateError(ValueError):
-    """Models whose engine and forward pass disagree; they were not timed, the others were."""
+class UnfinishedError(ValueError):
+    """Models that could not be timed; the others were, and what was measured is there."""
+
+
+class GateError(UnfinishedError):
+    """Models whose engine and forward pass disagree."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +87,11 @@ class ProfileOptions:
         """The run directories of all models."""
         return [self.run_of(name) for name in self.workload.models]
 
+    def drawn(self) -> list[Path]:
+        """Every run directory whose rows belong in the figures of `out`: earlier commands', too."""
+        earlier = sorted(path.parent for path in self.out.glob("*/measurements.jsonl"))
+        return list(dict.fromkeys([*self.runs(), *earlier]))
+
 
 def profile(options: ProfileOptions, tell: Tell = lambda _: None) -> list[Path]:
     """Measure what is missing of a workload.
@@ -94,6 +105,7 @@ def profile(options: ProfileOptions, tell: Tell = lambda _: None) -> list[Path]:
 
     Raises:
         GateError: a model's engine disagrees with its forward pass; raised when all else is done.
+        UnfinishedError: a model cannot be loaded; likewise.
         WorkloadError: a model, video or device that there is not.
     """
     workload, device = options.workload, _device(options.device)
@@ -103,6 +115,7 @@ def profile(options: ProfileOptions, tell: Tell = lambda _: None) -> list[Path]:
     transformers.logging.disable_progress_bar()
     deadline = None if options.budget_s is None else time.monotonic() + options.budget_s
     red: list[str] = []
+    unloaded: dict[str, str] = {}
     commit, _ = provenance.revision()
     with contextlib.ExitStack() as held:
         for name in workload.models:
@@ -118,8 +131,13 @@ def profile(options: ProfileOptions, tell: Tell = lambda _: None) -> list[Path]:
                 f"multiplies {ceilings.matmul_flop_per_s / 1e9:.0f} GFLOP/s in {dtype}"
             )
             for names in groups:
-                group = _Group(options, device, dtype, ceilings, deadline, tell, red, commit)
+                group = _Group(
+                    options, device, dtype, ceilings, deadline, tell, red, unloaded, commit
+                )
                 group.measure(names)
+    if unloaded:
+        told = "; ".join(f"{name}: {reason}" for name, reason in unloaded.items())
+        raise UnfinishedError(f"not loaded, and not timed: {told}")
     if red:
         raise GateError(f"{', '.join(red)}: the gate is red, no rate is reported; see the rows.")
     return options.runs()
@@ -140,10 +158,16 @@ def _missing(options: ProfileOptions, point: Point) -> bool:
         row.get("point") == point.key
         and row["kind"] in ENDINGS
         and row.get("device") == device
-        and row["status"] not in TRIED_AGAIN
+        and not _is_tried_again(row, options.device)
         and (row["status"] != "ok" or row["repeats"] >= wanted or _ran_out(row))
         for row in read_rows(file)
     )
+
+
+def _is_tried_again(row: Row, device: str) -> bool:
+    """A failure is; and what a machine's memory did not hold, which other programs use as well."""
+    busy = row["status"] == "does not fit" and not device.startswith("cuda")
+    return busy or row["status"] in TRIED_AGAIN
 
 
 def _ran_out(row: Row) -> bool:
@@ -159,6 +183,7 @@ def _check(options: ProfileOptions) -> None:
         CheckpointError: the same, of a checkpoint.
     """
     for name in options.workload.models:
+        _check_name(name)
         config_of(name)
     if len(set(options.runs())) < len(options.workload.models):
         raise WorkloadError(
@@ -167,6 +192,19 @@ def _check(options: ProfileOptions) -> None:
         )
     if options.video is not None and not options.video.is_file():
         raise WorkloadError(f"there is no video {options.video}.")
+
+
+def _check_name(name: str) -> None:
+    """Whether a model's name can name its run directory.
+
+    Raises:
+        WorkloadError: it cannot.
+    """
+    if not name.isprintable() or not name.strip("./"):
+        raise WorkloadError(
+            f"the model {name!r} cannot name a run directory; give its folder another name, or "
+            "its path in full."
+        )
 
 
 @dataclass(frozen=True)
@@ -195,6 +233,8 @@ class _Group:
     tell: Tell
     red: list[str]
     """Gets the models whose gate is red, with the form."""
+    unloaded: dict[str, str]
+    """Gets the models that cannot be loaded, and why."""
     commit: str | None
     """Of this code; a run directory may hold rows of several."""
 
@@ -259,16 +299,24 @@ class _Group:
             "video_bytes": video.stat().st_size,
             "device": _device_name(self.device),
             "dtype": self.dtype,
+            "status": "ok",
         }
 
-        def is_seen(row: Row) -> bool:
-            enough = row.get("repeats", 0) >= self.options.workload.repeats
-            return about.items() <= row.items() and row["status"] not in TRIED_AGAIN and enough
+        def seen(name: str) -> set[str]:
+            rows = read_rows(self.options.run_of(name) / "measurements.jsonl")
+            return {
+                row["kind"]
+                for row in rows
+                if about.items() <= row.items()
+                and row.get("repeats", 0) >= self.options.workload.repeats
+            }
 
+        # Random weights have no processor, and so nothing to encode with.
+        encoded = [name for name in names if not name.startswith("random:")]
         return [
             name
             for name in names
-            if not any(map(is_seen, read_rows(self.options.run_of(name) / "measurements.jsonl")))
+            if not {"video_decoding", *(["vision_encoding"] * (name in encoded))} <= seen(name)
         ]
 
     def _wanted(self, names: Sequence[str]) -> Iterator[list[Point]]:
@@ -282,17 +330,33 @@ class _Group:
 
     def _prepared(self, name: str, forms: Iterable[Form]) -> _Prepared | Row:
         """A model and its gates; or the row of each of its points, if it cannot be timed."""
+        refused = self._refusal_of_weights(name)
+        if refused is not None:
+            self.tell(f"{name}: does not fit: {refused}")
+            return {"kind": "none", "status": "does not fit", "reason": refused}
         try:
             subject = load(name, self.device, self.dtype)
-        except (MemoryError, RuntimeError) as error:
-            if not _is_of_memory(error):
-                raise
-            return self._told_failure(name, error)
+        except Exception as error:  # of weights, tokenizer, memory: other models go on
+            row = self._told_failure(name, error)
+            if row["status"] == "failed":
+                self.unloaded[name] = row["reason"]
+            return row
+        self._tell_of_length(subject)
         plain = self._gated(subject, PLAIN)
         if isinstance(plain, dict):
             return plain
         others = {form: self._gated(subject, form) for form in sorted(forms) if form != PLAIN}
         return _Prepared(subject, {PLAIN: plain, **others})
+
+    def _tell_of_length(self, subject: Subject) -> None:
+        """Says where points go beyond what the model was made for; rates do not depend on it."""
+        most = subject.model.config.text_config.max_position_embeddings
+        deepest = max(point.depth + point.new_tokens for point in self.options.workload.points())
+        if deepest > most:
+            self.tell(
+                f"{subject.name}: made for {most} positions (max_position_embeddings), measured up "
+                f"to {deepest}; answers there may be poor, rates are what they are"
+            )
 
     def _gated(self, subject: Subject, form: Form) -> Gate | Row:
         """The model's gate in one form; or the row of each point of this form, if it is red."""
@@ -358,9 +422,22 @@ class _Group:
             # Triton's errors have no class in common, and other points are not to be lost.
             return _failure(error)
 
+    def _refusal_of_weights(self, name: str) -> str | None:
+        """Why a model is not loaded into the host's memory; a card says so itself."""
+        config, left = config_of(name), available_bytes()
+        if self.device.type == "cuda" or left is None:
+            return None
+        needed = weights_of(config, self.dtype)
+        return None if needed <= left else _too_little("its weights take", needed, left)
+
     def _refusal(self, subject: Subject, point: Point) -> str | None:
         if self.device.type != "cuda":
-            return None
+            left = available_bytes()
+            chunk = point.chunk or CHUNK["cpu"]
+            need = need_of(replace(point, chunk=chunk), subject.model.config, 0)
+            needed = need.cache + need.scratch
+            fits = left is None or needed <= left
+            return None if fits else _too_little("cache and scratch take", needed, left or 0)
         config = subject.model.config
         memory = torch.cuda.get_device_properties(self.device).total_memory
         weights = subject.weight_bytes + folded_bytes(config, point.dtype)
@@ -374,6 +451,8 @@ class _Group:
             "new_tokens": point.new_tokens,
             "batch": point.batch,
             "chunk": point.chunk,
+            "prefill_chunk": point.chunk or CHUNK[self.device.type],
+            "integrate": point.integrate,
             "cache": point.cache,
             "fill": point.fill,
             "depth": point.depth,
@@ -388,11 +467,15 @@ class _Group:
         common = self._common(subject.name, PLAIN, found) | about
         rows: list[Row] = []
         try:
-            row, frames = decoding_row(video, FRAMES_PER_S, MAX_FRAMES, repeats)
+            untimed = max(UNTIMED, self.options.workload.warmups)
+            row, frames = decoding_row(video, FRAMES_PER_S, MAX_FRAMES, repeats, untimed)
             rows.append(row | {"status": "ok"})
-            self.tell(f"{subject.name}: {video.name} decoded at {row['frames_per_s']:.0f} frames/s")
+            self.tell(
+                f"{subject.name}: {row['frames']} of {row['of_frames']} frames of {video.name} "
+                f"read in {row['median_s']:.3f} s"
+            )
             if subject.processor is not None:
-                row = encoding_row(subject, frames, repeats)
+                row = encoding_row(subject, frames, repeats, untimed)
                 rows.append(row | {"status": "ok"})
                 self.tell(f"{subject.name}: encoded at {row['tokens_per_s']:.0f} vision tokens/s")
         except Exception as error:  # no decoder, a bad file, no memory: other models go on
@@ -456,6 +539,10 @@ def _told(found: Gate) -> str:
     if found.rounding is not None:
         told += f"; a row in fp8 is at most {found.rounding:.1%} from what it was"
     return told
+
+
+def _too_little(what: str, needed: int, left: int) -> str:
+    return f"{what} {needed / 1e9:.1f} GB, and this machine has {left / 1e9:.1f} GB left to give."
 
 
 def _is_of_memory(error: Exception) -> bool:

@@ -108,7 +108,8 @@ def need_of(point: Point, config: Any, weights: int) -> Need:
     cached = -(-in_full // ROUNDED) * ROUNDED * cache_bytes_per_token(config, point.dtype)
     if compressed:
         cached += compressed * fp8_bytes(config, point.dtype)
-    scratch = max(_scratch(point, config), _compressing(point, config))
+    working = _scratch(point, config) + _masks_and_copies(point, config)
+    scratch = max(working, _compressing(point, config))
     return Need(weights, point.batch * cached, scratch)
 
 
@@ -164,6 +165,23 @@ def _scratch(point: Point, config: Any) -> int:
     rebuilt = 2 * kv * (key + width) if latent else 0
     numbers: int = chunk * per_query + block * rebuilt + point.batch * text.vocab_size
     return max(STEP_BYTES, numbers * ITEM_BYTES[point.dtype])
+
+
+def _masks_and_copies(point: Point, config: Any) -> int:
+    """What transformers' sdpa holds beside the cache where it attends under a mask.
+
+    That is on a static cache, and from a prefill's second chunk on: the mask, also in the number
+    format that the kernel wants, and one layer's keys and values repeated for every query head.
+    """
+    chunk = point.chunk or CHUNK["cuda"]
+    several = point.prefilled(chunk) and point.depth > chunk
+    if point.runner != "static" and not (point.runner == "sdpa" and several):
+        return 0
+    text, item = config.text_config, ITEM_BYTES[point.dtype]
+    queries = min(chunk, point.context) if point.prefilled(chunk) else 1
+    cached = point.depth + point.new_tokens + 1
+    repeated = 2 * text.num_attention_heads * text.head_dim * item
+    return int(point.batch * cached * (queries * (1 + item) + repeated))
 
 
 def refusal(point: Point, need: Need, memory: int) -> str | None:
@@ -229,17 +247,18 @@ def _largest_batch(point: Point, config: Any, weights: int, memory: int) -> int:
 def table(planned: Sequence[Planned], device: str) -> list[str]:
     """The plan in lines, gigabytes of 1e9 bytes."""
     memory = device_bytes(device)
+    width = max((len(one.point.key) for one in planned), default=0)
     lines = [
         f"{device}: {memory / 1e9:.1f} GB, {USABLE * memory / 1e9:.1f} GB of it usable. In GB:",
-        f"{'point':<66} weights   cache scratch   total headroom  largest batch",
+        f"{'point':<{width}} weights   cache scratch   total headroom  largest batch",
     ]
     for one in planned:
         if one.impossible is not None:
-            lines.append(f"{one.point.key:<66} not possible: {one.impossible}")
+            lines.append(f"{one.point.key:<{width}} not possible: {one.impossible}")
             continue
         need, left = one.need, USABLE * memory - one.need.total
         lines.append(
-            f"{one.point.key:<66} {need.weights / 1e9:>7.1f} {need.cache / 1e9:>7.1f} "
+            f"{one.point.key:<{width}} {need.weights / 1e9:>7.1f} {need.cache / 1e9:>7.1f} "
             f"{need.scratch / 1e9:>7.1f} {need.total / 1e9:>7.1f} {left / 1e9:>8.1f}  "
             f"{one.largest_batch}" + ("" if one.refused is None else ": does not fit")
         )

@@ -11,7 +11,12 @@ import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from internvideo3.harness.profile.workload import WorkloadError
-from internvideo3.model.checkpoint import cache_bytes_per_token, load_model, resolve_checkpoint
+from internvideo3.model.checkpoint import (
+    cache_bytes_per_token,
+    load_model,
+    read_config,
+    resolve_checkpoint,
+)
 from internvideo3.model.config import InternVideo3Config
 from internvideo3.model.modeling import InternVideo3ForConditionalGeneration
 
@@ -95,7 +100,7 @@ def config_of(name: str) -> Any:
 
     Raises:
         WorkloadError: no random shape of this name.
-        CheckpointError: no checkpoint of this name.
+        CheckpointError: no checkpoint of this name, or of an architecture that is not known.
     """
     if name.startswith("random:"):
         if name not in RANDOM:
@@ -104,6 +109,7 @@ def config_of(name: str) -> Any:
         kind: Any = Qwen3VLConfig if latent is None else InternVideo3Config
         return kind(text_config=dict(text) | dict(latent or {}), vision_config=dict(vision))
     path = resolve_checkpoint(name)
+    read_config(path)
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(path, local_files_only=True)

@@ -18,6 +18,8 @@ RUNNERS = ("engine", "sdpa", "flash", "static")
 DTYPES = ("float32", "bfloat16")
 FILLS = ("prefill", "random", "last")
 CACHES = ("native", "fp8")
+MOST = 2**31
+"""Of any number of a workload."""
 FIGURE6 = Path(__file__).parent / "figure6.yaml"
 
 
@@ -84,11 +86,21 @@ class Workload:
             raise WorkloadError(
                 "integrate needs fill: random, which can begin in a reply's middle."
             )
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        """Whether each is one that a device could run.
+
+        Raises:
+            WorkloadError: one is not.
+        """
         least = {"contexts": 1, "batches": 1, "chunks": 0, "new_tokens": 1, "repeats": 1}
         for name, low in (least | {"warmups": 0, "integrate": 0}).items():
             value = getattr(self, name)
             if min((value,) if isinstance(value, int) else value) < low:
                 raise WorkloadError(f"{name} is {value}; the least that makes sense is {low}.")
+            if max((value,) if isinstance(value, int) else value) > MOST:
+                raise WorkloadError(f"{name} is {value}; no device holds more than {MOST}.")
 
     def points(self) -> Iterator[Point]:
         """Every combination, models innermost, so that they can be measured in turns."""
@@ -175,7 +187,7 @@ def read_workload(path: Path) -> Workload:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise WorkloadError(f"cannot read the workload {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise WorkloadError(f"{path} is not YAML: {error}") from error
     if not isinstance(found, Mapping):
         raise WorkloadError(f"{path} must be a mapping of names to values; see {FIGURE6}.")
@@ -217,5 +229,6 @@ def _typed(name: str, value: object, like: object) -> object:
         listed = list(value) if isinstance(value, (list, tuple)) else [value]
         return tuple(_typed(name, one, like[0]) for one in listed)
     if type(value) is not type(like):
-        raise WorkloadError(f"{name}: {value!r} should be a {type(like).__name__}.")
+        kind = {int: "a whole number", str: "a name"}[type(like)]
+        raise WorkloadError(f"{name}: {value!r} should be {kind}.")
     return value

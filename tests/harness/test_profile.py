@@ -16,9 +16,15 @@ import torch
 from internvideo3.harness.gpu import figure6, measure
 from internvideo3.harness.gpu.measure import Results
 from internvideo3.harness.inspection import describe
-from internvideo3.harness.profile import command, runners
+from internvideo3.harness.profile import command, host, runners
 from internvideo3.harness.profile import measure as point_measure
-from internvideo3.harness.profile.command import GateError, ProfileOptions, is_complete, profile
+from internvideo3.harness.profile.command import (
+    GateError,
+    ProfileOptions,
+    UnfinishedError,
+    is_complete,
+    profile,
+)
 from internvideo3.harness.profile.gate import Form, gate
 from internvideo3.harness.profile.layer import layer_rows
 from internvideo3.harness.profile.measure import Ceilings, Run, prefill_flops, rows_of
@@ -28,6 +34,7 @@ from internvideo3.harness.profile.subjects import Subject, class_of, config_of, 
 from internvideo3.harness.profile.workload import FIGURE6, Workload, WorkloadError, chosen
 from internvideo3.harness.store import StoreError, read_rows
 from internvideo3.model import cache, engine_layers
+from internvideo3.model.checkpoint import CheckpointError
 from internvideo3.model.device import current, use
 from internvideo3.reports import efficiency
 from internvideo3.reports.efficiency import (
@@ -526,6 +533,7 @@ def test_a_video_that_cannot_be_read_is_a_row_and_the_rest_goes_on(
     torn = replace(options, workload=workload, video=video)
     (run,) = profile(torn)
     failed = [row for row in measured(run) if row.get("video")]
+    assert "torn.mp4: failed" in draw([run], tmp_path)[0].read_text()
     assert [(row["status"], row["dtype"]) for row in failed] == [
         ("failed", "float32"),
         ("failed", "bfloat16"),
@@ -543,6 +551,11 @@ def test_a_video_that_cannot_be_read_is_a_row_and_the_rest_goes_on(
     before = measured(run)
     profile(torn)
     assert measured(run) == before
+    # Of two stages, one that is missing is made up for.
+    lines = (run / "measurements.jsonl").read_text().splitlines(keepends=True)
+    (run / "measurements.jsonl").write_text("".join(lines[:-1]))
+    profile(torn)
+    assert [row["kind"] for row in measured(run)[-2:]] == ["video_decoding", "vision_encoding"]
 
 
 @pytest.mark.parametrize("fill", ["prefill", "random", "last"])
@@ -744,6 +757,105 @@ def test_the_ratio_pairs_what_was_run_in_the_same_way(tmp_path: Path) -> None:
     assert not shorter.axes[0].lines
 
 
+def test_the_figures_of_a_folder_are_of_all_its_runs(tiny: ProfileOptions) -> None:
+    profile(tiny)
+    one = replace(tiny, workload=replace(tiny.workload, models=TINY[1:]))
+    assert one.runs() == tiny.runs()[1:]
+    assert set(one.drawn()) == set(tiny.runs())
+
+
+def test_a_model_that_cannot_be_loaded_does_not_stop_the_others(
+    tiny: ProfileOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = command.load
+
+    def wrong(name: str, *rest: Any) -> Subject:
+        if name == TINY[0]:
+            raise ValueError("Couldn't instantiate the backend tokenizer")
+        return right(name, *rest)
+
+    monkeypatch.setattr(command, "load", wrong)
+    with pytest.raises(UnfinishedError, match=f"not timed: {TINY[0]}: ValueError: Couldn't"):
+        profile(tiny)
+    gqa, m2la = map(measured, tiny.runs())
+    assert {row["status"] for row in gqa} == {"failed"} and {r["status"] for r in m2la} == {"ok"}
+
+
+def test_what_the_machine_has_no_memory_for_is_a_row_and_tried_again(
+    tiny: ProfileOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux kills who takes more than there is, and with it all other models' points."""
+    told: list[str] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "available_bytes", lambda: 1000)
+        profile(tiny, told.append)
+    rows = [row for run in tiny.runs() for row in measured(run)]
+    assert {row["status"] for row in rows} == {"does not fit"}
+    assert "its weights take" in rows[0]["reason"]
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "weights_of", lambda *_: 0)
+        patched.setattr(command, "available_bytes", lambda: 1000)
+        profile(tiny, told.append)
+    assert "cache and scratch take" in measured(tiny.runs()[0])[-1]["reason"]
+    assert not is_complete(tiny)
+    profile(tiny)
+    assert is_complete(tiny)
+
+
+def test_memory_that_is_left_is_that_of_the_narrowest_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable: 500 kB\n")
+    groups = tmp_path / "groups"
+    for name, limit in (("", "max"), ("job", "300000"), ("job/step", "400000")):
+        group = groups / name
+        group.mkdir(exist_ok=True)
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text("200000\n")
+        (group / "memory.stat").write_text("anon 150000\ninactive_file 50000\n")
+    (tmp_path / "self").write_text("0::/job/step\n")
+    monkeypatch.setattr(host, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(host, "GROUPS", groups)
+    monkeypatch.setattr(host, "GROUP_OF_SELF", tmp_path / "self")
+    assert host.available_bytes() == 150000
+    (tmp_path / "self").unlink()
+    assert host.available_bytes() == 500 * 1024
+    (tmp_path / "meminfo").unlink()
+    assert host.available_bytes() is None
+
+
+def test_models_that_are_none_of_ours_are_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="holds a 'llama' model. Known are"):
+        plan(Workload(models=(str(tmp_path),)), device_bytes("h200"))
+
+
+@pytest.mark.parametrize("name", ["..", "", "a\nb", "\udcff"])
+def test_names_that_name_no_folder_are_refused(tiny: ProfileOptions, name: str) -> None:
+    with pytest.raises(WorkloadError, match="cannot name a run directory"):
+        profile(replace(tiny, workload=replace(tiny.workload, models=(name,))))
+    assert not tiny.out.exists()
+
+
+def test_sdpa_under_a_mask_takes_more_than_the_engine() -> None:
+    """Transformers' mask of 64K queries by 768K tokens, and keys and values of every head."""
+    figure = chosen("figure6", {"models": ["random:8b-gqa"], "runners": ["engine", "sdpa"]})
+    by_key = {(p.point.runner, p.point.context): p for p in plan(figure, device_bytes("h200"))}
+    for context in (32768, 524288):
+        mine, theirs = by_key["engine", context].need, by_key["sdpa", context].need
+        cached = context + 16384 + 1
+        more = 3 * 65536 * cached + 4 * 32 * 128 * cached if context > 65536 else 0
+        assert theirs.scratch - mine.scratch == more
+    assert by_key["sdpa", 524288].refused is not None
+
+
+def test_a_length_beyond_the_model_is_told(tiny: ProfileOptions, checkpoint: Path) -> None:
+    told: list[str] = []
+    workload = replace(tiny.workload, models=("scale:base",), contexts=(70000,), fill="random")
+    profile(replace(tiny, workload=replace(workload, new_tokens=1)), told.append)
+    assert any("made for 65536 positions" in line and "to 70001" in line for line in told)
+
+
 def test_the_gpu_script_rehearses_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["figure6", "--out", str(tmp_path), "--device", "cpu"])
     figure6.main()
@@ -835,7 +947,8 @@ def test_workloads_are_checked(tmp_path: Path) -> None:
     for values, said in (
         ({"context": 5}, "Did you mean contexts"),
         ({"runners": ["vllm"]}, "'vllm' is not one of"),
-        ({"contexts": "long"}, "should be a int"),
+        ({"contexts": "long"}, "should be a whole number"),
+        ({"contexts": 10**20}, "no device holds more"),
         ({"repeats": 0}, "the least that makes sense is 1"),
         ({"models": []}, "models is empty"),
         ({"integrate": 5}, "fill: random"),

@@ -143,7 +143,7 @@ def test_shared_rows(batch: int) -> None:
 @pytest.mark.parametrize(("lengths", "splits"), [([1, 0], 2), ([64, 129], 1), ([257, 300], 3)])
 def test_fp8_rows(rank: int, size: float, lengths: list[int], splits: int) -> None:
     """Latents so small that weights over their scale leave float16's range, too."""
-    rows = drawn(2, max(lengths), rank + 128, seed=2)
+    rows = poisoned(drawn(2, max(lengths), rank + 128, seed=2), lengths)
     rows[..., :rank] *= size
     run = quantize(rows, torch.tensor(lengths, dtype=torch.int32), rank)
     check(run, drawn(2, HEADS, rank + 128, seed=1), rank, splits)
