@@ -371,7 +371,7 @@ def ratio_figure(data: Efficiency) -> Figure | None:
     if _is_full_size(data):
         _hollow(axes, _paper()["decode_speedup"], "m2la", "paper (H200)")
     axes.set_ylim(bottom=0)
-    _legend(axes)
+    _legend(axes, "below")
     return figure
 
 
@@ -562,12 +562,8 @@ def _cell(text: str) -> str:
 def _stage_line(row: Mapping[str, Any]) -> str:
     """A stage before the language model in a sentence."""
     if row["kind"] == "video_decoding":
-        size = (
-            f", {row['fps']:g} a second of {row['width']}x{row['height']}" if "fps" in row else ""
-        )
-        what = (
-            f"{row['frames']} frames of {row['video']}{size}, are read in {row['median_s']:.3f} s"
-        )
+        size = f" ({row['fps']:g}/s, {row['width']}x{row['height']})" if "fps" in row else ""
+        what = f"{row['frames']} frames of {row['video']}{size} are read in {row['median_s']:.3f} s"
     elif row["kind"] == "vision_encoding":
         what = f"its frames are encoded at {row['tokens_per_s']:.0f} vision tokens/s"
     else:
