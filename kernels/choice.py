@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib.util
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +11,7 @@ import torch
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HALVES = (torch.bfloat16, torch.float16)
 INTERPRETED_SMS = 4
+FP8_CAPABILITY = (8, 9)
 
 _interpreting = False
 
@@ -49,6 +51,22 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_SMS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program may have on a CUDA device; the interpreter has no limit."""
+    if device.type != "cuda":
+        return sys.maxsize
+    properties = torch.cuda.get_device_properties(device)
+    # Not in torch's stubs, nor in its builds for other makers' cards.
+    return int(getattr(properties, "shared_memory_per_block_optin", sys.maxsize))
+
+
+@functools.cache
+def reads_fp8(device: torch.device) -> bool:
+    """Whether Triton compiles e4m3 for a device: from Ada (8.9) on."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
 def is_power_of_two(number: int) -> bool:

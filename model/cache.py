@@ -39,6 +39,10 @@ COPIED_TOKENS = 8192
 hold it twice for a moment, which a cache that fills the device has no room for."""
 
 
+MANY_RUNS = 8
+"""Frozen runs from which on a new tail begins with room for a quarter of all that is cached: a
+decode step reads run by run, and a session of many turns would else have a run for each."""
+
 COMPRESSED_TOKENS = 65536
 """Rows that are compressed at once: their float32 copies exist for a moment."""
 
@@ -274,9 +278,12 @@ class SegmentedLayer(CacheLayerMixin):
         like = like or self.tail or self.frozen[-1].like()
         capacity = self.tail[0].shape[2] if self.tail else 0
         full = self.length + tokens > capacity
+        wanted = self.length + tokens
         if full and may_freeze and self.length > COPIED_TOKENS:
             self.freeze()
-        self.reserve(like, self.length + tokens)
+            many = len(self.frozen) >= MANY_RUNS
+            wanted = max(tokens, int((GROWTH - 1) * self.get_seq_length()) if many else 0)
+        self.reserve(like, wanted)
 
     def freeze(self) -> None:
         """Makes the tail a segment; nothing is copied."""

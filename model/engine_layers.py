@@ -109,7 +109,7 @@ class GroupedAttend:
     @property
     def static(self) -> bool:
         """As `Attend.static`."""
-        return gqa_is_static(self.attn.head_dim)
+        return gqa_is_static(self.attn.head_dim, self.keys_BKTD.device)
 
     def weights(self) -> list[Tensor]:
         """As `Attend.weights`."""
@@ -154,8 +154,8 @@ class RowAttend:
     @property
     def static(self) -> bool:
         """As `Attend.static`."""
-        widths = {self.rows_BTW.shape[-1], *(run.width for run in self.shared)}
-        return all(is_static(width, self.rows_BTW.dtype) for width in widths)
+        own = self._own(self.first_slots_B)
+        return all(is_static(run, self.rows_BTW.dtype) for run in (*self.shared, own))
 
     def weights(self) -> list[Tensor]:
         """As `Attend.weights`."""
@@ -165,11 +165,14 @@ class RowAttend:
     def __call__(self, x_BX: Tensor, norm: Any, where: Where) -> Tensor:
         """Appends the row, then attends over the rows themselves."""
         q_BHW = self.write(x_BX, norm, self._angles(where), self._places(where))
-        own = Rows(rows_bTW=self.rows_BTW, lengths_B=where.visible_B, rank=self.attn.rank)
+        own = self._own(where.visible_B)
         latent_BHR, _ = latent_decode(
             q_BHW, [*self.shared, own], scale=self.attn.scale, value_width=self.attn.rank
         )
         return expand_output(latent_BHR, self.v_up_KDR).flatten(1)
+
+    def _own(self, lengths_B: Tensor) -> Rows:
+        return Rows(rows_bTW=self.rows_BTW, lengths_B=lengths_B, rank=self.attn.rank)
 
     def _angles(self, where: Where) -> tuple[Tensor, ...]:
         """Cosine and sine of each slot, [B, S]; a step of few kernels launches none for nothing."""

@@ -10,6 +10,8 @@ import torch
 from internvideo3.kernels.choice import (
     HALVES,
     multiprocessors,
+    reads_fp8,
+    shared_bytes,
     triton_is_installed,
     wants_triton,
 )
@@ -19,16 +21,30 @@ from internvideo3.kernels.latent_decode.rows import Rows
 WIDEST = 1024
 """Columns of a row that a kernel takes."""
 
+NARROW, WIDEST_TAIL = 512, 128
+"""Columns of the smaller tile of rows, and most of a second one, which are keys only."""
+
 MOST_HEADS = 32
 """Query heads that a kernel takes at once; the tile of more does not fit the shared memory."""
 
 
-def is_static(width: int, dtype: torch.dtype) -> bool:
+def is_static(run: Rows, dtype: torch.dtype) -> bool:
     """Whether rows on a GPU are read by a kernel alone; else by torch, with lengths on the host.
 
-    The tiles of wider rows, and of float32 ones, are too large for the shared memory.
+    The tiles of wider rows, and of float32 ones, are too large for the shared memory; those of more
+    than 512 columns are so for cards with 99 KB of it (compute capability 8.6, 8.9, 12.0).
     """
-    return width <= WIDEST and dtype in HALVES and triton_is_installed()
+    device = run.rows_bTW.device
+    fits = run.width <= WIDEST and dtype in HALVES and shared_bytes(device) >= tile_bytes(run)
+    return fits and triton_is_installed() and (run.scale_bT is None or reads_fp8(device))
+
+
+def tile_bytes(run: Rows) -> int:
+    """Shared memory of the tile that a run gets, compiled for compute capability 8.0 or 8.9."""
+    if run.scale_bT is not None:
+        return 106496 if run.rank > NARROW else 73856
+    is_one_tile = run.rank > NARROW or run.width - NARROW > WIDEST_TAIL
+    return 147456 if run.width > NARROW and is_one_tile else 98304
 
 
 def decode_runs(
@@ -40,7 +56,7 @@ def decode_runs(
     More than `MOST_HEADS` heads are taken in equal groups, each of which reads the rows.
     """
     dtype = q_BHW.dtype if q_BHW.is_cuda else torch.bfloat16
-    fits = all(is_static(run.width, dtype) for run in runs)
+    fits = all(is_static(run, dtype) for run in runs)
     if not fits or not wants_triton(q_BHW):
         return naive.decode_runs(q_BHW, runs, scale=scale, value_width=value_width)
     from internvideo3.kernels.latent_decode import triton

@@ -6,11 +6,12 @@ V value width.
 
 import torch
 
-from internvideo3.kernels.choice import wants_triton
+from internvideo3.kernels.choice import shared_bytes, wants_triton
 from internvideo3.kernels.latent_prefill import cudnn, fused
 
-KERNEL_WIDTHS = (128, 256)
-"""Of queries and keys."""
+TILE_BYTES = {128: 98304, 256: 163840}
+"""Shared memory of the kernel's tile by the width of queries and keys that it takes, compiled for
+compute capability 8.0 or 8.9."""
 VALUE_WIDTHS = (16, 32, 64, 128)
 
 
@@ -26,7 +27,8 @@ def latent_prefill(
     if cudnn.fits(q_BQHD, k_BTKD, v_BTKV, offset):
         return cudnn.latent_prefill(q_BQHD, k_BTKD, v_BTKV, scale=scale, offset=offset)
     width = q_BQHD.shape[-1]
-    fits = width in KERNEL_WIDTHS and v_BTKV.shape[-1] in VALUE_WIDTHS
+    fits = width in TILE_BYTES and v_BTKV.shape[-1] in VALUE_WIDTHS
+    fits = fits and shared_bytes(q_BQHD.device) >= TILE_BYTES[width]
     if not fits or not wants_triton(q_BQHD):
         return fused.latent_prefill(q_BQHD, k_BTKD, v_BTKV, scale=scale, offset=offset)
     from internvideo3.kernels.latent_prefill import triton

@@ -10,12 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
+from internvideo3.kernels.lse_merge import naive
 from internvideo3.kernels.triton_overlap import overlap, wait_for_inputs
 
 LN2 = tl.constexpr(0.6931471805599453)
 BLOCK_S = 16
 """Fewest splits in one block of registers."""
 MAX_BLOCKS = 9
+MOST_SPLITS = 528
+"""Of one launch: four runs that fill an H200. More would not fit a program's registers."""
 COLUMNS = 32
 """(Value, head) columns of a program."""
 NUM_WARPS = 4
@@ -121,6 +124,8 @@ def lse_merge(
     """
     batch, n_splits, heads = log2_lse_BSH.shape
     value = parts_BSVH.shape[2]
+    if n_splits > MOST_SPLITS:
+        return _merge_in_groups(parts_BSVH, log2_lse_BSH, out_dtype)
     out_BHV = torch.empty(batch, heads, value, dtype=out_dtype, device=parts_BSVH.device)
     lse_BH = torch.empty(batch, heads, dtype=torch.float32, device=parts_BSVH.device)
     constants = launch_constants(n_splits, heads=heads, value_width=value)
@@ -131,3 +136,18 @@ def lse_merge(
         parts_BSVH, log2_lse_BSH, out_BHV, lse_BH, n_splits, **constants, **overlap(parts_BSVH)
     )
     return out_BHV, lse_BH
+
+
+def _merge_in_groups(
+    parts_BSVH: torch.Tensor, log2_lse_BSH: torch.Tensor, out_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merges so many splits at a time, then what became of them, in float32."""
+    groups = (t.split(MOST_SPLITS, dim=1) for t in (parts_BSVH, log2_lse_BSH))
+    found = [
+        lse_merge(parts.contiguous(), lse.contiguous(), out_dtype=torch.float32)
+        for parts, lse in zip(*groups, strict=True)
+    ]
+    outs_GBHV, lses_GBH = (torch.stack(one) for one in zip(*found, strict=True))
+    log2_BGH = lses_GBH.transpose(0, 1) / LN2.value
+    out_BHV, lse_BH = naive.lse_merge(outs_GBHV.transpose(0, 1), log2_BGH)
+    return out_BHV.to(out_dtype), lse_BH

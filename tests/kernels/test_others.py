@@ -168,6 +168,24 @@ def test_merge(splits: int, heads: int, value: int, dtype: torch.dtype) -> None:
     assert torch.allclose(natural.double(), expected_lse, atol=1e-4)
 
 
+@pytest.mark.parametrize("splits", [17, 32, 33])
+def test_more_splits_than_registers_hold_are_merged_in_groups(
+    splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a session of many turns has them, each a run of its own."""
+    monkeypatch.setattr(merge, "MOST_SPLITS", 16)
+    parts, lse = randn(2, splits, 8, 40), 20 * randn(2, splits, 8)
+    lse[0, :16] = float("-inf")
+    lse[1] = float("-inf")
+    parts[0, :16] = float("nan")
+    out, natural = merge.lse_merge(
+        parts.transpose(2, 3).contiguous(), lse, out_dtype=torch.bfloat16
+    )
+    expected, expected_lse = merge_naive.lse_merge(parts.double(), lse.double())
+    assert_near(out[:1], expected[:1])
+    assert (out[1] == 0).all() and torch.allclose(natural.double(), expected_lse, atol=1e-4)
+
+
 @DTYPES
 @pytest.mark.parametrize("rank", [896, 384, 200, 7])
 @pytest.mark.parametrize("values", [20, 64])

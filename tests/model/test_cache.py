@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from internvideo3.model import segments
+from internvideo3.model import cache, segments
 from internvideo3.model.cache import (
     BLOCK_TOKENS,
     LatentCache,
     Part,
     Placement,
+    SegmentedLayer,
     SharedKVCache,
     allocated_bytes,
 )
@@ -218,3 +219,21 @@ def test_many_blocks_are_merged_without_rounding_each_time() -> None:
     assert got.dtype == torch.bfloat16
     # A rounding costs 1.66e-3; with the sum rounded after each block it was 9.0e-3.
     assert float((got.double() - want).norm() / want.norm()) <= 1.66e-3 * 3**0.5
+
+
+def test_a_session_of_many_turns_has_few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode step reads run by run, and long tails are not copied to make room."""
+    monkeypatch.setattr(cache, "COPIED_TOKENS", 8)
+    monkeypatch.setattr(cache, "BLOCK_TOKENS", 1)
+    layer, rows_B1TW = SegmentedLayer(), torch.randn(1, 1, 10, 4)
+    counts = []
+    for turn in range(200):
+        layer.write((rows_B1TW + turn,))
+        counts.append(len(layer.segments()))
+    assert counts[: cache.MANY_RUNS] == list(range(1, cache.MANY_RUNS + 1))
+    assert counts[-1] < cache.MANY_RUNS + 20
+    spare = sum(one.tensors[0].shape[2] for one in layer.segments()) - layer.get_seq_length()
+    assert spare <= (cache.GROWTH - 1) * layer.get_seq_length()
+    (found,) = layer.joined()
+    want = torch.cat([rows_B1TW + turn for turn in range(200)], dim=2)
+    assert torch.equal(found, want)
