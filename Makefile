@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 # One thread a process: on a shared machine more threads are slower (model/scale/MODEL_CARD.md).
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check scale-model gpu gpu-kernels gpu-step gpu-figure6 gpu-missing clean
+.PHONY: help demo test check scale-model gpu gpu-kernels gpu-step gpu-figure6 gpu-missing has-torch clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
@@ -125,20 +125,24 @@ agent-model: $(STAMP)  ## Train the scale model to act by its own calls, measure
 	$(BIN)/internvideo3 table6 runs/agent/m2la-direct runs/agent/m2la-random \
 		runs/agent/own-trained runs/agent/own-random --other-models --out runs/agent/own
 
+has-torch:
+	@$(PYTHON) -c 'import torch, transformers, triton' 2>/dev/null || { echo "$(PYTHON) has no torch, triton and \
+	transformers; name one that has: make PYTHON=/path/to/python $(MAKECMDGOALS)"; exit 1; }
+
 # On a GPU machine, with its own Python (torch, triton, transformers); nothing is installed.
 # What fails does not keep the others from being measured.
-gpu:  ## On a GPU: kernels against float64 and the roofline, whole decode steps
+gpu: has-torch  ## On a GPU: kernels against float64 and the roofline, whole decode steps
 	@$(MAKE) --keep-going --no-print-directory gpu-kernels gpu-step gpu-figure6
 
-gpu-kernels:  ## On a GPU: the kernels only
+gpu-kernels: has-torch  ## On a GPU: the kernels only
 	PYTHONPATH=src $(PYTHON) -m internvideo3.harness.gpu.kernels \
 		--out runs/gpu/kernels.json --budget-s 120
 
-gpu-step:  ## On a GPU: where a decode step's time goes
+gpu-step: has-torch  ## On a GPU: where a decode step's time goes
 	PYTHONPATH=src $(PYTHON) -m internvideo3.harness.gpu.step \
 		--out runs/gpu/step.json --budget-s 60
 
-gpu-figure6:  ## On a GPU: Figure 6 in its quick form, an 8B shape with random weights
+gpu-figure6: has-torch  ## On a GPU: Figure 6 in its quick form, an 8B shape with random weights
 	PYTHONPATH=src $(PYTHON) -m internvideo3.harness.gpu.figure6 \
 		--out runs/gpu/figure6 --budget-s 240
 
@@ -146,7 +150,7 @@ gpu-figure6:  ## On a GPU: Figure 6 in its quick form, an 8B shape with random w
 FIGURE6 := PYTHONPATH=src $(PYTHON) -m internvideo3.harness.gpu.figure6
 M2LA := --models random:8b-m2la
 GQA := --models random:8b-gqa
-gpu-missing:  ## On an H200: the last chunk of 768K, 2.5M tokens in fp8, transformers' baselines, batches
+gpu-missing: has-torch  ## On an H200: the last chunk of 768K, 2.5M tokens in fp8, transformers' baselines, batches
 	-$(FIGURE6) --out runs/gpu/last-chunk --last-chunk $(M2LA) --contexts 786432 --budget-s 120
 	-$(FIGURE6) --out runs/gpu/fp8 $(M2LA) --caches fp8 --contexts 2621440 131072 --new-tokens 64 \
 		--budget-s 60

@@ -264,7 +264,9 @@ class Session:
     def compress(self) -> None:
         """Keeps what is cached so far with latents in fp8, in about half the bytes; M²LA only.
 
-        What follows is cached in full. Outcomes change by fp8's rounding (kernels/latent_decode).
+        What follows is cached in full. So is, from then on, what a session does not share with the
+        others of a batch (`generate_batch`): compress it again if it is long. Outcomes change by
+        fp8's rounding (kernels/latent_decode).
 
         Raises:
             ValueError: the model caches keys and values, or rows before rotation.
