@@ -126,7 +126,7 @@ agent-model: $(STAMP)  ## Train the scale model to act by its own calls, measure
 		runs/agent/own-trained runs/agent/own-random --other-models --out runs/agent/own
 
 has-torch:
-	@$(PYTHON) -c 'import torch, transformers, triton' 2>/dev/null || { echo "$(PYTHON) has no torch, triton and \
+	@$(PYTHON) -c 'from importlib.util import find_spec as f; exit(not all(map(f, ("torch", "triton", "transformers"))))' || { echo "$(PYTHON) has no torch, triton and \
 	transformers; name one that has: make PYTHON=/path/to/python $(MAKECMDGOALS)"; exit 1; }
 
 # On a GPU machine, with its own Python (torch, triton, transformers); nothing is installed.

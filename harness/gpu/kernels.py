@@ -11,6 +11,7 @@ Axes: B batch, H query heads, K key/value heads, T tokens, R row width, V value 
 
 import argparse
 import functools
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -426,6 +427,7 @@ def gate(results: Results, device: torch.device) -> None:
     for name, outcome in in_processes(names, device, workers):
         checks[name] = outcome
         results.write()
+        say(f"check {name}: {outcome['status']}")
     failed = [name for name in names if checks[name]["status"] == "failed"]
     with ThreadPoolExecutor(workers) as pool:
         alone = pool.map(lambda name: dict(in_processes([name], device, 1)), failed)
@@ -757,6 +759,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     device = device_given(arguments.device)
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise SystemExit(
+            "a rehearsal interprets the kernels, minutes for what a GPU does in seconds: set "
+            "TRITON_INTERPRET=1 before this command."
+        )
     results = Results(arguments.out, device, arguments.budget_s)
     say(f"device: {results.data['device']['name']}, torch {torch.__version__}")
     gate(results, device)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from internvideo3.harness.gpu import figure6, measure
+from internvideo3.harness.gpu import kernels as gpu_kernels
 from internvideo3.harness.gpu.measure import Results
 from internvideo3.harness.inspection import describe
 from internvideo3.harness.profile import command, host, runners
@@ -890,6 +891,21 @@ def test_a_file_of_another_device_is_kept(
     monkeypatch.setattr(measure.provenance, "code_digest", lambda _: "other")
     assert Results(file, cpu, 60).data["points"] == {}
     assert (tmp_path / "kernels-2.json").exists()
+
+
+def test_a_rehearsal_of_kernels_says_how_it_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    out = str(tmp_path / "kernels.json")
+    monkeypatch.setattr(sys, "argv", ["kernels", "--out", out, "--device", "cpu"])
+    with pytest.raises(SystemExit, match="set TRITON_INTERPRET=1 before"):
+        gpu_kernels.main()
+    monkeypatch.setattr(
+        sys, "argv", ["figure6", "--out", out, "--device", "cpu", "--contexts", "0"]
+    )
+    with pytest.raises(SystemExit, match="the least that makes sense is 1"):
+        figure6.main()
 
 
 def test_of_several_cards_the_one_that_is_used_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
