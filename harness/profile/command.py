@@ -135,12 +135,17 @@ def profile(options: ProfileOptions, tell: Tell = lambda _: None) -> list[Path]:
                     options, device, dtype, ceilings, deadline, tell, red, unloaded, commit
                 )
                 group.measure(names)
-    if unloaded:
-        told = "; ".join(f"{name}: {reason}" for name, reason in unloaded.items())
-        raise UnfinishedError(f"not loaded, and not timed: {told}")
-    if red:
-        raise GateError(f"{', '.join(red)}: the gate is red, no rate is reported; see the rows.")
+    _raise_for(unloaded, red)
     return options.runs()
+
+
+def _raise_for(unloaded: Mapping[str, str], red: Sequence[str]) -> None:
+    """Says which models were not timed, and why."""
+    told = [f"{name}: not loaded, and not timed: {why}" for name, why in unloaded.items()]
+    if red:
+        told.append(f"{', '.join(red)}: the gate is red, no rate is reported; see the rows.")
+    if told:
+        raise (UnfinishedError if unloaded else GateError)(" ".join(told))
 
 
 def is_complete(options: ProfileOptions) -> bool:

@@ -16,13 +16,13 @@ from internvideo3.kernels.choice import (
     wants_triton,
 )
 from internvideo3.kernels.latent_decode import naive
-from internvideo3.kernels.latent_decode.rows import Rows
+from internvideo3.kernels.latent_decode.rows import WIDEST_TAIL, Rows
 
 WIDEST = 1024
 """Columns of a row that a kernel takes."""
 
-NARROW, WIDEST_TAIL = 512, 128
-"""Columns of the smaller tile of rows, and most of a second one, which are keys only."""
+NARROW = 512
+"""Columns of the smaller tile of rows."""
 
 MOST_HEADS = 32
 """Query heads that a kernel takes at once; the tile of more does not fit the shared memory."""

@@ -10,6 +10,8 @@ import torch
 
 FP8 = torch.float8_e4m3fn
 FP8_LARGEST = 448.0
+WIDEST_TAIL = 128
+"""Columns of a kernel's second tile: a rotary key of all frequencies of a head."""
 
 
 @dataclass(frozen=True, kw_only=True)

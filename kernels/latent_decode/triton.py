@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from internvideo3.kernels.latent_decode import gluon, gluon_fp8
-from internvideo3.kernels.latent_decode.rows import Rows
+from internvideo3.kernels.latent_decode.rows import WIDEST_TAIL, Rows
 from internvideo3.kernels.lse_merge.triton import lse_merge
 from internvideo3.kernels.triton_overlap import overlap, wait_for_inputs
 
@@ -66,8 +66,6 @@ FP8_PLANS = {
 }
 WARPGROUPS = Tile("warpgroups", gluon.TILE.value, gluon.NUM_WARPS, 1)
 HOPPER_PLAN = Plan(WARPGROUPS, 1)
-WIDEST_TAIL = 128
-"""Columns of a second tile: a rotary key of all frequencies of a head."""
 BLOCKS_PER_SPLIT = 4
 """A run of few tokens gets fewer programs than the card has: at least so many blocks for each."""
 
