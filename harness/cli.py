@@ -902,7 +902,10 @@ def profile_command(
         ),
     ] = None,
     cache: Annotated[
-        str | None, typer.Option(help="native, or fp8: latents compressed before decoding.")
+        str | None,
+        typer.Option(
+            help="native, fp8 (latents compressed before decoding), or both with a comma."
+        ),
     ] = None,
     fill: Annotated[
         str | None,
@@ -921,7 +924,9 @@ def profile_command(
         int | None, typer.Option(min=0, help="Untimed runs of each point before the timed ones.")
     ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Timings of each point.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, or both with a comma.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     video: Annotated[
         Path | None, typer.Option(help="Time the decoding and encoding of this video as well.")
@@ -963,12 +968,12 @@ def profile_command(
                 "new_tokens": new_tokens,
                 "batches": batch and _numbers(batch),
                 "chunks": chunk and _numbers(chunk),
-                "caches": cache,
+                "caches": cache and _names(cache),
                 "fill": fill,
                 "integrate": integrate,
                 "warmups": warmups,
                 "repeats": repeats,
-                "dtypes": dtype,
+                "dtypes": dtype and _names(dtype),
             },
         )
         if plan:
@@ -1670,6 +1675,10 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise PreflightError(f"Expected whole numbers with commas between, got {text!r}.") from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
 
 
 def _default_run(model: str, suite: str) -> Path:

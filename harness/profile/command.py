@@ -563,7 +563,8 @@ def _failure(error: Exception) -> Row:
         reason = str(error).split(". ", maxsplit=1)[0]
         return {"kind": "none", "status": "out of memory", "reason": reason}
     status = "out of memory" if _is_of_memory(error) else "failed"
-    return {"kind": "none", "status": status, "reason": f"{type(error).__name__}: {error}"[:400]}
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+    return {"kind": "none", "status": status, "reason": reason}
 
 
 def _summary(point: Point, rows: Sequence[Row]) -> str:
