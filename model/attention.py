@@ -288,6 +288,10 @@ class LatentAttention(RowAttention):
         latent = [self.latent_proj.weight, self.latent_proj.bias]
         return [*latent, self.rope_write, self.rope_read, self.nope_gain, self.k_up, *adapters]
 
+    def forget_folded(self) -> None:
+        """Drops the multiplied-out weights; the next pass without gradients makes them anew."""
+        self._made = None
+
     def _folded(self) -> Folded | None:
         """Multiplied-out weights, as long as no gradient is wanted."""
         if torch.is_grad_enabled() or self.k_up.is_inference():

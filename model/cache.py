@@ -40,8 +40,11 @@ hold it twice for a moment, which a cache that fills the device has no room for.
 
 
 MANY_RUNS = 8
-"""Frozen runs from which on a new tail begins with room for a quarter of all that is cached: a
-decode step reads run by run, and a session of many turns would else have a run for each."""
+"""Frozen runs from which on a new tail begins with spare room, a quarter of all that is cached: a
+decode step reads run by run, and a session of many long turns would else have a run for each."""
+
+MOST_SPARE = 16384
+"""Tokens of spare room at most: what fills a device leaves no quarter of it."""
 
 COMPRESSED_TOKENS = 65536
 """Rows that are compressed at once: their float32 copies exist for a moment."""
@@ -282,7 +285,8 @@ class SegmentedLayer(CacheLayerMixin):
         if full and may_freeze and self.length > COPIED_TOKENS:
             self.freeze()
             many = len(self.frozen) >= MANY_RUNS
-            wanted = max(tokens, int((GROWTH - 1) * self.get_seq_length()) if many else 0)
+            spare = min(MOST_SPARE, int((GROWTH - 1) * self.get_seq_length()))
+            wanted = max(tokens, spare if many else 0)
         self.reserve(like, wanted)
 
     def freeze(self) -> None:

@@ -36,9 +36,10 @@ def device_of(name: str | torch.device | None = None) -> torch.device:
 def use(device: torch.device) -> None:
     """Makes a GPU the current one: kernels are launched there, and its events and memory counted.
 
-    A launch on another card than its tensors' reads addresses that are not there.
+    A launch on another card than its tensors' reads addresses that are not there. A device without
+    a number is the current one already.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
 
 

@@ -194,7 +194,8 @@ def device_given(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(
             "this measures an NVIDIA GPU, and torch sees none. `kernels` and `figure6` rehearse on "
-            "tiny shapes with --device cpu; `internvideo3 profile` measures a CPU."
+            "tiny shapes with --device cpu (kernels with TRITON_INTERPRET=1); `internvideo3 "
+            "profile` measures a CPU."
         )
     try:
         device = device_of(name)

@@ -40,6 +40,7 @@ def make_runs(
 
     lengths_B = torch.tensor(lengths, dtype=torch.int32, device=device)
     own = Rows(rows_bTW=plain(len(lengths), max(lengths), width), lengths_B=lengths_B, rank=rank)
+    _hide_ends(own.rows_bTW, lengths)
     if form == "shared":
         half = max(lengths) // 2
         shared = replace(
@@ -49,14 +50,18 @@ def make_runs(
     if form == "nested":
         rope = width - rank
         small = plain(len(lengths), max(lengths), NESTED_RANK + rope)
+        _hide_ends(small, lengths)
         return [replace(own, rows_bTW=small, rank=NESTED_RANK), own]
     if form == "fp8-small":
         own.rows_bTW[..., :rank] *= SMALL
-    for index, length in enumerate(lengths):
-        own.rows_bTW[index, length:] = float("nan")
     if "fp8" in form:
         own = quantize(own.rows_bTW, lengths_B, rank)
     return [_paged(own) if form.startswith("paged") else own]
+
+
+def _hide_ends(rows_BTW: torch.Tensor, lengths: tuple[int, ...]) -> None:
+    for index, length in enumerate(lengths):
+        rows_BTW[index, length:] = float("nan")
 
 
 def _paged(run: Rows) -> Rows:

@@ -439,7 +439,7 @@ class _Group:
         if self.device.type != "cuda":
             left = available_bytes()
             chunk = point.chunk or CHUNK["cpu"]
-            need = need_of(replace(point, chunk=chunk), subject.model.config, 0)
+            need = need_of(replace(point, chunk=chunk), subject.model.config, weights=0, step=0)
             needed = need.cache + need.scratch
             fits = left is None or needed <= left
             return None if fits else _too_little("cache and scratch take", needed, left or 0)

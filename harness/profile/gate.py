@@ -3,7 +3,7 @@
 Each form in which a model is timed is held to it by itself: so many sequences, rows as they are or
 in fp8. Without fp8 the truth is the model's own forward pass, which has no cache. Rows in fp8 are
 rounded, which is no fault of the engine; so there the truth is a pass of the model over the same
-compressed rows, and these may be no further from the rows before than fp8 rounds.
+rows, decoded and cached in full, and these may be no further from the rows before than fp8 rounds.
 
 Axes: B sequences, T tokens, Y vocabulary.
 """
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from internvideo3.harness.profile.runners import Clock, EngineRunner, random_ids
 from internvideo3.harness.profile.subjects import Subject
+from internvideo3.model.attention import LatentAttention
 from internvideo3.model.cache import Segment, SegmentedCache, SegmentedLayer
 from internvideo3.model.forward import Tokens, logits, run
 
@@ -87,12 +88,12 @@ def gate(
     said = runner.decode(first_BY, new_tokens, Clock(runner.device))
     said_BT = torch.tensor(said, device=runner.device)[:, :-1]
     engine_BTY = torch.stack(runner.logits, dim=1)
+    engine_BTY = torch.cat([first_BY.float()[:, None], engine_BTY], dim=1)
     if rows is not None:
-        over_rows = functools.partial(_over_rows, subject.model, rows, said_BT)
+        over_rows = functools.partial(_over_rows, subject.model, rows, cut_BT, said_BT)
         found = _compared(subject, engine_BTY, over_rows, "a pass over the same fp8 rows")
         return replace(found, rounding=max(_rounding(one, rows) for one in in_full))
     whole_BT = torch.cat([ids_BT, said_BT], dim=1)
-    engine_BTY = torch.cat([first_BY.float()[:, None], engine_BTY], dim=1)
     whole = functools.partial(_whole, subject.model, whole_BT, new_tokens + 1)
     return _compared(subject, engine_BTY, whole, "its forward pass")
 
@@ -112,30 +113,57 @@ def _compared(
 
 @torch.no_grad()
 def _whole(model: Any, ids_BT: Tensor, last: int, dtype: torch.dtype) -> Tensor:
-    """Logits after each of the last tokens, of one pass without a cache."""
-    found: Tensor = model(input_ids=ids_BT, use_cache=False, logits_to_keep=last).logits
-    return found.float()
+    """Logits after each of the last tokens, of a pass without a cache, sequence by sequence."""
+    found = [
+        model(input_ids=ids_1T, use_cache=False, logits_to_keep=last).logits
+        for ids_1T in ids_BT.split(1)
+    ]
+    return torch.cat(found).float()
 
 
 @torch.no_grad()
-def _over_rows(model: Any, rows: SegmentedCache, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logits after each token, of one pass that sees compressed rows before them."""
-    cache = _in_format(rows, dtype)
-    first, (batch, T) = cache.get_seq_length(), ids_BT.shape
-    positions_T = torch.arange(first, first + T, device=ids_BT.device)
-    tokens = Tokens(ids_BT, positions_T.expand(3, batch, -1))
-    return logits(model, run(model, cache, tokens)).float()
+def _over_rows(
+    model: Any, rows: SegmentedCache, piece_BT: Tensor, said_BT: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Logits after the last piece and after each token said, sequence by sequence.
+
+    Args:
+        model: it.
+        rows: compressed ones of all pieces, a run each.
+        piece_BT: the last piece, which saw the runs before its own.
+        said_BT: what was decoded, which saw them all.
+        dtype: number format that the rows are decoded to.
+    """
+    found = []
+    for index in range(len(piece_BT)):
+        before, whole = (_in_full(rows, index, stop, dtype) for stop in (-1, None))
+        after_piece_1TX = _hidden(model, before, piece_BT[index : index + 1])
+        after_said_1TX = _hidden(model, whole, said_BT[index : index + 1])
+        found.append(logits(model, torch.cat([after_piece_1TX[:, -1:], after_said_1TX], dim=1)))
+    return torch.cat(found).float()
 
 
-def _in_format(cache: SegmentedCache, dtype: torch.dtype) -> SegmentedCache:
-    """The same compressed rows, decoded to a number format; the fp8 stays as it is."""
+def _hidden(model: Any, cache: SegmentedCache, ids_1T: Tensor) -> Tensor:
+    """Final hidden states of tokens that follow what is cached."""
+    first = cache.get_seq_length()
+    positions_T = torch.arange(first, first + ids_1T.shape[1], device=ids_1T.device)
+    return run(model, cache, Tokens(ids_1T, positions_T.expand(3, 1, -1)))
 
-    def cast(segment: Segment) -> Segment:
-        latent, rope, scale = segment.tensors
-        return replace(segment, tensors=(latent, rope.to(dtype), scale))
 
-    layers = (cache.segmented(index) for index in range(len(cache.layers)))
-    return cache.of_layers(SegmentedLayer(tuple(map(cast, one.segments()))) for one in layers)
+def _in_full(
+    cache: SegmentedCache, index: int, stop: int | None, dtype: torch.dtype
+) -> SegmentedCache:
+    """One sequence's compressed rows, decoded to a number format; of the runs up to `stop`."""
+
+    def decoded(segment: Segment) -> Segment:
+        latent, rope, scale = (t[index : index + 1] for t in segment.tensors)
+        rows = replace(segment, tensors=(latent, rope.to(dtype), scale))
+        return replace(segment, tensors=rows.views())
+
+    layers = (cache.segmented(number) for number in range(len(cache.layers)))
+    return cache.of_layers(
+        SegmentedLayer(tuple(map(decoded, layer.segments()[:stop]))) for layer in layers
+    )
 
 
 def _distance(found: Tensor, truth: Tensor) -> float:
@@ -160,7 +188,8 @@ def _rounding(before: SegmentedCache, after: SegmentedCache) -> float:
                 return float("inf")
             was_b1NR, is_b1NR = (t[..., :rank].float() for t in (was_b1NW, is_b1NW))
             size = was_b1NR.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-            worst = max(worst, float(((is_b1NR - was_b1NR).norm(dim=-1) / size).max()))
+            found = ((is_b1NR - was_b1NR).norm(dim=-1) / size).nan_to_num(nan=float("inf")).max()
+            worst = max(worst, float(found))
     return worst
 
 
@@ -176,6 +205,9 @@ def _widened(model: Any) -> Iterator[None]:
         held.callback(wide.remove)
         for part in (*text.layers, text.norm, model.lm_head):
             held.enter_context(_wide_while_it_runs(part))
+        for layer in text.layers:
+            if isinstance(layer.self_attn, LatentAttention):
+                held.callback(layer.self_attn.forget_folded)
         yield
 
 

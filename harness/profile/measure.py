@@ -146,8 +146,7 @@ def rows_of(subject: Subject, point: Point, runs: Sequence[Run], ceilings: Ceili
     if prefill:
         tokens = point.batch * last.prefilled
         before = point.context - last.prefilled
-        flops = prefill_flops(subject, point)
-        flops -= prefill_flops(subject, replace(point, context=before)) if before else 0.0
+        flops = prefill_flops(subject, point, before)
         median = statistics.median(prefill)
         share = flops / median / ceilings.matmul_flop_per_s
         rows.append(
@@ -216,8 +215,10 @@ def _quantile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
-def prefill_flops(subject: Subject, point: Point) -> float:
+def prefill_flops(subject: Subject, point: Point, before: int = 0) -> float:
     """Multiplications and additions that a prefill needs, each counted as one operation.
+
+    Of the tokens after so many that were there before.
 
     Linear layers on every token, causal attention (half the square), and for M²LA the keys and
     values rebuilt for every chunk.
@@ -227,7 +228,7 @@ def prefill_flops(subject: Subject, point: Point) -> float:
     layers = subject.model.model.language_model.layers
     linear = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1)
     chunk = point.chunk or CHUNK.get(subject.model.device.type, CHUNK["cpu"])
-    rebuilt_tokens = sum(min(tokens, start + chunk) for start in range(0, tokens, chunk))
+    rebuilt_tokens = sum(min(tokens, start + chunk) for start in range(before, tokens, chunk))
     attention = rebuild = 0.0
     for index in range(text.num_hidden_layers):
         key = width
@@ -236,7 +237,7 @@ def prefill_flops(subject: Subject, point: Point) -> float:
             up = 2 * kv * width * text.rank(index)
             linear -= up
             rebuild += 2.0 * up * rebuilt_tokens
-        attention += heads * (key + width) * tokens**2
+        attention += heads * (key + width) * (tokens**2 - before**2)
     head = 2.0 * subject.model.lm_head.weight.numel()
-    operations: float = 2.0 * linear * tokens + attention + rebuild + head
+    operations: float = 2.0 * linear * (tokens - before) + attention + rebuild + head
     return point.batch * operations

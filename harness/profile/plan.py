@@ -93,13 +93,14 @@ def folded_bytes(config: Any, dtype: str) -> int:
     return numbers * ITEM_BYTES[dtype]
 
 
-def need_of(point: Point, config: Any, weights: int) -> Need:
+def need_of(point: Point, config: Any, weights: int, step: int = STEP_BYTES) -> Need:
     """What a point needs.
 
     Args:
         point: it.
         config: of its model.
         weights: bytes of the weights (`weights_of`).
+        step: bytes that a decode step keeps for itself.
     """
     # In fp8 is only what was there before the prefill; what is prefilled is so when all of it is
     # there, and the reply is cached in full.
@@ -108,7 +109,7 @@ def need_of(point: Point, config: Any, weights: int) -> Need:
     cached = -(-in_full // ROUNDED) * ROUNDED * cache_bytes_per_token(config, point.dtype)
     if compressed:
         cached += compressed * fp8_bytes(config, point.dtype)
-    working = _scratch(point, config) + _masks_and_copies(point, config)
+    working = max(step, _scratch(point, config)) + _masks_and_copies(point, config)
     scratch = max(working, _compressing(point, config))
     return Need(weights, point.batch * cached, scratch)
 
@@ -164,7 +165,7 @@ def _scratch(point: Point, config: Any) -> int:
     per_query = 3 * text.hidden_size + max(mlp, attention)
     rebuilt = 2 * kv * (key + width) if latent else 0
     numbers: int = chunk * per_query + block * rebuilt + point.batch * text.vocab_size
-    return max(STEP_BYTES, numbers * ITEM_BYTES[point.dtype])
+    return numbers * ITEM_BYTES[point.dtype]
 
 
 def _masks_and_copies(point: Point, config: Any) -> int:

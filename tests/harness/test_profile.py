@@ -205,6 +205,28 @@ def test_a_fault_of_one_form_is_red_there_only(
     assert red == ({(1, "fp8"), (2, "fp8")} if broken == "scales" else {(2, "native"), (2, "fp8")})
 
 
+def test_a_prefill_over_fp8_rows_that_is_wrong_turns_the_gate_red(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows that such a prefill makes are compressed as they are: only its logits tell."""
+    subject, right = load("random:tiny-m2la", torch.device("cpu"), "float32"), cache._widened
+    assert gate(subject, Form(2, "fp8")).is_green
+
+    def blind(latent: Any, *others: Any) -> Any:
+        # Of the two runs before the last piece.
+        rows = right(latent, *others)
+        return rows if latent.shape[2] > 64 else torch.zeros_like(rows)
+
+    def prefill(runner: Any, *given: Any) -> Any:
+        with monkeypatch.context() as patched:
+            patched.setattr(cache, "_widened", blind)
+            return whole(runner, *given)
+
+    whole = runners.EngineRunner.prefill
+    monkeypatch.setattr(runners.EngineRunner, "prefill", prefill)
+    assert not gate(subject, Form(2, "fp8")).is_green
+
+
 @pytest.mark.parametrize("broken", ["scales", "all rows", "one row", "rotary"])
 def test_rows_that_are_compressed_wrongly_turn_the_gate_red(
     broken: str, monkeypatch: pytest.MonkeyPatch
@@ -659,6 +681,28 @@ def test_prefill_operations_of_the_8b_shape(name: str, petaflops: float) -> None
     assert prefill_flops(subject, point) == pytest.approx(petaflops * 1e15, rel=0.02)
 
 
+def test_operations_of_a_last_chunk_are_its_own() -> None:
+    """It rebuilds all rows once, whether or not the context is a multiple of the chunk."""
+    with torch.device("meta"):
+        model = class_of(config_of("random:8b-m2la"))(config_of("random:8b-m2la"))
+    subject = Subject("random:8b-m2la", model, None, "m2la")
+
+    def point(context: int) -> Any:
+        (one,) = Workload(models=("random:8b-m2la",), contexts=(context,), chunks=(64,)).points()
+        return one
+
+    whole, first = (prefill_flops(subject, point(n)) for n in (128, 64))
+    head = 2.0 * model.lm_head.weight.numel()
+    assert prefill_flops(subject, point(128), 64) == pytest.approx(whole - first + head)
+    # By 28 rows more that are rebuilt, and queries that see more.
+    odd, even = prefill_flops(subject, point(100), 36), prefill_flops(subject, point(128), 64)
+    text = model.config.text_config
+    rebuilt = 2.0 * 28 * sum(2 * 8 * 128 * text.rank(i) for i in range(36))
+    seen = sum(32 * (128 + 128 + 2 * text.slots(i)) for i in range(36))
+    more = seen * (128**2 - 64**2 - 100**2 + 36**2)
+    assert even - odd == pytest.approx(rebuilt + more, rel=1e-6)
+
+
 def test_one_layer_three_ways() -> None:
     rows = list(layer_rows(64, torch.bfloat16, torch.device("cpu"), repeats=2))
     assert [row["way"] for row in rows] == ["absorbed M²LA", "sdpa, enable_gqa", "grouped GQA"]
@@ -796,7 +840,7 @@ def test_what_the_machine_has_no_memory_for_is_a_row_and_tried_again(
         patched.setattr(command, "weights_of", lambda *_: 0)
         patched.setattr(command, "available_bytes", lambda: 1000)
         profile(tiny, told.append)
-    assert "cache and scratch take" in measured(tiny.runs()[0])[-1]["reason"]
+    assert "cache and scratch take 0.0 GB" in measured(tiny.runs()[0])[-1]["reason"]
     assert not is_complete(tiny)
     profile(tiny)
     assert is_complete(tiny)
@@ -941,12 +985,14 @@ def test_of_several_cards_the_one_that_is_used_is_asked(monkeypatch: pytest.Monk
 def test_kernels_are_launched_on_the_card_of_their_tensors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    chosen: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    chosen: list[int] = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
     second = torch.device("cuda", 1)
     use(second)
+    # Without a number it is the current one, and torch would not take it here.
+    use(torch.device("cuda"))
     use(torch.device("cpu"))
-    assert chosen == [second]
+    assert chosen == [1]
     inside = current(second)
     assert isinstance(inside, torch.cuda.device) and inside.idx == 1
     assert not isinstance(current(torch.device("cpu")), torch.cuda.device)
