@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib.util
 import sys
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -63,10 +64,25 @@ def shared_bytes(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", sys.maxsize))
 
 
-@functools.cache
+def has_room(device: torch.device, tile_bytes: int) -> bool:
+    """Whether a kernel's tile fits a program's shared memory; says once where it does not."""
+    found = shared_bytes(device)
+    if found < tile_bytes:
+        _tell_once(device, f"a kernel's tile takes {tile_bytes} bytes of shared memory, of {found}")
+    return found >= tile_bytes
+
+
 def reads_fp8(device: torch.device) -> bool:
-    """Whether Triton compiles e4m3 for a device: from Ada (8.9) on."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+    """Whether Triton compiles e4m3 for a device, from Ada (8.9) on; says once where it does not."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY:
+        return True
+    _tell_once(device, "Triton has no e4m3 for this card")
+    return False
+
+
+@functools.cache
+def _tell_once(device: torch.device, why: str) -> None:
+    warnings.warn(f"{device}: {why}; torch computes this attention, slower.", stacklevel=3)
 
 
 def is_power_of_two(number: int) -> bool:

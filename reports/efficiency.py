@@ -314,10 +314,11 @@ def latency_figure(data: Efficiency) -> Figure:
     timed = any(series.prefill for series in data.series)
     title = "Prefill (pale) and reply, seconds" if timed else "Reply, seconds; prefill not timed"
     figure, axes = _canvas(data, title)
-    styled = [(series, style) for series, style in _styled(data) if series.decode]
+    numbered = enumerate(_styled(data))
+    styled = [(series, colour, n) for n, (series, (colour, _)) in numbered if series.decode]
     width = 0.8 / max(1, len(styled))
-    for index, (series, (colour, _)) in enumerate(styled):
-        hatch = HATCHES[index // len(COLOURS) % len(HATCHES)]
+    for index, (series, colour, number) in enumerate(styled):
+        hatch = HATCHES[number // len(COLOURS) % len(HATCHES)]
         for place, context in enumerate(data.contexts):
             reply, prefill = series.reply_s(context), series.prefill.get(context)
             if reply is None:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from internvideo3.kernels.choice import (
+    has_room,
     multiprocessors,
-    shared_bytes,
     triton_is_installed,
     wants_triton,
 )
@@ -29,7 +29,7 @@ WIDE_TILE_BYTES = 141312
 def is_static(head_dim: int, device: torch.device) -> bool:
     """Whether keys on a GPU are read by the kernel; else by torch, with lengths on the host."""
     needed = WIDE_TILE_BYTES if head_dim == max(WIDTHS) else TILE_BYTES
-    return head_dim in WIDTHS and triton_is_installed() and shared_bytes(device) >= needed
+    return head_dim in WIDTHS and triton_is_installed() and has_room(device, needed)
 
 
 def decode_runs(

@@ -9,9 +9,9 @@ import torch
 
 from internvideo3.kernels.choice import (
     HALVES,
+    has_room,
     multiprocessors,
     reads_fp8,
-    shared_bytes,
     triton_is_installed,
     wants_triton,
 )
@@ -35,7 +35,7 @@ def is_static(run: Rows, dtype: torch.dtype) -> bool:
     than 512 columns are so for cards with 99 KB of it (compute capability 8.6, 8.9, 12.0).
     """
     device = run.rows_bTW.device
-    fits = run.width <= WIDEST and dtype in HALVES and shared_bytes(device) >= tile_bytes(run)
+    fits = run.width <= WIDEST and dtype in HALVES and has_room(device, tile_bytes(run))
     return fits and triton_is_installed() and (run.scale_bT is None or reads_fp8(device))
 
 

@@ -6,7 +6,7 @@ V value width.
 
 import torch
 
-from internvideo3.kernels.choice import shared_bytes, wants_triton
+from internvideo3.kernels.choice import has_room, wants_triton
 from internvideo3.kernels.latent_prefill import cudnn, fused
 
 TILE_BYTES = {128: 98304, 256: 163840}
@@ -28,8 +28,8 @@ def latent_prefill(
         return cudnn.latent_prefill(q_BQHD, k_BTKD, v_BTKV, scale=scale, offset=offset)
     width = q_BQHD.shape[-1]
     fits = width in TILE_BYTES and v_BTKV.shape[-1] in VALUE_WIDTHS
-    fits = fits and shared_bytes(q_BQHD.device) >= TILE_BYTES[width]
-    if not fits or not wants_triton(q_BQHD):
+    fits = fits and wants_triton(q_BQHD) and has_room(q_BQHD.device, TILE_BYTES[width])
+    if not fits:
         return fused.latent_prefill(q_BQHD, k_BTKD, v_BTKV, scale=scale, offset=offset)
     from internvideo3.kernels.latent_prefill import triton
 

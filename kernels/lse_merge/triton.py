@@ -18,7 +18,7 @@ BLOCK_S = 16
 """Fewest splits in one block of registers."""
 MAX_BLOCKS = 9
 MOST_SPLITS = 528
-"""Of one launch: four runs that fill an H200. More would not fit a program's registers."""
+"""Of one launch: four runs that fill an H200, the most that is compiled for it without a spill."""
 COLUMNS = 32
 """(Value, head) columns of a program."""
 NUM_WARPS = 4
@@ -148,6 +148,6 @@ def _merge_in_groups(
         for parts, lse in zip(*groups, strict=True)
     ]
     outs_GBHV, lses_GBH = (torch.stack(one) for one in zip(*found, strict=True))
-    log2_BGH = lses_GBH.transpose(0, 1) / LN2.value
+    log2_BGH = lses_GBH.transpose(0, 1) / naive.LN2
     out_BHV, lse_BH = naive.lse_merge(outs_GBHV.transpose(0, 1), log2_BGH)
     return out_BHV.to(out_dtype), lse_BH

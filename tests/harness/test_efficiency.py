@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 
-from internvideo3.reports.efficiency import EfficiencyError, decode_figure, draw, read
+from internvideo3.reports.efficiency import (
+    EfficiencyError,
+    decode_figure,
+    draw,
+    latency_figure,
+    read,
+)
 
 
 def written(run: Path, *rows: dict[str, Any]) -> Path:
@@ -36,6 +42,16 @@ def test_a_single_length_is_seen_beside_what_was_not_possible(context: int, tmp_
     (axes,) = figure.axes
     low, high = axes.get_xlim()
     assert low < context / 1.1 and context * 1.1 < high
+
+
+def test_no_two_series_have_the_same_bars(tmp_path: Path) -> None:
+    """Colours come round; those of series without bars are taken as well."""
+    absent = [{"runner": "flash", "kind": "none", "status": "not possible"}]
+    rows = [*absent, *({"batch": batch} for batch in range(1, 13))]
+    (axes,) = latency_figure(read([written(tmp_path, *rows)])).axes
+    bars = axes.get_legend_handles_labels()[0]
+    looks = [(bar.patches[0].get_facecolor(), bar.patches[0].get_hatch()) for bar in bars]
+    assert len(looks) == len(set(looks)) == 12
 
 
 def test_a_reply_that_was_timed_whole_is_not_one_that_was_integrated(tmp_path: Path) -> None:

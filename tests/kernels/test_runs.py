@@ -5,12 +5,14 @@ Shared prefixes and own tails, nested ranks, pages, fp8 rows; whatever must not 
 .venv/bin/python -m pytest tests/kernels/test_runs.py -q
 """
 
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 from nearness import assert_near
 
+from internvideo3.kernels import choice
 from internvideo3.kernels.choice import interpreted
 from internvideo3.kernels.gqa_decode import dispatch as gqa
 from internvideo3.kernels.gqa_decode import naive as gqa_naive
@@ -270,23 +272,27 @@ def test_cards_without_the_room_for_a_tile_read_in_torch(monkeypatch: pytest.Mon
     large = quantize(torch.zeros(1, 1, 1024), narrow.lengths_B, 896)
 
     def static(shared: int, fp8: bool) -> list[bool]:
-        monkeypatch.setattr(dispatch, "shared_bytes", lambda _: shared)
+        monkeypatch.setattr(choice, "shared_bytes", lambda _: shared)
         monkeypatch.setattr(dispatch, "reads_fp8", lambda _: fp8)
         return [is_static(run, torch.bfloat16) for run in (wide, narrow, small, large)]
 
-    assert static(101376, True) == [False, True, True, False]
+    choice._tell_once.cache_clear()
+    with pytest.warns(UserWarning, match="147456 bytes of shared memory, of 101376; torch"):
+        assert static(101376, True) == [False, True, True, False]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert static(101376, True) == [False, True, True, False]
     assert static(166912, False) == [True, True, False, False]
     assert static(232448, True) == [True] * 4
     assert static(65536, False) == [False] * 4
 
-    monkeypatch.setattr(gqa, "shared_bytes", lambda _: 101376)
+    monkeypatch.setattr(choice, "shared_bytes", lambda _: 101376)
     assert gqa.is_static(128, torch.device("cpu")) and not gqa.is_static(256, torch.device("cpu"))
     taken: list[int] = []
     monkeypatch.setattr(
         prefill_dispatch.fused, "latent_prefill", lambda q, *_, **__: taken.append(q.shape[-1])
     )
     monkeypatch.setattr(prefill_dispatch, "wants_triton", lambda _: True)
-    monkeypatch.setattr(prefill_dispatch, "shared_bytes", lambda _: 101376)
     q = torch.zeros(1, 2, 1, 256)
     prefill_dispatch.latent_prefill(q, q, q[..., :128], scale=1.0, offset=None)
     assert taken == [256]
