@@ -101,7 +101,9 @@ def report(room: str, bars: list[Bar], passed: bool) -> Mapping[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """Measures what is quick, reads the rest, says every verdict."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("room", choices=tuple(TESTS), help="whose bars")
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     given = parser.parse_args(arguments)

@@ -272,7 +272,9 @@ def header() -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """Measures one case, plans, and writes both into the file."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--source", help="bfloat16 checkpoint of a text model")
     source.add_argument("--layers", type=int, help="make a random model of so many 8B layers")

@@ -330,7 +330,9 @@ def _tell(step: str, done: int, total: int) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Measures, and says what came out."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--wheels", type=Path, required=True, help=f"folder of {WHEEL}")
     parser.add_argument("--work", type=Path, required=True, help="folder for unfinished work")
     parser.add_argument("--out", type=Path, required=True, help="JSON file")

@@ -193,7 +193,9 @@ TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
 
 def main(arguments: Iterable[str] | None = None) -> None:
     """Writes the tables of a page anew."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("page", type=Path, help="Markdown file")
     given = parser.parse_args(None if arguments is None else list(arguments))
     given.page.write_text(written(given.page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -198,7 +198,9 @@ def mean_score(rows: Sequence[Mapping[str, Any]]) -> float:
 
 def main() -> None:
     """Build the suite; the digest tells whether two builds ask the same."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", type=Path, required=True, help="where the world is built")
     parser.add_argument("--split", choices=tuple(SPLIT_BASE), default="test")
     parser.add_argument("--videos", type=int, default=BRIEF.videos)

@@ -59,10 +59,19 @@ def main() -> None:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--budget-s", type=float, default=300.0)
-    parser.add_argument("--device", default="cuda")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="a folder; what is in it is not measured again"
+    )
+    parser.add_argument(
+        "--budget-s",
+        type=float,
+        default=300.0,
+        help="seconds; nothing is begun after (%(default)s)",
+    )
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to rehearse (%(default)s)")
     parser.add_argument("--draw-only", action="store_true", help="draw what is there already")
     parser.add_argument(
         "--prefill",

@@ -753,10 +753,19 @@ def time_small(results: Results, device: torch.device) -> None:
 
 def main() -> None:
     """Check, then measure in order of worth until the budget is spent."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--budget-s", type=float, default=150.0)
-    parser.add_argument("--device", default="cuda")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the JSON file; what is in it is not measured again"
+    )
+    parser.add_argument(
+        "--budget-s",
+        type=float,
+        default=150.0,
+        help="seconds; nothing is begun after (%(default)s)",
+    )
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to rehearse (%(default)s)")
     arguments = parser.parse_args()
     device = device_given(arguments.device)
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -67,11 +67,24 @@ def examine(subject: Subject, context: int, *, fp8: bool) -> dict[str, Any]:
 
 def main() -> None:
     """Measure each model at each length, with rows in fp8 where there are latents."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[32768, 131072])
-    parser.add_argument("--caches", nargs="+", default=["native", "fp8"], help="of M²LA")
-    parser.add_argument("--budget-s", type=float, default=100.0)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the JSON file; what is in it is not measured again"
+    )
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", default=[32768, 131072], help="tokens (%(default)s)"
+    )
+    parser.add_argument(
+        "--caches", nargs="+", default=["native", "fp8"], help="native, fp8: of M²LA (%(default)s)"
+    )
+    parser.add_argument(
+        "--budget-s",
+        type=float,
+        default=100.0,
+        help="seconds; nothing is begun after (%(default)s)",
+    )
     given = parser.parse_args()
     device = device_given("cuda")
     results = Results(given.out, device, given.budget_s)

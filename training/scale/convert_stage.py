@@ -97,7 +97,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Convert, write the checkpoint and what each layer kept."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--source", type=Path, required=True, help="GQA checkpoint folder")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--videos", type=int, default=64, help="calibration videos")

@@ -63,7 +63,9 @@ def _twice(state: dict[str, Any]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse and grow."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--source", required=True, help="checkpoint folder or name, GQA")
     parser.add_argument("--out", type=Path, required=True, help="folder of the grown checkpoint")
     given = parser.parse_args(arguments)

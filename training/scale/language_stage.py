@@ -299,7 +299,9 @@ def _note(metrics: TextIO, row: dict[str, float]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Parse, record the options, train."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for state and checkpoint")
     parser.add_argument("--steps", type=int, required=True, help="optimiser steps in all")
     parser.add_argument("--vision", type=Path, help="weights of stage 1")

@@ -172,7 +172,9 @@ def _parameters(work: Path, name: str) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse and publish."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True, help="training folder of recipe.sh")
     publish(parser.parse_args(arguments).work)
 

@@ -112,7 +112,9 @@ def _plot(steps: list[dict[str, Any]], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse and publish."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, required=True, help="folder of `train scale_agent`")
     parser.add_argument("--rollouts", type=Path, required=True, help="what it was trained on")
     given = parser.parse_args(arguments)

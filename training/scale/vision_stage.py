@@ -114,7 +114,9 @@ def train(out: Path, seconds_of_video: int, learning_rate: float, seed: int) -> 
 def main(arguments: list[str] | None = None) -> None:
     """Parse and train."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for weights and metrics")
     parser.add_argument("--seconds-of-video", type=int, default=150_000)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
