@@ -2,7 +2,7 @@
 
 Axes: B batch, b batch of a segment (B, or 1 when all rows of the batch share it), K stored heads,
 G query heads per stored head, H = K G, T new tokens (queries), M queries of one stored head,
-N cached tokens, W width of a key, V width of a value.
+N cached tokens, W width of a key, V width of a value, S = b K.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from internvideo3.kernels.choice import HALVES
 from internvideo3.kernels.latent_prefill.dispatch import latent_prefill
 from internvideo3.model.cache import Part
 
@@ -172,8 +173,8 @@ def _merge(found: list[tuple[Tensor, Tensor]]) -> Tensor:
     lse_PBKGT = torch.stack([lse for _, lse in found])
     # A padding query may see nothing at all; the clamp gives it zeros, not NaN.
     total_BKGT = lse_PBKGT.logsumexp(0).clamp_min(torch.finfo(lse_PBKGT.dtype).min)
-    weight_PBKGT = (lse_PBKGT - total_BKGT).exp().to(outs[0].dtype)
-    return (weight_PBKGT[..., None] * torch.stack(outs)).sum(0)
+    weight_PBKGT1 = (lse_PBKGT - total_BKGT).exp()[..., None]
+    return (weight_PBKGT1 * torch.stack(outs)).sum(0).to(outs[0].dtype)
 
 
 def _attend_block(q_BKGTW: Tensor, block: Part, scale: float) -> tuple[Tensor, Tensor]:
@@ -252,7 +253,7 @@ def _attend_part(q_BKGTW: Tensor, part: Part, scale: float) -> tuple[Tensor, Ten
     else:
         # [B or 1, 1, T, N] -> [b, 1, fold or 1, 1, T, N]
         mask = mask[:, None, None] if fold == 1 else mask[None, None]
-        scores = torch.matmul(q_bKMW * scale, k_bKNW.mT).view(b, K, fold, G, T, N)
+        scores = _scores(q_bKMW, k_bKNW, scale).view(b, K, fold, G, T, N)
         out, lse = _softmax(_masked(scores, mask).view(b, K, -1, N), v_bKNV)
     out, lse = out.view(b, K, fold, G, T, V), lse.view(b, K, fold, G, T)
     if fold > 1:
@@ -265,7 +266,7 @@ def _attend_unmasked(
 ) -> tuple[Tensor, Tensor]:
     """Every query sees every key: output [b, K, M, V] and log-sum-exp [b, K, M]."""
     if q_bKMW.device.type != "cpu" or torch.is_grad_enabled():
-        return _softmax(torch.matmul(q_bKMW * scale, k_bKNW.mT), v_bKNV)
+        return _softmax(_scores(q_bKMW, k_bKNW, scale), v_bKNV)
     # torch's CPU flash attention; only the operator itself hands out the log-sum-exp.
     width = v_bKNV.shape[3]
     v_bKNW = _widened(v_bKNV, k_bKNW.shape[3])
@@ -274,20 +275,35 @@ def _attend_unmasked(
     return out_bKMW[..., :width], lse_bKM
 
 
+def _scores(q_bKMW: Tensor, k_bKNW: Tensor, scale: float) -> Tensor:
+    """Scaled scores [b, K, M, N], in float32 at least.
+
+    In bfloat16, whose steps are 1/8 from 16 on, weights would be wrong by up to 6 %.
+    """
+    if q_bKMW.dtype not in HALVES:
+        return torch.matmul(q_bKMW * scale, k_bKNW.mT)
+    if q_bKMW.device.type == "cpu" or torch.is_grad_enabled():
+        return torch.matmul(q_bKMW.float() * scale, k_bKNW.float().mT)
+    # On a GPU the sums are float32 anyway; this form, which has no gradient, hands them out.
+    k_SWN = k_bKNW.flatten(0, 1).mT
+    scores_SMN = torch.bmm(q_bKMW.flatten(0, 1), k_SWN, out_dtype=torch.float32)
+    return scores_SMN.mul_(scale).unflatten(0, q_bKMW.shape[:2])
+
+
 def _softmax(scores_bKMN: Tensor, v_bKNV: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax-weighted values [b, K, M, V] and log-sum-exp [b, K, M].
 
     A query that sees nothing gets zeros and -inf, and so weight 0 in a merge.
     """
-    if scores_bKMN.dtype in (torch.float16, torch.bfloat16):
-        scores_bKMN = scores_bKMN.float()
     lowest = torch.finfo(scores_bKMN.dtype).min
     top_bKM1 = scores_bKMN.detach().amax(-1, keepdim=True).clamp_min(lowest)
     weights_bKMN = (scores_bKMN - top_bKM1).exp_()
     total_bKM1 = weights_bKMN.sum(-1, keepdim=True)
     lse_bKM = (total_bKM1.log() + top_bKM1)[..., 0]
     out_bKMV = torch.matmul(weights_bKMN.to(v_bKNV.dtype), v_bKNV)
-    return out_bKMV / total_bKM1.clamp_min(torch.finfo(lse_bKM.dtype).tiny).to(out_bKMV), lse_bKM
+    # By the total in float32: rounded, it would be wrong for all values of a query alike.
+    scaled_bKMV = out_bKMV / total_bKM1.clamp_min(torch.finfo(lse_bKM.dtype).tiny)
+    return scaled_bKMV.to(out_bKMV.dtype), lse_bKM
 
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:

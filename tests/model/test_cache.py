@@ -221,6 +221,36 @@ def test_many_blocks_are_merged_without_rounding_each_time() -> None:
     assert float((got.double() - want).norm() / want.norm()) <= 1.66e-3 * 3**0.5
 
 
+@pytest.mark.parametrize("shared", [1, 3])
+@pytest.mark.parametrize("wants_grad", [False, True])
+def test_large_scores_are_not_rounded_before_the_softmax(shared: int, wants_grad: bool) -> None:
+    """Trained models have scores of 20 and more, where bfloat16 has steps of 1/8."""
+    drawn = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 1, 8, 2, 64, generator=drawn).bfloat16()
+    k, v = (torch.randn(3 // shared, 1, 2048, 64, generator=drawn).bfloat16() for _ in "kv")
+    mask = torch.ones(3, 1, 2, 2048, dtype=torch.bool)
+    mask[0, :, :, 1500:], mask[1:, :, 0, -1] = False, False
+    scores = (q.double() @ k[:, :, None].double().mT) * 0.5
+    assert 3.5 < float(scores.std()) < 4.5
+    scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
+    want = scores.softmax(-1) @ v[:, :, None].double()
+    half = Part((k[:, :, :1024], v[:, :, :1024]), mask[..., :1024])
+    rest = Part((k[:, :, 1024:], v[:, :, 1024:]), mask[..., 1024:])
+    with torch.set_grad_enabled(wants_grad):
+        got = segments.attend(q, [half, rest], 0.5)
+    assert got.dtype == torch.bfloat16
+    # Four roundings of 1.66e-3: weights, sums, their quotient, the merge. With scores it was 1.2e-2.
+    assert float((got.double() - want).norm() / want.norm()) <= 1.66e-3 * 4**0.5
+
+
+def test_scores_on_a_gpu_are_float32() -> None:
+    """Sums of a GPU are; on meta tensors only shapes and types are looked at."""
+    with torch.no_grad():
+        q, k = (torch.empty(2, 3, n, 64, dtype=torch.bfloat16, device="meta") for n in (5, 7))
+        scores = segments._scores(q, k, 0.3)
+    assert scores.shape == (2, 3, 5, 7) and scores.dtype == torch.float32
+
+
 def test_a_session_of_many_turns_has_few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A decode step reads run by run, and long tails are not copied to make room."""
     monkeypatch.setattr(cache, "COPIED_TOKENS", 8)
