@@ -17,7 +17,7 @@ Axes: B batch, b batch of a segment (B, or 1 when all rows of the batch share it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -40,8 +40,9 @@ hold it twice for a moment, which a cache that fills the device has no room for.
 
 
 MANY_RUNS = 8
-"""Frozen runs from which on a new tail begins with spare room, a quarter of all that is cached: a
-decode step reads run by run, and a session of many long turns would else have a run for each."""
+"""Frozen runs from which on a new tail begins with room for several turns like the one that opens
+it, in a quarter of all that is cached: a decode step reads run by run, and a session of many turns
+would else have a run for each."""
 
 MOST_SPARE = 16384
 """Tokens of spare room at most: what fills a device leaves no quarter of it."""
@@ -75,13 +76,17 @@ class Segment:
         """Whether the latents are in fp8."""
         return self.tensors[0].dtype == FP8
 
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """The cached tokens as they are stored, each [b, K, length, W], without the spare room."""
+        return tuple(t[:, :, : self.length] for t in self.tensors)
+
     def views(self) -> tuple[Tensor, ...]:
         """The cached tokens, each [b, K, length, W]; a compressed run is decoded for the moment.
 
         Columns that the rows lack stay out.
         """
-        cut = tuple(t[:, :, : self.length] for t in self.tensors)
-        return (_widened(*cut),) if self.compressed else cut
+        return (_widened(*self.stored),) if self.compressed else self.stored
 
     def whole(self) -> tuple[Tensor, ...]:
         """As `views`, with zeros where the rows lack columns."""
@@ -118,6 +123,16 @@ class Segment:
             for whole, part in zip(made, stretch, strict=True):
                 whole[:, :, start : start + COMPRESSED_TOKENS] = part
         return Segment(made, self.length, self.nested)
+
+
+def _joined(runs: Sequence[Segment]) -> Segment:
+    """Runs of one kind, all compressed or none, as one; a copy."""
+    pieces = zip(*(run.stored for run in runs), strict=True)
+    return Segment(
+        tuple(torch.cat(list(piece), dim=2) for piece in pieces),
+        sum(run.length for run in runs),
+        runs[0].nested,
+    )
 
 
 def _widened(latent: Tensor, rope: Tensor, scale: Tensor) -> Tensor:
@@ -213,6 +228,7 @@ class LayerState:
     length: int
     expected: int
     shared_length: int
+    shared_runs: int
     is_initialized: bool
 
 
@@ -233,6 +249,8 @@ class SegmentedLayer(CacheLayerMixin):
         self.is_initialized = bool(frozen)
         # Tail tokens below this index belong to a fork as well and must not be overwritten.
         self._shared_length = 0
+        # So may so many runs, which a batch reads once while all of its rows hold the same.
+        self._shared_runs = len(frozen)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: storage is allocated by the first `write`."""
@@ -246,7 +264,7 @@ class SegmentedLayer(CacheLayerMixin):
 
     def fork(self) -> Self:
         """A layer that shares everything cached so far; no tensor is touched."""
-        self._shared_length = self.length
+        self._shared_length, self._shared_runs = self.length, len(self.frozen)
         return type(self)(self.segments())
 
     def row(self, index: int, length: int) -> Self:
@@ -281,23 +299,59 @@ class SegmentedLayer(CacheLayerMixin):
         like = like or self.tail or self.frozen[-1].like()
         capacity = self.tail[0].shape[2] if self.tail else 0
         full = self.length + tokens > capacity
-        wanted = self.length + tokens
         if full and may_freeze and self.length > COPIED_TOKENS:
+            self._trim()
             self.freeze()
-            many = len(self.frozen) >= MANY_RUNS
-            spare = min(MOST_SPARE, int((GROWTH - 1) * self.get_seq_length()))
-            wanted = max(tokens, spare if many else 0)
-        self.reserve(like, wanted)
+            self._begin(like, tokens)
+        self.reserve(like, self.length + tokens)
+
+    def _begin(self, like: tuple[Tensor, ...], tokens: int) -> None:
+        """Begins a tail with room for as many turns of so many tokens as the spare room takes."""
+        spare = min(MOST_SPARE, int((GROWTH - 1) * self.get_seq_length()))
+        if len(self.frozen) < MANY_RUNS or spare < 2 * tokens:
+            return
+        # Spare room is worth having, not failing for.
+        with suppress(torch.OutOfMemoryError):
+            self.reserve(like, spare // tokens * tokens)
+
+    def _trim(self) -> None:
+        """Gives a short tail's spare room back, unless a fork holds the same storage.
+
+        Each token is copied once at most, and for a moment a layer's tail is there twice.
+        """
+        kept = -(-self.length // BLOCK_TOKENS) * BLOCK_TOKENS
+        if self._shared_length or not COPIED_TOKENS < self.length <= 2 * MOST_SPARE:
+            return
+        if kept < self.tail[0].shape[2]:
+            # What has no room for the copy keeps its spare room.
+            with suppress(torch.OutOfMemoryError):
+                whole = torch.contiguous_format
+                self.tail = tuple(t[:, :, :kept].clone(memory_format=whole) for t in self.tail)
 
     def freeze(self) -> None:
         """Makes the tail a segment; nothing is copied."""
         self.frozen = self.segments()
+        if self._shared_length:
+            self._shared_runs = len(self.frozen)
         self.tail, self.length, self._shared_length = (), 0, 0
 
     def compress(self, rank: int) -> None:
-        """Turns everything cached so far into runs with fp8 latents."""
+        """Turns everything cached so far into runs with fp8 latents.
+
+        A short run that no fork holds takes in the next of its kind: a session that compresses at
+        every turn would else have a run for each.
+        """
         self.freeze()
-        self.frozen = tuple(segment.compress(rank) for segment in self.frozen)
+        shared = sum(segment.compressed for segment in self.frozen[: self._shared_runs])
+        made = list(self.frozen[:shared])
+        for segment in self.frozen[shared:]:
+            new = segment.compress(rank)
+            last = max((i for i, one in enumerate(made) if one.nested == new.nested), default=-1)
+            if last >= shared and made[last].length <= COPIED_TOKENS:
+                made[last] = _joined([made[last], new])
+            else:
+                made.append(new)
+        self.frozen, self._shared_runs = tuple(made), shared
 
     def narrow(self, vision_T: Tensor, nested: Nested) -> None:
         """Freezes the tail in two runs: its newest tokens that are of a video, and all others.
@@ -326,13 +380,7 @@ class SegmentedLayer(CacheLayerMixin):
         self.frozen = kept
         for kind in kinds:
             same = [segment for segment in new if segment.nested == kind]
-            pieces = zip(*(segment.views() for segment in same), strict=True)
-            joined = same[0] if len(same) == 1 else Segment(
-                tuple(torch.cat(list(piece), dim=2) for piece in pieces),
-                sum(segment.length for segment in same),
-                kind,
-            )  # fmt: skip
-            self.frozen += (joined,)
+            self.frozen += (same[0] if len(same) == 1 else _joined(same),)
 
     def write(self, new: tuple[Tensor, ...], placement: Placement | None = None) -> None:
         """Appends tokens, each tensor [B, K, T, W], to the tail.
@@ -377,8 +425,7 @@ class SegmentedLayer(CacheLayerMixin):
         start = 0
         for segment in self.frozen:
             part_mask = None if apart else _columns(mask_BxTN, start, segment.length)
-            views = tuple(t[:, :, : segment.length] for t in segment.tensors)
-            parts.append(Part(views, part_mask, compressed=segment.compressed))
+            parts.append(Part(segment.stored, part_mask, compressed=segment.compressed))
             start += segment.length
         tail = tuple(t[:, :, : self.length] for t in self.tail)
         if placement is not None:
@@ -434,6 +481,7 @@ class SegmentedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets everything; storage shared with forks is left alone."""
         self.frozen, self.tail, self.length, self._shared_length = (), (), 0, 0
+        self._shared_runs = 0
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -450,6 +498,7 @@ class SegmentedLayer(CacheLayerMixin):
             )
         if kept < self._shared_length:
             self.frozen = (*self.frozen, Segment(self.tail, kept))
+            self._shared_runs = len(self.frozen)
             self.tail, self.length, self._shared_length = (), 0, 0
         else:
             self.length = kept
@@ -481,13 +530,14 @@ class SegmentedLayer(CacheLayerMixin):
         """What `restore` needs; refers to the storage and copies nothing."""
         return LayerState(
             self.frozen, self.tail, self.length, self.expected, self._shared_length,
-            self.is_initialized,
+            self._shared_runs, self.is_initialized,
         )  # fmt: skip
 
     def restore(self, state: LayerState) -> None:
         """Goes back to an earlier state: what is cached is added to, never overwritten."""
         self.frozen, self.tail, self.length = state.frozen, state.tail, state.length
         self.expected, self._shared_length = state.expected, state.shared_length
+        self._shared_runs = state.shared_runs
         self.is_initialized = state.is_initialized
 
     def storages(self) -> Iterator[torch.UntypedStorage]:

@@ -103,7 +103,7 @@ class GroupedAttend:
         self.keys_BKTD, self.values_BKTD = layer.tail
         self.shared = [
             KeysValues(keys_bKTD=k, values_bKTD=v, lengths_B=lengths)
-            for (k, v), lengths in ((one.tensors, _lengths(one, layer)) for one in layer.frozen)
+            for (k, v), lengths in ((one.stored, _lengths(one, layer)) for one in layer.frozen)
         ]
 
     @property
@@ -316,8 +316,8 @@ def _rows(segment: Segment, lengths_B: Tensor, rank: int) -> Rows:
     """A frozen run of latent rows, compressed, of a smaller rank or not, as the kernel takes it."""
     kept = rank if segment.nested is None else segment.nested.kept
     if not segment.compressed:
-        return Rows(rows_bTW=segment.tensors[0][:, 0], lengths_B=lengths_B, rank=kept)
-    latent, rope, scale = segment.tensors
+        return Rows(rows_bTW=segment.stored[0][:, 0], lengths_B=lengths_B, rank=kept)
+    latent, rope, scale = segment.stored
     return Rows(
         rows_bTW=latent[:, 0],
         lengths_B=lengths_B,

@@ -287,7 +287,8 @@ def _scores(q_bKMW: Tensor, k_bKNW: Tensor, scale: float) -> Tensor:
     # On a GPU the sums are float32 anyway; this form, which has no gradient, hands them out.
     k_SWN = k_bKNW.flatten(0, 1).mT
     scores_SMN = torch.bmm(q_bKMW.flatten(0, 1), k_SWN, out_dtype=torch.float32)
-    return scores_SMN.mul_(scale).unflatten(0, q_bKMW.shape[:2])
+    scores_bKMN: Tensor = scores_SMN.mul_(scale).unflatten(0, q_bKMW.shape[:2])
+    return scores_bKMN
 
 
 def _softmax(scores_bKMN: Tensor, v_bKNV: Tensor) -> tuple[Tensor, Tensor]:

@@ -239,7 +239,7 @@ def test_large_scores_are_not_rounded_before_the_softmax(shared: int, wants_grad
     with torch.set_grad_enabled(wants_grad):
         got = segments.attend(q, [half, rest], 0.5)
     assert got.dtype == torch.bfloat16
-    # Four roundings of 1.66e-3: weights, sums, their quotient, the merge. With scores it was 1.2e-2.
+    # Four roundings of 1.66e-3: weights, sums, quotient, merge. With those of scores, 1.2e-2.
     assert float((got.double() - want).norm() / want.norm()) <= 1.66e-3 * 4**0.5
 
 
@@ -267,3 +267,86 @@ def test_a_session_of_many_turns_has_few_runs(monkeypatch: pytest.MonkeyPatch) -
     (found,) = layer.joined()
     want = torch.cat([rows_B1TW + turn for turn in range(200)], dim=2)
     assert torch.equal(found, want)
+
+
+def stored_tokens(layer: SegmentedLayer) -> int:
+    return sum(one.tensors[0].shape[2] for one in layer.segments())
+
+
+@pytest.mark.parametrize("turn", [9, 11, 13, 17, 40])
+def test_turns_of_any_length_leave_no_room_behind(
+    turn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a frozen run stores is what it holds, whatever its turns' lengths make of the room."""
+    monkeypatch.setattr(cache, "COPIED_TOKENS", 8)
+    monkeypatch.setattr(cache, "MOST_SPARE", 16)
+    monkeypatch.setattr(cache, "BLOCK_TOKENS", 1)
+    layer, drawn = SegmentedLayer(), torch.Generator().manual_seed(0)
+    for _ in range(100):
+        odd = int(torch.randint(1, turn, (), generator=drawn))
+        for tokens in (turn, odd):
+            layer.write((torch.randn(1, 1, tokens, 4),))
+            in_tail = layer.tail[0].shape[2] if layer.tail else 0
+            assert in_tail <= max(layer.length, 16) * cache.GROWTH
+            frozen = sum(one.length for one in layer.frozen)
+            assert stored_tokens(layer) - in_tail == frozen
+
+
+def test_spare_room_is_not_worth_failing_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "COPIED_TOKENS", 8)
+    monkeypatch.setattr(cache, "BLOCK_TOKENS", 1)
+    layer = SegmentedLayer()
+    for _ in range(cache.MANY_RUNS):
+        layer.write((torch.randn(1, 1, 10, 4),))
+    stock, asked = torch.Tensor.new_zeros, []
+
+    def nearly_full(like: Tensor, *shape: int) -> Tensor:
+        asked.append(shape[2])
+        if shape[2] > 2:
+            raise torch.OutOfMemoryError("no room")
+        return stock(like, *shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", nearly_full)
+    layer.write((torch.ones(1, 1, 2, 4),))
+    assert asked == [20, 2]
+    assert layer.get_seq_length() == 82 and layer.tail[0].shape[2] == 2
+
+
+def test_a_run_that_a_fork_holds_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "COPIED_TOKENS", 8)
+    layer = SegmentedLayer()
+    layer.write((torch.randn(1, 1, 10, 4),))
+    child, storage = layer.fork(), layer.tail[0]
+    layer.write((torch.randn(1, 1, 60, 4),))
+    assert layer.frozen[0].tensors[0] is storage is child.frozen[0].tensors[0]
+
+
+def test_a_session_that_compresses_each_turn_has_few_runs() -> None:
+    layer, copied = SegmentedLayer(), cache.COPIED_TOKENS
+    tokens, turns = copied // 8, 40
+    drawn = torch.randn(turns, 1, 1, tokens, 32)
+    for turn in drawn:
+        layer.write((turn,))
+        layer.compress(rank=16)
+    assert all(run.compressed for run in layer.frozen)
+    assert len(layer.frozen) <= turns * tokens / copied
+    (found,) = layer.joined()
+    want = torch.cat(list(drawn), dim=2)
+    assert torch.equal(found[..., 16:], want[..., 16:])
+    # e4m3 has 3 bits after the point: half a step of the largest binade is 1/16 of the number.
+    assert float((found - want).abs().max() / want.abs().max()) <= 1 / 16
+
+
+def test_compressed_runs_that_forks_share_stay_shared() -> None:
+    """A batch of forks reads them once: joined with what each has of its own, it could not."""
+    layer = SegmentedLayer()
+    layer.write((torch.randn(1, 1, 10, 32),))
+    layer.compress(rank=16)
+    children = [layer.fork() for _ in "ab"]
+    for child in children:
+        for _ in range(3):
+            child.write((torch.randn(1, 1, 5, 32),))
+            child.compress(rank=16)
+    assert [len(child.frozen) for child in children] == [2, 2]
+    assert all(child.frozen[0].tensors[0] is layer.frozen[0].tensors[0] for child in children)
+    assert [child.get_seq_length() for child in children] == [25, 25]
