@@ -17,8 +17,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from internvideo3.harness.gpu.measure import device_given, say
-from internvideo3.harness.profile.command import ProfileOptions, UnfinishedError, profile
+from internvideo3.harness.gpu.measure import device_given, in_words, say
+from internvideo3.harness.profile.command import (
+    ProfileOptions,
+    UnfinishedError,
+    move_foreign_aside,
+    profile,
+)
 from internvideo3.harness.profile.workload import (
     FIGURE6,
     Workload,
@@ -26,6 +31,8 @@ from internvideo3.harness.profile.workload import (
     changed,
     read_workload,
 )
+from internvideo3.harness.store import StoreError
+from internvideo3.model.checkpoint import CheckpointError
 
 
 def quick(device: str, *, fill: str = "random") -> Workload:
@@ -52,10 +59,8 @@ def quick(device: str, *, fill: str = "random") -> Workload:
 
 def main() -> None:
     """Measure what is missing, then draw; what was asked wrongly is said in words."""
-    try:
+    with in_words(WorkloadError, StoreError, CheckpointError):
         _main()
-    except WorkloadError as error:
-        raise SystemExit(str(error)) from error
 
 
 def _main() -> None:
@@ -111,6 +116,7 @@ def _main() -> None:
     if given.draw_only:
         _draw(options)
         return
+    move_foreign_aside(options, say)
     try:
         profile(options, say)
     except UnfinishedError as amiss:

@@ -205,8 +205,21 @@ def device_given(name: str) -> torch.device:
     return device
 
 
-def _aside(path: Path) -> Path:
-    """A free name beside a file."""
+@contextlib.contextmanager
+def in_words(*kinds: type[Exception]) -> Iterator[None]:
+    """End a script with one line where what was asked of it, or where it writes, is amiss."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise SystemExit(f"{error.filename}: {error.strerror}. Give another place.") from error
+    except kinds as error:
+        raise SystemExit(str(error)) from error
+
+
+def aside(path: Path) -> Path:
+    """A free name beside a file or folder."""
     names = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(1))
     return next(name for name in names if not name.exists())
 
@@ -256,7 +269,7 @@ class Results:
             if all(old.get(name) == self.data[name] for name in named):
                 self.data = old
             else:
-                kept = _aside(path)
+                kept = aside(path)
                 path.rename(kept)
                 say(
                     f"{path} is of {old.get('device', {}).get('name')}, or of other versions or "

@@ -4,9 +4,9 @@ The gate comes first: logits of the engine, which prefills in pieces and decodes
 against one forward pass over the same tokens, in float32, for every batch and kind of cache that is
 timed. No rate is written where the gate is red: such points are rows that say so. On a CPU models
 take turns within each repeat, so that a change in the machine's load falls on all of them alike; a
-GPU holds one model at a time. A point that is in the file already, of this device and as often
-repeated, is not measured again; a point that does not fit the device or fails is a row that says
-so, and the others go on.
+GPU holds one model at a time. A point that is in the file already, of this device and code and as
+often repeated, is not measured again (`known`); a point that does not fit the device or fails is a
+row that says so, and the others go on.
 
 Contexts are random token ids: prefill and decode cost depends on how many tokens there are and not
 on which. Decoding a video and encoding its frames are stages of their own.
@@ -15,6 +15,7 @@ on which. Decoding a video and encoding its frames are stages of their own.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,9 +25,22 @@ import torch
 import transformers
 
 from internvideo3.harness import provenance
-from internvideo3.harness.gpu.measure import copy_bandwidth, device_state, matmul_rate, release
+from internvideo3.harness.gpu.measure import (
+    aside,
+    copy_bandwidth,
+    device_state,
+    matmul_rate,
+    release,
+)
 from internvideo3.harness.profile.gate import NEW_TOKENS, PIECES, Form, Gate, gate
 from internvideo3.harness.profile.host import available_bytes
+from internvideo3.harness.profile.known import (
+    MEASURED,
+    OTHER_CODE,
+    is_of_this_code,
+    made_by,
+    standing,
+)
 from internvideo3.harness.profile.measure import Ceilings, Row, Run, rows_of, run_once
 from internvideo3.harness.profile.plan import folded_bytes, need_of, refusal, weights_of
 from internvideo3.harness.profile.stages import UNTIMED, decoding_row, encoding_row
@@ -39,14 +53,12 @@ from internvideo3.harness.profile.subjects import (
     parameters_of,
 )
 from internvideo3.harness.profile.workload import Point, Workload, WorkloadError, why_not
-from internvideo3.harness.store import SCHEMA, RunStore, append_measurements, read_rows
+from internvideo3.harness.store import SCHEMA, RunStore, append_measurements, read_rows, read_run
 from internvideo3.model.device import DeviceError, device_of, use
 from internvideo3.model.session import CHUNK
 
 PLAIN = Form()
 """The form in which a model is held to the gate whatever is timed."""
-ENDINGS = ("cache", "none")
-TRIED_AGAIN = ("failed", "gate red")
 FRAMES_PER_S, MAX_FRAMES = 2.0, 64
 Tell = Callable[[str], None]
 
@@ -149,35 +161,40 @@ def _raise_for(unloaded: Mapping[str, str], red: Sequence[str]) -> None:
 
 
 def is_complete(options: ProfileOptions) -> bool:
-    """Whether an earlier command has measured every point on this device."""
-    return not any(_missing(options, point) for point in options.workload.points())
+    """Whether an earlier command has measured every point on this device with this code."""
+    return all(_standing(options, point) == MEASURED for point in options.workload.points())
 
 
-def _missing(options: ProfileOptions, point: Point) -> bool:
-    """Whether a point has no row yet; a failure is tried again, what did not fit is not."""
-    file = options.run_of(point.model) / "measurements.jsonl"
+def _standing(options: ProfileOptions, point: Point) -> str:
+    """How a point stands in its model's file."""
+    rows = read_rows(options.run_of(point.model) / "measurements.jsonl")
     device = _device_name(_device(options.device))
-    wanted = options.workload.repeats
-    # The last row of a point; a process may have been killed while it wrote the others.
-    return not any(
-        row.get("point") == point.key
-        and row["kind"] in ENDINGS
-        and row.get("device") == device
-        and not _is_tried_again(row, options.device)
-        and (row["status"] != "ok" or row["repeats"] >= wanted or _ran_out(row))
-        for row in read_rows(file)
-    )
+    return standing(rows, point, device, options.workload)
 
 
-def _is_tried_again(row: Row, device: str) -> bool:
-    """A failure is; and what a machine's memory did not hold, which other programs use as well."""
-    busy = row["status"] == "does not fit" and not device.startswith("cuda")
-    return busy or row["status"] in TRIED_AGAIN
+def move_foreign_aside(options: ProfileOptions, tell: Tell) -> None:
+    """Rename run directories of another device, which cannot be continued here; they are kept."""
+    for name in options.workload.models:
+        root = options.run_of(name)
+        if name in options.into or not (root / "run.json").is_file():
+            continue
+        theirs = read_run(root).get("config")
+        if theirs == _config(options) or _is_in_use(root):
+            continue
+        kept = aside(root)
+        root.rename(kept)
+        card = theirs.get("card") if isinstance(theirs, dict) else None
+        tell(f"{root} is of {card or 'another device'}; kept as {kept.name}")
 
 
-def _ran_out(row: Row) -> bool:
-    """Whether a point's repeats ended for want of memory, as they would again."""
-    return str(row.get("ended_by", "")).startswith("out of memory")
+def _is_in_use(root: Path) -> bool:
+    """Whether another process has a run directory, which `RunStore.open` will say."""
+    with (root / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _check(options: ProfileOptions) -> None:
@@ -252,6 +269,7 @@ class _Group:
             return
         if self._is_over():
             return
+        self._tell_of_other_code(wanted)
         forms = {name: {PLAIN} for name in names if name in needed}
         for point in (point for turn in wanted for point in turn):
             forms[point.model].add(_form_of(point))
@@ -263,6 +281,17 @@ class _Group:
         self._watch(prepared)
         prepared.clear()
         release()
+
+    def _tell_of_other_code(self, wanted: Sequence[Sequence[Point]]) -> None:
+        """Says why points are measured that have rows already."""
+        points = [point for turn in wanted for point in turn]
+        count = sum(_standing(self.options, point) == OTHER_CODE for point in points)
+        if count:
+            versions = ", ".join(f"{name} {found}" for name, found in made_by()["versions"].items())
+            self.tell(
+                f"{count} of {len(points)} points were measured by other code (other sources or "
+                f"versions than {made_by()['code'][:12]}, {versions}): measured again"
+            )
 
     def _measure_turn(self, turn: Sequence[Point], prepared: Mapping[str, _Prepared | Row]) -> None:
         """Measure points that differ in the model only; what cannot be timed is a row."""
@@ -313,6 +342,7 @@ class _Group:
                 row["kind"]
                 for row in rows
                 if about.items() <= row.items()
+                and is_of_this_code(row)
                 and row.get("repeats", 0) >= self.options.workload.repeats
             }
 
@@ -329,7 +359,7 @@ class _Group:
         alike: dict[str, list[Point]] = {}
         for point in self.options.workload.points():
             mine = point.dtype == self.dtype and point.model in names
-            if mine and _missing(self.options, point):
+            if mine and _standing(self.options, point) != MEASURED:
                 alike.setdefault(point.key.removeprefix(point.model), []).append(point)
         yield from alike.values()
 
@@ -404,7 +434,7 @@ class _Group:
                 yield point, [failed[point]]
                 continue
             # What was measured before a later repeat failed stays.
-            told = {"repeats": len(runs[point]), "status": "ok"}
+            told = {"repeats": len(runs[point]), "warmups": workload.warmups, "status": "ok"}
             if point in failed:
                 told["ended_by"] = f"{failed[point]['status']}: {failed[point]['reason']}"
             rows = rows_of(models[point.model], point, runs[point], self.ceilings)
@@ -504,6 +534,7 @@ class _Group:
             "matmul_flop_per_s": self.ceilings.matmul_flop_per_s,
             "device_state": device_state(self.device),
             "commit": self.commit,
+            **made_by(),
         }
 
 
@@ -595,12 +626,7 @@ def _describe(name: str, options: ProfileOptions) -> Row:
         "mode": "profile",
         "model": _described(name, options.workload.dtypes[0]),
         "suites": {},
-        # What is measured grows from command to command; where it is measured does not.
-        "config": {
-            "device": options.device,
-            "card": _device_name(_device(options.device)),
-            "threads": options.threads,
-        },
+        "config": _config(options),
         "commit": commit,
         "dirty": dirty,
         "packages": provenance.packages(),
@@ -609,6 +635,15 @@ def _describe(name: str, options: ProfileOptions) -> Row:
             "paper": False,
             "reason": "see each row's device and label; the paper measured one H200",
         },
+    }
+
+
+def _config(options: ProfileOptions) -> Row:
+    """What is measured grows from command to command; where it is measured does not."""
+    return {
+        "device": options.device,
+        "card": _device_name(_device(options.device)),
+        "threads": options.threads,
     }
 
 

@@ -1,0 +1,124 @@
+"""What a profile takes as measured before: of this code and device, and often enough.
+
+pytest tests/harness/test_profile_known.py
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internvideo3.harness.gpu import figure6
+from internvideo3.harness.profile import command, known
+from internvideo3.harness.profile.command import ProfileOptions, is_complete, profile
+from internvideo3.harness.profile.workload import Workload
+from internvideo3.harness.store import read_rows
+from internvideo3.reports.efficiency import read
+
+GQA = "random:tiny-gqa"
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Iterator[ProfileOptions]:
+    workload = Workload(models=(GQA,), contexts=(48,), new_tokens=3, chunks=(32,), repeats=1)
+    yield ProfileOptions(workload=workload, out=tmp_path / "out")
+    known.made_by.cache_clear()
+
+
+def measured(options: ProfileOptions) -> list[dict[str, Any]]:
+    return read_rows(options.runs()[0] / "measurements.jsonl")
+
+
+def change_code(monkeypatch: pytest.MonkeyPatch, digest: str) -> None:
+    monkeypatch.setattr(known.provenance, "code_digest", lambda _: digest)
+    known.made_by.cache_clear()
+
+
+def test_what_other_code_measured_is_measured_again_and_said(
+    tiny: ProfileOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    change_code(monkeypatch, "a" * 64)
+    profile(tiny, told.append)
+    first = measured(tiny)
+    assert {row["code"] for row in first} == {"a" * 64}
+    assert {tuple(row["versions"]) for row in first} == {("torch", "transformers", "triton")}
+    assert is_complete(tiny) and not any("other code" in line for line in told)
+    change_code(monkeypatch, "b" * 64)
+    assert not is_complete(tiny)
+    profile(tiny, told.append)
+    assert sum("1 of 1 points were measured by other code" in line for line in told) == 1
+    second = measured(tiny)
+    assert second[: len(first)] == first and len(second) == 2 * len(first)
+    # The newest row is what the figures show.
+    (series,) = read(tiny.runs()).series
+    assert series.decode[48]["code"] == "b" * 64
+    # And so the first code's rows do not count any more, should that come back.
+    change_code(monkeypatch, "a" * 64)
+    assert not is_complete(tiny)
+
+
+def test_other_versions_of_torch_are_other_code(
+    tiny: ProfileOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile(tiny)
+    assert is_complete(tiny)
+    monkeypatch.setattr(known, "_version", lambda name: "0.1" if name == "torch" else None)
+    known.made_by.cache_clear()
+    assert not is_complete(tiny)
+
+
+def test_fewer_warmups_than_asked_for_are_not_enough(tiny: ProfileOptions) -> None:
+    profile(tiny)
+    assert {row["warmups"] for row in measured(tiny)} == {0}
+    warm = replace(tiny, workload=replace(tiny.workload, warmups=1))
+    assert is_complete(tiny) and not is_complete(warm)
+    profile(warm)
+    assert is_complete(tiny) and is_complete(warm)
+
+
+def figure(monkeypatch: pytest.MonkeyPatch, *given: str) -> None:
+    """The script, as it is called."""
+    monkeypatch.setattr(sys, "argv", ["figure6", "--device", "cpu", "--new-tokens", "2", *given])
+    figure6.main()
+
+
+def test_another_card_in_the_same_folder_begins_a_run_beside_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ("--out", str(tmp_path), "--models", GQA, "--contexts", "48")
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "_device_name", lambda _: "NVIDIA H200")
+        figure(monkeypatch, *small)
+    run = tmp_path / "random-tiny-gqa"
+    theirs = (run / "measurements.jsonl").read_bytes()
+    with (run / ".lock").open("w") as lock:
+        # Whoever writes there has to be let finish.
+        command.fcntl.flock(lock, command.fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="in use by another process"):
+            figure(monkeypatch, *small)
+    figure(monkeypatch, *small)
+    assert "is of NVIDIA H200; kept as random-tiny-gqa-1" in capsys.readouterr().out
+    assert (tmp_path / "random-tiny-gqa-1/measurements.jsonl").read_bytes() == theirs
+    assert json.loads((run / "run.json").read_text())["config"]["card"] != "NVIDIA H200"
+    # Both are in the figures, apart.
+    assert len(set(read([run, tmp_path / "random-tiny-gqa-1"]).devices)) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--models", "nosuch"), "no checkpoint 'nosuch'"),
+        (("--out", "/dev/null/x"), "/dev/null/x"),
+    ],
+)
+def test_what_is_amiss_is_one_line(
+    given: tuple[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=said) as ended:
+        figure(monkeypatch, "--out", str(tmp_path), "--contexts", "48", *given)
+    assert "\n" not in str(ended.value.code)
