@@ -85,6 +85,15 @@ def _tell_once(device: torch.device, why: str) -> None:
     warnings.warn(f"{device}: {why}; torch computes this attention, slower.", stacklevel=3)
 
 
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes a GPU the current one, for a launch: Triton starts kernels there, whatever tensors say.
+
+    Each launch has it, since the current device is a thread's own, and a model's layers may lie on
+    several. A captured step launches nothing of itself.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def is_power_of_two(number: int) -> bool:
     """Whether a width fits a Triton block exactly."""
     return number > 0 and number & (number - 1) == 0

@@ -151,7 +151,9 @@ class Engine:
             if generator is not None:
                 graph.register_generator_state(generator)
         torch.cuda.synchronize(self.device)
-        with torch.cuda.graph(graph):
+        # Without a stream of its own it would use one made for all captures, which makes the card
+        # of the process's first capture the current one.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(self.device)):
             self.step()
         self._graph = graph
 

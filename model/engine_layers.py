@@ -109,7 +109,8 @@ class GroupedAttend:
     @property
     def static(self) -> bool:
         """As `Attend.static`."""
-        return gqa_is_static(self.attn.head_dim, self.keys_BKTD.device)
+        keys_BKTD = self.keys_BKTD
+        return gqa_is_static(self.attn.head_dim, keys_BKTD.dtype, keys_BKTD.device)
 
     def weights(self) -> list[Tensor]:
         """As `Attend.weights`."""

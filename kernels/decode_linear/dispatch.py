@@ -5,7 +5,7 @@ Axes: B batch, K input width, N output width.
 
 import torch
 
-from internvideo3.kernels.choice import wants_triton
+from internvideo3.kernels.choice import on, wants_triton
 from internvideo3.kernels.decode_linear import batched
 
 
@@ -35,13 +35,14 @@ def decode_linear(
         )
     from internvideo3.kernels.decode_linear import triton
 
-    return triton.decode_linear(
-        x_BK,
-        weight_NK,
-        norm_weight_K=norm_weight_K,
-        factor_NK=factor_NK,
-        bias_N=bias_N,
-        residual_BN=residual_BN,
-        eps=eps,
-        tile=triton.TILE,
-    )
+    with on(x_BK.device):
+        return triton.decode_linear(
+            x_BK,
+            weight_NK,
+            norm_weight_K=norm_weight_K,
+            factor_NK=factor_NK,
+            bias_N=bias_N,
+            residual_BN=residual_BN,
+            eps=eps,
+            tile=triton.TILE,
+        )

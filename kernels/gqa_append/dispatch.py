@@ -5,7 +5,7 @@ Axes: B batch, H query heads, K key/value heads, T cache capacity, D head width,
 
 import torch
 
-from internvideo3.kernels.choice import is_power_of_two, wants_triton
+from internvideo3.kernels.choice import is_power_of_two, on, wants_triton
 from internvideo3.kernels.gqa_append import naive
 
 
@@ -27,14 +27,15 @@ def gqa_append(
         from internvideo3.kernels.gqa_append import triton
 
         append = triton.gqa_append
-    return append(
-        qkv_BW,
-        q_norm_D,
-        k_norm_D,
-        cos_BS,
-        sin_BS,
-        slots_B,
-        keys_BKTD,
-        values_BKTD,
-        eps=eps,
-    )
+    with on(qkv_BW.device):
+        return append(
+            qkv_BW,
+            q_norm_D,
+            k_norm_D,
+            cos_BS,
+            sin_BS,
+            slots_B,
+            keys_BKTD,
+            values_BKTD,
+            eps=eps,
+        )

@@ -5,7 +5,7 @@ Axes: N tokens, C cache slots, W row width, R rank, S rotary slots, M modalities
 
 import torch
 
-from internvideo3.kernels.choice import wants_triton
+from internvideo3.kernels.choice import on, wants_triton
 from internvideo3.kernels.latent_append import naive
 
 
@@ -28,15 +28,16 @@ def latent_append(
         from internvideo3.kernels.latent_append import triton
 
         append = triton.latent_append
-    append(
-        projected_NW,
-        cos_NS,
-        sin_NS,
-        slots_N,
-        rows_CW,
-        norm_weight_R=norm_weight_R,
-        eps=eps,
-        gain_MR=gain_MR,
-        bias_MR=bias_MR,
-        modality_N=modality_N,
-    )
+    with on(projected_NW.device):
+        append(
+            projected_NW,
+            cos_NS,
+            sin_NS,
+            slots_N,
+            rows_CW,
+            norm_weight_R=norm_weight_R,
+            eps=eps,
+            gain_MR=gain_MR,
+            bias_MR=bias_MR,
+            modality_N=modality_N,
+        )

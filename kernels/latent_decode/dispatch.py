@@ -11,6 +11,7 @@ from internvideo3.kernels.choice import (
     HALVES,
     has_room,
     multiprocessors,
+    on,
     reads_fp8,
     triton_is_installed,
     wants_triton,
@@ -61,16 +62,17 @@ def decode_runs(
         return naive.decode_runs(q_BHW, runs, scale=scale, value_width=value_width)
     from internvideo3.kernels.latent_decode import triton
 
-    found = [
-        triton.decode_runs(
-            group_BHW,
-            runs,
-            scale=scale,
-            value_width=value_width,
-            multiprocessors=multiprocessors(q_BHW.device),
-        )
-        for group_BHW in q_BHW.tensor_split(-(-q_BHW.shape[1] // MOST_HEADS), dim=1)
-    ]
+    with on(q_BHW.device):
+        found = [
+            triton.decode_runs(
+                group_BHW,
+                runs,
+                scale=scale,
+                value_width=value_width,
+                multiprocessors=multiprocessors(q_BHW.device),
+            )
+            for group_BHW in q_BHW.tensor_split(-(-q_BHW.shape[1] // MOST_HEADS), dim=1)
+        ]
     if len(found) == 1:
         return found[0]
     out_BHV, lse_BH = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))

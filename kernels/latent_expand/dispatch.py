@@ -5,7 +5,7 @@ Axes: B batch, H heads, K key/value heads, R rank, V value width.
 
 import torch
 
-from internvideo3.kernels.choice import wants_triton
+from internvideo3.kernels.choice import on, wants_triton
 from internvideo3.kernels.latent_expand import naive
 
 
@@ -15,4 +15,5 @@ def expand_output(latent_BHR: torch.Tensor, w_uv_KVR: torch.Tensor) -> torch.Ten
         return naive.expand_output(latent_BHR, w_uv_KVR)
     from internvideo3.kernels.latent_expand import triton
 
-    return triton.expand_output(latent_BHR, w_uv_KVR)
+    with on(latent_BHR.device):
+        return triton.expand_output(latent_BHR, w_uv_KVR)

@@ -6,12 +6,14 @@ V value width.
 
 import torch
 
-from internvideo3.kernels.choice import has_room, wants_triton
+from internvideo3.kernels.choice import has_room, on, wants_triton
 from internvideo3.kernels.latent_prefill import cudnn, fused
 
 TILE_BYTES = {128: 98304, 256: 163840}
 """Shared memory of the kernel's tile by the width of queries and keys that it takes, compiled for
 compute capability 8.0 or 8.9."""
+FLOAT32_TILE_BYTES = {128: 43008, 256: 67584}
+"""Of float32."""
 VALUE_WIDTHS = (16, 32, 64, 128)
 
 
@@ -28,10 +30,12 @@ def latent_prefill(
         return cudnn.latent_prefill(q_BQHD, k_BTKD, v_BTKV, scale=scale, offset=offset)
     width = q_BQHD.shape[-1]
     fits = width in TILE_BYTES and v_BTKV.shape[-1] in VALUE_WIDTHS
-    fits = fits and wants_triton(q_BQHD) and has_room(q_BQHD.device, TILE_BYTES[width])
+    needed = FLOAT32_TILE_BYTES if q_BQHD.dtype == torch.float32 else TILE_BYTES
+    fits = fits and wants_triton(q_BQHD) and has_room(q_BQHD.device, needed[width])
     if not fits:
         return fused.latent_prefill(q_BQHD, k_BTKD, v_BTKV, scale=scale, offset=offset)
     from internvideo3.kernels.latent_prefill import triton
 
     tile = triton.FLOAT32_TILE if q_BQHD.dtype == torch.float32 else triton.TILES[width]
-    return triton.latent_prefill(q_BQHD, k_BTKD, v_BTKV, scale=scale, offset=offset, tile=tile)
+    with on(q_BQHD.device):
+        return triton.latent_prefill(q_BQHD, k_BTKD, v_BTKV, scale=scale, offset=offset, tile=tile)

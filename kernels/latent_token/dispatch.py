@@ -5,7 +5,7 @@ Axes: B sequences, P projections, H query heads, S rotary slots, C cache slots, 
 
 import torch
 
-from internvideo3.kernels.choice import is_power_of_two, wants_triton
+from internvideo3.kernels.choice import is_power_of_two, on, wants_triton
 from internvideo3.kernels.latent_token import naive
 from internvideo3.kernels.latent_token.naive import TokenMaps
 
@@ -25,4 +25,5 @@ def latent_token(
         return naive.latent_token(qkv_BP, maps, cos_BS, sin_BS, slots_B, rows_CW)
     from internvideo3.kernels.latent_token import triton
 
-    return triton.latent_token(qkv_BP, maps, cos_BS, sin_BS, slots_B, rows_CW)
+    with on(qkv_BP.device):
+        return triton.latent_token(qkv_BP, maps, cos_BS, sin_BS, slots_B, rows_CW)

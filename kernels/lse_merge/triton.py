@@ -18,7 +18,8 @@ BLOCK_S = 16
 """Fewest splits in one block of registers."""
 MAX_BLOCKS = 9
 MOST_SPLITS = 528
-"""Of one launch: four runs that fill an H200, the most that is compiled for it without a spill."""
+"""Of one launch, of two bytes a value: four runs that fill an H200, the most that is compiled for
+it without a spill."""
 COLUMNS = 32
 """(Value, head) columns of a program."""
 NUM_WARPS = 4
@@ -96,7 +97,7 @@ def merge_kernel(
 def launch_constants(n_splits: int, *, heads: int, value_width: int) -> dict[str, Any]:
     """Compile-time arguments of a launch."""
     block_s = max(BLOCK_S, triton.next_power_of_2(triton.cdiv(n_splits, MAX_BLOCKS)))
-    block_h = triton.next_power_of_2(heads)
+    block_h = min(COLUMNS, triton.next_power_of_2(heads))
     block_v = min(max(1, COLUMNS // block_h), triton.next_power_of_2(value_width))
     return {
         "HEADS": heads,
@@ -107,6 +108,11 @@ def launch_constants(n_splits: int, *, heads: int, value_width: int) -> dict[str
         "BLOCK_H": block_h,
         "num_warps": NUM_WARPS,
     }
+
+
+def most_splits(dtype: torch.dtype) -> int:
+    """How many parts of a dtype one launch merges: each thread holds its values of all of them."""
+    return MOST_SPLITS * 2 // max(2, dtype.itemsize)
 
 
 def lse_merge(
@@ -124,7 +130,7 @@ def lse_merge(
     """
     batch, n_splits, heads = log2_lse_BSH.shape
     value = parts_BSVH.shape[2]
-    if n_splits > MOST_SPLITS:
+    if n_splits > most_splits(parts_BSVH.dtype):
         return _merge_in_groups(parts_BSVH, log2_lse_BSH, out_dtype)
     out_BHV = torch.empty(batch, heads, value, dtype=out_dtype, device=parts_BSVH.device)
     lse_BH = torch.empty(batch, heads, dtype=torch.float32, device=parts_BSVH.device)
@@ -142,7 +148,8 @@ def _merge_in_groups(
     parts_BSVH: torch.Tensor, log2_lse_BSH: torch.Tensor, out_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merges so many splits at a time, then what became of them, in float32."""
-    groups = (t.split(MOST_SPLITS, dim=1) for t in (parts_BSVH, log2_lse_BSH))
+    most = most_splits(parts_BSVH.dtype)
+    groups = (t.split(most, dim=1) for t in (parts_BSVH, log2_lse_BSH))
     found = [
         lse_merge(parts.contiguous(), lse.contiguous(), out_dtype=torch.float32)
         for parts, lse in zip(*groups, strict=True)

@@ -347,9 +347,15 @@ def small_cases() -> Iterator[Case]:
     from internvideo3.kernels.latent_token import triton as token
     from internvideo3.kernels.lse_merge import triton as merge
 
-    for splits, value in ((132, 896), (49, 128), (528, 896)):
+    for splits, value in ((132, 896), (49, 128), (merge.most_splits(torch.bfloat16), 896)):
         constants = merge.launch_constants(splits, heads=32, value_width=value)
         yield Case(f"lse_merge-{splits}-of-{value}", merge.merge_kernel, constants)
+    for dtype, kind in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
+        splits = merge.most_splits(dtype)
+        constants = merge.launch_constants(splits, heads=64, value_width=128)
+        types = {"parts_ptr": kind, "out_ptr": kind}
+        name = f"lse_merge-{splits}-of-64x128-{dtype}".replace("torch.", "")
+        yield Case(name, merge.merge_kernel, constants, types)
     heads: dict[str, Any] = {"HEADS": 32, "RANK": 896, "num_warps": 4}
     constants = {"RANK": 896, "ROTARY": 64, "BLOCK_R": 1024, "BLOCK_S": 64, "num_warps": 4}
     constants |= {"NORM": True, "AFFINE": True}

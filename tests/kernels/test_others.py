@@ -3,12 +3,16 @@
 .venv/bin/python -m pytest tests/kernels/test_others.py -q
 """
 
+import ast
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from nearness import assert_near
 
+from internvideo3.kernels import choice
 from internvideo3.kernels.choice import interpreted
 from internvideo3.kernels.decode_linear import batched as linear_batched
 from internvideo3.kernels.decode_linear import naive as linear_naive
@@ -27,6 +31,7 @@ from internvideo3.kernels.latent_prefill import triton as prefill
 from internvideo3.kernels.lse_merge import naive as merge_naive
 from internvideo3.kernels.lse_merge import triton as merge
 
+KERNELS = Path(__file__).parents[2] / "kernels"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -184,6 +189,46 @@ def test_more_splits_than_registers_hold_are_merged_in_groups(
     expected, expected_lse = merge_naive.lse_merge(parts.double(), lse.double())
     assert_near(out[:1], expected[:1])
     assert (out[1] == 0).all() and torch.allclose(natural.double(), expected_lse, atol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [33, 64])
+def test_more_heads_than_a_program_has_columns_are_merged(heads: int) -> None:
+    parts, lse = randn(2, 5, heads, 24), 20 * randn(2, 5, heads)
+    out, natural = merge.lse_merge(parts.transpose(2, 3).contiguous(), lse, out_dtype=torch.float32)
+    expected, expected_lse = merge_naive.lse_merge(parts.double(), lse.double())
+    assert_near(out, expected)
+    assert torch.allclose(natural.double(), expected_lse, atol=1e-4)
+
+
+def test_wide_parts_are_merged_in_smaller_groups() -> None:
+    """A thread holds its values of all splits: in float32 half as many fit its registers."""
+    assert merge.most_splits(torch.bfloat16) == 2 * merge.most_splits(torch.float32)
+
+
+def launches(tree: ast.AST, *, guarded: bool = False) -> list[tuple[int, bool]]:
+    """Line of each call that may start a Triton kernel, and whether it lies within `with on(…)`."""
+    if isinstance(tree, ast.With):
+        guarded |= any("on(" in ast.unparse(item.context_expr) for item in tree.items)
+    found = [
+        each for node in ast.iter_child_nodes(tree) for each in launches(node, guarded=guarded)
+    ]
+    started = isinstance(tree, ast.Call) and re.match(r"triton\.|append\(", ast.unparse(tree))
+    return [*found, (tree.lineno, guarded)] if isinstance(tree, ast.Call) and started else found
+
+
+@pytest.mark.parametrize(
+    "kernel", sorted(KERNELS.glob("*/dispatch.py")), ids=lambda p: p.parent.name
+)
+def test_kernels_start_on_the_card_of_their_tensors(kernel: Path) -> None:
+    """Triton starts them on the current card, which is a thread's own and need not be that one."""
+    found = launches(ast.parse(kernel.read_text(encoding="utf-8")))
+    assert found and all(guarded for _, guarded in found), found
+
+
+def test_only_a_gpu_is_made_the_current_one() -> None:
+    assert choice.on(torch.device("cuda", 1)).idx == 1  # type: ignore[attr-defined]
+    with choice.on(torch.device("cpu")):
+        pass
 
 
 @DTYPES

@@ -287,13 +287,18 @@ def test_cards_without_the_room_for_a_tile_read_in_torch(monkeypatch: pytest.Mon
     assert static(65536, False) == [False] * 4
 
     monkeypatch.setattr(choice, "shared_bytes", lambda _: 101376)
-    assert gqa.is_static(128, torch.device("cpu")) and not gqa.is_static(256, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    assert [gqa.is_static(width, torch.bfloat16, cpu) for width in (128, 256, 100)] == [
+        True, False, False,
+    ]  # fmt: skip
+    # A tile of float32 is smaller; float64 is read by torch, which a graph cannot hold.
+    assert gqa.is_static(256, torch.float32, cpu) and not gqa.is_static(128, torch.float64, cpu)
     taken: list[int] = []
     monkeypatch.setattr(
         prefill_dispatch.fused, "latent_prefill", lambda q, *_, **__: taken.append(q.shape[-1])
     )
     monkeypatch.setattr(prefill_dispatch, "wants_triton", lambda _: True)
-    q = torch.zeros(1, 2, 1, 256)
+    q = torch.zeros(1, 2, 1, 256, dtype=torch.bfloat16)
     prefill_dispatch.latent_prefill(q, q, q[..., :128], scale=1.0, offset=None)
     assert taken == [256]
 

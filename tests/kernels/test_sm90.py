@@ -27,7 +27,8 @@ latent_prefill-256 latent_prefill-256-past latent_prefill-256-float32 latent_pre
 latent_prefill-128-past latent_prefill-128-float32 hopper-1024 hopper-1024-paged hopper-512
 hopper-512-of-1024 hopper-512-paged hopper-fp8-384 hopper-fp8-512 hopper-fp8-640 hopper-fp8-768
 hopper-fp8-896 hopper-fp8-896-paged hopper-fp8-384-of-1024 lse_merge-132-of-896
-lse_merge-49-of-128 lse_merge-528-of-896 latent_append expand_output gqa_append linear-gate-up
+lse_merge-49-of-128 lse_merge-528-of-896 lse_merge-528-of-64x128-bfloat16
+lse_merge-264-of-64x128-float32 latent_append expand_output gqa_append linear-gate-up
 linear-out linear-down linear-qkv latent_token
 """
 """Every configuration that the gate compiles; one that is left out is missed here."""
@@ -108,7 +109,7 @@ import json
 import torch
 from triton.backends.compiler import GPUTarget
 import sm90
-from internvideo3.kernels.gqa_decode.dispatch import TILE_BYTES, WIDE_TILE_BYTES
+from internvideo3.kernels.gqa_decode import dispatch as gqa
 from internvideo3.kernels.latent_decode.dispatch import tile_bytes
 from internvideo3.kernels.latent_decode.rows import Rows
 from internvideo3.kernels.latent_prefill import dispatch as prefill
@@ -124,10 +125,14 @@ counted = {
     "latent_decode-512+128": rows(640, 512),
     "latent_decode-1024-fp8": rows(896, 896, True),
     "latent_decode-576-fp8": rows(512, 512, True),
-    "gqa_decode": TILE_BYTES,
-    "gqa_decode-256": WIDE_TILE_BYTES,
+    "gqa_decode": gqa.tile_bytes(128, torch.bfloat16),
+    "gqa_decode-256": gqa.tile_bytes(256, torch.bfloat16),
+    "gqa_decode-128-float32": gqa.tile_bytes(128, torch.float32),
+    "gqa_decode-256-float32": gqa.tile_bytes(256, torch.float32),
     "latent_prefill-128": prefill.TILE_BYTES[128],
     "latent_prefill-256": prefill.TILE_BYTES[256],
+    "latent_prefill-128-float32": prefill.FLOAT32_TILE_BYTES[128],
+    "latent_prefill-256-float32": prefill.FLOAT32_TILE_BYTES[256],
 }
 cases = [case for case in sm90.shipped_cases() if case.name in counted]
 print(json.dumps([counted, {case.name: sm90.examine(case)["shared"] for case in cases}]))

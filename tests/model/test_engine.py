@@ -240,7 +240,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
         return None
 
     @contextmanager
-    def capture(graph: FakeGraph) -> Iterator[None]:
+    def capture(graph: FakeGraph, stream: str) -> Iterator[None]:
+        assert stream == "a stream of cpu"
         FakeGraph.capturing = graph
         yield
         FakeGraph.capturing = None
@@ -250,6 +251,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
     monkeypatch.setattr(Engine, "capturable", property(lambda _: True))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     return FakeGraph.made
 
