@@ -3,23 +3,29 @@
 Drawn from `measurements.jsonl` of the profiler alone, as SVG and PNG with a table of the same
 numbers. The paper's published points are overlaid as what they are: hollow, labelled, of an H200,
 and only beside models of their size. A reply's time that was extrapolated is called integrated.
-What two rows differ in (device, chunk ...) keeps them apart, in the figures as in the table. What
-is computed and not measured, the ratio of bytes, is dashed and labelled.
+What is computed and not measured (the ratio of bytes, the paper's seconds) is labelled so. A length
+that could not be run is a cross; what no device could run is in the table alone.
 """
 
 import contextlib
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from internvideo3.reports.efficiency_rows import Efficiency, EfficiencyError, Series, read
+
+__all__ = ["EfficiencyError", "draw", "markdown", "read"]
 
 PAPER = Path(__file__).parent / "efficiency_paper.json"
 COLOURS = ("#2f6db5", "#cf5a1f", "#15836f", "#a2478f", "#8f6a00", "#4d5a96")
@@ -28,19 +34,6 @@ MARKERS = ("o", "D", "s", "^", "v", "P")
 PAPER_STYLE = {"gqa": ("#656a72", "o"), "m2la": ("#1c1e21", "D")}
 ATTENTION = {"gqa": "GQA", "m2la": "M²LA"}
 PNG_DPI = 160
-APART = {
-    "device": "",
-    "chunk": "chunk",
-    "new_tokens": "new tokens",
-    "threads": "threads",
-    "fill": "fill",
-    "integrate": "integrated reply of",
-}
-"""What keeps rows of one model apart where they differ in it, and how that is said."""
-STAGES = ("video_decoding", "vision_encoding")
-RED = "gate red"
-REQUIRED = ("kind", "model", "device", "status")
-"""What every row of the profiler has."""
 PAPER_SIZE = 7e9, 10e9
 """Parameters of models that the paper's may stand beside."""
 MARGIN = 1.2
@@ -49,184 +42,23 @@ LEAST_STEP = 1.15
 """Factor between two lengths that both get a label on the axis."""
 CROWD = 3
 """More series than this, and the legend goes below the figure."""
-
-
-class EfficiencyError(ValueError):
-    """Measurements that no figure can be made of."""
-
-
-@dataclass(frozen=True, slots=True)
-class Series:
-    """One way of running one model, by context length."""
-
-    name: str
-    attention: str
-    way: tuple[Any, ...]
-    """How and on what it was run: what must be equal for a fair ratio."""
-    decode: dict[int, Mapping[str, Any]]
-    """Rows of decoding."""
-    prefill: dict[int, Mapping[str, Any]]
-    last_chunk: dict[int, Mapping[str, Any]]
-    """Prefills of the last chunk alone."""
-    cache: dict[int, Mapping[str, Any]]
-    absent: dict[int, str]
-    """Why a length has no figures: "out of memory", "does not fit" ..."""
-
-    @property
-    def reply_tokens(self) -> set[int]:
-        """How long the replies are whose seconds are told."""
-        return {
-            int((row.get("integrated") or {}).get("tokens", row["new_tokens"]))
-            for row in self.decode.values()
-        }
-
-    def reply_s(self, context: int) -> float | None:
-        """Seconds of a whole reply."""
-        row = self.decode.get(context)
-        if row is None:
-            return None
-        integrated = row.get("integrated")
-        return float(integrated["seconds"] if integrated else row["median_s"])
-
-
-@dataclass(frozen=True, slots=True)
-class Efficiency:
-    """All that one profile measured."""
-
-    series: tuple[Series, ...]
-    devices: tuple[str, ...]
-    labels: tuple[str, ...]
-    """What the numbers are not: "scale", "random weights", "integrated"."""
-    stages: tuple[Mapping[str, Any], ...] = ()
-    """Rows of what comes before the language model."""
-    sizes: tuple[int, ...] = ()
-    """Parameters of the models."""
-
-    @property
-    def contexts(self) -> tuple[int, ...]:
-        """All lengths, shortest first."""
-        found = {n for s in self.series for part in (s.decode, s.absent) for n in part}
-        return tuple(sorted(found))
-
-
-def read(runs: Iterable[Path]) -> Efficiency:
-    """Gather the measurements of run directories; the last row of a point counts.
-
-    Raises:
-        EfficiencyError: there are none.
-    """
-    rows = [row for run in runs for row in _rows(run / "measurements.jsonl")]
-    found: dict[str, Series] = {}
-    points = [row for row in rows if "point" in row]
-    for row in points:
-        row.setdefault("integrate", _integrated(row))
-    differ = [one for one in APART if len({row.get(one) for row in points}) > 1]
-    for row in points:
-        name = _name(row, differ)
-        way = tuple(row.get(one) for one in ("runner", "batch", "dtype", "cache", *APART))
-        made = found.setdefault(name, Series(name, row["attention"], way, {}, {}, {}, {}, {}))
-        _sort_in(made, row)
-    if not any(s.decode or s.absent for s in found.values()):
-        raise EfficiencyError(
-            "no measurements of the profiler in these directories; run `internvideo3 profile`."
-        )
-    labels = {row["label"] for row in rows if row.get("label")}
-    # Where some replies were timed whole, the names of the others say that they are integrated.
-    if all(row["integrate"] for row in points):
-        labels.add("integrated")
-    devices = dict.fromkeys(str(row["device"]) for row in rows)
-    stages = tuple(_last_of_each(row for row in rows if "video" in row))
-    sizes = {row.get("parameters", _size_told(row)) for row in points}
-    return Efficiency(
-        tuple(found.values()), tuple(devices), tuple(sorted(labels)), stages, tuple(sorted(sizes))
-    )
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
-    lines = file.read_text(encoding="utf-8").splitlines()
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise EfficiencyError(f"{file}: line {number} is not JSON; remove it.") from error
-            # A process that was killed while it wrote; the profiler measures that point again.
-            continue
-        lacking = [name for name in REQUIRED if not isinstance(row, dict) or name not in row]
-        if lacking:
-            raise EfficiencyError(
-                f"{file}: line {number} is no measurement ({', '.join(lacking)} missing); "
-                "remove it."
-            )
-        found.append(row)
-    return found
-
-
-def _integrated(row: Mapping[str, Any]) -> int:
-    """Tokens of the reply in whose middle a point was timed; of rows that say it in its name."""
-    told = re.search(r" of (\d+)$", str(row["point"]))
-    return int(told[1]) if told else 0
-
-
-def _last_of_each(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The last row of each stage; a failure only where nothing was measured."""
-    found: dict[tuple[Any, ...], Mapping[str, Any]] = {}
-    for row in rows:
-        about = tuple(row.get(one) for one in ("model", "device", "dtype", "video", "video_bytes"))
-        if row["kind"] in STAGES:
-            found[*about, row["kind"]] = row
-            found.pop((*about, "none"), None)
-        elif not any((*about, kind) in found for kind in STAGES[1:]):
-            found[*about, "none"] = row
-    return list(found.values())
-
-
-def _size_told(row: Mapping[str, Any]) -> int:
-    """Parameters of a model whose row does not say them: those written before rows did."""
-    return 8 * 10**9 if str(row["model"]).startswith("random:8b") else 0
-
-
-def _name(row: Mapping[str, Any], differ: Sequence[str]) -> str:
-    """Model and, where it is not the plain case or rows differ in it, how it was run."""
-    extra = [row["runner"]] if row["runner"] != "engine" else []
-    extra += [f"batch {row['batch']}"] if row["batch"] != 1 else []
-    extra += [f"{row['cache']} cache"] if row["cache"] != "native" else []
-    extra += [row["dtype"]] if row["dtype"] == "float32" else []
-    extra += [
-        "whole reply" if (one, row.get(one)) == ("integrate", 0) else f"{APART[one]} {row.get(one)}"
-        for one in differ
-    ]
-    extra = [one.strip() for one in extra]
-    return f"{row['model']}" + (f" ({', '.join(extra)})" if extra else "")
-
-
-def _sort_in(series: Series, row: Mapping[str, Any]) -> None:
-    tables = {
-        "decode": series.decode,
-        "prefill": series.prefill,
-        "last_chunk": series.last_chunk,
-        "cache": series.cache,
-    }
-    context = int(row["context_tokens"])
-    if row["status"] == "ok":
-        tables[row["kind"]][context] = row
-        series.absent.pop(context, None)
-    elif row["status"] == RED:
-        # Whatever was measured before is no more to be trusted.
-        for table in tables.values():
-            table.pop(context, None)
-        series.absent[context] = RED
-    elif context not in series.decode:
-        series.absent[context] = row["status"]
+LONG = 44
+"""So does one with a longer name than this."""
+WIDE, WIDEST = 64, 72
+"""Characters of two columns of a legend, and of one, that are about as wide as the figure."""
+REPLIES = "figure6b-latency"
+MOVED = "moved_bytes_per_step"
+NOT_POSSIBLE = "not possible"
+"""Status of what is impossible on any device."""
+FOOT, STEP, CROSSES = 0.03, 0.035, 0.3
+"""Heights as shares of a figure: of the lowest crosses, between rows of them, and of all rows."""
 
 
 def draw(runs: Iterable[Path], out: Path) -> list[Path]:
     """Draw Figure 6a, 6b, the cache and the ratio of M²LA to GQA, and write the table.
 
-    The ratio is drawn where both were measured in the same way.
+    There is a 6b for each length of reply. The ratio is drawn where both were measured in the same
+    way. Figures of rows that are not there any more are removed.
 
     Returns:
         The files written.
@@ -238,20 +70,45 @@ def draw(runs: Iterable[Path], out: Path) -> list[Path]:
     table = out / "efficiency.md"
     _write(table, "\n".join(markdown(data)) + "\n")
     written = [table]
-    for name, figure in (
-        ("figure6a-decode", decode_figure(data)),
-        ("figure6b-latency", latency_figure(data)),
-        ("cache-bytes", cache_figure(data)),
-        ("m2la-over-gqa", ratio_figure(data)),
-    ):
+    for name, figure in _figures(data):
         for ending in ("svg", "png"):
             file = out / f"{name}.{ending}"
-            if figure is None:
-                file.unlink(missing_ok=True)  # of rows that are not drawn any more
-                continue
             _write(file, _drawn(figure, name, ending))
             written.append(file)
+    for file in sorted(out.iterdir()):
+        ours = re.fullmatch(rf"(m2la-over-gqa|{REPLIES}-\d+)\.(svg|png)", file.name)
+        if ours and file not in written:
+            file.unlink()
     return written
+
+
+def _figures(data: Efficiency) -> Iterator[tuple[str, Figure]]:
+    """Every figure by its file's name."""
+    yield "figure6a-decode", decode_figure(data)
+    for name, part in _by_reply(data).items():
+        yield name, latency_figure(part)
+    yield "cache-bytes", cache_figure(data)
+    ratio = ratio_figure(data)
+    if ratio is not None:
+        yield "m2la-over-gqa", ratio
+
+
+def _by_reply(data: Efficiency) -> dict[str, Efficiency]:
+    """What each Figure 6b is of: replies of one length. The paper's or the longest have no suffix.
+
+    On one axis a short reply's bars would be nothing beside a long one's.
+    """
+    lengths = {one.reply_tokens for one in data.series if one.decode}
+    paper = _paper()["reply_tokens"]
+    first = paper if paper in lengths and _is_full_size(data) else max(lengths, default=None)
+    if first is None:
+        return {REPLIES: data}
+    found = {}
+    for length in (first, *sorted(lengths - {first})):
+        name = REPLIES if length == first else f"{REPLIES}-{length}"
+        alike = tuple(one for one in data.series if one.reply_tokens == length)
+        found[name] = replace(data, series=alike)
+    return found
 
 
 def _drawn(figure: Figure, name: str, ending: str) -> bytes:
@@ -290,14 +147,18 @@ def _undated(ending: str) -> dict[str, Any]:
 
 def decode_figure(data: Efficiency) -> Figure:
     """Figure 6a: tokens a second of one step's rate, all sequences together."""
-    figure, axes = _canvas(data, "Decode, tokens per second")
+    beside = _paper_contexts() if _is_full_size(data) else []
+    figure, axes = _canvas(data, "Decode, tokens per second", beside)
     for series, style in _styled(data):
         points = [(n, row["tokens_per_s"]) for n, row in sorted(series.decode.items())]
         _line(axes, points, series.name, style)
-        _mark_absent(axes, series, style)
+    axes.set_yscale("log")
     if _is_full_size(data):
         _overlay(axes)
-    axes.set_yscale("log")
+    crosses = _absences(data)
+    if _is_full_size(data):
+        crosses.append(_overlaid_absence())
+    _mark_absences(axes, crosses)
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
@@ -306,28 +167,29 @@ def decode_figure(data: Efficiency) -> Figure:
 
 
 def latency_figure(data: Efficiency) -> Figure:
-    """Figure 6b: seconds of prefill and reply, stacked.
+    """Figure 6b: seconds of prefill and reply, stacked, of replies of one length.
 
-    Where replies are as long as the paper's, its own are marked: their tokens over its rate, since
-    it publishes no seconds and, of end to end, ratios only.
+    Where that is the paper's, its own are marked: their tokens over its rate, since it publishes no
+    seconds and, of end to end, ratios only.
     """
-    timed = any(series.prefill for series in data.series)
-    title = "Prefill (pale) and reply, seconds" if timed else "Reply, seconds; prefill not timed"
-    figure, axes = _canvas(data, title)
-    numbered = enumerate(_styled(data))
-    styled = [(series, colour, n) for n, (series, (colour, _)) in numbered if series.decode]
-    width = 0.8 / max(1, len(styled))
-    for index, (series, colour, number) in enumerate(styled):
-        hatch = HATCHES[number // len(COLOURS) % len(HATCHES)]
-        for place, context in enumerate(data.contexts):
-            reply, prefill = series.reply_s(context), series.prefill.get(context)
-            if reply is None:
-                continue
-            x = place + (index - (len(styled) - 1) / 2) * width
-            before = float(prefill["median_s"]) if prefill else 0.0
-            axes.bar(x, before, width, color=colour, alpha=0.4, hatch=hatch)
-            axes.bar(x, reply, width, bottom=before, color=colour, hatch=hatch)
-        axes.bar(0, 0, color=colour, label=_plain(series.name), hatch=hatch)
+    shown = [one for one in _styled(data) if one[0].decode or _told_absent(one[0])]
+    timed = any(series.prefill for series, _ in shown)
+    lengths = {series.reply_tokens for series, _ in shown if series.decode}
+    of = f" of {_tokens(min(lengths))} tokens" if len(lengths) == 1 else ""
+    title = f"Prefill (pale) and reply{of}, seconds"
+    figure, axes = _canvas(data, title if timed else f"Reply{of}, seconds; prefill not timed")
+    width = 0.8 / max(1, len(shown))
+    for index, (series, (colour, _)) in enumerate(shown):
+        beside = (index - (len(shown) - 1) / 2) * width
+        places = {n: place + beside for place, n in enumerate(data.contexts)}
+        _bars(axes, series, places, width, colour)
+        untimed = "; prefill not timed" if timed and not series.prefill else ""
+        if series.decode:
+            look: dict[str, Any] = {"color": colour, "hatch": _hatch(series)}
+            axes.bar(0, 0, label=_plain(f"{series.name}{untimed}"), **look)
+        for reason, contexts in _told_absent(series).items():
+            at = [places[n] for n in contexts]
+            _crosses(axes, at, FOOT, _plain(f"{series.name}: {reason}"), colour)
     if _is_full_size(data):
         _overlay_replies(axes, data)
     axes.set_xscale("linear")
@@ -335,6 +197,25 @@ def latency_figure(data: Efficiency) -> Figure:
     axes.set_xlim(-0.6, len(data.contexts) - 0.4)
     _legend(axes, "below")
     return figure
+
+
+def _bars(
+    axes: Axes, series: Series, places: Mapping[int, float], width: float, colour: str
+) -> None:
+    """Prefill and, on top of it, reply at each length's place."""
+    look: dict[str, Any] = {"color": colour, "hatch": _hatch(series)}
+    for context, x in places.items():
+        reply, prefill = series.reply_s(context), series.prefill.get(context)
+        if reply is None:
+            continue
+        before = float(prefill["median_s"]) if prefill else 0.0
+        axes.bar(x, before, width, alpha=0.4, **look)
+        axes.bar(x, reply, width, bottom=before, **look)
+
+
+def _hatch(series: Series) -> str:
+    """What keeps bars of one colour apart."""
+    return HATCHES[series.number // len(COLOURS) % len(HATCHES)]
 
 
 def cache_figure(data: Efficiency) -> Figure:
@@ -345,6 +226,7 @@ def cache_figure(data: Efficiency) -> Figure:
         points = [(n, row["cache_bytes"]) for n, row in sorted(series.cache.items())]
         _line(axes, points, series.name, style)
     axes.set_yscale("log")
+    _mark_absences(axes, _absences(data))
     _legend(axes)
     return figure
 
@@ -358,19 +240,23 @@ def ratio_figure(data: Efficiency) -> Figure | None:
     pairs = list(_pairs(data))
     if not pairs:
         return None
-    figure, axes = _canvas(data, "M²LA over GQA, ratio of decoded tokens per second")
+    ratios = _paper()["decode_speedup"] if _is_full_size(data) else {}
+    title = "M²LA over GQA, ratio of decoded tokens per second"
+    figure, axes = _canvas(data, title, [int(n) for n in ratios])
     for m2la, gqa, style in pairs:
         both = sorted(m2la.decode.keys() & gqa.decode.keys())
         measured = [(n, _ratio(m2la, gqa, n, "tokens_per_s")) for n in both]
-        read = [(n, _ratio(gqa, m2la, n, "moved_bytes_per_step")) for n in both]
         _line(axes, measured, m2la.name, style)
-        label = "bytes that a step reads, GQA over M²LA (computed)"
-        # A line of one length is none: a dash stands for it.
-        line = "--" if len(read) > 1 else "_"
-        axes.plot(*zip(*read, strict=True), line, color=style[0], linewidth=1, label=label)
+        told = [n for n in both if all(MOVED in one.decode[n] for one in (m2la, gqa))]
+        if told:
+            moved = [_ratio(gqa, m2la, n, MOVED) for n in told]
+            label = "bytes that a step reads, GQA over M²LA (computed)"
+            # A line of one length is none: a dash stands for it.
+            line = "--" if len(told) > 1 else "_"
+            axes.plot(told, moved, line, color=style[0], linewidth=1, label=label)
     axes.axhline(1, color="#656a72", linewidth=0.8)
-    if _is_full_size(data):
-        _hollow(axes, _paper()["decode_speedup"], "m2la", "paper (H200)")
+    if ratios:
+        _hollow(axes, ratios, "m2la", "paper (H200)")
     axes.set_ylim(bottom=0)
     _legend(axes, "below")
     return figure
@@ -391,17 +277,25 @@ def _ratio(one: Series, other: Series, context: int, name: str) -> float:
 
 def _legend(axes: Axes, place: str = "best") -> None:
     """A legend, below the figure where it would cover much of it or is asked to be there."""
-    labels = axes.get_legend_handles_labels()[1]
-    if not labels:
+    named = zip(*axes.get_legend_handles_labels(), strict=True)
+    # Bars before what is marked beside them; matplotlib has them last.
+    ordered = sorted(named, key=lambda one: not isinstance(one[0], BarContainer))
+    if not ordered:
         return
-    many = len(labels) > CROWD
+    handles = [handle for handle, _ in ordered]
+    labels = [textwrap.fill(told, WIDEST, subsequent_indent="    ") for _, told in ordered]
+    half = (len(labels) + 1) // 2
+    columns = (labels[:half], labels[half:])
+    width = sum(max(map(len, column), default=0) for column in columns)
     options: dict[str, Any] = {"loc": place}
-    if many or place == "below":
-        options = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.16), "ncols": 2}
-    axes.legend(fontsize=7, frameon=False, **options)
+    if len(labels) > CROWD or max(map(len, labels)) > LONG or place == "below":
+        options = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.16)}
+        options["ncols"] = 2 if width <= WIDE else 1
+    axes.legend(handles, labels, fontsize=7, frameon=False, **options)
 
 
-def _canvas(data: Efficiency, title: str) -> tuple[Figure, Axes]:
+def _canvas(data: Efficiency, title: str, beside: Iterable[int] = ()) -> tuple[Figure, Axes]:
+    """An empty figure over all lengths, and those of the paper's points beside ours."""
     figure = Figure(figsize=(5.2, 3.4))
     axes = figure.subplots()
     labels = f" ({', '.join(data.labels)})" if data.labels else ""
@@ -409,11 +303,11 @@ def _canvas(data: Efficiency, title: str) -> tuple[Figure, Axes]:
     axes.set_title(f"{title}\n{about}", fontsize=8, loc="left")
     axes.set_xlabel("context, tokens", fontsize=8)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(_apart_by(data.contexts, LEAST_STEP))
+    shown = sorted({*data.contexts, *beside})
+    axes.set_xticks(_apart_by(shown, LEAST_STEP))
     # Crosses at the foot have no height, and a single length no width: matplotlib's own choice of
     # limits then leaves nothing to see.
-    shown = [*data.contexts, *(_paper_contexts() if _is_full_size(data) else ())]
-    axes.set_xlim(min(shown) / MARGIN, max(shown) * MARGIN)
+    axes.set_xlim(shown[0] / MARGIN, shown[-1] * MARGIN)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: _tokens(n)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(which="both", labelsize=7)
@@ -425,9 +319,9 @@ def _canvas(data: Efficiency, title: str) -> tuple[Figure, Axes]:
 
 
 def _styled(data: Efficiency) -> Iterable[tuple[Series, tuple[str, str]]]:
-    for index, series in enumerate(data.series):
-        turn = index // len(COLOURS)
-        yield series, (COLOURS[index % len(COLOURS)], MARKERS[(index + turn) % len(MARKERS)])
+    for series in data.series:
+        turn, colour = divmod(series.number, len(COLOURS))
+        yield series, (COLOURS[colour], MARKERS[(series.number + turn) % len(MARKERS)])
 
 
 def _line(
@@ -442,7 +336,9 @@ def _line(
 
 def _plain(text: str) -> str:
     """Text as it stands: no line breaks, and no formulas between dollars."""
-    return " ".join(text.split()).replace("$", r"\$")
+    told = " ".join(text.split()).replace("$", r"\$")
+    # What begins with an underscore has no place in a legend of matplotlib's.
+    return f" {told}" if told.startswith("_") else told
 
 
 def _apart_by(values: Sequence[int], factor: float) -> list[int]:
@@ -454,15 +350,42 @@ def _apart_by(values: Sequence[int], factor: float) -> list[int]:
     return found
 
 
-def _mark_absent(axes: Axes, series: Series, style: tuple[str, str]) -> None:
-    """A cross at the foot of the figure for each length that could not be run, and why."""
-    foot: dict[str, Any] = {"color": style[0], "transform": axes.get_xaxis_transform()}
+Crosses = tuple[list[int], str, str]
+"""Lengths that could not be run, whose and why, and a colour."""
+
+
+def _told_absent(series: Series) -> dict[str, list[int]]:
+    """Lengths that a device could not run, by reason."""
     by_reason: dict[str, list[int]] = {}
     for context, reason in sorted(series.absent.items()):
-        by_reason.setdefault(reason, []).append(context)
-    for reason, contexts in by_reason.items():
-        label = _plain(f"{series.name}: {reason}")
-        axes.plot(contexts, [0.03] * len(contexts), "x", markersize=5, label=label, **foot)
+        if reason != NOT_POSSIBLE:
+            by_reason.setdefault(reason, []).append(context)
+    return by_reason
+
+
+def _absences(data: Efficiency) -> list[Crosses]:
+    return [
+        (contexts, f"{series.name}: {reason}", colour)
+        for series, (colour, _) in _styled(data)
+        for reason, contexts in _told_absent(series).items()
+    ]
+
+
+def _mark_absences(axes: Axes, crosses: Sequence[Crosses]) -> None:
+    """Crosses at the foot of a figure with a log axis, each series' above the one before."""
+    if not crosses:
+        return
+    step = min(STEP, CROSSES / len(crosses))
+    for row, (contexts, label, colour) in enumerate(crosses):
+        _crosses(axes, contexts, FOOT + row * step, _plain(label), colour)
+    # Room for them below what was measured.
+    low, high = axes.get_ylim()
+    axes.set_ylim(bottom=high * (low / high) ** (1 / (1 - len(crosses) * step)))
+
+
+def _crosses(axes: Axes, places: Sequence[float], height: float, label: str, colour: str) -> None:
+    at_foot: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "color": colour}
+    axes.plot(places, [height] * len(places), "x", markersize=5, label=label, **at_foot)
 
 
 def _is_full_size(data: Efficiency) -> bool:
@@ -479,30 +402,32 @@ def _paper_contexts() -> list[int]:
 
 
 def _overlay(axes: Axes) -> None:
-    """The paper's points, hollow, and from where on it ran out of memory."""
+    """The paper's points, hollow."""
     for attention, points in _paper()["decode_tokens_per_s"].items():
         _hollow(axes, points, attention, f"paper, {ATTENTION[attention]} (H200)")
+
+
+def _overlaid_absence() -> Crosses:
+    """From where on the paper ran out of memory."""
     start = _paper()["gqa_out_of_memory_from"]
     label = f"paper, GQA: out of memory from {_tokens(start)}"
-    at_foot: dict[str, Any] = {
-        "transform": axes.get_xaxis_transform(),
-        "color": PAPER_STYLE["gqa"][0],
-    }
-    axes.plot([start], [0.08], "x", markersize=7, label=label, **at_foot)
+    return [start], label, PAPER_STYLE["gqa"][0]
 
 
 def _overlay_replies(axes: Axes, data: Efficiency) -> None:
     """Seconds of the paper's replies, hollow, beside replies of their length."""
     paper = _paper()
-    if {n for series in data.series for n in series.reply_tokens} != {paper["reply_tokens"]}:
+    if {one.reply_tokens for one in data.series if one.decode} != {paper["reply_tokens"]}:
         return
+    computed = f"H200, computed: {_tokens(paper['reply_tokens'])} over its tok/s"
     for attention, points in paper["decode_tokens_per_s"].items():
         known = {
             data.contexts.index(int(n)): paper["reply_tokens"] / rate
             for n, rate in points.items()
             if int(n) in data.contexts
         }
-        _hollow(axes, known, attention, f"paper, {ATTENTION[attention]} (H200), reply alone")
+        label = f"paper, {ATTENTION[attention]} ({computed}), reply alone"
+        _hollow(axes, known, attention, label)
     ratio = paper["end_to_end_speedup"]["32768"]
     axes.plot([], [], " ", label=f"paper, prefill and reply: M²LA {ratio} times as fast at 32K")
 
@@ -553,6 +478,8 @@ def markdown(data: Efficiency) -> list[str]:
             lines.append(f"| {' | '.join(map(_cell, cells))} |")
     if any("peak_resident_bytes" in row for one in data.series for row in one.cache.values()):
         lines += ["", "Peak memory on a CPU is the whole process's, up to then."]
+    if data.codes > 1:
+        lines += ["", f"By {data.codes} versions of the code or its packages; each row says which."]
     return lines + [line for row in data.stages for line in ("", _stage_line(row))]
 
 

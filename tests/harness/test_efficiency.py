@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from internvideo3.reports import efficiency
 from internvideo3.reports.efficiency import (
     EfficiencyError,
+    cache_figure,
     decode_figure,
     draw,
     latency_figure,
+    ratio_figure,
     read,
 )
 
@@ -56,24 +59,31 @@ def test_no_two_series_have_the_same_bars(tmp_path: Path) -> None:
 
 def test_a_reply_that_was_timed_whole_is_not_one_that_was_integrated(tmp_path: Path) -> None:
     whole = {"point": "m/engine/64+8 random"}
+    # Seconds in older rows are of the median step; the table's rate is of the mean one.
     middle = {
         "point": "m/engine/64+8 random of 8192",
         "integrated": {"tokens": 8192, "seconds": 50.0},
+        "tokens_per_s": 160.0,
+        "batch": 1,
     }
     data = read([written(tmp_path, whole, middle)])
     assert [series.name.rpartition("(")[2] for series in data.series] == [
         "whole reply)",
         "integrated reply of 8192)",
     ]
-    assert [series.reply_s(128) for series in data.series] == [1.0, 50.0]
+    assert [series.reply_s(128) for series in data.series] == [1.0, 8192 / 160]
+    (four,) = read([written(tmp_path, middle | {"batch": 4})]).series
+    assert four.reply_s(128) == 4 * 8192 / 160
     assert "integrated" not in data.labels
     assert "integrated" in read([written(tmp_path, middle)]).labels
 
 
-def test_a_gate_that_turns_red_takes_back_what_was_measured(tmp_path: Path) -> None:
-    red = {"kind": "none", "status": "gate red"}
+@pytest.mark.parametrize("status", ["gate red", "out of memory", "failed"])
+def test_the_newest_row_of_a_point_rules(status: str, tmp_path: Path) -> None:
+    """A gate that turns red, or other code that fails, takes back what was measured."""
+    red = {"kind": "none", "status": status}
     (series,) = read([written(tmp_path, {}, {"kind": "prefill"}, red)]).series
-    assert series.absent == {128: "gate red"}
+    assert series.absent == {128: status}
     assert not series.decode and not series.prefill
     (series,) = read([written(tmp_path, red, {})]).series
     assert not series.absent and series.decode
@@ -85,6 +95,107 @@ def test_what_is_no_measurement_is_named(tmp_path: Path) -> None:
         file.write('{"a": 1}\n')
     with pytest.raises(EfficiencyError, match="line 2 is no measurement .kind, model, device"):
         read([run])
+
+
+@pytest.mark.parametrize("lacking", ["runner", "context_tokens", "median_s"])
+def test_a_point_of_another_program_is_named(lacking: str, tmp_path: Path) -> None:
+    run = written(tmp_path, {}, {lacking: None})
+    with pytest.raises(EfficiencyError, match=rf"line 2 is no measurement .{lacking} missing"):
+        read([run])
+
+
+def test_rows_end_at_line_feeds_only(tmp_path: Path) -> None:
+    """A file's name may hold what Python takes for a line's end; a kill may leave half a sign."""
+    name = "a\u2028b\x85.mp4"
+    row = {"video": name, "kind": "video_decoding", "frames": 20}
+    file = written(tmp_path, {}, row) / "measurements.jsonl"
+    rows = [json.loads(line) for line in file.read_text().split("\n") if line]
+    lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in rows]
+    file.write_bytes("".join([*lines, '{"kind": "é']).encode()[:-1])
+    (stage,) = read([tmp_path]).stages
+    assert stage["video"] == name
+
+
+def test_a_table_of_two_versions_of_the_code_says_so(tmp_path: Path) -> None:
+    old, new = ({"code": code, "versions": {"torch": "2"}, "tokens_per_s": 4.0} for code in "ab")
+    table = draw([written(tmp_path, old, new | {"tokens_per_s": 5.0})], tmp_path)[0].read_text()
+    assert "| 5.0 |" in table and "| 4.0 |" not in table and "versions" not in table
+    other = new | {"context_tokens": 64}
+    table = draw([written(tmp_path, old, other)], tmp_path)[0].read_text()
+    assert "By 2 versions of the code or its packages" in table
+
+
+def crosses(axes: Any) -> dict[str, list[tuple[float, float]]]:
+    """Places of what could not be run, by label."""
+    lines = (line for line in axes.lines if line.get_marker() == "x")
+    return {line.get_label(): [tuple(xy) for xy in line.get_xydata()] for line in lines}
+
+
+def test_crosses_of_several_series_are_seen_beside_each_other(tmp_path: Path) -> None:
+    """And below what was measured; what is impossible on any device is in the table alone."""
+    none = {"kind": "none", "status": "out of memory", "context_tokens": 256}
+    rows = [{"batch": batch} | more for batch in (1, 2, 3) for more in ({}, none)]
+    rows += [row | {"kind": "cache", "cache_bytes": 9.0} for row in rows[::2]]
+    rows.append(none | {"status": "not possible", "runner": "sdpa"})
+    data = read([written(tmp_path, *rows)])
+    for figure in (decode_figure(data), latency_figure(data), cache_figure(data)):
+        (axes,) = figure.axes
+        found = crosses(axes)
+        assert len(found) == 3 and all(": out of memory" in label for label in found)
+        assert len({place for places in found.values() for place in places}) == 3
+    (axes,) = decode_figure(data).axes
+    highest = max(y for places in crosses(axes).values() for _, y in places)
+    assert axes.transAxes.inverted().transform(axes.transData.transform((128, 9.0)))[1] > highest
+
+
+def test_each_length_of_reply_has_a_figure_of_its_own(tmp_path: Path) -> None:
+    """The paper's replies stand beside those of their length, whatever else the folder holds."""
+    long = {"point": "m/32768+128 random of 16384", "new_tokens": 128, "parameters": 8 * 10**9}
+    long |= {"context_tokens": 32768, "integrate": 16384}
+    short = long | {"point": "m/32768+64", "new_tokens": 64, "integrate": 0}
+    timed = short | {"fill": "prefill"}
+    run = written(tmp_path, long, short, timed, timed | {"kind": "prefill"})
+    names = {file.name for file in draw([run], tmp_path) if "latency" in file.name}
+    assert names == {
+        f"figure6b-latency{suffix}.{ending}" for suffix in ("", "-64") for ending in ("svg", "png")
+    }
+    first, second = (
+        (tmp_path / f"figure6b-latency{suffix}.svg").read_text() for suffix in ("", "-64")
+    )
+    assert "Reply of 16K tokens, seconds; prefill not timed" in first
+    assert "computed: 16K over its tok/s" in first
+    assert "Prefill (pale) and reply of 64 tokens" in second and "paper" not in second
+    assert second.count("; prefill not timed") == 1 and "fill random" in second
+    # A series has the same colour in all figures.
+    assert "#cf5a1f" in second and "#cf5a1f" not in first
+    draw([written(tmp_path, long)], tmp_path)
+    assert not (tmp_path / "figure6b-latency-64.svg").exists()
+
+
+def test_each_length_that_is_drawn_is_on_the_axis(tmp_path: Path) -> None:
+    """Also of the paper's points beside fewer of ours, and of no others."""
+    one = {"context_tokens": 32768, "parameters": 8 * 10**9, "kind": "decode"}
+    both = [one | {"attention": name, "model": name} for name in ("gqa", "m2la")]
+    data = read([written(tmp_path, *both, one | {"kind": "cache", "cache_bytes": 9.0})])
+    ratio = ratio_figure(data)
+    assert ratio is not None
+    ticks = [
+        [round(x / 1024) for x in figure.axes[0].get_xticks()]
+        for figure in (decode_figure(data), ratio, cache_figure(data))
+    ]
+    assert ticks == [[32, 512], [32, 128, 256, 384], [32]]
+
+
+def test_no_name_is_missing_from_a_legend_or_wider_than_its_figure(tmp_path: Path) -> None:
+    rows = [{"model": name} for name in ("_ck", "checkpoint/" * 20, "b" * 60, "c" * 60)]
+    for draw_one in (decode_figure, latency_figure):
+        figure = draw_one(read([written(tmp_path, *rows)]))
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        legend = axes.get_legend()
+        assert legend is not None
+        assert "_ck" in legend.get_texts()[0].get_text() and len(legend.get_texts()) == 4
+        assert legend.get_window_extent().width < figure.bbox.width
 
 
 def test_names_and_lengths_are_told_as_they_are(tmp_path: Path) -> None:
@@ -133,3 +244,11 @@ def test_the_last_row_of_a_stage_counts(tmp_path: Path) -> None:
     written(tmp_path, {}, *read_at, failed, encoded)
     told = (draw([tmp_path], tmp_path)[0]).read_text().splitlines()
     assert "7 vision tokens/s" in told[-1] and not any("failed" in line for line in told)
+
+
+@pytest.mark.parametrize("folder", ["figure6", "prefill"])
+def test_recorded_tables_are_what_their_rows_give(folder: str, tmp_path: Path) -> None:
+    recorded = Path(efficiency.__file__).parent / "results/efficiency/h200" / folder
+    runs = sorted(file.parent for file in recorded.glob("*/measurements.jsonl"))
+    table = draw(runs, tmp_path)[0]
+    assert table.read_text() == (recorded / "efficiency.md").read_text()
