@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -138,6 +139,51 @@ def test_profile_curves(summary: Summary) -> None:
     assert profile.systems == ("GQA base", "M²LA", "GQA control")
     assert profile.cache["M²LA"][1024] * 2 == profile.cache["GQA base"][1024]
     assert profile.conditions == ("cpu, float32, 1 thread, median of 5",)
+
+
+def measured(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the profiler's rows."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_profile_curves_are_of_one_sequence_in_the_engine(make_run: MakeRun) -> None:
+    """What a baseline, a batch or another cache gives is no rate of the model's own engine."""
+    folder = make_run("m2la")
+    plain = {"attention": "m2la", "device": "cpu", "dtype": "float32", "threads": 1, "repeats": 5}
+    plain |= {"runner": "engine", "batch": 1, "cache": "native", "fill": "prefill", "chunk": 0}
+    plain |= {"context_tokens": 64, "kind": "decode", "status": "ok", "tokens_per_s": 500.0}
+    other: list[dict[str, Any]] = [{"runner": "sdpa"}, {"batch": 4}, {"cache": "fp8"}]
+    rows = [plain, *(plain | one | {"tokens_per_s": 9.0} for one in other)]
+    file = folder / "measurements.jsonl"
+    measured(file, rows)
+    profile = collect(summarise([load_run(folder)]))
+    assert profile.decode == {"M²LA": {64: 500.0}}
+    assert profile.conditions == (
+        "cpu, float32, 1 thread, one sequence in the model's own engine, median of 5",
+    )
+    # Of two number formats the one that was measured last, and not points of both in one curve.
+    last = plain | {"dtype": "bfloat16", "context_tokens": 128, "tokens_per_s": 700.0}
+    measured(file, [*rows, last])
+    profile = collect(summarise([load_run(folder)]))
+    assert profile.decode == {"M²LA": {128: 700.0}}
+    assert all("bfloat16" in one for one in profile.conditions)
+
+
+@pytest.mark.parametrize("status", ["gate red", "out of memory"])
+def test_profile_curves_lose_what_a_later_row_takes_back(make_run: MakeRun, status: str) -> None:
+    folder = make_run("m2la")
+    plain = {"attention": "m2la", "device": "cpu", "runner": "engine", "batch": 1, "status": "ok"}
+    rows = [
+        plain | {"context_tokens": n, "kind": kind, "tokens_per_s": 9.0, "cache_bytes": 9}
+        for n in (64, 128)
+        for kind in ("prefill", "decode", "cache")
+    ]
+    red = plain | {"context_tokens": 128, "kind": "none", "status": status}
+    measured(folder / "measurements.jsonl", [*rows, red])
+    profile = collect(summarise([load_run(folder)]))
+    assert profile.lengths == (64,) and profile.systems == ("M²LA",)
+    measured(folder / "measurements.jsonl", [*rows, red, *rows])
+    assert collect(summarise([load_run(folder)])).lengths == (64, 128)
 
 
 def test_terminal_shows_the_numbers_and_the_label(runs: list[Path], summary: Summary) -> None:
