@@ -479,7 +479,7 @@ def draw_curves(folder: Path, made: Mapping[str, Any]) -> None:
         for axis, (name, metric) in zip(axes, shown.items(), strict=True):
             path = by_name.get(name, folder) / "metrics.jsonl"
             if path.is_file():
-                rows = [json.loads(line) for line in path.read_text().splitlines()]
+                rows = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
                 steps, values = [r["step"] for r in rows], [r[metric] for r in rows]
                 axis.plot(steps, values, linewidth=1, label=key)
                 axis.set(title=name, xlabel="step", ylabel=metric)
