@@ -281,15 +281,17 @@ def test_turns_of_any_length_leave_no_room_behind(
     monkeypatch.setattr(cache, "COPIED_TOKENS", 8)
     monkeypatch.setattr(cache, "MOST_SPARE", 16)
     monkeypatch.setattr(cache, "BLOCK_TOKENS", 1)
-    layer, drawn = SegmentedLayer(), torch.Generator().manual_seed(0)
+    layer, drawn, written = SegmentedLayer(), torch.Generator().manual_seed(0), []
     for _ in range(100):
         odd = int(torch.randint(1, turn, (), generator=drawn))
         for tokens in (turn, odd):
-            layer.write((torch.randn(1, 1, tokens, 4),))
+            written.append(torch.randn(1, 2, tokens, 4))
+            layer.write((written[-1],))
             in_tail = layer.tail[0].shape[2] if layer.tail else 0
             assert in_tail <= max(layer.length, 16) * cache.GROWTH
             frozen = sum(one.length for one in layer.frozen)
             assert stored_tokens(layer) - in_tail == frozen
+    assert torch.equal(layer.joined()[0], torch.cat(written, dim=2))
 
 
 def test_spare_room_is_not_worth_failing_for(monkeypatch: pytest.MonkeyPatch) -> None:
