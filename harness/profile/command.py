@@ -15,9 +15,9 @@ on which. Decoding a video and encoding its frames are stages of their own.
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,15 +25,20 @@ import torch
 import transformers
 
 from internvideo3.harness import provenance
-from internvideo3.harness.gpu.measure import (
-    aside,
-    copy_bandwidth,
-    device_state,
-    matmul_rate,
-    release,
+from internvideo3.harness.gpu.measure import copy_bandwidth, device_state, matmul_rate, release
+from internvideo3.harness.profile import host
+from internvideo3.harness.profile.amiss import (
+    Amiss,
+    GateError,
+    Row,
+    UnfinishedError,
+    failure,
+    is_of_memory,
+    reasons,
+    unmeasured,
 )
-from internvideo3.harness.profile.gate import NEW_TOKENS, PIECES, Form, Gate, gate
-from internvideo3.harness.profile.host import available_bytes
+from internvideo3.harness.profile.depth import DepthError
+from internvideo3.harness.profile.gate import Form, Gate, gate
 from internvideo3.harness.profile.known import (
     MEASURED,
     OTHER_CODE,
@@ -41,8 +46,31 @@ from internvideo3.harness.profile.known import (
     made_by,
     standing,
 )
-from internvideo3.harness.profile.measure import Ceilings, Row, Run, rows_of, run_once
-from internvideo3.harness.profile.plan import folded_bytes, need_of, refusal, weights_of
+from internvideo3.harness.profile.measure import (
+    Ceilings,
+    Run,
+    power_w,
+    rows_of,
+    run_once,
+    warm_up,
+)
+from internvideo3.harness.profile.options import (
+    ProfileOptions,
+    Tell,
+    check,
+    describe,
+    device_given,
+    move_foreign_aside,
+)
+from internvideo3.harness.profile.plan import (
+    folded_bytes,
+    gate_batch,
+    need_of,
+    refusal,
+    size_told,
+    weights_of,
+)
+from internvideo3.harness.profile.runners import MissingPackageError, static_room
 from internvideo3.harness.profile.stages import UNTIMED, decoding_row, encoding_row
 from internvideo3.harness.profile.subjects import (
     Subject,
@@ -52,57 +80,22 @@ from internvideo3.harness.profile.subjects import (
     load,
     parameters_of,
 )
-from internvideo3.harness.profile.workload import Point, Workload, WorkloadError, why_not
-from internvideo3.harness.store import SCHEMA, RunStore, append_measurements, read_rows, read_run
-from internvideo3.model.device import DeviceError, device_of, use
+from internvideo3.harness.profile.workload import Point, why_not
+from internvideo3.harness.store import RunStore, append_measurements, read_rows
+from internvideo3.model.device import use
 from internvideo3.model.session import CHUNK
 
+__all__ = [
+    "GateError",
+    "ProfileOptions",
+    "UnfinishedError",
+    "is_complete",
+    "move_foreign_aside",
+    "profile",
+]
 PLAIN = Form()
 """The form in which a model is held to the gate whatever is timed."""
 FRAMES_PER_S, MAX_FRAMES = 2.0, 64
-Tell = Callable[[str], None]
-
-
-class UnfinishedError(ValueError):
-    """Models that could not be timed; the others were, and what was measured is there."""
-
-
-class GateError(UnfinishedError):
-    """Models whose engine and forward pass disagree."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProfileOptions:
-    """One profile command."""
-
-    workload: Workload
-    out: Path
-    """Folder that gets one run directory for each model."""
-    device: str = "cpu"
-    """cpu, or cuda."""
-    threads: int = 1
-    """CPU threads of torch."""
-    video: Path | None = None
-    """A video whose decoding and encoding are timed as well."""
-    budget_s: float | None = None
-    """No point is begun after so many seconds; the same command goes on from there."""
-    into: Mapping[str, Path] = field(default_factory=dict)
-    """Evaluation runs of some of the models: their rows go there, and not into `out`."""
-    command: tuple[str, ...] = ()
-    """The command line, for the record."""
-
-    def run_of(self, model: str) -> Path:
-        """The run directory of a model."""
-        return self.into.get(model) or self.out / model.replace(":", "-").replace("/", "-")
-
-    def runs(self) -> list[Path]:
-        """The run directories of all models."""
-        return [self.run_of(name) for name in self.workload.models]
-
-    def drawn(self) -> list[Path]:
-        """Every run directory whose rows belong in the figures of `out`: earlier commands', too."""
-        earlier = sorted(path.parent for path in self.out.glob("*/measurements.jsonl"))
-        return list(dict.fromkeys([*self.runs(), *earlier]))
 
 
 def profile(options: ProfileOptions, tell: Tell = lambda _: None) -> list[Path]:
@@ -117,47 +110,34 @@ def profile(options: ProfileOptions, tell: Tell = lambda _: None) -> list[Path]:
 
     Raises:
         GateError: a model's engine disagrees with its forward pass; raised when all else is done.
-        UnfinishedError: a model cannot be loaded; likewise.
+        UnfinishedError: a model cannot be loaded, or points failed; likewise.
         WorkloadError: a model, video or device that there is not.
     """
-    workload, device = options.workload, _device(options.device)
-    _check(options)
+    workload, device = options.workload, device_given(options.device)
+    check(options)
     use(device)
     torch.set_num_threads(options.threads)
     transformers.logging.disable_progress_bar()
     deadline = None if options.budget_s is None else time.monotonic() + options.budget_s
-    red: list[str] = []
-    unloaded: dict[str, str] = {}
+    amiss = Amiss()
     commit, _ = provenance.revision()
     with contextlib.ExitStack() as held:
         for name in workload.models:
             if name not in options.into:
-                opened = RunStore.open(options.run_of(name), _describe(name, options))
+                opened = RunStore.open(options.run_of(name), describe(name, options))
                 held.enter_context(opened)
         together = device.type == "cpu"
         groups = [workload.models] if together else [(name,) for name in workload.models]
+        idle_w = power_w(device)
         for dtype in workload.dtypes:
-            ceilings = _ceilings(device, dtype)
-            tell(
-                f"{_device_name(device)}: copies {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s, "
-                f"multiplies {ceilings.matmul_flop_per_s / 1e9:.0f} GFLOP/s in {dtype}"
-            )
+            ceilings: list[Ceilings] = []
             for names in groups:
                 group = _Group(
-                    options, device, dtype, ceilings, deadline, tell, red, unloaded, commit
+                    options, device, dtype, deadline, tell, amiss, commit, idle_w, ceilings
                 )
                 group.measure(names)
-    _raise_for(unloaded, red)
+    amiss.raise_if_any()
     return options.runs()
-
-
-def _raise_for(unloaded: Mapping[str, str], red: Sequence[str]) -> None:
-    """Says which models were not timed, and why."""
-    told = [f"{name}: not loaded, and not timed: {why}" for name, why in unloaded.items()]
-    if red:
-        told.append(f"{', '.join(red)}: the gate is red, no rate is reported; see the rows.")
-    if told:
-        raise (UnfinishedError if unloaded else GateError)(" ".join(told))
 
 
 def is_complete(options: ProfileOptions) -> bool:
@@ -168,65 +148,8 @@ def is_complete(options: ProfileOptions) -> bool:
 def _standing(options: ProfileOptions, point: Point) -> str:
     """How a point stands in its model's file."""
     rows = read_rows(options.run_of(point.model) / "measurements.jsonl")
-    device = _device_name(_device(options.device))
+    device = host.name_of(device_given(options.device))
     return standing(rows, point, device, options.workload)
-
-
-def move_foreign_aside(options: ProfileOptions, tell: Tell) -> None:
-    """Rename run directories of another device, which cannot be continued here; they are kept."""
-    for name in options.workload.models:
-        root = options.run_of(name)
-        if name in options.into or not (root / "run.json").is_file():
-            continue
-        theirs = read_run(root).get("config")
-        if theirs == _config(options) or _is_in_use(root):
-            continue
-        kept = aside(root)
-        root.rename(kept)
-        card = theirs.get("card") if isinstance(theirs, dict) else None
-        tell(f"{root} is of {card or 'another device'}; kept as {kept.name}")
-
-
-def _is_in_use(root: Path) -> bool:
-    """Whether another process has a run directory, which `RunStore.open` will say."""
-    with (root / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def _check(options: ProfileOptions) -> None:
-    """Whether all that is named is there, before anything is written.
-
-    Raises:
-        WorkloadError: a model or the video is not, or two models would share a folder.
-        CheckpointError: the same, of a checkpoint.
-    """
-    for name in options.workload.models:
-        _check_name(name)
-        config_of(name)
-    if len(set(options.runs())) < len(options.workload.models):
-        raise WorkloadError(
-            "two of the models have one run directory, since their names differ in signs only; "
-            "give them separate --out folders."
-        )
-    if options.video is not None and not options.video.is_file():
-        raise WorkloadError(f"there is no video {options.video}.")
-
-
-def _check_name(name: str) -> None:
-    """Whether a model's name can name its run directory.
-
-    Raises:
-        WorkloadError: it cannot.
-    """
-    if not name.isprintable() or not name.strip("./"):
-        raise WorkloadError(
-            f"the model {name!r} cannot name a run directory; give its folder another name, or "
-            "its path in full."
-        )
 
 
 @dataclass(frozen=True)
@@ -237,10 +160,6 @@ class _Prepared:
     gates: Mapping[Form, Gate | Row]
     """Or the row of each point of this form, if it cannot be timed."""
 
-    def gate_of(self, point: Point) -> Gate | Row:
-        """The gate of the form in which the point is timed."""
-        return self.gates[_form_of(point)]
-
 
 @dataclass(frozen=True)
 class _Group:
@@ -249,30 +168,35 @@ class _Group:
     options: ProfileOptions
     device: torch.device
     dtype: str
-    ceilings: Ceilings
     deadline: float | None
     """Of `time.monotonic`."""
     tell: Tell
-    red: list[str]
-    """Gets the models whose gate is red, with the form."""
-    unloaded: dict[str, str]
-    """Gets the models that cannot be loaded, and why."""
+    amiss: Amiss
     commit: str | None
     """Of this code; a run directory may hold rows of several."""
+    idle_w: float | None
+    """Watts that the card drew before anything ran."""
+    ceilings: list[Ceilings] = field(default_factory=list)
+    """Of this format: none until they are needed, then one."""
 
     def measure(self, names: Sequence[str]) -> None:
         """Load the models, hold them to the gate, measure what is missing of them."""
         wanted = list(self._wanted(names))
-        needed = {point.model for turn in wanted for point in turn} | set(self._unseen(names))
-        if not needed:
+        unseen = set(self._unseen(names))
+        if not wanted and not unseen:
             self.tell(f"{', '.join(names)}: measured before, kept")
             return
         if self._is_over():
             return
         self._tell_of_other_code(wanted)
+        wanted = self._within_plan(wanted)
+        points = [point for turn in wanted for point in turn]
+        needed = {point.model for point in points} | unseen
+        if not needed or not self._has_ceilings(points):
+            return
         forms = {name: {PLAIN} for name in names if name in needed}
-        for point in (point for turn in wanted for point in turn):
-            forms[point.model].add(_form_of(point))
+        for point in points:
+            forms[point.model].add(self._form_of(point))
         prepared = {name: self._prepared(name, forms[name]) for name in forms}
         for turn in wanted:
             if self._is_over():
@@ -281,6 +205,53 @@ class _Group:
         self._watch(prepared)
         prepared.clear()
         release()
+
+    def _has_ceilings(self, points: Sequence[Point]) -> bool:
+        """Whether the device's ceilings are known, which are measured while it is empty.
+
+        Where they cannot be, the points are rows that say why.
+        """
+        if self.ceilings:
+            return True
+        try:
+            found = _ceilings(self.device, self.dtype)
+        except Exception as error:  # no memory, above all: other programs may have it
+            why = failure(error)["reason"]
+            self.tell(f"ceilings in {self.dtype}: failed: {why}")
+            for point in points:
+                reason = f"the device's ceilings could not be measured: {why}"
+                self._write(point, None, [unmeasured("failed", reason, retry=True)])
+            return False
+        self.ceilings.append(found)
+        self.tell(
+            f"{host.name_of(self.device)}: copies {found.copy_bytes_per_s / 1e9:.1f} GB/s, "
+            f"multiplies {found.matmul_flop_per_s / 1e9:.0f} GFLOP/s in {self.dtype}"
+        )
+        return True
+
+    def _within_plan(self, wanted: Sequence[Sequence[Point]]) -> list[list[Point]]:
+        """The points that can be run here; of the others rows are written before any loading."""
+        found = []
+        for turn in wanted:
+            refused = {point: self._refused_ahead(point) for point in turn}
+            for point, row in refused.items():
+                if row is not None:
+                    self._write(point, None, [row])
+            found.append([point for point, row in refused.items() if row is None])
+        return [turn for turn in found if turn]
+
+    def _refused_ahead(self, point: Point) -> Row | None:
+        config = config_of(point.model)
+        impossible = why_not(point, attention_of(config))
+        if impossible is not None:
+            return unmeasured("not possible", impossible, retry=False)
+        try:
+            # Of a CPU's memory the weights take their part when they are loaded.
+            on_card = self.device.type == "cuda"
+            weights = _weights(point.model, point.dtype) if on_card else 0
+            return self._refusal(point, config, weights)
+        except Exception as error:  # a shape of which no model can be made
+            return self._told_failure(point.key, error)
 
     def _tell_of_other_code(self, wanted: Sequence[Sequence[Point]]) -> None:
         """Says why points are measured that have rows already."""
@@ -298,7 +269,7 @@ class _Group:
         timed: dict[Point, Gate] = {}
         for point in turn:
             one = prepared[point.model]
-            found = one if isinstance(one, dict) else one.gate_of(point)
+            found = one if isinstance(one, dict) else one.gates[self._form_of(point)]
             if isinstance(found, dict):
                 self._write(point, None, [found])
             else:
@@ -331,7 +302,7 @@ class _Group:
         about = {
             "video": video.name,
             "video_bytes": video.stat().st_size,
-            "device": _device_name(self.device),
+            "device": host.name_of(self.device),
             "dtype": self.dtype,
             "status": "ok",
         }
@@ -365,16 +336,18 @@ class _Group:
 
     def _prepared(self, name: str, forms: Iterable[Form]) -> _Prepared | Row:
         """A model and its gates; or the row of each of its points, if it cannot be timed."""
-        refused = self._refusal_of_weights(name)
-        if refused is not None:
-            self.tell(f"{name}: does not fit: {refused}")
-            return {"kind": "none", "status": "does not fit", "reason": refused}
         try:
+            refused = self._refusal_of_weights(name)
+            if refused is not None:
+                self.tell(f"{name}: {reasons([refused])}")
+                return refused
             subject = load(name, self.device, self.dtype)
-        except Exception as error:  # of weights, tokenizer, memory: other models go on
+        except Exception as error:  # of shape, weights, tokenizer, memory: other models go on
             row = self._told_failure(name, error)
-            if row["status"] == "failed":
-                self.unloaded[name] = row["reason"]
+            # Too little memory for loading is not the points' result: they are tried again.
+            if row["status"] != "failed":
+                row = unmeasured("failed", f"while it was loaded: {row['reason']}", retry=True)
+            self.amiss.unloaded[name] = row["reason"]
             return row
         self._tell_of_length(subject)
         plain = self._gated(subject, PLAIN)
@@ -397,21 +370,29 @@ class _Group:
         """The model's gate in one form; or the row of each point of this form, if it is red."""
         try:
             found = gate(subject, form)
+        except MissingPackageError as error:
+            self.tell(f"{subject.name}: not possible: {error}")
+            return unmeasured("not possible", str(error), retry=True)
         except Exception as error:  # of a kernel or its compiler, as in `_tried`
             row = self._told_failure(f"{subject.name}, {form}, gate", error)
             # Too little memory for the gate is not the point's result: it is tried again.
-            return row | {"status": "failed", "reason": f"its gate: {row['reason']}"}
+            return unmeasured("failed", f"its gate: {row['reason']}", retry=True)
         named = subject.name if form == PLAIN else f"{subject.name} ({form})"
         self.tell(f"{named}: gate {'green' if found.is_green else 'RED'}, {_told(found)}")
         if found.is_green:
             return found
-        self.red.append(named)
-        return {"kind": "none", "status": "gate red", "reason": _told(found)}
+        self.amiss.red.append(named)
+        return unmeasured("gate red", _told(found), retry=True)
 
     def _told_failure(self, name: str, error: Exception) -> Row:
-        row = _failure(error)
-        self.tell(f"{name}: {row['status']}: {row['reason']}")
+        row = failure(error, shared=self._is_shared())
+        self.tell(f"{name}: {reasons([row])}")
         return row
+
+    def _is_shared(self, before: host.CardMemory | None = None) -> bool:
+        """Whether other programs have, or had before, memory of the device; a CPU's always."""
+        moments = [one for one in (before, host.card_memory(self.device)) if one is not None]
+        return not moments or any(one.is_shared for one in moments)
 
     def _in_turns(
         self, turn: Sequence[Point], models: Mapping[str, Subject]
@@ -420,66 +401,104 @@ class _Group:
         workload = self.options.workload
         runs: dict[Point, list[Run]] = {point: [] for point in turn}
         failed: dict[Point, Row] = {}
+        told: dict[Point, Row] = {point: self._circumstances() for point in turn}
         for repeat in range(workload.warmups + workload.repeats):
             for point in turn:
                 if point in failed:
                     continue
-                found = self._tried(models[point.model], point)
+                found = self._tried(models[point.model], point, told[point], first=repeat == 0)
                 if isinstance(found, dict):
                     failed[point] = found
                 elif repeat >= workload.warmups:
                     runs[point].append(found)
         for point in turn:
             if not runs[point]:
-                yield point, [failed[point]]
+                yield point, [told[point] | failed[point]]
                 continue
             # What was measured before a later repeat failed stays.
-            told = {"repeats": len(runs[point]), "warmups": workload.warmups, "status": "ok"}
+            counted = {"repeats": len(runs[point]), "warmups": workload.warmups, "status": "ok"}
             if point in failed:
-                told["ended_by"] = f"{failed[point]['status']}: {failed[point]['reason']}"
-            rows = rows_of(models[point.model], point, runs[point], self.ceilings)
-            yield point, [row | told for row in rows]
+                counted["ended_by"] = reasons([failed[point]])
+                counted["retry"] = failed[point]["retry"]
+            rows = rows_of(models[point.model], point, runs[point], self.ceilings[0])
+            yield point, [row | told[point] | counted for row in rows]
 
-    def _tried(self, subject: Subject, point: Point) -> Run | Row:
+    def _circumstances(self) -> Row:
+        """What a point finds where it begins."""
+        memory = host.card_memory(self.device)
+        if memory is None:
+            return {}
+        return {"device_total_bytes": memory.total, "device_unclaimed_bytes": memory.unclaimed}
+
+    def _tried(self, subject: Subject, point: Point, told: Row, *, first: bool) -> Run | Row:
         """One run, or the row that says why there is none."""
-        impossible = why_not(point, subject.attention)
-        if impossible is not None:
-            return {"kind": "none", "status": "not possible", "reason": impossible}
-        refused = self._refusal(subject, point)
+        before = host.card_memory(self.device)
+        weights = subject.weight_bytes + folded_bytes(subject.model.config, point.dtype)
+        refused = self._refusal(point, subject.model.config, weights)
         if refused is not None:
-            return {"kind": "none", "status": "does not fit", "reason": refused}
+            return refused
         try:
-            return run_once(subject, point)
-        except WorkloadError as error:
-            return {"kind": "none", "status": "not possible", "reason": str(error)}
+            if first and self.device.type == "cuda" and not self.options.workload.warmups:
+                told["warmup_tokens"] = warm_up(subject, point)
+            return run_once(subject, point, first=first)
+        except MissingPackageError as error:
+            return unmeasured("not possible", str(error), retry=True)
+        except DepthError as error:
+            self.amiss.red.append(point.key)
+            return unmeasured("gate red", str(error), retry=True)
         except Exception as error:
             # Whatever a kernel, its compiler or a baseline comes up with is this point's result:
             # Triton's errors have no class in common, and other points are not to be lost.
-            return _failure(error)
+            return failure(error, shared=is_of_memory(error) and self._is_shared(before))
 
-    def _refusal_of_weights(self, name: str) -> str | None:
+    def _refusal_of_weights(self, name: str) -> Row | None:
         """Why a model is not loaded into the host's memory; a card says so itself."""
-        config, left = config_of(name), available_bytes()
+        left = host.available_bytes()
         if self.device.type == "cuda" or left is None:
             return None
-        needed = weights_of(config, self.dtype)
-        return None if needed <= left else _too_little("its weights take", needed, left)
+        needed = _weights(name, self.dtype)
+        if needed <= left:
+            return None
+        return unmeasured("does not fit", _too_little("its weights take", needed, left), retry=True)
 
-    def _refusal(self, subject: Subject, point: Point) -> str | None:
-        if self.device.type != "cuda":
-            left = available_bytes()
+    def _refusal(self, point: Point, config: object, weights: int) -> Row | None:
+        """The row of a point for which there is not the memory."""
+        memory = host.card_memory(self.device)
+        if memory is None:
+            left = host.available_bytes()
             chunk = point.chunk or CHUNK["cpu"]
-            need = need_of(replace(point, chunk=chunk), subject.model.config, weights=0, step=0)
+            need = need_of(replace(point, chunk=chunk), config, weights=0, step=0)
             needed = need.cache + need.scratch
-            fits = left is None or needed <= left
-            return None if fits else _too_little("cache and scratch take", needed, left or 0)
-        config = subject.model.config
-        memory = torch.cuda.get_device_properties(self.device).total_memory
-        weights = subject.weight_bytes + folded_bytes(config, point.dtype)
-        return refusal(point, need_of(point, config, weights), memory)
+            if left is None or needed <= left:
+                return None
+            told = _too_little("cache and scratch take", needed, left)
+            return unmeasured("does not fit", told, retry=True)
+        need = need_of(point, config, weights)
+        reason = refusal(point, need, memory.total)
+        if reason is not None:
+            return unmeasured("does not fit", reason, retry=False)
+        held = memory.total - memory.unclaimed
+        if not memory.is_shared or need.fits(memory.unclaimed):
+            return None
+        return unmeasured(
+            "does not fit",
+            f"needs {size_told(need.total)}, and other programs hold {size_told(held)} of the "
+            f"device's {size_told(memory.total)}. End them, and repeat the command.",
+            retry=True,
+        )
+
+    def _form_of(self, point: Point) -> Form:
+        """What has to be right for this point to be timed."""
+        batch = gate_batch(point, config_of(point.model))
+        if point.runner == "engine":
+            return Form(batch, point.cache)
+        static = point.runner == "static"
+        return Form(batch, "native", point.runner, static_room(point, self.device) if static else 0)
 
     def _write(self, point: Point, found: Gate | None, rows: Sequence[Row]) -> None:
-        common = self._common(point.model, _form_of(point), found) | {
+        if rows[0]["status"] == "failed" and point.model not in self.amiss.unloaded:
+            self.amiss.failed[point.key] = rows[0]["reason"]
+        common = self._common(point.model, found, self._scope_of(point)) | {
             "point": point.key,
             "runner": point.runner,
             "context_tokens": point.context,
@@ -499,7 +518,7 @@ class _Group:
         """Time decoding and encoding of a video."""
         repeats = self.options.workload.repeats
         about = {"video": video.name, "video_bytes": video.stat().st_size, "repeats": repeats}
-        common = self._common(subject.name, PLAIN, found) | about
+        common = self._common(subject.name, found, PLAIN.scope) | about
         rows: list[Row] = []
         try:
             untimed = max(UNTIMED, self.options.workload.warmups)
@@ -517,44 +536,32 @@ class _Group:
             rows.append(self._told_failure(f"{subject.name}, {video.name}", error))
         append_measurements(self.options.run_of(subject.name), [common | one for one in rows])
 
-    def _common(self, model: str, form: Form, found: Gate | None) -> Row:
+    def _scope_of(self, point: Point) -> str | None:
+        """What the point's gate looks at; nothing of what can be run nowhere."""
+        possible = why_not(point, attention_of(config_of(point.model))) is None
+        return self._form_of(point).scope if possible else None
+
+    def _common(self, model: str, found: Gate | None, scope: str | None) -> Row:
+        ceilings = self.ceilings[0] if self.ceilings else None
         return {
             "attention": attention_of(config_of(model)),
             "model": model,
-            "device": _device_name(self.device),
+            "device": host.name_of(self.device),
             "dtype": self.dtype,
             "threads": self.options.threads,
             "gate_engine_error": found and found.engine,
             "gate_forward_error": found and found.forward,
             "gate_fp8_rounding": found and found.rounding,
-            "gate_scope": f"the engine, {form}, {sum(PIECES) + NEW_TOKENS} tokens",
+            "gate_scope": scope,
             "label": label_of(model),
-            "parameters": parameters_of(model),
-            "copy_bytes_per_s": self.ceilings.copy_bytes_per_s,
-            "matmul_flop_per_s": self.ceilings.matmul_flop_per_s,
+            **_parameters(model),
+            "copy_bytes_per_s": ceilings and ceilings.copy_bytes_per_s,
+            "matmul_flop_per_s": ceilings and ceilings.matmul_flop_per_s,
+            "idle_power_w": self.idle_w,
             "device_state": device_state(self.device),
             "commit": self.commit,
             **made_by(),
         }
-
-
-def _form_of(point: Point) -> Form:
-    """What has to be right for this point to be timed; of baselines, the model's plain form."""
-    possible = why_not(point, attention_of(config_of(point.model))) is None
-    return Form(point.batch, point.cache) if point.runner == "engine" and possible else PLAIN
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return device_of(name)
-    except DeviceError as error:
-        raise WorkloadError(f"{error} --plan needs none.") from error
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return str(provenance.hardware()["cpu"])
 
 
 def _ceilings(device: torch.device, dtype: str) -> Ceilings:
@@ -568,6 +575,19 @@ def _ceilings(device: torch.device, dtype: str) -> Ceilings:
     return found
 
 
+@functools.cache
+def _weights(model: str, dtype: str) -> int:
+    return weights_of(config_of(model), dtype)
+
+
+def _parameters(model: str) -> Row:
+    """How many there are; nothing of a shape of which no model can be made."""
+    try:
+        return {"parameters": parameters_of(model)}
+    except Exception:  # whose rows say why it was not loaded
+        return {}
+
+
 def _told(found: Gate) -> str:
     told = f"logits of the engine are {found.engine:.1e} from {found.reference}"
     if found.forward:
@@ -578,29 +598,12 @@ def _told(found: Gate) -> str:
 
 
 def _too_little(what: str, needed: int, left: int) -> str:
-    return f"{what} {needed / 1e9:.1f} GB, and this machine has {left / 1e9:.1f} GB left to give."
-
-
-def _is_of_memory(error: Exception) -> bool:
-    """Whether there was too little memory, of the device or the host."""
-    return isinstance(
-        error, (MemoryError, torch.OutOfMemoryError)
-    ) or "can't allocate memory" in str(error)
-
-
-def _failure(error: Exception) -> Row:
-    """The row of a point that ended so; the CPU's allocator has no error of its own."""
-    if isinstance(error, torch.OutOfMemoryError):
-        reason = str(error).split(". ", maxsplit=1)[0]
-        return {"kind": "none", "status": "out of memory", "reason": reason}
-    status = "out of memory" if _is_of_memory(error) else "failed"
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-    return {"kind": "none", "status": status, "reason": reason}
+    return f"{what} {size_told(needed)}, and this machine has {size_told(left)} left to give."
 
 
 def _summary(point: Point, rows: Sequence[Row]) -> str:
     if rows[0]["status"] != "ok":
-        return f"{point.key}: {rows[0]['status']}: {rows[0]['reason']}"
+        return f"{point.key}: {reasons(rows)}"
     by_kind = {row["kind"]: row for row in rows}
     decode, cache = by_kind["decode"], by_kind["cache"]
     parts = [
@@ -614,43 +617,3 @@ def _summary(point: Point, rows: Sequence[Row]) -> str:
             share = f"{row['flop_share']:.0%} of the matrix rate"
             parts.insert(0, f"{name} {row['tokens_per_s']:.0f} tok/s, {share}")
     return f"{point.key}: {', '.join(parts)}"
-
-
-def _describe(name: str, options: ProfileOptions) -> Row:
-    commit, dirty = provenance.revision()
-    return {
-        "schema": SCHEMA,
-        "id": name,
-        "created": provenance.now(),
-        "command": list(options.command),
-        "mode": "profile",
-        "model": _described(name, options.workload.dtypes[0]),
-        "suites": {},
-        "config": _config(options),
-        "commit": commit,
-        "dirty": dirty,
-        "packages": provenance.packages(),
-        "hardware": provenance.hardware(),
-        "comparable": {
-            "paper": False,
-            "reason": "see each row's device and label; the paper measured one H200",
-        },
-    }
-
-
-def _config(options: ProfileOptions) -> Row:
-    """What is measured grows from command to command; where it is measured does not."""
-    return {
-        "device": options.device,
-        "card": _device_name(_device(options.device)),
-        "threads": options.threads,
-    }
-
-
-def _described(name: str, dtype: str) -> Row:
-    if name.startswith("random:"):
-        attention = "m2la" if "m2la" in name else "gqa"
-        return {"name": name, "digest": name, "attention": attention, "label": "random weights"}
-    from internvideo3.harness.evaluate import describe_model
-
-    return describe_model(name, dtype)

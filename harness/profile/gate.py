@@ -1,9 +1,11 @@
 """The profiler's gate: the engine's logits against a whole pass over the same tokens.
 
 Each form in which a model is timed is held to it by itself: so many sequences, rows as they are or
-in fp8. Without fp8 the truth is the model's own forward pass, which has no cache. Rows in fp8 are
-rounded, which is no fault of the engine; so there the truth is a pass of the model over the same
-rows, decoded and cached in full, and these may be no further from the rows before than fp8 rounds.
+in fp8; baselines of transformers on caches of their own, to the same limits. Without fp8 the truth
+is the model's own forward pass, which has no cache. Rows in fp8 are rounded, which is no fault of
+the engine; so there the truth is a pass of the model over the same rows, decoded and cached in
+full, and these may be no further from the rows before than fp8 rounds. A thousand tokens are not
+the depth that is timed: what a step does there is `depth`'s to see.
 
 Axes: B sequences, T tokens, Y vocabulary.
 """
@@ -19,15 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from internvideo3.harness.profile.runners import Clock, EngineRunner, random_ids
+from internvideo3.harness.profile.plan import NEW_TOKENS, PIECES
+from internvideo3.harness.profile.runners import (
+    Clock,
+    EngineRunner,
+    TransformersRunner,
+    make_runner,
+    random_ids,
+)
 from internvideo3.harness.profile.subjects import Subject
 from internvideo3.model.attention import LatentAttention
 from internvideo3.model.cache import Segment, SegmentedCache, SegmentedLayer
 from internvideo3.model.forward import Tokens, logits, run
 
-PIECES, NEW_TOKENS = (32, 64, 1037), 8
-"""Tokens prefilled, piece by piece, and tokens decoded. Kernels deal the rows of the last piece out
-to several programs, as they do those of the contexts that are timed."""
 EXACT = 1e-4
 """Largest distance in float32: sums of different order."""
 SLACK = 1.5
@@ -37,13 +43,26 @@ FP8_ROUNDING = 2**-4 + 2**-8
 
 @dataclass(frozen=True, order=True)
 class Form:
-    """A form in which the engine is used."""
+    """A form in which the engine is used, or a baseline."""
 
     batch: int = 1
     cache: str = "native"
+    runner: str = "engine"
+    room: int = 0
+    """Tokens of a static cache, whose size the step is compiled for; 0: what the gate needs."""
 
     def __str__(self) -> str:
-        return f"batch {self.batch}, {self.cache} cache"
+        if self.runner == "engine":
+            return f"batch {self.batch}, {self.cache} cache"
+        room = f", room for {self.room} tokens" if self.room else ""
+        return f"{self.runner}, batch {self.batch}{room}"
+
+    @property
+    def scope(self) -> str:
+        """What the gate has looked at, in words."""
+        if self.runner == "engine":
+            return f"the engine, {self}, {sum(PIECES) + NEW_TOKENS} tokens"
+        return f"{self}, at most {sum(PIECES) + NEW_TOKENS} tokens"
 
 
 @dataclass(frozen=True)
@@ -76,7 +95,13 @@ def gate(
     pieces: Sequence[int] = PIECES,
     new_tokens: int = NEW_TOKENS,
 ) -> Gate:
-    """Compares the engine, prefilled in pieces and then token by token, with whole passes."""
+    """Compares the engine, prefilled in pieces and then token by token, with whole passes.
+
+    Raises:
+        MissingPackageError: the form is a baseline whose package is not installed.
+    """
+    if form.runner != "engine":
+        return _baseline_gate(subject, form, sum(pieces), new_tokens)
     runner = EngineRunner(subject, form.batch, max(pieces), fp8=form.cache == "fp8")
     runner.keeps_logits = True
     in_full: list[SegmentedCache] = []
@@ -96,6 +121,28 @@ def gate(
     whole_BT = torch.cat([ids_BT, said_BT], dim=1)
     whole = functools.partial(_whole, subject.model, whole_BT, new_tokens + 1)
     return _compared(subject, engine_BTY, whole, "its forward pass")
+
+
+def _baseline_gate(subject: Subject, form: Form, tokens: int, new_tokens: int) -> Gate:
+    """The same of a baseline: prefilled in two chunks, on a cache as large as the point's."""
+    runner = make_runner(subject, form.runner, batch=form.batch, chunk=1)
+    assert isinstance(runner, TransformersRunner)
+    runner.keeps_logits, runner.room = True, form.room
+    if form.room:
+        tokens = max(1, min(tokens, form.room - runner.untimed - new_tokens - 1))
+        new_tokens = min(new_tokens, form.room - runner.untimed - tokens - 1)
+    runner.chunk = -(-tokens // 2)
+    ids_BT = random_ids(subject, form.batch, tokens)
+    first_BY = runner.prefill(ids_BT, new_tokens)
+    runner.decode(first_BY, new_tokens, Clock(runner.device))
+    assert runner.said_BT is not None, "decoded above"
+    found_BTY = torch.stack([first_BY.float(), *runner.logits], dim=1)
+    whole_BT = torch.cat([ids_BT, runner.said_BT[:, :-1]], dim=1)
+    del runner
+    # The truth is a pass by torch's attention, which takes float32 as well, whatever is timed.
+    subject.model.set_attn_implementation("sdpa")
+    whole = functools.partial(_whole, subject.model, whole_BT, found_BTY.shape[1])
+    return _compared(subject, found_BTY, whole, "its forward pass")
 
 
 def _compared(

@@ -1,16 +1,54 @@
-"""How much memory a program may still take on this machine.
+"""The device that is measured: its name, and how much memory a program may still take on it.
 
-From Linux's own files: what the kernel calls available, and the limits of the control groups that
-this process is in (a container's, a job's). A process that takes more is killed without a word.
+Of the host from Linux's own files: what the kernel calls available, and the limits of the control
+groups that this process is in (a container's, a job's). A process that takes more is killed without
+a word. Of a card from its driver.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+
+from internvideo3.harness import provenance
 
 MEMINFO = Path("/proc/meminfo")
 GROUP_OF_SELF = Path("/proc/self/cgroup")
 GROUPS = Path("/sys/fs/cgroup")
+ALONE = 0.95
+"""Share of a card's memory that is left to a program which has the card for itself; the rest are
+its own context and the driver's."""
+
+
+@dataclass(frozen=True)
+class CardMemory:
+    """A card's memory, in bytes."""
+
+    total: int
+    unclaimed: int
+    """Free, or held by this process."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other programs hold a part of it."""
+        return self.unclaimed < ALONE * self.total
+
+
+def name_of(device: torch.device) -> str:
+    """The card's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return str(provenance.hardware()["cpu"])
+
+
+def card_memory(device: torch.device) -> CardMemory | None:
+    """A card's memory now; None of a CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return CardMemory(total, free + torch.cuda.memory_reserved(device))
 
 
 def available_bytes() -> int | None:

@@ -54,11 +54,11 @@ def standing(rows: Sequence[Row], point: Point, device: str, workload: Workload)
         workload: how often it is to be repeated.
     """
     row = _newest(rows, point, device)
-    if row is None or is_tried_again(row):
+    if row is None or (row["status"] != "ok" and is_tried_again(row)):
         return MISSING
     if not is_of_this_code(row):
         return OTHER_CODE
-    return MEASURED if _is_enough(row, workload) else MISSING
+    return MEASURED if row["status"] != "ok" or _is_enough(row, workload) else MISSING
 
 
 def _newest(rows: Sequence[Row], point: Point, device: str) -> Row | None:
@@ -76,7 +76,7 @@ def is_tried_again(row: Row) -> bool:
 
 
 def _is_enough(row: Row, workload: Workload) -> bool:
-    """Whether nothing would be gained by more repeats; of what cannot run, never."""
-    if row["status"] != "ok" or str(row.get("ended_by", "")).startswith("out of memory"):
-        return True
-    return bool(row["repeats"] >= workload.repeats and row.get("warmups", 0) >= workload.warmups)
+    """Whether a point was repeated as often as is wanted, or as its device's memory lets it."""
+    often = row["repeats"] >= workload.repeats and row.get("warmups", 0) >= workload.warmups
+    ran_out = str(row.get("ended_by", "")).startswith("out of memory")
+    return bool(often or (ran_out and not row.get("retry")))

@@ -5,27 +5,43 @@ Axes: B sequences.
 
 from __future__ import annotations
 
+import gc
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from internvideo3.harness.gpu.measure import card_of, release
+from internvideo3.harness.profile.depth import Depth, DepthError, check_depth
 from internvideo3.harness.profile.plan import fp8_bytes
-from internvideo3.harness.profile.runners import Clock, Runner, make_runner, random_ids
+from internvideo3.harness.profile.runners import (
+    Clock,
+    EngineRunner,
+    Runner,
+    make_runner,
+    random_ids,
+)
 from internvideo3.harness.profile.subjects import Subject
 from internvideo3.harness.profile.workload import Point
+from internvideo3.model.cache import SegmentedCache
 from internvideo3.model.config import InternVideo3Config
+from internvideo3.model.engine import Engine
 from internvideo3.model.session import CHUNK
 
 Row = dict[str, Any]
 MEMORY_NAMES = ("peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes")
+ENERGY_WINDOW_S = 2.0
+"""The card counts energy some ten times a second: of shorter windows the edges weigh too much."""
+WARM_CHUNKS = 2
+"""Of a prefill that warms up: the second one sees a past, as all later ones do."""
+ROOM_BYTES = 1 << 30
+"""Free memory that a capture is left: it cannot take what the allocator keeps for others."""
 
 
 @dataclass(frozen=True)
@@ -52,22 +68,38 @@ class Run:
     energy_j: float | None
     """Of the decode; None where the device does not count it."""
     memory: Row
+    energy_s: float = 0.0
+    """Seconds in which that energy was used."""
+    depth: Depth | None = None
+    """What a step was found to be worth at this depth; None where that was not looked at."""
 
 
-def run_once(subject: Subject, point: Point) -> Run:
+def run_once(subject: Subject, point: Point, *, first: bool = True) -> Run:
     """Run a point once.
 
+    Args:
+        subject: the model.
+        point: it.
+        first: whether this is its first run, before which memory is given back, and in which the
+            engine's step is checked at the point's depth.
+
     Raises:
-        WorkloadError: the runner cannot run this model.
+        MissingPackageError: the runner's package is not installed.
+        DepthError: the engine's step is not right there.
         torch.OutOfMemoryError: the device is too small.
     """
-    release()
+    # Between runs of one point the allocator keeps what it has: they need the same again, and what
+    # the driver takes for it would be timed.
+    release() if first else gc.collect()
     device = subject.model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     runner = make_runner(
         subject, point.runner, batch=point.batch, chunk=point.chunk, cache=point.cache
     )
+    look = _Look(device, asks=first)
+    if isinstance(runner, EngineRunner):
+        runner.before_timing = look
     prefill_s, prefilled = None, point.prefilled(runner.chunk)
     if prefilled < point.depth:
         logits_BY = runner.fill(point.depth - prefilled, point.new_tokens + prefilled)
@@ -79,18 +111,80 @@ def run_once(subject: Subject, point: Point) -> Run:
         logits_BY.argmax(-1)
         _wait(device)
         prefill_s = time.perf_counter() - started
+    found = _decoded(runner, point, logits_BY)
     return replace(
-        _decoded(runner, point, logits_BY), prefill_s=prefill_s, prefilled=prefilled
-    )  # fmt: skip
+        found,
+        prefill_s=prefill_s,
+        prefilled=prefilled,
+        depth=look.found,
+        memory=_largest(look.memory, found.memory),
+    )
+
+
+def warm_up(subject: Subject, point: Point) -> int:
+    """Prefill the first chunks of a point, untimed; returns how many tokens of a sequence.
+
+    Kernels are compiled, and memory of the whole point's size is taken from the driver.
+    """
+    release()
+    runner = make_runner(
+        subject, point.runner, batch=point.batch, chunk=point.chunk, cache=point.cache
+    )
+    tokens = min(point.prefilled(runner.chunk), WARM_CHUNKS * runner.chunk)
+    if tokens:
+        ids_BT = random_ids(subject, point.batch, tokens)
+        runner.prefill(ids_BT, point.depth - tokens + point.new_tokens)
+        _wait(subject.model.device)
+    return tokens
+
+
+@dataclass
+class _Look:
+    """Checks an engine's step before it is timed; what that takes is not the point's."""
+
+    device: torch.device
+    asks: bool
+    found: Depth | None = None
+    memory: Row = field(default_factory=dict)
+    """Peaks until then."""
+
+    def __call__(self, engine: Engine, cache: SegmentedCache) -> None:
+        if self.asks:
+            self.memory = memory_of(self.device)
+            self.found = check_depth(engine, cache)
+        if self.device.type == "cuda":
+            if torch.cuda.mem_get_info(self.device)[0] < ROOM_BYTES:
+                torch.cuda.empty_cache()
+            if self.asks:
+                torch.cuda.reset_peak_memory_stats(self.device)
+        if self.found is not None and not self.found.is_green:
+            raise DepthError(str(self.found))
+
+
+def _largest(before: Row, after: Row) -> Row:
+    """Peaks of both times; what is used of the device is no peak."""
+    return after | {
+        name: max(before[name], after[name])
+        for name in MEMORY_NAMES[:2]
+        if before.get(name) is not None
+    }
 
 
 def _decoded(runner: Runner, point: Point, logits_BY: torch.Tensor) -> Run:
     clock = Clock(runner.device, lambda: energy_j(runner.device))
     runner.decode(logits_BY, point.new_tokens, clock)
-    steps, before, after = clock.seconds(), clock.counted, energy_j(runner.device)
-    spent = None if before is None or after is None else after - before
+    spent, window_s = clock.counted_in_all()
     memory = memory_of(runner.device)
-    return Run(None, 0, tuple(steps), runner.cache_bytes(), runner.step_bytes(), spent, memory)
+    return Run(
+        None,
+        0,
+        tuple(clock.seconds()),
+        runner.cache_bytes(),
+        runner.step_bytes(),
+        spent,
+        memory,
+        window_s,
+    )
 
 
 def _wait(device: torch.device) -> None:
@@ -102,6 +196,12 @@ def energy_j(device: torch.device) -> float | None:
     """Joules that the card has used since its driver was loaded; None without such a counter."""
     counted = _nvml(device, "nvmlDeviceGetTotalEnergyConsumption")
     return None if counted is None else counted / 1e3
+
+
+def power_w(device: torch.device) -> float | None:
+    """Watts that the card draws now; None without such a counter."""
+    drawn = _nvml(device, "nvmlDeviceGetPowerUsage")
+    return None if drawn is None else drawn / 1e3
 
 
 def memory_of(device: torch.device) -> Row:
@@ -172,20 +272,36 @@ def rows_of(subject: Subject, point: Point, runs: Sequence[Run], ceilings: Ceili
         "moved_bytes_per_step": moved,
         "roofline_share": moved / statistics.median(steps) / ceilings.copy_bytes_per_s,
     }
-    energies = [run.energy_j for run in runs if run.energy_j is not None]
-    tokens = point.batch * point.new_tokens
-    decode["energy_j_per_token"] = statistics.median(energies) / tokens if energies else None
+    decode |= _energy(runs, point.batch * point.new_tokens)
     if point.integrate:
+        # Of all steps, slow ones too: a reply has its share of them.
         decode["integrated"] = {
             "tokens": point.integrate,
-            "seconds": point.integrate * decode["step_median_s"],
-            "note": "a reply's middle step times its length, not measured as a whole",
+            "seconds": point.integrate * decode["median_s"] / point.new_tokens,
+            "note": "a reply's length times the seconds of a token in its middle, not measured as "
+            "a whole",
         }
     rows.append(decode)
     nothing = {"median_s": None, "iqr_s": None, "tokens_per_s": None}
     cache = {"cache_bytes_per_token": _bytes_per_token(subject, point)} | last.memory
     rows.append({"kind": "cache", **nothing, **cache})
-    return [row | {"cache_bytes": last.cache_bytes} for row in rows]
+    looked = next((run.depth for run in runs if run.depth is not None), None)
+    common = {
+        "cache_bytes": last.cache_bytes,
+        "depth_error": looked and looked.error,
+        "depth_tokens": looked and looked.tokens,
+    }
+    return [row | common for row in rows]
+
+
+def _energy(runs: Sequence[Run], tokens: int) -> Row:
+    """Joules of a token, of runs that took long enough to tell; and how long they took."""
+    told = [run.energy_j / tokens for run in runs if run.energy_j is not None
+            and run.energy_s >= ENERGY_WINDOW_S]  # fmt: skip
+    return {
+        "energy_j_per_token": statistics.median(told) if told else None,
+        "energy_window_s": statistics.median(run.energy_s for run in runs),
+    }
 
 
 def _bytes_per_token(subject: Subject, point: Point) -> int:

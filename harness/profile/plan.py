@@ -1,7 +1,8 @@
 """What a point needs of a device's memory, worked out before it runs.
 
 An upper estimate from the shape alone; nothing is allocated. What a point really took is measured
-and stands beside it (the points recorded on an H200 took 98 to 100 % of it).
+and stands beside it: the bytes allocated for the points recorded on an H200 were 98 to 100 % of it,
+the runtime's own left out.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from internvideo3.model.segments import BLOCK
 from internvideo3.model.session import CHUNK
 
 DEVICES: Mapping[str, int] = {
-    # nvidia-smi's memory.total, in bytes.
-    "h100": 81559 * 2**20,
-    "h200": 143771 * 2**20,
+    # What torch reports as total, which is less than nvidia-smi's memory.total (81559 and 143771
+    # MiB): measured of the H200, as much less of the H100.
+    "h100": 81559 * 2**20 - 644 * 10**6,
+    "h200": 150_109_880_320,
 }
 RUNTIME_BYTES = 3 << 29
 """CUDA context, kernels' code, and libraries' workspaces."""
@@ -38,6 +40,13 @@ STEP_BYTES = 1 << 28
 """What a captured step keeps for itself; 0.12 and 0.16 GB of the 8B shape on an H200."""
 MOST_SEQUENCES = 1 << 20
 LEAST_BYTES, MOST_BYTES = 10**6, 10**15
+PIECES, NEW_TOKENS = (32, 64, 1037), 8
+"""Tokens that a gate prefills, piece by piece, and that it decodes. Kernels deal the rows of the
+last piece out to several programs, as they do those of the contexts that are timed."""
+GATE_BYTES = 1 << 30
+"""What any gate may take beside the weights; in float32 a part of the model takes more."""
+MOST_GATED = 32
+"""Sequences that a gate takes together; each of them is passed through the model by itself."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,10 @@ class Need:
     def total(self) -> int:
         """All of it, the runtime included."""
         return self.weights + self.cache + self.scratch + RUNTIME_BYTES
+
+    def fits(self, memory: int) -> bool:
+        """Whether a device of this memory can give so much."""
+        return self.total <= int(USABLE * memory)
 
 
 def device_bytes(given: str) -> int:
@@ -187,14 +200,46 @@ def _masks_and_copies(point: Point, config: Any) -> int:
 
 def refusal(point: Point, need: Need, memory: int) -> str | None:
     """Why a point cannot run on a device of this memory; None if it can."""
-    usable = int(USABLE * memory)
-    if need.total <= usable:
+    if need.fits(memory):
         return None
     return (
-        f"needs {need.total / 1e9:.1f} GB (weights {need.weights / 1e9:.1f}, cache "
-        f"{need.cache / 1e9:.1f}, scratch {need.scratch / 1e9:.1f}), the device has "
-        f"{usable / 1e9:.1f} GB to give. Take a shorter context, a smaller batch or chunk."
+        f"needs {size_told(need.total)} (weights {size_told(need.weights)}, cache "
+        f"{size_told(need.cache)}, scratch {size_told(need.scratch)}), the device has "
+        f"{size_told(int(USABLE * memory))} to give. Take a shorter context, a smaller batch or "
+        "chunk."
     )
+
+
+def size_told(size: float) -> str:
+    """Bytes in the largest unit of which there is at least one; of 1000, not 1024."""
+    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+    unit, name = next((one for one in units if size >= one[0]), (1.0, "bytes"))
+    return f"{size / unit:.0f} {name}" if unit == 1 else f"{size / unit:.1f} {name}"
+
+
+def gate_batch(point: Point, config: Any) -> int:
+    """How many of a point's sequences its gate takes together.
+
+    As many as there are, if that takes no more memory than the point itself, or than every gate
+    may; and no more than are needed to see them cross.
+    """
+    most = min(point.batch, MOST_GATED)
+    own = _without_weights(point, config)
+    gated = replace(
+        point, context=sum(PIECES), chunk=max(PIECES), fill="prefill", integrate=0,
+        new_tokens=NEW_TOKENS,
+    )  # fmt: skip
+
+    def is_too_much(batch: int) -> bool:
+        return _without_weights(replace(gated, batch=batch), config) > max(own, GATE_BYTES)
+
+    fitting = bisect.bisect_left(range(1, most + 1), True, key=is_too_much)
+    return max(fitting, min(point.batch, 2))
+
+
+def _without_weights(point: Point, config: Any) -> int:
+    need = need_of(point, config, 0)
+    return need.cache + need.scratch
 
 
 @dataclass(frozen=True)

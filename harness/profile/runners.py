@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from internvideo3.harness.profile.subjects import Subject
-from internvideo3.harness.profile.workload import WorkloadError
+from internvideo3.harness.profile.workload import Point, WorkloadError
 from internvideo3.model.cache import LatentCache, SegmentedCache, allocated_bytes
 from internvideo3.model.engine import EAGER_STEPS, Engine, Reply
 from internvideo3.model.forward import Tokens, logits, new_cache, run
@@ -25,12 +26,23 @@ UNTIMED_STEPS = 3
 """Of transformers' baselines on a GPU: torch.compile works, and captures, in the first ones."""
 
 
+def untimed_steps(device: torch.device) -> int:
+    """Steps that a baseline takes before those that are timed."""
+    return UNTIMED_STEPS if device.type == "cuda" else 0
+
+
+def static_room(point: Point, device: torch.device) -> int:
+    """Tokens that a point's static cache has room for."""
+    return point.depth + point.new_tokens + untimed_steps(device) + 1
+
+
 class Clock:
     """Moments on the device: CUDA events, or the processor's clock.
 
     Args:
         device: whose work is timed.
-        counter: read at the first stamp, when all work before it is done; say, of energy.
+        counter: read at the first stamp, when all work before it is done, and at the end, when all
+            is; say, of energy.
     """
 
     def __init__(
@@ -38,22 +50,37 @@ class Clock:
     ) -> None:
         self.on_gpu = device.type == "cuda"
         self.moments: list[Any] = []
-        self.counted: float | None = None
-        """What the counter read."""
+        self.counted: list[float | None] = []
+        """What the counter read, and"""
+        self.counted_at: list[float] = []
+        """when, in seconds."""
         self._counter = counter
 
     def stamp(self) -> None:
         """Notes this moment in the device's order of work; only at the first the host waits."""
         if not self.moments:
-            if self.on_gpu:
-                torch.cuda.synchronize()
-            self.counted = self._counter()
+            self._count()
         if not self.on_gpu:
             self.moments.append(time.perf_counter())
             return
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         self.moments.append(event)
+
+    def _count(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        self.counted.append(self._counter())
+        self.counted_at.append(time.perf_counter())
+
+    def counted_in_all(self) -> tuple[float | None, float]:
+        """What the counter went up by since the first stamp, and in how many seconds.
+
+        Waits for the device.
+        """
+        self._count()
+        (before, *_, after), (began, *_, ended) = self.counted, self.counted_at
+        return None if before is None or after is None else after - before, ended - began
 
     def seconds(self) -> list[float]:
         """Seconds between one moment and the next; waits for the device."""
@@ -71,6 +98,9 @@ class Runner(ABC):
         self.subject, self.model, self.batch = subject, subject.model, batch
         self.device: torch.device = subject.model.device
         self.chunk = chunk or CHUNK.get(self.device.type, CHUNK["cpu"])
+        self.keeps_logits = False
+        self.logits: list[Tensor] = []
+        """Of each step, if they are kept."""
 
     @abstractmethod
     def prefill(self, ids_BT: Tensor, new_tokens: int) -> Tensor:
@@ -108,11 +138,10 @@ class EngineRunner(Runner):
         self.fp8 = fp8
         self.cache = new_cache(self.model)
         self.length = 0
-        self.logits: list[Tensor] = []
-        """Of each step, if asked for."""
-        self.keeps_logits = False
         self.before_compressing: Callable[[SegmentedCache], object] = lambda _: None
         """Is shown the cache while what was prefilled is still in full."""
+        self.before_timing: Callable[[Engine, SegmentedCache], object] = lambda *_: None
+        """Is shown the engine on its cache before a step is compiled, captured and timed."""
         self._engine: Engine | None = None
 
     @torch.no_grad()
@@ -160,6 +189,7 @@ class EngineRunner(Runner):
     def decode(self, logits_BY: Tensor, steps: int, clock: Clock) -> list[list[int]]:
         """As `Runner.decode`; what has to be compiled and captured is so before the first stamp."""
         engine = self._started(logits_BY, steps)
+        self.before_timing(engine, self.cache)
         self._warm_up(engine)
         self.logits = []
         clock.stamp()
@@ -184,14 +214,11 @@ class EngineRunner(Runner):
         """Compiles and captures, then puts the engine's state back."""
         if self.device.type != "cuda":
             return
-        state = {name: t for name, t in vars(engine).items() if isinstance(t, Tensor)}
-        before = {name: t.clone() for name, t in state.items()}
-        for _ in range(EAGER_STEPS):
+        with state_kept(engine):
+            for _ in range(EAGER_STEPS):
+                engine.advance()
+            engine.capture()
             engine.advance()
-        engine.capture()
-        engine.advance()
-        for name, tensor in before.items():
-            getattr(engine, name).copy_(tensor)
 
     def cache_bytes(self) -> int:
         """As `Runner.cache_bytes`."""
@@ -203,15 +230,31 @@ class EngineRunner(Runner):
         return self._engine.bytes_read()
 
 
+@contextmanager
+def state_kept(engine: Engine) -> Iterator[None]:
+    """Puts the engine's state back: steps that are taken meanwhile are taken again."""
+    state = {name: t for name, t in vars(engine).items() if isinstance(t, Tensor)}
+    before = {name: t.clone() for name, t in state.items()}
+    try:
+        yield
+    finally:
+        for name, tensor in before.items():
+            getattr(engine, name).copy_(tensor)
+
+
 class TransformersRunner(Runner):
     """Transformers' own attention and caches: what people run today."""
 
     def __init__(self, subject: Subject, batch: int, chunk: int, kind: str) -> None:
         super().__init__(subject, batch, chunk)
         self.kind = kind
-        self.untimed = UNTIMED_STEPS if self.device.type == "cuda" else 0
+        self.untimed = untimed_steps(self.device)
         self.cache: Any = None
         self.length = 0
+        self.room = 0
+        """Tokens that a static cache has room for at least."""
+        self.said_BT: Tensor | None = None
+        """Every token that was chosen, those of untimed steps included."""
         self._forward: Callable[..., Any] = self.model.forward
 
     @torch.no_grad()
@@ -241,8 +284,9 @@ class TransformersRunner(Runner):
         text = self.model.config.text_config
         if self.kind != "static":
             return DynamicCache(config=text)
+        tokens = max(tokens, self.room)
         if self.device.type == "cuda":
-            self._forward = torch.compile(self.model.forward, mode="reduce-overhead")
+            self._forward = _compiled(self.model, self.batch, tokens)
         return StaticCache(config=text, max_cache_len=tokens)
 
     def _step(self, ids_BT: Tensor, forward: Callable[..., Any]) -> Tensor:
@@ -265,12 +309,21 @@ class TransformersRunner(Runner):
         """As `Runner.decode`; on a GPU some steps come first, which compile and are not timed."""
         said = [logits_BY.argmax(-1, keepdim=True)]
         for _ in range(self.untimed):
-            said.append(self._step(said[-1], self._forward).argmax(-1, keepdim=True))
+            said.append(self._chosen(said[-1]))
         clock.stamp()
         for _ in range(steps):
-            said.append(self._step(said[-1], self._forward).argmax(-1, keepdim=True))
+            said.append(self._chosen(said[-1]))
             clock.stamp()
-        return [list(row) for row in torch.cat(said[self.untimed :], dim=1).tolist()]
+        self.said_BT = torch.cat(said, dim=1)
+        return [list(row) for row in self.said_BT[:, self.untimed :].tolist()]
+
+    def _chosen(self, said_B1: Tensor) -> Tensor:
+        """The token [B, 1] after this one."""
+        logits_BY = self._step(said_B1, self._forward)
+        if self.keeps_logits:
+            # A replay of the compiled step overwrites them.
+            self.logits.append(logits_BY.float().clone())
+        return logits_BY.argmax(-1, keepdim=True)
 
     def cache_bytes(self) -> int:
         """As `Runner.cache_bytes`."""
@@ -285,13 +338,36 @@ class TransformersRunner(Runner):
         return sum(unique.values())
 
 
+_compiled_for: tuple[Any, ...] = ()
+"""Model, batch and cache size that torch.compile has seen last."""
+
+
+def _compiled(model: Any, batch: int, tokens: int) -> Callable[..., Any]:
+    """A step compiled for a cache of this size.
+
+    Torch takes a second size for a sign that sizes vary, and compiles for any: so it forgets the
+    first one, and what is timed does not depend on which lengths came before.
+    """
+    global _compiled_for
+    wanted = (id(model), batch, tokens)
+    if wanted != _compiled_for:
+        torch.compiler.reset()
+    _compiled_for = wanted
+    step: Callable[..., Any] = torch.compile(model.forward, mode="reduce-overhead", dynamic=False)
+    return step
+
+
+class MissingPackageError(WorkloadError):
+    """A baseline whose package is not installed here."""
+
+
 def make_runner(
     subject: Subject, kind: str, *, batch: int, chunk: int, cache: str = "native"
 ) -> Runner:
     """The runner of a point that can be run (`workload.why_not`).
 
     Raises:
-        WorkloadError: the baseline's package is missing.
+        MissingPackageError: the baseline's package is not installed.
     """
     if kind == "engine":
         return EngineRunner(subject, batch, chunk, fp8=cache == "fp8")
@@ -299,7 +375,7 @@ def make_runner(
     try:
         subject.model.set_attn_implementation(implementation)
     except (ImportError, ValueError) as error:
-        raise WorkloadError(
+        raise MissingPackageError(
             f"{kind}: {str(error).splitlines()[0]} Install flash-attn, or leave this baseline out."
         ) from error
     return TransformersRunner(subject, batch, chunk, kind)

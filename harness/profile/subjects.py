@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from internvideo3.harness.profile.shapes import check_shape
 from internvideo3.harness.profile.workload import WorkloadError
 from internvideo3.model.checkpoint import (
     cache_bytes_per_token,
@@ -109,6 +110,7 @@ def config_of(name: str) -> Any:
         kind: Any = Qwen3VLConfig if latent is None else InternVideo3Config
         return kind(text_config=dict(text) | dict(latent or {}), vision_config=dict(vision))
     path = resolve_checkpoint(name)
+    check_shape(path)
     read_config(path)
     from transformers import AutoConfig
 

@@ -3,6 +3,7 @@
 pytest tests/harness/test_profile_known.py
 """
 
+import fcntl
 import json
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from internvideo3.harness.gpu import figure6
-from internvideo3.harness.profile import command, known
+from internvideo3.harness.profile import host, known
 from internvideo3.harness.profile.command import ProfileOptions, is_complete, profile
 from internvideo3.harness.profile.workload import Workload
 from internvideo3.harness.store import read_rows
@@ -92,13 +93,13 @@ def test_another_card_in_the_same_folder_begins_a_run_beside_the_old_one(
 ) -> None:
     small = ("--out", str(tmp_path), "--models", GQA, "--contexts", "48")
     with monkeypatch.context() as patched:
-        patched.setattr(command, "_device_name", lambda _: "NVIDIA H200")
+        patched.setattr(host, "name_of", lambda _: "NVIDIA H200")
         figure(monkeypatch, *small)
     run = tmp_path / "random-tiny-gqa"
     theirs = (run / "measurements.jsonl").read_bytes()
     with (run / ".lock").open("w") as lock:
         # Whoever writes there has to be let finish.
-        command.fcntl.flock(lock, command.fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(SystemExit, match="in use by another process"):
             figure(monkeypatch, *small)
     figure(monkeypatch, *small)
