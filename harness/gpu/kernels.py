@@ -26,7 +26,9 @@ import torch
 from internvideo3.harness.gpu import rows as row_forms
 from internvideo3.harness.gpu.measure import (
     Results,
+    ResultsError,
     device_given,
+    in_words,
     poisoned,
     rotation,
     say,
@@ -57,6 +59,8 @@ TOLERANCE = {torch.bfloat16: 8e-3, torch.float32: 1e-5}
 WORKERS = 10
 CHECK_S = 90
 """A check that takes longer hangs; the first ones of a process wait for its compiler."""
+TIMED_SHARE = 0.15
+"""Of the budget, kept for what is timed: checks that hang do not take it."""
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 LATENT = {"m2la-1024": (1024, 896), "m2la-576": (576, 512), "m2la-512": (512, 384)}
 
@@ -419,18 +423,26 @@ def gate(results: Results, device: torch.device) -> None:
     """Run every check that has no result yet, several processes at a time.
 
     A compiler that aborts and a kernel that faults take their process with them, and what was
-    queued behind them; so what failed is tried once more, each check in a process of its own.
+    queued behind them; so what failed is tried once more, each check in a process of its own. Both
+    times end with the checks' part of the budget.
     """
+
+    def patience_s() -> float:
+        if device.type != "cuda":
+            return CHECK_S  # interpreted one after the other, and nothing worth timing follows
+        return min(CHECK_S, max(0.0, results.left_s() - TIMED_SHARE * results.budget_s))
+
     checks: dict[str, Any] = results.data.setdefault("checks", {})
     names = [n for n in all_checks(device) if checks.get(n, {}).get("status") != "ok"]
     workers = WORKERS if device.type == "cuda" else 1
-    for name, outcome in in_processes(names, device, workers):
+    for name, outcome in in_processes(names, device, workers, patience_s):
         checks[name] = outcome
         results.write()
         say(f"check {name}: {outcome['status']}")
     failed = [name for name in names if checks[name]["status"] == "failed"]
     with ThreadPoolExecutor(workers) as pool:
-        alone = pool.map(lambda name: dict(in_processes([name], device, 1)), failed)
+        again = failed if patience_s() else []
+        alone = pool.map(lambda name: dict(in_processes([name], device, 1, patience_s)), again)
         for found in alone:
             checks.update(found)
     for name in names:
@@ -442,25 +454,27 @@ def gate(results: Results, device: torch.device) -> None:
 
 
 def in_processes(
-    names: Sequence[str], device: torch.device, workers: int
+    names: Sequence[str], device: torch.device, workers: int, patience_s: Callable[[], float]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Results of checks run by so many processes."""
+    """Results of checks run by so many processes; how long one is waited for is asked each time."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         waiting = {name: pool.submit(run_check, name, str(device)) for name in names}
         for name, future in waiting.items():
-            yield name, _outcome(future, pool)
+            yield name, _outcome(future, pool, patience_s())
 
 
-def _outcome(future: Future[dict[str, Any]], pool: ProcessPoolExecutor) -> dict[str, Any]:
+def _outcome(
+    future: Future[dict[str, Any]], pool: ProcessPoolExecutor, patience_s: float
+) -> dict[str, Any]:
     try:
-        return future.result(CHECK_S)
+        return future.result(patience_s)
     except BrokenProcessPool:
         return {"status": "failed", "error": "its process died"}
     except TimeoutError:
         # A kernel that waits for ever; what was queued behind it is tried again alone.
         for process in pool._processes.values():
             process.kill()
-        return {"status": "failed", "error": f"not done after {CHECK_S} s"}
+        return {"status": "failed", "error": f"not done after {patience_s:.0f} s more"}
 
 
 def is_green(results: Results, check: str) -> bool:
@@ -556,7 +570,7 @@ def report_share(results: Results, key: str, point: dict[str, Any] | None) -> No
     elif point["status"] != "ok":
         say(f"{key}: {point['status']} {point.get('error', '')[:150]}")
     else:
-        share = point["bytes_per_s"] / results.data["ceilings"]["copy_bytes_per_s"]
+        share = results.share(point, "bytes_per_s", "copy_bytes_per_s")
         say(f"{key}: {1e6 * point['median_s']:.1f} us, {share:.1%} of copy bandwidth")
 
 
@@ -706,7 +720,7 @@ def report_rate(results: Results, key: str, point: dict[str, Any] | None) -> Non
     elif point["status"] != "ok":
         say(f"{key}: {point['status']} {point.get('error', '')[:150]}")
     else:
-        share = point["flop_per_s"] / results.data["ceilings"]["matmul_flop_per_s"]
+        share = results.share(point, "flop_per_s", "matmul_flop_per_s")
         say(f"{key}: {point['flop_per_s'] / 1e12:.0f} TFLOP/s, {share:.1%} of the matrix rate")
 
 
@@ -752,6 +766,12 @@ def time_small(results: Results, device: torch.device) -> None:
 
 
 def main() -> None:
+    """Check, then measure; what is amiss with the file or the card is said in words."""
+    with in_words(ResultsError):
+        _main()
+
+
+def _main() -> None:
     """Check, then measure in order of worth until the budget is spent."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

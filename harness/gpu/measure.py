@@ -1,6 +1,7 @@
 """Timing, ceilings and the results file of the GPU benchmarks."""
 
 import contextlib
+import fcntl
 import gc
 import itertools
 import json
@@ -14,11 +15,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from internvideo3.harness import provenance
+from internvideo3.harness.profile import host
 from internvideo3.model.device import DeviceError, device_of, use
 
 SCHEMA = 1
@@ -26,6 +28,8 @@ MEASURED_CODE = ("kernels", "model", "harness/gpu", "harness/profile")
 """Folders of the package: results of other sources are not those of these."""
 ROTATED_BYTES = 256 * 2**20
 """More than twice the L2 cache of an H200."""
+SMI_S = 20
+"""Longer than that nvidia-smi is not waited for."""
 NVIDIA_FIELDS = (
     "name,driver_version,memory.total,clocks.sm,clocks.mem,temperature.gpu,power.draw,"
     "clocks_event_reasons.active"
@@ -173,16 +177,13 @@ def device_state(device: torch.device) -> dict[str, Any]:
     """What nvidia-smi says of the card now: clocks, temperature, power, throttle reasons."""
     if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         return {}
-    answer = subprocess.run(
-        [
-            "nvidia-smi",
-            f"--query-gpu=uuid,{NVIDIA_FIELDS}",
-            "--format=csv,noheader,nounits",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout
+    command = ["nvidia-smi", f"--query-gpu=uuid,{NVIDIA_FIELDS}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SMI_S)
+    except subprocess.TimeoutExpired:
+        # A driver that hangs is worth knowing of, and not worth a point.
+        return {"nvidia-smi": f"no answer in {SMI_S} s"}
+    answer = done.stdout
     lines = [[value.strip() for value in line.split(",")] for line in answer.splitlines() if line]
     # Of a single card there is nothing to choose, should its names differ in form.
     mine = [line for line in lines if line[0] == card_of(device)] or lines[: len(lines) == 1]
@@ -224,6 +225,23 @@ def aside(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
+def _locked(path: Path) -> IO[str]:
+    """The lock of a file that is replaced whole, and so cannot be locked itself.
+
+    Raises:
+        ResultsError: another process has it.
+    """
+    lock = path.with_name(f".{path.name}.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ResultsError(
+            f"{path} is being written by another process. Wait for it, or give another --out."
+        ) from None
+    return lock
+
+
 def describe_device(device: torch.device) -> dict[str, Any]:
     """Name, memory and versions; a CPU is labelled a rehearsal."""
     from importlib.metadata import version
@@ -245,41 +263,71 @@ def describe_device(device: torch.device) -> dict[str, Any]:
     } | about
 
 
+def is_tried_again(point: dict[str, Any]) -> bool:
+    """Whether a known point is measured again: it failed, or others may have had the memory."""
+    return bool(point["status"] == "failed" or point.get("retry"))
+
+
+class ResultsError(ValueError):
+    """A file of results that cannot be written, or a card that cannot be measured now."""
+
+
 class Results:
-    """Measured points in one JSON file, rewritten whole and atomically after each point."""
+    """Measured points in one JSON file, rewritten whole and atomically after each point.
+
+    The file is this process's alone until it is closed, or the process ends.
+    """
 
     def __init__(self, path: Path, device: torch.device, budget_s: float) -> None:
         """Open the file; points of the same device, versions and code are not measured again.
 
-        A file of others is moved aside, and stays: its checks say nothing of what runs now.
+        A file of others is moved aside, and stays: its checks say nothing of what runs now. So is
+        one that is torn.
+
+        Raises:
+            ResultsError: another process writes the file.
         """
         self.path = path
+        self.budget_s = budget_s
         self.deadline = time.monotonic() + budget_s
-        about = describe_device(device)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(path)
         self.data: dict[str, Any] = {
             "schema": SCHEMA,
-            "device": about,
+            "device": describe_device(device),
             "code": provenance.code_digest(MEASURED_CODE),
             "ceilings": {},
             "points": {},
         }
         if path.exists():
-            old = json.loads(path.read_text())
-            named = ("schema", "device", "code")
-            if all(old.get(name) == self.data[name] for name in named):
-                self.data = old
-            else:
-                kept = aside(path)
-                path.rename(kept)
-                say(
-                    f"{path} is of {old.get('device', {}).get('name')}, or of other versions or "
-                    f"code than this; kept as {kept.name}"
-                )
+            self._continue()
         commit, dirty = provenance.revision()
         self.data |= {"command": sys.argv, "commit": commit, "dirty": dirty}
+        # Clocks and heat differ from start to start: each measures its own.
+        self.data["ceilings"] = {}
         self.device = device
         self.data["state_at_start"] = device_state(device)
         self.write()
+
+    def _continue(self) -> None:
+        """Take over what an earlier process measured, or move it aside."""
+        try:
+            old = json.loads(self.path.read_text())
+        except ValueError:  # torn, empty, or no text
+            old = None
+        named = ("schema", "device", "code")
+        if not isinstance(old, dict) or not isinstance(old.get("points"), dict):
+            why = "is no whole file of results"
+        elif all(old.get(name) == self.data[name] for name in named):
+            self.data = old
+            return
+        else:
+            theirs = old.get("device")
+            name = theirs.get("name") if isinstance(theirs, dict) else None
+            why = f"is of {name}, or of other versions or code than this"
+        kept = aside(self.path)
+        self.path.rename(kept)
+        say(f"{self.path} {why}; kept as {kept.name}")
 
     def write(self) -> None:
         """Replace the file."""
@@ -295,13 +343,14 @@ class Results:
     def point(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         """Measure a point unless it is known or the budget is spent.
 
-        Running out of memory is recorded as the point's result.
+        Running out of memory is recorded as the point's result; it is tried again where others
+        may have had the memory.
 
         Returns:
             The point, or None when the budget was spent before it.
         """
         known: dict[str, Any] | None = self.data["points"].get(key)
-        if known is not None and known["status"] != "failed":
+        if known is not None and not is_tried_again(known):
             return known
         if self.left_s() <= 0:
             return None
@@ -309,31 +358,55 @@ class Results:
         try:
             found = {"status": "ok"} | measure()
         except torch.OutOfMemoryError as error:
-            found = {"status": "out of memory", "error": str(error).split(". ")[0]}
+            memory = host.card_memory(self.device)
+            shared = memory is None or memory.is_shared
+            told = str(error).split(". ")[0]
+            found = {"status": "out of memory", "error": told, "retry": shared}
         except Exception as error:
             # A compiler's errors have no class in common with torch's, and the next point waits.
             found = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:400]}
         release()
         found["wall_s"] = round(time.monotonic() - start, 2)
+        found["ceilings"] = dict(self.data["ceilings"])
         self.data["points"][key] = found
         self.write()
         return found
 
     def ceilings(self, device: torch.device) -> dict[str, float]:
-        """Copy bandwidth and matrix rate of this device, measured once per file."""
+        """Copy bandwidth and matrix rate of this device, measured once by each process.
+
+        Each point keeps those that it was measured with.
+
+        Raises:
+            ResultsError: there is no memory for it.
+        """
         known: dict[str, float] = self.data["ceilings"]
         if not known:
             real = device.type == "cuda"
-            known["copy_bytes_per_s"] = copy_bandwidth(device, 2**32 if real else 2**20)
-            known["matmul_flop_per_s"] = matmul_rate(device, 8192 if real else 128)
+            try:
+                copied = copy_bandwidth(device, 2**32 if real else 2**20)
+                multiplied = matmul_rate(device, 8192 if real else 128)
+            except torch.OutOfMemoryError as error:
+                told = str(error).split(". ", maxsplit=1)[0]
+                raise ResultsError(
+                    f"the device's ceilings cannot be measured ({told}), so no share of them can "
+                    "be told. End what else runs on it, and repeat the command."
+                ) from error
+            known |= {"copy_bytes_per_s": copied, "matmul_flop_per_s": multiplied}
             release()
             self.write()
         return known
+
+    def share(self, point: dict[str, Any], rate: str, ceiling: str) -> float:
+        """A point's rate as a share of a ceiling, as it was when the point was measured."""
+        ceilings = point.get("ceilings") or self.data["ceilings"]
+        return float(point[rate] / ceilings[ceiling])
 
     def close(self) -> None:
         """Record the card's state at the end."""
         self.data["state_at_end"] = device_state(self.device)
         self.write()
+        self._lock.close()
 
 
 def timing_fields(timing: Timing) -> dict[str, Any]:

@@ -4,7 +4,8 @@
 
 The 8B shape with random weights and a random cache, as in Figure 6's quick form. Replays of the
 captured step are recorded by torch's profiler; `step_s` is timed without it. What is left when the
-kernels' time is taken off is gaps between kernels.
+kernels' time is taken off is gaps between kernels. A model is held to its gate first, and a step to
+float32 at its depth; what is red is not timed.
 """
 
 import argparse
@@ -18,10 +19,20 @@ from typing import Any
 import torch
 from torch.profiler import DeviceType, ProfilerActivity
 
-from internvideo3.harness.gpu.measure import Results, device_given, release, say
+from internvideo3.harness.gpu.measure import (
+    Results,
+    ResultsError,
+    device_given,
+    in_words,
+    is_tried_again,
+    release,
+    say,
+)
+from internvideo3.harness.profile.gate import Form, gate
+from internvideo3.harness.profile.measure import Look
 from internvideo3.harness.profile.plan import fp8_bytes
 from internvideo3.harness.profile.runners import Clock, EngineRunner
-from internvideo3.harness.profile.subjects import Subject, load
+from internvideo3.harness.profile.subjects import Subject, attention_of, config_of, load
 
 MODELS = ("random:8b-gqa", "random:8b-m2la")
 TIMED, RECORDED = 64, 4
@@ -29,8 +40,14 @@ SHOWN = 8
 
 
 def examine(subject: Subject, context: int, *, fp8: bool) -> dict[str, Any]:
-    """Time a step with so many tokens cached, then record its kernels."""
+    """Time a step with so many tokens cached, then record its kernels.
+
+    Raises:
+        DepthError: the step is not right there.
+    """
     runner = EngineRunner(subject, 1, 0, fp8=fp8)
+    look = Look(runner.device, asks=True)
+    runner.before_timing = look
     steps = TIMED + RECORDED
     logits_1Y = runner.fill(context, steps)
     clock = Clock(runner.device)
@@ -62,10 +79,17 @@ def examine(subject: Subject, context: int, *, fp8: bool) -> dict[str, Any]:
         "weight_bytes": runner.step_bytes(),
         "cache_bytes": per_token * context,
         "kernels": kernels,
+        "depth_error": look.found and look.found.error,
     }
 
 
 def main() -> None:
+    """Measure; what is amiss with the file or the card is said in words."""
+    with in_words(ResultsError):
+        _main()
+
+
+def _main() -> None:
     """Measure each model at each length, with rows in fp8 where there are latents."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -89,32 +113,74 @@ def main() -> None:
     device = device_given("cuda")
     results = Results(given.out, device, given.budget_s)
     results.ceilings(device)
+    amiss: list[str] = []
     for name in MODELS:
-        measure(results, load(name, device, "bfloat16"), given.contexts, given.caches)
+        amiss += measure(results, name, given.contexts, given.caches)
         release()
     results.close()
+    if amiss:
+        raise SystemExit(f"not timed, see above: {', '.join(amiss)}")
 
 
 def measure(
-    results: Results, subject: Subject, contexts: Sequence[int], caches: Sequence[str]
-) -> None:
-    """Every length of one model, in every number format of its cache."""
-    for cache in caches if subject.attention == "m2la" else ("native",):
-        for context in contexts:
-            key = f"{subject.name}{' fp8' if cache == 'fp8' else ''}/{context}"
-            run = functools.partial(examine, subject, context, fp8=cache == "fp8")
-            point = results.point(key, run)
-            report(key, point, results.data["ceilings"]["copy_bytes_per_s"])
+    results: Results, name: str, contexts: Sequence[int], caches: Sequence[str]
+) -> list[str]:
+    """Every length of one model, in every number format of its cache.
+
+    Returns:
+        What was not timed, since its gate is red or it failed.
+    """
+    attention = attention_of(config_of(name))
+    wanted = caches if attention == "m2la" else ("native",)
+    subject: Subject | None = None
+    amiss: list[str] = []
+    for cache in wanted:
+        points = {key_of(name, cache, context): context for context in contexts}
+        known = results.data["points"]
+        absent = [key for key in points if key not in known or is_tried_again(known[key])]
+        if absent and results.left_s() > 0:
+            subject = subject or load(name, results.device, "bfloat16")
+            if not is_green(subject, cache):
+                amiss.append(f"{name}, {cache} cache")
+                continue
+        for key, context in points.items():
+            point = known.get(key)
+            if subject is not None:
+                run = functools.partial(examine, subject, context, fp8=cache == "fp8")
+                point = results.point(key, run)
+            report(key, point, results)
+            if point is not None and point["status"] == "failed":
+                amiss.append(key)
+    return amiss
 
 
-def report(key: str, point: dict[str, Any] | None, copy_bytes_per_s: float) -> None:
+def key_of(name: str, cache: str, context: int) -> str:
+    """A point's name in the file."""
+    return f"{name}{' fp8' if cache == 'fp8' else ''}/{context}"
+
+
+def is_green(subject: Subject, cache: str) -> bool:
+    """Whether the engine says what the model's own pass says; says so."""
+    try:
+        found = gate(subject, Form(1, cache))
+    except Exception as error:  # of a kernel, its compiler, or memory: other models go on
+        say(f"{subject.name}, {cache} cache: gate failed: {type(error).__name__}: {error}"[:400])
+        return False
+    told = f"{found.engine:.1e} from {found.reference}, whose own pass is {found.forward:.1e}"
+    colour = "green" if found.is_green else "RED"
+    say(f"{subject.name}, {cache} cache: gate {colour}, logits of the engine are {told}")
+    return found.is_green
+
+
+def report(key: str, point: dict[str, Any] | None, results: Results) -> None:
     """Say a step's time, its share of the roofline, and the kernels that take most of it."""
     if point is None or point["status"] != "ok":
         say(f"{key}: {'not run, budget spent' if point is None else point}")
         return
-    ideal_s = (point["weight_bytes"] + point["cache_bytes"]) / copy_bytes_per_s
+    moved = (point["weight_bytes"] + point["cache_bytes"]) / point["step_s"]
+    share = results.share({**point, "moved": moved}, "moved", "copy_bytes_per_s")
     say(
-        f"{key}: {1e3 * point['step_s']:.3f} ms, {ideal_s / point['step_s']:.1%} of the roofline, "
+        f"{key}: {1e3 * point['step_s']:.3f} ms, {share:.1%} of the roofline, "
         f"kernels {1e3 * point['kernels_s']:.3f} ms in {point['launches']} launches"
     )
     for kernel in point["kernels"][:SHOWN]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -157,8 +157,8 @@ class _Prepared:
     """A model that can be timed, in some forms at least."""
 
     subject: Subject
-    gates: Mapping[Form, Gate | Row]
-    """Or the row of each point of this form, if it cannot be timed."""
+    gates: dict[Form, Gate | Row]
+    """Of the forms that were timed so far; or the row of each point, if it cannot be timed."""
 
 
 @dataclass(frozen=True)
@@ -194,10 +194,7 @@ class _Group:
         needed = {point.model for point in points} | unseen
         if not needed or not self._has_ceilings(points):
             return
-        forms = {name: {PLAIN} for name in names if name in needed}
-        for point in points:
-            forms[point.model].add(self._form_of(point))
-        prepared = {name: self._prepared(name, forms[name]) for name in forms}
+        prepared = {name: self._prepared(name) for name in names if name in needed}
         for turn in wanted:
             if self._is_over():
                 break
@@ -269,7 +266,7 @@ class _Group:
         timed: dict[Point, Gate] = {}
         for point in turn:
             one = prepared[point.model]
-            found = one if isinstance(one, dict) else one.gates[self._form_of(point)]
+            found = one if isinstance(one, dict) else self._gate_of(one, point)
             if isinstance(found, dict):
                 self._write(point, None, [found])
             else:
@@ -334,8 +331,15 @@ class _Group:
                 alike.setdefault(point.key.removeprefix(point.model), []).append(point)
         yield from alike.values()
 
-    def _prepared(self, name: str, forms: Iterable[Form]) -> _Prepared | Row:
-        """A model and its gates; or the row of each of its points, if it cannot be timed."""
+    def _gate_of(self, one: _Prepared, point: Point) -> Gate | Row:
+        """The gate of the form in which a point is timed, which may be compiled for that point."""
+        form = self._form_of(point)
+        if form not in one.gates:
+            one.gates[form] = self._gated(one.subject, form)
+        return one.gates[form]
+
+    def _prepared(self, name: str) -> _Prepared | Row:
+        """A model that passed its gate; or the row of each of its points, if it cannot be timed."""
         try:
             refused = self._refusal_of_weights(name)
             if refused is not None:
@@ -351,10 +355,7 @@ class _Group:
             return row
         self._tell_of_length(subject)
         plain = self._gated(subject, PLAIN)
-        if isinstance(plain, dict):
-            return plain
-        others = {form: self._gated(subject, form) for form in sorted(forms) if form != PLAIN}
-        return _Prepared(subject, {PLAIN: plain, **others})
+        return plain if isinstance(plain, dict) else _Prepared(subject, {PLAIN: plain})
 
     def _tell_of_length(self, subject: Subject) -> None:
         """Says where points go beyond what the model was made for; rates do not depend on it."""
@@ -368,6 +369,7 @@ class _Group:
 
     def _gated(self, subject: Subject, form: Form) -> Gate | Row:
         """The model's gate in one form; or the row of each point of this form, if it is red."""
+        release()
         try:
             found = gate(subject, form)
         except MissingPackageError as error:
@@ -438,8 +440,10 @@ class _Group:
         if refused is not None:
             return refused
         try:
-            if first and self.device.type == "cuda" and not self.options.workload.warmups:
-                told["warmup_tokens"] = warm_up(subject, point)
+            if first:
+                # What another point had is of other sizes.
+                release()
+                told |= self._warmed_up(subject, point)
             return run_once(subject, point, first=first)
         except MissingPackageError as error:
             return unmeasured("not possible", str(error), retry=True)
@@ -450,6 +454,12 @@ class _Group:
             # Whatever a kernel, its compiler or a baseline comes up with is this point's result:
             # Triton's errors have no class in common, and other points are not to be lost.
             return failure(error, shared=is_of_memory(error) and self._is_shared(before))
+
+    def _warmed_up(self, subject: Subject, point: Point) -> Row:
+        """Warm a GPU up where whole untimed runs, which take minutes, are not asked for."""
+        if self.device.type != "cuda" or self.options.workload.warmups:
+            return {}
+        return {"warmup_tokens": warm_up(subject, point)}
 
     def _refusal_of_weights(self, name: str) -> Row | None:
         """Why a model is not loaded into the host's memory; a card says so itself."""

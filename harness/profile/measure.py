@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from internvideo3.harness.gpu.measure import card_of, release
+from internvideo3.harness.gpu.measure import card_of
 from internvideo3.harness.profile.depth import Depth, DepthError, check_depth
 from internvideo3.harness.profile.plan import fp8_bytes
 from internvideo3.harness.profile.runners import (
@@ -80,24 +80,24 @@ def run_once(subject: Subject, point: Point, *, first: bool = True) -> Run:
     Args:
         subject: the model.
         point: it.
-        first: whether this is its first run, before which memory is given back, and in which the
-            engine's step is checked at the point's depth.
+        first: whether this is its first run, in which the engine's step is checked at the point's
+            depth.
 
     Raises:
         MissingPackageError: the runner's package is not installed.
         DepthError: the engine's step is not right there.
         torch.OutOfMemoryError: the device is too small.
     """
-    # Between runs of one point the allocator keeps what it has: they need the same again, and what
-    # the driver takes for it would be timed.
-    release() if first else gc.collect()
+    # The allocator keeps what an earlier run had: this one needs the same, and the driver's handing
+    # it out would be timed.
+    gc.collect()
     device = subject.model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     runner = make_runner(
         subject, point.runner, batch=point.batch, chunk=point.chunk, cache=point.cache
     )
-    look = _Look(device, asks=first)
+    look = Look(device, asks=first)
     if isinstance(runner, EngineRunner):
         runner.before_timing = look
     prefill_s, prefilled = None, point.prefilled(runner.chunk)
@@ -126,7 +126,6 @@ def warm_up(subject: Subject, point: Point) -> int:
 
     Kernels are compiled, and memory of the whole point's size is taken from the driver.
     """
-    release()
     runner = make_runner(
         subject, point.runner, batch=point.batch, chunk=point.chunk, cache=point.cache
     )
@@ -139,7 +138,7 @@ def warm_up(subject: Subject, point: Point) -> int:
 
 
 @dataclass
-class _Look:
+class Look:
     """Checks an engine's step before it is timed; what that takes is not the point's."""
 
     device: torch.device
@@ -149,6 +148,11 @@ class _Look:
     """Peaks until then."""
 
     def __call__(self, engine: Engine, cache: SegmentedCache) -> None:
+        """Look, and leave a capture the memory it needs.
+
+        Raises:
+            DepthError: the step is not right.
+        """
         if self.asks:
             self.memory = memory_of(self.device)
             self.found = check_depth(engine, cache)

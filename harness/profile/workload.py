@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,6 +22,8 @@ FILLS = ("prefill", "random", "last")
 CACHES = ("native", "fp8")
 MOST = 2**31
 """Of any number of a workload."""
+DIGITS = 30
+"""Of a number in a file; what is longer is no number that a device could run."""
 FIGURE6 = Path(__file__).parent / "figure6.yaml"
 
 
@@ -183,15 +187,57 @@ def read_workload(path: Path) -> Workload:
     Raises:
         WorkloadError: the file is missing, no YAML mapping, or names what there is not.
     """
+    if not path.is_file():
+        raise WorkloadError(
+            f"cannot read the workload {path}: "
+            + ("it is no file." if path.exists() else "there is none.")
+        )
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # The loader is a safe one, with fewer kinds of values.
+        found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise WorkloadError(f"cannot read the workload {path}: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise WorkloadError(f"{path} is not YAML: {error}") from error
     if not isinstance(found, Mapping):
         raise WorkloadError(f"{path} must be a mapping of names to values; see {FIGURE6}.")
-    return changed(Workload(), found)
+    empty = [str(name) for name, value in found.items() if value is None]
+    if empty:
+        raise WorkloadError(f"{path}: {empty[0]} has no value; give one, or leave the line out.")
+    try:
+        return changed(Workload(), found)
+    except WorkloadError as error:
+        raise WorkloadError(f"{path}: {error}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without what it makes of innocent text: 1:30 is no 90, 010 no 8, and no date a date.
+
+    A name that is given twice is an error, not the last one.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in known if not tag.endswith((":int", ":timestamp"))]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the safe loader's, of names that differ."""
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{twice!r} is given twice", node.start_mark
+            )
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(rf"[-+]?(0|[1-9][0-9_]{{0,{DIGITS}}})$"),
+    list("-+0123456789"),
+)
 
 
 def chosen(name: str | None, values: Mapping[str, Any]) -> Workload:
@@ -230,5 +276,5 @@ def _typed(name: str, value: object, like: object) -> object:
         return tuple(_typed(name, one, like[0]) for one in listed)
     if type(value) is not type(like):
         kind = {int: "a whole number", str: "a name"}[type(like)]
-        raise WorkloadError(f"{name}: {value!r} should be {kind}.")
+        raise WorkloadError(f"{name}: {reprlib.repr(value)} should be {kind}.")
     return value

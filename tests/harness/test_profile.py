@@ -938,20 +938,25 @@ def test_a_file_of_another_device_is_kept(
     cpu, file = torch.device("cpu"), tmp_path / "kernels.json"
     with monkeypatch.context() as patched:
         patched.setattr(measure, "describe_device", lambda _: {"name": "NVIDIA H200"})
-        Results(file, cpu, 60).point("a", lambda: {"median_s": 1.0})
-    theirs = file.read_text()
+        theirs = Results(file, cpu, 60)
+        theirs.point("a", lambda: {"median_s": 1.0})
+        theirs.close()
+    text = file.read_text()
     ours = Results(file, cpu, 60)
     assert ours.data["points"] == {}
     assert "NVIDIA H200, or of other" in (told := capsys.readouterr().out)
     assert "kept as kernels-1.json" in told
-    assert (tmp_path / "kernels-1.json").read_text() == theirs
+    assert (tmp_path / "kernels-1.json").read_text() == text
 
     def fail() -> dict[str, Any]:
         raise CompilerError("shared memory")
 
     found = ours.point("b", fail)
     assert found is not None and found["status"] == "failed" and "shared" in found["error"]
-    assert Results(file, cpu, 60).data["points"]["b"] == found
+    ours.close()
+    again = Results(file, cpu, 60)
+    assert again.data["points"]["b"] == found
+    again.close()
     # What other code measured, its green checks above all, says nothing of this.
     monkeypatch.setattr(measure.provenance, "code_digest", lambda _: "other")
     assert Results(file, cpu, 60).data["points"] == {}

@@ -257,6 +257,40 @@ def test_devices_are_as_large_as_torch_says() -> None:
     assert 84.5e9 < device_bytes("h100") < 85.2e9
 
 
+def test_a_gpu_is_warm_before_a_prefill_is_timed(
+    tiny: ProfileOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver hands memory out before, and once: nothing is given back between repeats."""
+    done: list[str] = []
+    right = command.run_once
+
+    def run_once(subject: Subject, point: Any, *, first: bool) -> Any:
+        done.append(f"run, {first}")
+        return right(subject, point, first=first)
+
+    def warm_up(*_: Any) -> int:
+        done.append("warm-up")
+        return 64
+
+    monkeypatch.setattr(command, "run_once", run_once)
+    monkeypatch.setattr(command, "warm_up", warm_up)
+    monkeypatch.setattr(command, "release", lambda: done.append("release"))
+    own = _Group(tiny, torch.device("cuda"), "float32", None, print, Amiss(), None, None)
+    subject = command.load(GQA, torch.device("cpu"), "float32")
+    (point,) = tiny.workload.points()
+    monkeypatch.setattr(host, "card_memory", lambda _: None)
+    told: dict[str, Any] = {}
+    for first in (True, False):
+        assert isinstance(own._tried(subject, point, told, first=first), command.Run)
+    assert done == ["release", "warm-up", "run, True", "run, False"]
+    assert told == {"warmup_tokens": 64}
+    asked = replace(tiny, workload=replace(tiny.workload, warmups=1))
+    own = replace(own, options=asked)
+    done.clear()
+    own._tried(subject, point, told, first=True)
+    assert done == ["release", "run, True"]
+
+
 # --- names ------------------------------------------------------------------------------------
 
 
