@@ -599,7 +599,7 @@ def _parameters(model: str) -> Row:
 
 
 def _told(found: Gate) -> str:
-    told = f"logits of the engine are {found.engine:.1e} from {found.reference}"
+    told = f"its logits are {found.engine:.1e} from {found.reference}"
     if found.forward:
         told += f", those of the model's own forward pass {found.forward:.1e}"
     if found.rounding is not None:

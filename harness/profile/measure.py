@@ -131,8 +131,10 @@ def warm_up(subject: Subject, point: Point) -> int:
     )
     tokens = min(point.prefilled(runner.chunk), WARM_CHUNKS * runner.chunk)
     if tokens:
+        # Of a cache in fp8 only what is prefilled is there in full.
+        in_full = point.prefilled(runner.chunk) if point.cache == "fp8" else point.depth
         ids_BT = random_ids(subject, point.batch, tokens)
-        runner.prefill(ids_BT, point.depth - tokens + point.new_tokens)
+        runner.prefill(ids_BT, in_full - tokens + point.new_tokens)
         _wait(subject.model.device)
     return tokens
 

@@ -251,6 +251,18 @@ def test_a_warm_up_takes_the_memory_of_the_whole_point(
     assert runner.length == 256
     assert runner.cache.segmented(0).tail[0].shape[2] >= 1000 + 2 + 1
     assert warm_up(subjects["m2la", "float32"], one_point()) == 0
+    # In fp8 there is no room for all of them in full, and none is taken.
+    subject, held = subjects["m2la", "float32"], []
+
+    def watched(*given: Any, **named: Any) -> Any:
+        runner = right(*given, **named)
+        runner.before_compressing = lambda cache: held.append(cache.allocated_bytes())
+        return runner
+
+    monkeypatch.setattr(measure, "make_runner", watched)
+    point = one_point(fill="last", contexts=(1000,), chunks=(128,), caches=("fp8",))
+    assert warm_up(subject, point) == 128
+    assert 128 < held[0] / subject.bytes_per_token < 256
 
 
 def test_every_length_is_compiled_alike(monkeypatch: pytest.MonkeyPatch) -> None:
