@@ -6,8 +6,9 @@
 Decoding is timed in the middle of a reply of 16K tokens, 256 steps three times at each length, and
 the reply's time is extrapolated: such rows and their figure say "integrated". The full form is
 `internvideo3 profile --workload figure6` and takes GPU-hours. ``--prefill`` times true prefills
-instead, once each, and a short reply after each; ``--last-chunk`` only the last chunk of each, on a
-cache of random numbers, for lengths that would take minutes. Needs torch, triton and transformers,
+instead, once each after two chunks that warm the card up, and a short reply after each;
+``--last-chunk`` only the last chunk of each, on a cache of random numbers, for lengths that would
+take minutes. Needs torch, triton and transformers,
 to draw matplotlib; nothing is downloaded. ``--device cpu`` rehearses it on a tiny shape.
 """
 

@@ -191,8 +191,10 @@ class _Group:
         self._tell_of_other_code(wanted)
         wanted = self._within_plan(wanted)
         points = [point for turn in wanted for point in turn]
+        if points and not self._has_ceilings(points):
+            wanted, points = [], []
         needed = {point.model for point in points} | unseen
-        if not needed or not self._has_ceilings(points):
+        if not needed:
             return
         prepared = {name: self._prepared(name) for name in names if name in needed}
         for turn in wanted:
@@ -369,8 +371,8 @@ class _Group:
 
     def _gated(self, subject: Subject, form: Form) -> Gate | Row:
         """The model's gate in one form; or the row of each point of this form, if it is red."""
-        release()
         try:
+            release()
             found = gate(subject, form)
         except MissingPackageError as error:
             self.tell(f"{subject.name}: not possible: {error}")
@@ -391,9 +393,17 @@ class _Group:
         self.tell(f"{name}: {reasons([row])}")
         return row
 
+    def _memory(self) -> host.CardMemory | None:
+        """The card's memory; None of a CPU, and of a card that answers no more."""
+        try:
+            return host.card_memory(self.device)
+        except RuntimeError:
+            # After a kernel's fault every call fails: the points that follow say so themselves.
+            return None
+
     def _is_shared(self, before: host.CardMemory | None = None) -> bool:
         """Whether other programs have, or had before, memory of the device; a CPU's always."""
-        moments = [one for one in (before, host.card_memory(self.device)) if one is not None]
+        moments = [one for one in (before, self._memory()) if one is not None]
         return not moments or any(one.is_shared for one in moments)
 
     def _in_turns(
@@ -427,14 +437,14 @@ class _Group:
 
     def _circumstances(self) -> Row:
         """What a point finds where it begins."""
-        memory = host.card_memory(self.device)
+        memory = self._memory()
         if memory is None:
             return {}
         return {"device_total_bytes": memory.total, "device_unclaimed_bytes": memory.unclaimed}
 
     def _tried(self, subject: Subject, point: Point, told: Row, *, first: bool) -> Run | Row:
         """One run, or the row that says why there is none."""
-        before = host.card_memory(self.device)
+        before = self._memory()
         weights = subject.weight_bytes + folded_bytes(subject.model.config, point.dtype)
         refused = self._refusal(point, subject.model.config, weights)
         if refused is not None:
@@ -473,8 +483,7 @@ class _Group:
 
     def _refusal(self, point: Point, config: object, weights: int) -> Row | None:
         """The row of a point for which there is not the memory."""
-        memory = host.card_memory(self.device)
-        if memory is None:
+        if self.device.type != "cuda":
             left = host.available_bytes()
             chunk = point.chunk or CHUNK["cpu"]
             need = need_of(replace(point, chunk=chunk), config, weights=0, step=0)
@@ -483,6 +492,9 @@ class _Group:
                 return None
             told = _too_little("cache and scratch take", needed, left)
             return unmeasured("does not fit", told, retry=True)
+        memory = self._memory()
+        if memory is None:
+            return None
         need = need_of(point, config, weights)
         reason = refusal(point, need, memory.total)
         if reason is not None:

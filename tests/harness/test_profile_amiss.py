@@ -157,6 +157,21 @@ def test_memory_that_others_may_have_had_is_asked_for_again(
     assert is_complete(tiny) != again
 
 
+def test_a_card_that_answers_no_more_is_rows(
+    tiny: ProfileOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a kernel's fault every call of the driver fails."""
+
+    def gone(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(host, "card_memory", gone)
+    monkeypatch.setattr(command, "run_once", gone)
+    with pytest.raises(UnfinishedError, match="1 points failed.*illegal memory access"):
+        profile(tiny)
+    assert measured(tiny)[0]["status"] == "failed"
+
+
 def group(options: ProfileOptions) -> _Group:
     return _Group(options, torch.device("cuda"), "bfloat16", None, print, Amiss(), None, None)
 
