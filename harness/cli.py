@@ -948,8 +948,9 @@ def profile_command(
 ) -> None:
     """Measure prefill, decode, memory and share of the roofline; draw Figure 6.
 
-    A model is timed only after its engine's logits agree with one forward pass. A point that is
-    measured already is kept, one that does not fit is recorded as that, and the others go on.
+    A model is timed only after its engine's logits agree with one forward pass, a point after its
+    attention agrees with float32 at its own depth. What this code measured already is kept, what
+    does not fit is recorded as that, and the others go on.
 
     [bold]Example[/bold]
 
