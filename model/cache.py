@@ -125,6 +125,10 @@ class Segment:
         return Segment(made, self.length, self.nested)
 
 
+def _in_blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+
+
 def _joined(runs: Sequence[Segment]) -> Segment:
     """Runs of one kind, all compressed or none, as one; a copy."""
     pieces = zip(*(run.stored for run in runs), strict=True)
@@ -229,6 +233,7 @@ class LayerState:
     expected: int
     shared_length: int
     shared_runs: int
+    room: int
     is_initialized: bool
 
 
@@ -247,6 +252,8 @@ class SegmentedLayer(CacheLayerMixin):
         self.expected = 0
         """Tokens that are announced: the next allocation has room for all of them."""
         self.is_initialized = bool(frozen)
+        # Tokens that the tail has room for; its storage is smaller where memory was short.
+        self._room = 0
         # Tail tokens below this index belong to a fork as well and must not be overwritten.
         self._shared_length = 0
         # So may so many runs, which a batch reads once while all of its rows hold the same.
@@ -272,20 +279,33 @@ class SegmentedLayer(CacheLayerMixin):
         own = tuple(t[index : index + 1] for t in self.tail)
         return type(self)((*self.frozen, Segment(own, length)) if length else self.frozen)
 
-    def reserve(self, like: tuple[Tensor, ...], tokens: int) -> None:
-        """Makes room for `tokens` tail tokens in storage shaped like `like` ([B, K, any, W])."""
+    def reserve(self, like: tuple[Tensor, ...], tokens: int, wish: int = 0) -> None:
+        """Makes room for `tokens` tail tokens in storage shaped like `like` ([B, K, any, W]).
+
+        Where the tail grows, for `wish` tokens if memory allows.
+        """
         capacity = self.tail[0].shape[2] if self.tail else 0
+        room = self._room
+        if tokens > room:
+            room = _in_blocks(max(tokens, wish, int(room * GROWTH)))
         if tokens <= capacity:
             return
-        wanted = max(tokens, int(capacity * GROWTH))
-        wanted = -(-wanted // BLOCK_TOKENS) * BLOCK_TOKENS
         # Zeros: a masked token still enters as 0 times its value, which must not be 0 times NaN.
-        grown = tuple(t.new_zeros(*t.shape[:2], wanted, t.shape[3]) for t in like)
+        try:
+            grown = tuple(t.new_zeros(*t.shape[:2], room, t.shape[3]) for t in like)
+        except RuntimeError:  # no memory: a CPU has no other error for it
+            if _in_blocks(tokens) == room:
+                raise
+            # Spare room is worth having, not failing for. `_room` stays what it would have been:
+            # when a tail is frozen must not depend on the memory that its layer found.
+            grown = tuple(t.new_zeros(*t.shape[:2], _in_blocks(tokens), t.shape[3]) for t in like)
         for new, old in zip(grown, self.tail, strict=bool(self.tail)):
             new[:, :, : self.length] = old[:, :, : self.length]
-        self.tail = grown
-        # The forks keep the storage they were given; this one is ours alone.
-        self._shared_length = 0
+        if room > self._room:
+            # The forks keep the storage they were given; this one is ours alone. (Where only the
+            # storage makes up for a shortage, it counts as shared still, as in other layers.)
+            self._shared_length = 0
+        self.tail, self._room = grown, room
         self.is_initialized = True
 
     def make_room(self, tokens: int, like: tuple[Tensor, ...] = (), *, may_freeze: bool) -> None:
@@ -297,8 +317,7 @@ class SegmentedLayer(CacheLayerMixin):
             may_freeze: whether a long tail may become a segment (its rows have one length).
         """
         like = like or self.tail or self.frozen[-1].like()
-        capacity = self.tail[0].shape[2] if self.tail else 0
-        full = self.length + tokens > capacity
+        full = self.length + tokens > self._room
         if full and may_freeze and self.length > COPIED_TOKENS:
             self._trim()
             self.freeze()
@@ -308,23 +327,20 @@ class SegmentedLayer(CacheLayerMixin):
     def _begin(self, like: tuple[Tensor, ...], tokens: int) -> None:
         """Begins a tail with room for as many turns of so many tokens as the spare room takes."""
         spare = min(MOST_SPARE, int((GROWTH - 1) * self.get_seq_length()))
-        if len(self.frozen) < MANY_RUNS or spare < 2 * tokens:
-            return
-        # Spare room is worth having, not failing for.
-        with suppress(torch.OutOfMemoryError):
-            self.reserve(like, spare // tokens * tokens)
+        many = len(self.frozen) >= MANY_RUNS
+        self.reserve(like, tokens, wish=spare // tokens * tokens if many else 0)
 
     def _trim(self) -> None:
         """Gives a short tail's spare room back, unless a fork holds the same storage.
 
         Each token is copied once at most, and for a moment a layer's tail is there twice.
         """
-        kept = -(-self.length // BLOCK_TOKENS) * BLOCK_TOKENS
+        kept = _in_blocks(self.length)
         if self._shared_length or not COPIED_TOKENS < self.length <= 2 * MOST_SPARE:
             return
         if kept < self.tail[0].shape[2]:
-            # What has no room for the copy keeps its spare room.
-            with suppress(torch.OutOfMemoryError):
+            # What finds no memory for the copy keeps its spare room.
+            with suppress(RuntimeError):
                 whole = torch.contiguous_format
                 self.tail = tuple(t[:, :, :kept].clone(memory_format=whole) for t in self.tail)
 
@@ -333,7 +349,10 @@ class SegmentedLayer(CacheLayerMixin):
         self.frozen = self.segments()
         if self._shared_length:
             self._shared_runs = len(self.frozen)
-        self.tail, self.length, self._shared_length = (), 0, 0
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self.tail, self.length, self._shared_length, self._room = (), 0, 0, 0
 
     def compress(self, rank: int) -> None:
         """Turns everything cached so far into runs with fp8 latents.
@@ -371,7 +390,7 @@ class SegmentedLayer(CacheLayerMixin):
                 start, stop = lacks.kept, lacks.kept + lacks.missing
                 rows = torch.cat([rows[..., :start], rows[..., stop:]], dim=3)
             self.frozen += (Segment((rows, *others), len(index_M), lacks),)
-        self.tail, self.length, self._shared_length = (), 0, 0
+        self._begin_anew()
 
     def gather(self, since: int) -> None:
         """Joins the runs frozen since there were `since` to one of each kind."""
@@ -480,8 +499,8 @@ class SegmentedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets everything; storage shared with forks is left alone."""
-        self.frozen, self.tail, self.length, self._shared_length = (), (), 0, 0
-        self._shared_runs = 0
+        self.frozen, self._shared_runs = (), 0
+        self._begin_anew()
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -499,7 +518,7 @@ class SegmentedLayer(CacheLayerMixin):
         if kept < self._shared_length:
             self.frozen = (*self.frozen, Segment(self.tail, kept))
             self._shared_runs = len(self.frozen)
-            self.tail, self.length, self._shared_length = (), 0, 0
+            self._begin_anew()
         else:
             self.length = kept
 
@@ -530,14 +549,14 @@ class SegmentedLayer(CacheLayerMixin):
         """What `restore` needs; refers to the storage and copies nothing."""
         return LayerState(
             self.frozen, self.tail, self.length, self.expected, self._shared_length,
-            self._shared_runs, self.is_initialized,
+            self._shared_runs, self._room, self.is_initialized,
         )  # fmt: skip
 
     def restore(self, state: LayerState) -> None:
         """Goes back to an earlier state: what is cached is added to, never overwritten."""
         self.frozen, self.tail, self.length = state.frozen, state.tail, state.length
         self.expected, self._shared_length = state.expected, state.shared_length
-        self._shared_runs = state.shared_runs
+        self._shared_runs, self._room = state.shared_runs, state.room
         self.is_initialized = state.is_initialized
 
     def storages(self) -> Iterator[torch.UntypedStorage]:

@@ -198,7 +198,7 @@ class _Batch:
         self._alone = len(rows) == 1
         if self._alone:
             self.cache = rows[0].cache
-            self.lengths = [self.cache.segmented(0).length]
+            self.lengths = [_tail_length(self.cache)]
             return
         room = max(len(r.pending) + min(r.limits.max_new_tokens, ROUND) for r in rows)
         self.cache, self.lengths = _join([row.cache for row in rows], room)
@@ -245,7 +245,7 @@ class _Batch:
         for index in range(len(self.cache.layers)):
             self.cache.segmented(index).make_room(steps + 1, may_freeze=self._alone)
         if self._alone:
-            self.lengths = [self.cache.segmented(0).length]
+            self.lengths = [_tail_length(self.cache)]
 
     def advance(self, replied: Sequence[int]) -> None:
         """Accounts for the tokens that the engine cached: all of a reply but its last one."""
@@ -301,6 +301,13 @@ def _join(caches: Sequence[SegmentedCache], room: int) -> tuple[SegmentedCache, 
         for index in range(len(caches[0].layers))
     ]
     return caches[0].of_layers(layers), own
+
+
+def _tail_length(cache: SegmentedCache) -> int:
+    """Tokens in the tail: a step writes at the same place in every layer."""
+    lengths = {cache.segmented(index).length for index in range(len(cache.layers))}
+    assert len(lengths) == 1, f"layers have tails of {sorted(lengths)} tokens"
+    return lengths.pop()
 
 
 def _join_layer(layers: Sequence[SegmentedLayer], shared: int, capacity: int) -> SegmentedLayer:

@@ -314,6 +314,34 @@ def test_spare_room_is_not_worth_failing_for(monkeypatch: pytest.MonkeyPatch) ->
     assert layer.get_seq_length() == 82 and layer.tail[0].shape[2] == 2
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_layers_freeze_at_the_same_token_whatever_memory_they_find(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step writes at one place in all layers: it is the same only if their tails are."""
+    monkeypatch.setattr(cache, "COPIED_TOKENS", 8)
+    monkeypatch.setattr(cache, "BLOCK_TOKENS", 1)
+    rich, poor = SegmentedLayer(), SegmentedLayer()
+    stock = torch.Tensor.new_zeros
+
+    def nearly_full(like: Tensor, *shape: int) -> Tensor:
+        if shape[2] > needed:
+            raise error("no room")
+        return stock(like, *shape)
+
+    for turn in range(60):
+        new = torch.full((1, 1, (10, 3)[turn > 10], 4), float(turn))
+        rich.write((new,))
+        in_tail = poor.length + new.shape[2]
+        needed = in_tail if in_tail <= rich.length else new.shape[2]
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "new_zeros", nearly_full)
+            poor.write((new,))
+        assert (poor.length, len(poor.frozen)) == (rich.length, len(rich.frozen))
+    assert torch.equal(poor.joined()[0], rich.joined()[0])
+    assert stored_tokens(poor) < stored_tokens(rich)
+
+
 def test_a_run_that_a_fork_holds_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "COPIED_TOKENS", 8)
     layer = SegmentedLayer()

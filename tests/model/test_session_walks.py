@@ -36,7 +36,7 @@ class Walk:
         self.sessions = [Session(model, processor, chunk=64)]
         self.sessions[0].append_ids(self.some_ids())
         self.steps = [self.append, self.append, self.append, self.generate]
-        self.steps += [self.fork, self.generate_together, self.fail]
+        self.steps += [self.fork, self.generate_together, self.fail, self.run_short]
         self.steps += [self.compress] if compresses else []
 
     def some_ids(self) -> list[int]:
@@ -81,12 +81,30 @@ class Walk:
                 session.prefill()
         assert session.ids == before
 
+    def run_short(self) -> None:
+        """Some layers find no memory for spare room, some not even for the tokens themselves."""
+        session, stock = self.one(), torch.Tensor.new_zeros
+        before = list(session.ids)
+
+        def scarce(like: torch.Tensor, *shape: int) -> torch.Tensor:
+            if self.drawn.random() < 0.3:
+                raise torch.OutOfMemoryError("no room")
+            return stock(like, *shape)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "new_zeros", scarce)
+            try:
+                session.append_ids(self.some_ids())
+                session.prefill()
+            except torch.OutOfMemoryError:
+                assert session.ids == before
+
     def take(self, steps: int) -> None:
         for _ in range(steps):
             self.drawn.choice(self.steps)()
 
 
-@pytest.mark.parametrize("seed", [3, 6])
+@pytest.mark.parametrize("seed", [3, 4])
 @pytest.mark.parametrize("name", ["scale:base", "scale:m2la"])
 def test_walked_sessions_answer_like_new_ones(name: str, seed: int) -> None:
     model, processor = load_model(name, "cpu", "float32")
@@ -101,7 +119,7 @@ def test_walked_sessions_answer_like_new_ones(name: str, seed: int) -> None:
         assert session.fork().generate(LIMITS).token_ids == alone
 
 
-@pytest.mark.parametrize("seed", [3, 6])
+@pytest.mark.parametrize("seed", [3, 4])
 def test_walked_compressed_sessions_answer_alike_alone_and_together(seed: int) -> None:
     """What fp8 rounds depends on the walk; what is read afterwards must not on who reads along."""
     model, processor = load_model("scale:m2la", "cpu", "float32")
