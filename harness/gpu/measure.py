@@ -135,7 +135,10 @@ def release() -> None:
     """Give freed memory back to the device."""
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        # After a kernel's fault every call fails: what is measured next says so, and what was
+        # measured is still to be written.
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
 
 def copy_bandwidth(device: torch.device, size_bytes: int) -> float:
@@ -173,16 +176,23 @@ def card_of(device: torch.device) -> str:
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
+_hangs: list[str] = []
+"""What became of nvidia-smi, once it has not answered."""
+
+
 def device_state(device: torch.device) -> dict[str, Any]:
     """What nvidia-smi says of the card now: clocks, temperature, power, throttle reasons."""
     if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         return {}
+    if _hangs:
+        return {"nvidia-smi": _hangs[0]}
     command = ["nvidia-smi", f"--query-gpu=uuid,{NVIDIA_FIELDS}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SMI_S)
     except subprocess.TimeoutExpired:
-        # A driver that hangs is worth knowing of, and not worth a point.
-        return {"nvidia-smi": f"no answer in {SMI_S} s"}
+        # A driver that hangs is worth knowing of, and not worth a point; nor asking again.
+        _hangs.append(f"no answer in {SMI_S} s")
+        return {"nvidia-smi": _hangs[0]}
     answer = done.stdout
     lines = [[value.strip() for value in line.split(",")] for line in answer.splitlines() if line]
     # Of a single card there is nothing to choose, should its names differ in form.

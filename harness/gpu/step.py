@@ -139,8 +139,8 @@ def measure(
         known = results.data["points"]
         absent = [key for key in points if key not in known or is_tried_again(known[key])]
         if absent and results.left_s() > 0:
-            subject = subject or load(name, results.device, "bfloat16")
-            if not is_green(subject, cache):
+            subject = subject or loaded(name, results.device)
+            if subject is None or not is_green(subject, cache):
                 amiss.append(f"{name}, {cache} cache")
                 continue
         for key, context in points.items():
@@ -157,6 +157,15 @@ def measure(
 def key_of(name: str, cache: str, context: int) -> str:
     """A point's name in the file."""
     return f"{name}{' fp8' if cache == 'fp8' else ''}/{context}"
+
+
+def loaded(name: str, device: torch.device) -> Subject | None:
+    """A model; None if it cannot be loaded, which is said."""
+    try:
+        return load(name, device, "bfloat16")
+    except Exception as error:  # of memory, above all: other models go on
+        say(f"{name}: not loaded: {type(error).__name__}: {error}"[:400])
+        return None
 
 
 def is_green(subject: Subject, cache: str) -> bool:

@@ -37,7 +37,7 @@ from internvideo3.harness.profile.amiss import (
     reasons,
     unmeasured,
 )
-from internvideo3.harness.profile.depth import DepthError
+from internvideo3.harness.profile.depth import Depth, DepthError
 from internvideo3.harness.profile.gate import Form, Gate, gate
 from internvideo3.harness.profile.known import (
     MEASURED,
@@ -76,6 +76,7 @@ from internvideo3.harness.profile.subjects import (
     Subject,
     attention_of,
     config_of,
+    form_of,
     label_of,
     load,
     parameters_of,
@@ -241,7 +242,7 @@ class _Group:
 
     def _refused_ahead(self, point: Point) -> Row | None:
         config = config_of(point.model)
-        impossible = why_not(point, attention_of(config))
+        impossible = why_not(point, form_of(config))
         if impossible is not None:
             return unmeasured("not possible", impossible, retry=False)
         try:
@@ -413,6 +414,7 @@ class _Group:
         workload = self.options.workload
         runs: dict[Point, list[Run]] = {point: [] for point in turn}
         failed: dict[Point, Row] = {}
+        depths: dict[Point, Depth | None] = {}
         told: dict[Point, Row] = {point: self._circumstances() for point in turn}
         for repeat in range(workload.warmups + workload.repeats):
             for point in turn:
@@ -421,8 +423,11 @@ class _Group:
                 found = self._tried(models[point.model], point, told[point], first=repeat == 0)
                 if isinstance(found, dict):
                     failed[point] = found
-                elif repeat >= workload.warmups:
-                    runs[point].append(found)
+                    continue
+                # Only the first run is looked at, which may be one that warms up.
+                depths.setdefault(point, found.depth)
+                if repeat >= workload.warmups:
+                    runs[point].append(replace(found, depth=depths[point]))
         for point in turn:
             if not runs[point]:
                 yield point, [told[point] | failed[point]]
@@ -560,7 +565,7 @@ class _Group:
 
     def _scope_of(self, point: Point) -> str | None:
         """What the point's gate looks at; nothing of what can be run nowhere."""
-        possible = why_not(point, attention_of(config_of(point.model))) is None
+        possible = why_not(point, form_of(config_of(point.model))) is None
         return self._form_of(point).scope if possible else None
 
     def _common(self, model: str, found: Gate | None, scope: str | None) -> Row:

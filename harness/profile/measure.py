@@ -36,12 +36,12 @@ from internvideo3.model.session import CHUNK
 
 Row = dict[str, Any]
 MEMORY_NAMES = ("peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes")
-ENERGY_WINDOW_S = 2.0
-"""The card counts energy some ten times a second: of shorter windows the edges weigh too much."""
+ENERGY_WINDOW_S = 1.0
+"""The card counts energy some ten times a second: of shorter runs the edges weigh too much."""
+ENERGY_IN_ALL_S = 2.0
+"""Of all runs of a point together."""
 WARM_CHUNKS = 2
 """Of a prefill that warms up: the second one sees a past, as all later ones do."""
-ROOM_BYTES = 1 << 30
-"""Free memory that a capture is left: it cannot take what the allocator keeps for others."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def run_once(subject: Subject, point: Point, *, first: bool = True) -> Run:
         DepthError: the engine's step is not right there.
         torch.OutOfMemoryError: the device is too small.
     """
-    # The allocator keeps what an earlier run had: this one needs the same, and the driver's handing
-    # it out would be timed.
+    # The allocator keeps the cache that an earlier run had: this one needs the same, and the
+    # driver's handing it out would be timed. (A capture gives all that is free back.)
     gc.collect()
     device = subject.model.device
     if device.type == "cuda":
@@ -129,12 +129,17 @@ def warm_up(subject: Subject, point: Point) -> int:
     runner = make_runner(
         subject, point.runner, batch=point.batch, chunk=point.chunk, cache=point.cache
     )
-    tokens = min(point.prefilled(runner.chunk), WARM_CHUNKS * runner.chunk)
+    prefilled = point.prefilled(runner.chunk)
+    tokens = min(prefilled, WARM_CHUNKS * runner.chunk)
     if tokens:
+        # A last chunk has a past, and its kernels that of the past.
+        past = min(point.depth - prefilled, runner.chunk)
         # Of a cache in fp8 only what is prefilled is there in full.
-        in_full = point.prefilled(runner.chunk) if point.cache == "fp8" else point.depth
+        left = (prefilled if point.cache == "fp8" else point.depth - past) + point.new_tokens
+        if past:
+            runner.fill(past, left)
         ids_BT = random_ids(subject, point.batch, tokens)
-        runner.prefill(ids_BT, in_full - tokens + point.new_tokens)
+        runner.prefill(ids_BT, left - tokens)
         _wait(subject.model.device)
     return tokens
 
@@ -150,20 +155,18 @@ class Look:
     """Peaks until then."""
 
     def __call__(self, engine: Engine, cache: SegmentedCache) -> None:
-        """Look, and leave a capture the memory it needs.
+        """Look.
 
         Raises:
             DepthError: the step is not right.
         """
-        if self.asks:
-            self.memory = memory_of(self.device)
-            self.found = check_depth(engine, cache)
+        if not self.asks:
+            return
+        self.memory = memory_of(self.device)
+        self.found = check_depth(engine, cache)
         if self.device.type == "cuda":
-            if torch.cuda.mem_get_info(self.device)[0] < ROOM_BYTES:
-                torch.cuda.empty_cache()
-            if self.asks:
-                torch.cuda.reset_peak_memory_stats(self.device)
-        if self.found is not None and not self.found.is_green:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        if not self.found.is_green:
             raise DepthError(str(self.found))
 
 
@@ -301,12 +304,13 @@ def rows_of(subject: Subject, point: Point, runs: Sequence[Run], ceilings: Ceili
 
 
 def _energy(runs: Sequence[Run], tokens: int) -> Row:
-    """Joules of a token, of runs that took long enough to tell; and how long they took."""
-    told = [run.energy_j / tokens for run in runs if run.energy_j is not None
-            and run.energy_s >= ENERGY_WINDOW_S]  # fmt: skip
+    """Joules of a token over the runs that took long enough to tell; and how long all took."""
+    told = [run for run in runs if run.energy_j is not None and run.energy_s >= ENERGY_WINDOW_S]
+    joules = sum(run.energy_j for run in told if run.energy_j is not None)
+    enough = sum(run.energy_s for run in told) >= ENERGY_IN_ALL_S
     return {
-        "energy_j_per_token": statistics.median(told) if told else None,
-        "energy_window_s": statistics.median(run.energy_s for run in runs),
+        "energy_j_per_token": joules / tokens / len(told) if enough else None,
+        "energy_window_s": sum(run.energy_s for run in runs),
     }
 
 

@@ -51,9 +51,20 @@ class ProfileOptions:
         return [self.run_of(name) for name in self.workload.models]
 
     def drawn(self) -> list[Path]:
-        """Every run directory whose rows belong in the figures of `out`: earlier commands', too."""
-        earlier = sorted(path.parent for path in self.out.glob("*/measurements.jsonl"))
-        return list(dict.fromkeys([*self.runs(), *earlier]))
+        """Every run directory whose rows belong in the figures of `out`: earlier commands', too.
+
+        Those of this command come last, and what was moved aside first comes first: of a point that
+        several have, the newest row counts.
+        """
+        runs = self.runs()
+        found = {path.parent for path in self.out.glob("*/measurements.jsonl")} - {*runs}
+        return [*sorted(found, key=_by_number), *runs]
+
+
+def _by_number(path: Path) -> tuple[str, int]:
+    """Order of names that differ in a number at their end, `a-2` before `a-10`."""
+    stem, _, number = path.name.rpartition("-")
+    return (stem, int(number)) if number.isdecimal() else (path.name, 0)
 
 
 def folder_name(model: str) -> str:
@@ -159,7 +170,7 @@ def describe(name: str, options: ProfileOptions) -> Row:
 def _config(options: ProfileOptions) -> Row:
     """What is measured grows from command to command; where it is measured does not."""
     return {
-        "device": options.device,
+        "device": device_given(options.device).type,
         "card": host.name_of(device_given(options.device)),
         "threads": options.threads,
     }

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from internvideo3.harness.profile.subjects import attention_of, class_of, config_of
+from internvideo3.harness.profile.subjects import class_of, config_of, form_of
 from internvideo3.harness.profile.workload import Point, Workload, WorkloadError, why_not
 from internvideo3.model.cache import COMPRESSED_TOKENS
 from internvideo3.model.checkpoint import ITEM_BYTES, cache_bytes_per_token
@@ -268,7 +268,7 @@ def plan(workload: Workload, memory: int) -> list[Planned]:
     weights: dict[tuple[str, str], int] = {}
     for point in workload.points():
         config, kind = configs[point.model], (point.model, point.dtype)
-        impossible = why_not(point, attention_of(config))
+        impossible = why_not(point, form_of(config))
         if impossible is not None:
             found.append(Planned(point, Need(0, 0, 0), None, 0, impossible))
             continue

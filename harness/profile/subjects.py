@@ -127,6 +127,11 @@ def attention_of(config: Any) -> str:
     return "m2la" if isinstance(config, InternVideo3Config) else "gqa"
 
 
+def form_of(config: Any) -> str:
+    """The form of what a configuration caches: "gqa", or that of its M²LA rows."""
+    return "gqa" if attention_of(config) == "gqa" else str(config.text_config.row_form)
+
+
 @functools.cache
 def parameters_of(name: str) -> int:
     """How many parameters a model by name has, all of them counted once; nothing is loaded."""

@@ -167,16 +167,20 @@ class Point:
         )
 
 
-def why_not(point: Point, attention: str) -> str | None:
+def why_not(point: Point, form: str) -> str | None:
     """Why a point cannot be run on any device; None if it can.
 
     Args:
         point: it.
-        attention: of its model, "gqa" or "m2la".
+        form: of what its model caches, "gqa" or a form of M²LA's rows (`config.ROW_FORMS`).
     """
-    if point.cache == "fp8" and (attention != "m2la" or point.runner != "engine"):
+    if point.cache == "fp8" and (form == "gqa" or point.runner != "engine"):
         return "only the engine has an fp8 cache, and only for M²LA."
-    if point.runner != "engine" and attention != "gqa":
+    if form == "prerope" and point.cache == "fp8":
+        return "rows before rotation have no fp8 form."
+    if form == "prerope" and point.fill != "prefill":
+        return "rows before rotation are not made up: the first layer's have their angles."
+    if point.runner != "engine" and form != "gqa":
         return f"{point.runner}: transformers has no M²LA; baselines are for GQA models."
     return None
 

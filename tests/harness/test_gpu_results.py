@@ -102,13 +102,35 @@ def test_memory_that_others_had_is_asked_for_again(
     assert again is not None and (again["status"] == "ok") == shared
 
 
+def test_a_point_is_written_though_the_card_answers_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a kernel's fault every call fails, that which gives memory back too."""
+
+    def gone() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    results = Results(tmp_path / "a.json", CPU, 60)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", gone)
+    point = results.point("a", gone)
+    assert point is not None and point["status"] == "failed"
+    assert json.loads((tmp_path / "a.json").read_text())["points"]["a"]["status"] == "failed"
+
+
 def test_a_driver_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
     def hangs(*_: Any, timeout: float, **__: Any) -> Any:
+        asked.append(timeout)
         raise subprocess.TimeoutExpired("nvidia-smi", timeout)
 
     monkeypatch.setattr(measure.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
     monkeypatch.setattr(measure.subprocess, "run", hangs)
-    assert device_state(torch.device("cuda")) == {"nvidia-smi": "no answer in 20 s"}
+    monkeypatch.setattr(measure, "_hangs", [])
+    for _ in range(3):
+        assert device_state(torch.device("cuda")) == {"nvidia-smi": "no answer in 20 s"}
+    assert asked == [20]
 
 
 def test_checks_that_hang_leave_time_for_what_is_timed(

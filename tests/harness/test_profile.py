@@ -395,7 +395,7 @@ def test_rows_of_known_runs() -> None:
     ).points()
     steps = ((0.1, 0.2, 0.3, 0.4), (0.2, 0.2, 0.2, 0.2), (0.5, 0.5, 0.5, 0.5))
     runs = [
-        Run(1.0 + i, 100, one, 1000, 5000, 80.0 * (i + 1), {"peak_allocated_bytes": 7}, i + 1.0)
+        Run(1.0 + i, 100, one, 1000, 5000, 80.0 * (i + 1), {"peak_allocated_bytes": 7}, i + 0.5)
         for i, one in enumerate(steps)
     ]
     prefill, decode, cache = rows_of(subject, point, runs, Ceilings(1e6, 1e9))
@@ -406,8 +406,10 @@ def test_rows_of_known_runs() -> None:
     assert decode["tokens_per_s"] == pytest.approx(8.0)
     assert decode["step_median_s"] == pytest.approx(0.25)
     # The first run is too short to tell what it used.
-    assert decode["energy_j_per_token"] == pytest.approx((160.0 + 240.0) / 2 / 8)
-    assert decode["energy_window_s"] == 2.0
+    assert decode["energy_j_per_token"] == pytest.approx((160.0 + 240.0) / (2 * 8))
+    assert decode["energy_window_s"] == 0.5 + 1.5 + 2.5
+    # One run of 1.5 s is too short by itself.
+    assert rows_of(subject, point, runs[1:2], Ceilings(1e6, 1e9))[1]["energy_j_per_token"] is None
     # A step reads the weights once, and of each sequence 100 tokens and on average 2.5 new ones.
     token = 2 * 2 * 2 * 128 * 4
     assert decode["moved_bytes_per_step"] == 5000 + 2 * 102.5 * token

@@ -172,6 +172,12 @@ def test_a_card_that_answers_no_more_is_rows(
     assert measured(tiny)[0]["status"] == "failed"
 
 
+def test_a_run_that_warms_up_is_the_one_that_is_looked_at(tiny: ProfileOptions) -> None:
+    profile(replace(tiny, workload=replace(tiny.workload, warmups=1, repeats=2)))
+    rows = measured(tiny)
+    assert rows and all(0 <= row["depth_error"] < 1e-4 for row in rows)
+
+
 def group(options: ProfileOptions) -> _Group:
     return _Group(options, torch.device("cuda"), "bfloat16", None, print, Amiss(), None, None)
 

@@ -262,7 +262,13 @@ def test_a_warm_up_takes_the_memory_of_the_whole_point(
     monkeypatch.setattr(measure, "make_runner", watched)
     point = one_point(fill="last", contexts=(1000,), chunks=(128,), caches=("fp8",))
     assert warm_up(subject, point) == 128
-    assert 128 < held[0] / subject.bytes_per_token < 256
+    assert 128 < held[-1] / subject.bytes_per_token < 256
+    # A chunk that is timed has a past, and so has the one that warms up for it.
+    monkeypatch.setattr(measure, "make_runner", kept)
+    point = one_point(fill="last", contexts=(1000,), chunks=(128,))
+    assert warm_up(subject, point) == 128
+    assert made[-1].length == 256
+    assert made[-1].cache.segmented(0).tail[0].shape[2] >= 1000 + 2 + 1
 
 
 def test_every_length_is_compiled_alike(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from internvideo3.harness.gpu import figure6
 from internvideo3.harness.profile import host, known
 from internvideo3.harness.profile.command import ProfileOptions, is_complete, profile
-from internvideo3.harness.profile.workload import Workload
+from internvideo3.harness.profile.options import _config as options_config
+from internvideo3.harness.profile.workload import Workload, why_not
 from internvideo3.harness.store import read_rows
 from internvideo3.reports.efficiency import read
 
@@ -108,6 +110,38 @@ def test_another_card_in_the_same_folder_begins_a_run_beside_the_old_one(
     assert json.loads((run / "run.json").read_text())["config"]["card"] != "NVIDIA H200"
     # Both are in the figures, apart.
     assert len(set(read([run, tmp_path / "random-tiny-gqa-1"]).devices)) == 2
+
+
+def test_what_was_moved_aside_does_not_rule_what_is_newer(tmp_path: Path) -> None:
+    """One card, then another, then the first again with other code."""
+    for name in ("a", "a-1", "a-2", "a-10", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "measurements.jsonl").touch()
+    options = ProfileOptions(workload=Workload(models=("a",)), out=tmp_path)
+    assert [path.name for path in options.drawn()] == ["a-1", "a-2", "a-10", "b", "a"]
+
+
+def test_a_card_is_the_same_however_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "name_of", lambda _: "NVIDIA H200")
+    monkeypatch.setattr("internvideo3.harness.profile.options.device_given", torch.device)
+    workload = Workload(models=(GQA,))
+    one, other = (
+        options_config(ProfileOptions(workload=workload, out=Path("out"), device=name))
+        for name in ("cuda", "cuda:0")
+    )
+    assert one == other
+
+
+def test_rows_before_rotation_are_timed_only_as_they_can_be() -> None:
+    """Told as impossible: tried again at every command, they would fail again."""
+
+    def why(**named: Any) -> Any:
+        (point,) = Workload(models=(GQA,), contexts=(48,), **named).points()
+        return why_not(point, "prerope")
+
+    assert why(fill="prefill") is None
+    assert "no fp8 form" in why(fill="prefill", caches=("fp8",))
+    assert "made up" in why(fill="random") and "made up" in why(fill="last")
 
 
 @pytest.mark.parametrize(
