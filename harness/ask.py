@@ -134,6 +134,8 @@ def _run(
 
     # The video first: what is wrong with it is told before weights are read.
     eye.first()
+    # And the folder, before minutes are spent on what could not be kept.
+    options.out.mkdir(parents=True, exist_ok=True)
     agent = agent_of(options)
     place = replace(load_place(options, desk), advance=advance)
     limits = Limits(

@@ -157,7 +157,7 @@ def evaluate_command(
     ] = None,
     max_frames: Annotated[
         int | None,
-        typer.Option(min=1, help="Most frames of a video. Default: the benchmark's, else 768."),
+        typer.Option(min=2, help="Most frames of a video. Default: the benchmark's, else 768."),
     ] = None,
     min_pixels: Annotated[
         int | None, typer.Option(min=1, help="Fewest pixels of a frame. Default: by benchmark.")
@@ -441,7 +441,13 @@ def ask_command(
         )
         with live_view(Console(stderr=True)) as watch:
             asked = ask(options, watch, watch.advance)
-        for note in asked.notes:
+        notes = list(asked.notes)
+        if model.startswith("scale:"):
+            notes.append(
+                f"{model} is a small model that knows the drawn videos of `world build` and "
+                "nothing else; for other videos give --model."
+            )
+        for note in notes:
             print(f"Note: {note}", file=sys.stderr)
         print(asked.answer)
         print(f"Page: {asked.page.resolve()}")
@@ -1498,7 +1504,7 @@ def compare_stock_command(
     videos: Annotated[int, typer.Option(min=1, help="Videos of world_manyq.")] = 6,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; the classes take turns.")] = 3,
     out: Annotated[Path, typer.Option(help="JSON file for the figures.")] = Path(
-        "reports/results/compare_stock.json"
+        "runs/compare_stock.json"
     ),
     root: RootOption = None,
     threads: ThreadsOption = 1,

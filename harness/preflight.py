@@ -245,12 +245,13 @@ def load_benchmark(
     path, task = folder / f"{suite}.jsonl", folder / "lmms" / f"iv3_{suite}.yaml"
     absent = next((file for file in (path, task) if not file.is_file()), None)
     if absent:
-        building = f"internvideo3 world build {suite} --split {split} --root {root}"
-        if suite not in SUITES:
-            building = f"python -m internvideo3.tasks.brief --split {split} --root {root}"
-        raise PreflightError(
-            f"Suite {suite} is not built: {absent} is missing. Build it with `{building}`."
-        )
+        where = f"--split {split} --root {root}"
+        if suite in SUITES:
+            building = f"Build it with `internvideo3 world build {suite} {where}`, or all six with "
+            building += f"`internvideo3 world build {where}`."
+        else:
+            building = f"Build it with `python -m internvideo3.tasks.brief {where}`."
+        raise PreflightError(f"Suite {suite} is not built: {absent} is missing. {building}")
     with path.open(encoding="utf-8") as lines:
         docs = [json.loads(line) for line in lines]
     chosen = _chosen(suite, docs, limit, sample_ids)

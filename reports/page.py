@@ -183,7 +183,19 @@ def _lede(summary: Summary) -> str:
         f"{who} answered {_plural(questions, 'question')} about {_plural(videos, 'video')} "
         f"in {_plural(len(summary.suites), 'suite')}."
     )
-    return f"{first} {_headline(summary)}".strip()
+    return " ".join(filter(None, (first, _uneven(summary, real), _headline(summary))))
+
+
+def _uneven(summary: Summary, systems: Sequence[System]) -> str:
+    """How many questions each system answered, where they are not as many."""
+    cells = {
+        s.name: [t.cells[s.name] for t in summary.suites if s.name in t.cells] for s in systems
+    }
+    counts = {name: sum(cell.n - cell.errors for cell in own) for name, own in cells.items()}
+    if len(set(counts.values())) < 2:
+        return ""
+    told = ", ".join(f"{name} {wording.count(count)}" for name, count in counts.items())
+    return f"Not all of them: {told}; only paired differences are of the same questions."
 
 
 def _headline(summary: Summary) -> str:

@@ -47,6 +47,9 @@ def _check(claim: Claim, context: Context) -> Check:
     problems = tuple(problem for problem in judged.values() if problem)
     if not claim.evidence:
         problems = ("it cites no evidence; name entries such as e2",)
+    if not any(map(str.isalnum, claim.text)):
+        # A model that has nothing to say must not have said it with evidence.
+        problems = ("it says nothing; give an answer",)
     return Check(
         claim=claim.text, ok=bool(holding) and not problems, evidence=holding, problems=problems
     )

@@ -281,13 +281,15 @@ def test_claims_must_cite_what_exists_and_is_of_their_time(make: Make) -> None:
     context.respond(Kind.FEEDBACK, "asr", [Quoted("timeout")], span=(2.0, 4.0), data={"ok": False})
     context.add(Kind.REASONING, "model", [Quoted("I think so")])
 
-    def problems(*evidence: str, **times: float) -> str:
-        claim = Claim.model_validate({"text": "x", "evidence": evidence, **times})
+    def problems(*evidence: str, text: str = "x", **times: float) -> str:
+        claim = Claim.model_validate({"text": text, "evidence": evidence, **times})
         (one,) = check([claim], context)
         assert one.ok == (not one.problems)
         return "; ".join(one.problems)
 
     assert problems("e1") == problems("e1", start_s=3, end_s=9) == ""
+    assert all("says nothing" in problems("e1", text=text) for text in (" ", "?", "..."))
+    assert problems("e1", text="門") == problems("e1", text="7") == ""
     assert "no evidence" in problems()
     assert "no entry e9" in problems("e1", "e9")
     assert "of another time" in problems("e1", start_s=5, end_s=9)

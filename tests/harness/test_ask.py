@@ -138,7 +138,20 @@ def test_the_command_shows_turns_and_tells_where_the_page_is(tmp_path: Path) -> 
     answer, page = done.stdout.splitlines()
     assert answer in QUESTION and Path(page.removeprefix("Page: ")).is_file()
     assert "observation" in done.stderr and "Left: " in done.stderr
+    assert "scale:m2la is a small model that knows the drawn videos" in " ".join(
+        done.stderr.split()
+    )
     json.loads((tmp_path / "out/trace.json").read_text())
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_model_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("internvideo3.harness.ask.load_place", lambda *_: pytest.fail("too late"))
+    (tmp_path / "out").write_text("a file")
+    options = AskOptions(video=clip("bikes.mp4"), question=QUESTION, out=tmp_path / "out")
+    with pytest.raises(FileExistsError):
+        ask(options)
 
 
 def test_nothing_that_is_shown_steers_the_terminal() -> None:

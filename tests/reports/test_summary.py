@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from internvideo3.reports import export, markdown, wording
+from internvideo3.reports import export, markdown, page, wording
 from internvideo3.reports.load import load_run
 from internvideo3.reports.profile import collect
 from internvideo3.reports.summary import Summary, summarise, summarise_paths
@@ -258,3 +259,16 @@ def test_names_do_not_become_formulas(make_run: MakeRun) -> None:
     file.write_text(file.read_text().replace('"name": "scale:base"', '"name": "=1+1"'))
     rows = list(csv.DictReader(io.StringIO(export.render(summarise([load_run(folder)])))))
     assert rows[0]["system"] == "'=1+1"
+
+
+def test_the_first_sentence_says_who_answered_fewer(make_run: Callable[..., Path]) -> None:
+    """One system that failed on most of its questions must not pass for one that answered all."""
+    paths = [make_run("base"), make_run("m2la")]
+    assert "Not all of them" not in page._lede(summarise_paths(paths))
+    file = next((paths[1] / "samples").glob("*.jsonl"))
+    lines = file.read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)["error"]] + lines[:1]
+    file.write_text("\n".join(kept) + "\n")
+    lede = page._lede(summarise_paths(paths))
+    every, fewer = map(int, re.findall(r" (\d+)[,;]", lede.partition("Not all of them:")[2]))
+    assert every - fewer == len(lines) - len(kept) > 0
