@@ -409,7 +409,7 @@ def ask_command(
 
       internvideo3 ask film.mp4 "Where does it end?" --model ./checkpoint --policy model --turns 12
     """
-    with _errors_in_words(out):
+    with _errors_in_words():
         from rich.console import Console
 
         from internvideo3.harness.ask import AskOptions, ask
@@ -528,7 +528,7 @@ def serve_command(
 
       TOKEN=secret internvideo3 serve --host 0.0.0.0 --token-variable TOKEN --model ./checkpoint
     """
-    with _errors_in_words(Path()):
+    with _errors_in_words():
         from internvideo3.harness.ask import AskOptions
         from internvideo3.harness.serving.command import ServeOptions, serve
 
@@ -564,7 +564,7 @@ def trace_show_command(
 
       internvideo3 trace show runs/agent/traces/world_long/000007.json.gz --video clip.mp4
     """
-    with _errors_in_words(out):
+    with _errors_in_words():
         from internvideo3.harness.replay import show
 
         print(f"Page: {show(trace, video, out).resolve()}")
@@ -593,7 +593,7 @@ def trace_replay_command(
 
       internvideo3 trace replay ask/trace.json film.mp4
     """
-    with _errors_in_words(out):
+    with _errors_in_words():
         from internvideo3.harness.ask import AskOptions
         from internvideo3.harness.replay import replay
 
@@ -633,7 +633,7 @@ def table6_command(
 
       internvideo3 table6 runs/direct runs/agentic --out table6
     """
-    with _errors_in_words(out):
+    with _errors_in_words():
         from internvideo3.reports.load import load_run, load_runs
         from internvideo3.reports.table6 import write
 
@@ -658,7 +658,7 @@ def suites_command(
 
       internvideo3 suites videomme
     """
-    with _errors_in_words(Path()):
+    with _errors_in_words():
         from internvideo3.harness.suites import describe, groups
         from internvideo3.tasks.benchmarks.local import data_root
 
@@ -724,7 +724,7 @@ def serve_policy_command(
 
       internvideo3 serve-policy --model scale:m2la --weights runs/train
     """
-    with _errors_in_words(Path()):
+    with _errors_in_words():
         from internvideo3.harness.serving.command import PolicyOptions, serve_policy
 
         options = PolicyOptions(
@@ -798,7 +798,7 @@ def report_command(
 
       internvideo3 report runs/base runs/m2la runs/blind --out page
     """
-    with _errors_in_words(out):
+    with _errors_in_words():
         from internvideo3.reports.page import build_report
 
         page = build_report(runs, out, title=title)
@@ -827,9 +827,9 @@ def world_build_command(
 
       internvideo3 world build world_long world_ego --videos 50
     """
-    with _errors_in_words(Path("world")):
-        from internvideo3.tasks.world.build import world_build, world_root
+    from internvideo3.tasks.world.build import world_build, world_root
 
+    with _errors_in_words(world_root(root)):
         with _bars() as advance:
             built = world_build(
                 suites,
@@ -866,7 +866,7 @@ def world_show_command(
 
       internvideo3 world show world_long --index 3
     """
-    with _errors_in_words(out or Path()):
+    with _errors_in_words():
         from internvideo3.tasks.world.show import world_show
 
         picture = world_show(
@@ -1651,7 +1651,7 @@ def inspect_command(
 
       internvideo3 inspect scale:m2la
     """
-    with _errors_in_words(Path(checkpoint)):
+    with _errors_in_words():
         from internvideo3.harness.inspection import describe
 
         for line in describe(checkpoint):
@@ -1695,18 +1695,21 @@ def _default_run(model: str, suite: str) -> Path:
 
 
 @contextmanager
-def _errors_in_words(out: Path) -> Iterator[None]:
-    """Turn an error into one message and an exit status, and Ctrl-C into how to continue."""
+def _errors_in_words(kept: Path | None = None) -> Iterator[None]:
+    """Turn an error into one message and an exit status, and Ctrl-C into how to continue.
+
+    Args:
+        kept: where the same command would find what is finished; None if it begins anew.
+    """
     try:
         yield
     except typer.Exit:
         raise
     except KeyboardInterrupt:
-        print(
-            f"\nStopped. Everything finished so far is kept in {out}; "
-            "repeat the same command to continue.",
-            file=sys.stderr,
+        told = (
+            f" Everything finished so far is kept in {kept}; repeat the same command to continue."
         )
+        print(f"\nStopped.{told if kept else ''}", file=sys.stderr)
         _leave(INTERRUPTED)
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():

@@ -219,3 +219,19 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(
     done = CliRunner().invoke(cli.app, [*command, *given])
     assert done.exit_code != 0 and not out.exists()
     assert said in " ".join(done.output.replace("│", " ").split()), done.output
+
+
+def interrupted(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_says_where_the_finished_is_if_it_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("internvideo3.tasks.world.build.world_build", interrupted)
+    monkeypatch.setattr("internvideo3.harness.ask.ask", interrupted)
+    building = CliRunner().invoke(cli.app, ["world", "build", "--root", str(tmp_path)])
+    asking = CliRunner().invoke(cli.app, ["ask", "film.mp4", "What?"])
+    assert building.exit_code == asking.exit_code == cli.INTERRUPTED
+    assert f"kept in {tmp_path}; repeat" in building.output
+    assert "Stopped." in asking.output and "kept" not in asking.output
