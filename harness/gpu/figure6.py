@@ -12,13 +12,11 @@ take minutes. Needs torch, triton and transformers,
 to draw matplotlib; nothing is downloaded. ``--device cpu`` rehearses it on a tiny shape.
 """
 
-import argparse
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from internvideo3.harness.gpu.measure import device_given, in_words, say
+from internvideo3.harness.gpu.measure import device_given, in_words, say, script_parser
 from internvideo3.harness.profile.command import (
     ProfileOptions,
     UnfinishedError,
@@ -65,18 +63,7 @@ def main() -> None:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="a folder; what is in it is not measured again"
-    )
-    parser.add_argument(
-        "--budget-s",
-        type=float,
-        default=300.0,
-        help="seconds; nothing is begun after (%(default)s)",
-    )
+    parser = script_parser(__doc__, 300.0)
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to rehearse (%(default)s)")
     parser.add_argument("--draw-only", action="store_true", help="draw what is there already")
     parser.add_argument(

@@ -9,7 +9,6 @@ script on tiny shapes.
 Axes: B batch, H query heads, K key/value heads, T tokens, R row width, V value width, D head width.
 """
 
-import argparse
 import functools
 import os
 import zlib
@@ -18,7 +17,6 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +30,7 @@ from internvideo3.harness.gpu.measure import (
     poisoned,
     rotation,
     say,
+    script_parser,
     time_calls,
     timing_fields,
 )
@@ -773,18 +772,7 @@ def main() -> None:
 
 def _main() -> None:
     """Check, then measure in order of worth until the budget is spent."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="the JSON file; what is in it is not measured again"
-    )
-    parser.add_argument(
-        "--budget-s",
-        type=float,
-        default=150.0,
-        help="seconds; nothing is begun after (%(default)s)",
-    )
+    parser = script_parser(__doc__, 150.0)
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to rehearse (%(default)s)")
     arguments = parser.parse_args()
     device = device_given(arguments.device)

@@ -1,5 +1,6 @@
 """Timing, ceilings and the results file of the GPU benchmarks."""
 
+import argparse
 import contextlib
 import fcntl
 import gc
@@ -198,6 +199,19 @@ def device_state(device: torch.device) -> dict[str, Any]:
     # Of a single card there is nothing to choose, should its names differ in form.
     mine = [line for line in lines if line[0] == card_of(device)] or lines[: len(lines) == 1]
     return dict(zip(NVIDIA_FIELDS.split(","), mine[0][1:], strict=False)) if mine else {}
+
+
+def script_parser(description: str | None, budget_s: float) -> argparse.ArgumentParser:
+    """The options that all scripts have."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="for results; what is there is not measured again"
+    )
+    told = "seconds; nothing is begun after (%(default)s)"
+    parser.add_argument("--budget-s", type=float, default=budget_s, help=told)
+    return parser
 
 
 def device_given(name: str) -> torch.device:

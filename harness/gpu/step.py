@@ -8,12 +8,10 @@ kernels' time is taken off is gaps between kernels. A model is held to its gate 
 float32 at its depth; what is red is not timed.
 """
 
-import argparse
 import functools
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from internvideo3.harness.gpu.measure import (
     is_tried_again,
     release,
     say,
+    script_parser,
 )
 from internvideo3.harness.profile.gate import Form, gate
 from internvideo3.harness.profile.measure import Look
@@ -91,23 +90,12 @@ def main() -> None:
 
 def _main() -> None:
     """Measure each model at each length, with rows in fp8 where there are latents."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="the JSON file; what is in it is not measured again"
-    )
+    parser = script_parser(__doc__, 100.0)
     parser.add_argument(
         "--contexts", type=int, nargs="+", default=[32768, 131072], help="tokens (%(default)s)"
     )
     parser.add_argument(
         "--caches", nargs="+", default=["native", "fp8"], help="native, fp8: of M²LA (%(default)s)"
-    )
-    parser.add_argument(
-        "--budget-s",
-        type=float,
-        default=100.0,
-        help="seconds; nothing is begun after (%(default)s)",
     )
     given = parser.parse_args()
     device = device_given("cuda")
