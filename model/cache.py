@@ -17,7 +17,7 @@ Axes: B batch, b batch of a segment (B, or 1 when all rows of the batch share it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -27,6 +27,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from internvideo3.kernels.latent_decode.rows import FP8, quantize
 from internvideo3.model.config import InternVideo3TextConfig
+from internvideo3.model.device import is_of_memory
 
 BLOCK_TOKENS = 64
 """Storage is allocated in multiples of this many tokens."""
@@ -293,8 +294,8 @@ class SegmentedLayer(CacheLayerMixin):
         # Zeros: a masked token still enters as 0 times its value, which must not be 0 times NaN.
         try:
             grown = tuple(t.new_zeros(*t.shape[:2], room, t.shape[3]) for t in like)
-        except RuntimeError:  # no memory: a CPU has no other error for it
-            if _in_blocks(tokens) == room:
+        except (MemoryError, RuntimeError) as error:
+            if _in_blocks(tokens) == room or not is_of_memory(error):
                 raise
             # Spare room is worth having, not failing for. `_room` stays what it would have been:
             # when a tail is frozen must not depend on the memory that its layer found.
@@ -339,10 +340,13 @@ class SegmentedLayer(CacheLayerMixin):
         if self._shared_length or not COPIED_TOKENS < self.length <= 2 * MOST_SPARE:
             return
         if kept < self.tail[0].shape[2]:
-            # What finds no memory for the copy keeps its spare room.
-            with suppress(RuntimeError):
+            try:
                 whole = torch.contiguous_format
                 self.tail = tuple(t[:, :, :kept].clone(memory_format=whole) for t in self.tail)
+            except (MemoryError, RuntimeError) as error:
+                # What finds no memory for the copy keeps its spare room.
+                if not is_of_memory(error):
+                    raise
 
     def freeze(self) -> None:
         """Makes the tail a segment; nothing is copied."""

@@ -1,8 +1,16 @@
-"""Which device a command computes on."""
+"""Which device a command computes on, and whether that lacked memory."""
 
 import contextlib
 
 import torch
+
+
+def is_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory, of the device or the host."""
+    # The CPU's allocator has no error of its own.
+    return isinstance(
+        error, (MemoryError, torch.OutOfMemoryError)
+    ) or "can't allocate memory" in str(error)
 
 
 class DeviceError(ValueError):

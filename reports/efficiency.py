@@ -473,13 +473,19 @@ def markdown(data: Efficiency) -> list[str]:
             if context in series.absent:
                 cells = [series.name, _tokens(context), series.absent[context]]
                 cells += ["–"] * (len(COLUMNS) - len(cells))
-            else:
+            elif context in series.decode:
                 cells = _cells(series, context)
+            else:
+                continue  # a length of other series
             lines.append(f"| {' | '.join(map(_cell, cells))} |")
     if any("peak_resident_bytes" in row for one in data.series for row in one.cache.values()):
         lines += ["", "Peak memory on a CPU is the whole process's, up to then."]
     if data.codes > 1:
-        lines += ["", f"By {data.codes} versions of the code or its packages; each row says which."]
+        lines += [
+            "",
+            f"By {data.codes} versions of the code or its packages; "
+            "each row of measurements.jsonl says which.",
+        ]
     return lines + [line for row in data.stages for line in ("", _stage_line(row))]
 
 

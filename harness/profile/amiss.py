@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from internvideo3.model.device import is_of_memory
+
 Row = dict[str, Any]
 SHOWN = 3
 """Failed points that a command names at its end; the rows have all."""
@@ -57,14 +59,6 @@ class Amiss:
         if told:
             kind = UnfinishedError if self.unloaded or self.failed else GateError
             raise kind(" ".join(told))
-
-
-def is_of_memory(error: BaseException) -> bool:
-    """Whether there was too little memory, of the device or the host."""
-    # The CPU's allocator has no error of its own.
-    return isinstance(
-        error, (MemoryError, torch.OutOfMemoryError)
-    ) or "can't allocate memory" in str(error)
 
 
 def failure(error: Exception, *, shared: bool = True) -> Row:

@@ -33,7 +33,6 @@ from internvideo3.harness.profile.amiss import (
     Row,
     UnfinishedError,
     failure,
-    is_of_memory,
     reasons,
     unmeasured,
 )
@@ -83,7 +82,7 @@ from internvideo3.harness.profile.subjects import (
 )
 from internvideo3.harness.profile.workload import Point, why_not
 from internvideo3.harness.store import RunStore, append_measurements, read_rows
-from internvideo3.model.device import use
+from internvideo3.model.device import is_of_memory, use
 from internvideo3.model.session import CHUNK
 
 __all__ = [
@@ -581,7 +580,7 @@ class _Group:
             "gate_fp8_rounding": found and found.rounding,
             "gate_scope": scope,
             "label": label_of(model),
-            **_parameters(model),
+            "parameters": parameters_of(model),
             "copy_bytes_per_s": ceilings and ceilings.copy_bytes_per_s,
             "matmul_flop_per_s": ceilings and ceilings.matmul_flop_per_s,
             "idle_power_w": self.idle_w,
@@ -605,14 +604,6 @@ def _ceilings(device: torch.device, dtype: str) -> Ceilings:
 @functools.cache
 def _weights(model: str, dtype: str) -> int:
     return weights_of(config_of(model), dtype)
-
-
-def _parameters(model: str) -> Row:
-    """How many there are; nothing of a shape of which no model can be made."""
-    try:
-        return {"parameters": parameters_of(model)}
-    except Exception:  # whose rows say why it was not loaded
-        return {}
 
 
 def _told(found: Gate) -> str:

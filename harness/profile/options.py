@@ -13,7 +13,7 @@ import torch
 from internvideo3.harness import provenance
 from internvideo3.harness.gpu.measure import aside
 from internvideo3.harness.profile import host
-from internvideo3.harness.profile.subjects import config_of
+from internvideo3.harness.profile.subjects import config_of, parameters_of
 from internvideo3.harness.profile.workload import Workload, WorkloadError
 from internvideo3.harness.store import SCHEMA, read_run
 from internvideo3.model.device import DeviceError, device_of
@@ -97,6 +97,7 @@ def check(options: ProfileOptions) -> None:
     for name in options.workload.models:
         _check_name(name)
         config_of(name)
+        _check_makes_a_model(name)
     if len(set(options.runs())) < len(options.workload.models):
         raise WorkloadError(
             "two of the models have one run directory, since their names differ in signs only; "
@@ -104,6 +105,20 @@ def check(options: ProfileOptions) -> None:
         )
     if options.video is not None and not options.video.is_file():
         raise WorkloadError(f"there is no video {options.video}.")
+
+
+def _check_makes_a_model(name: str) -> None:
+    """Whether a model can be made of a configuration; none of its weights are read.
+
+    Raises:
+        WorkloadError: it cannot.
+    """
+    try:
+        parameters_of(name)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise WorkloadError(
+            f"{name}: no model can be made of its configuration: {error}"
+        ) from error
 
 
 def _check_name(name: str) -> None:

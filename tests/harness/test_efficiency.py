@@ -252,3 +252,14 @@ def test_recorded_tables_are_what_their_rows_give(folder: str, tmp_path: Path) -
     runs = sorted(file.parent for file in recorded.glob("*/measurements.jsonl"))
     table = draw(runs, tmp_path)[0]
     assert table.read_text() == (recorded / "efficiency.md").read_text()
+
+
+def test_a_table_has_no_rows_of_lengths_that_only_others_have() -> None:
+    """Two prefills beside seven depths: rows of dashes would look like failures."""
+    recorded = Path(__file__).parents[2] / "reports/results/efficiency/h200"
+    runs = [
+        run for folder in ("figure6", "prefill") for run in sorted(recorded.glob(f"{folder}/*/"))
+    ]
+    table = efficiency.markdown(read(runs))
+    assert sum("fill prefill" in line for line in table) == 2 * 2
+    assert sum("fill random" in line for line in table) == 2 * 7

@@ -23,7 +23,7 @@ from internvideo3.harness.profile.command import (
 from internvideo3.harness.profile.host import CardMemory
 from internvideo3.harness.profile.plan import device_bytes, gate_batch, need_of, size_told
 from internvideo3.harness.profile.subjects import Subject, config_of
-from internvideo3.harness.profile.workload import Workload
+from internvideo3.harness.profile.workload import Workload, WorkloadError
 from internvideo3.harness.store import read_rows
 from internvideo3.model.checkpoint import CheckpointError
 from internvideo3.reports.efficiency import read
@@ -104,6 +104,18 @@ def test_a_configuration_of_another_form_is_named(text: str, said: str, tmp_path
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=said):
         config_of(str(tmp_path))
+
+
+def test_a_shape_that_no_rule_names_is_refused_before_anything_is_written(
+    tiny: ProfileOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def impossible(_: str) -> int:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr("internvideo3.harness.profile.options.parameters_of", impossible)
+    with pytest.raises(WorkloadError, match="no model can be made.*cannot be multiplied"):
+        profile(tiny)
+    assert not tiny.out.exists()
 
 
 def test_shapes_that_are_there_are_taken(checkpoint: Path) -> None:

@@ -314,9 +314,15 @@ def test_spare_room_is_not_worth_failing_for(monkeypatch: pytest.MonkeyPatch) ->
     assert layer.get_seq_length() == 82 and layer.tail[0].shape[2] == 2
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+NO_MEMORY = (
+    torch.OutOfMemoryError("no room"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes"),
+)
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["gpu", "cpu"])
 def test_layers_freeze_at_the_same_token_whatever_memory_they_find(
-    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+    error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step writes at one place in all layers: it is the same only if their tails are."""
     monkeypatch.setattr(cache, "COPIED_TOKENS", 8)
@@ -326,7 +332,7 @@ def test_layers_freeze_at_the_same_token_whatever_memory_they_find(
 
     def nearly_full(like: Tensor, *shape: int) -> Tensor:
         if shape[2] > needed:
-            raise error("no room")
+            raise error
         return stock(like, *shape)
 
     for turn in range(60):
@@ -340,6 +346,24 @@ def test_layers_freeze_at_the_same_token_whatever_memory_they_find(
         assert (poor.length, len(poor.frozen)) == (rich.length, len(rich.frozen))
     assert torch.equal(poor.joined()[0], rich.joined()[0])
     assert stored_tokens(poor) < stored_tokens(rich)
+
+
+def test_other_errors_than_of_memory_are_not_spare_rooms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "COPIED_TOKENS", 8)
+    monkeypatch.setattr(cache, "BLOCK_TOKENS", 1)
+    layer, fault = SegmentedLayer(), RuntimeError("CUDA error: an illegal memory access")
+
+    def faulty(*_: Any, **__: Any) -> Tensor:
+        raise fault
+
+    layer.write((torch.randn(1, 1, 8, 4),))
+    layer.write((torch.randn(1, 1, 1, 4),))  # in a tail of ten
+    for name in ("clone", "new_zeros"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, name, faulty)
+            with pytest.raises(RuntimeError, match="illegal"):
+                layer.write((torch.randn(1, 1, 20, 4),))
+        assert layer.get_seq_length() == 9
 
 
 def test_a_run_that_a_fork_holds_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
