@@ -53,6 +53,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 world_app = typer.Typer(help="The scale world: small videos with questions.", no_args_is_help=True)
 app.add_typer(world_app, name="world")
@@ -87,8 +88,22 @@ ThreadsOption = Annotated[
 ]
 
 
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"internvideo3 {version('internvideo3')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _settings(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_tell_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the full traceback of an error.")
     ] = False,
@@ -637,8 +652,10 @@ def table6_command(
         from internvideo3.reports.load import load_run, load_runs
         from internvideo3.reports.table6 import write
 
+        from internvideo3.reports.terminal import print_markdown
+
         files = write(load_run(direct), load_runs(agentic), out, other_models=other_models)
-        print(files[0].read_text(encoding="utf-8"))
+        print_markdown(files[0].read_text(encoding="utf-8"))
         for file in files:
             print(f"Wrote {file}")
 
@@ -1441,6 +1458,8 @@ def ablate_command(
     """
     with _errors_in_words(out):
         from internvideo3.harness.ablate import AblateOptions, ablate, chosen, suites_of
+        from internvideo3.reports.ablation import WRITTEN
+        from internvideo3.reports.terminal import print_markdown
 
         options = AblateOptions(
             suites=suites_of(suite),
@@ -1462,7 +1481,9 @@ def ablate_command(
             print("Stopped; states are saved. Repeat the same command to continue.",
                   file=sys.stderr)  # fmt: skip
             _leave(INTERRUPTED)
-        print(table.read_text(encoding="utf-8"))
+        print_markdown(table.read_text(encoding="utf-8"))
+        for name in WRITTEN:
+            print(f"Wrote {out / name}")
 
 
 @app.command("demo")

@@ -78,8 +78,12 @@ class AblationError(ValueError):
     """A folder that holds no ablation."""
 
 
+WRITTEN = ("table5.md", "table5.json", "curves.svg")
+"""The report's files; the first is the one to read."""
+
+
 def write_table5(folder: Path) -> None:
-    """Write `table5.json`, `table5.md` and `curves.svg` of what is finished.
+    """Write what is finished, as the files of `WRITTEN`.
 
     Raises:
         AblationError: The folder holds none.
@@ -279,23 +283,25 @@ def _mean_losses(folder: Path, plan: Mapping[str, Any], recipe: str) -> dict[str
 
 
 def in_words(made: Mapping[str, Any]) -> str:
-    """The report as Markdown."""
+    """The report as Markdown; without the tables to which nothing that is finished belongs."""
+    steps = made["steps_beyond_sft"] if _stands_in(made) else {}
     parts = [
         "# Table 5, scale" if made["scale"] else "# Table 5",
         _provenance(made),
         "## Scores",
         _scores_table(made),
         _mapping_lines(made["mapping"]),
-        "## Change by leaving a part out, percentage points",
-        _changes_table(made),
-        *(("## What the post-training stages add", _steps_table(made)) if _stands_in(made) else ()),
-        "## Loss by modality, nats a token",
-        _losses_table(made),
+        "## Change by leaving a part out, percentage points" if made["changes"] else "",
+        _changes_table(made) if made["changes"] else "",
+        "## What the post-training stages add" if steps else "",
+        _steps_table(made) if steps else "",
+        "## Loss by modality, nats a token" if any(made["losses"].values()) else "",
+        _losses_table(made) if any(made["losses"].values()) else "",
         "## Reading",
         "\n".join(f"- {line}" for line in reading(made)),
         "![Learning curves](curves.svg)",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _provenance(made: Mapping[str, Any]) -> str:
@@ -485,8 +491,9 @@ def draw_curves(folder: Path, made: Mapping[str, Any]) -> None:
                 axis.set(title=name, xlabel="step", ylabel=metric)
     for axis in axes:
         axis.set_visible(bool(axis.lines))
-    if axes[0].lines:
-        axes[0].legend(fontsize="x-small")
+    drawn = [axis for axis in axes if axis.lines]
+    if drawn:
+        drawn[0].legend(fontsize="x-small")
     kind = "scale: " if made["scale"] else ""
     figure.suptitle(f"{kind}the stages of {recipe}", fontsize="medium")
     figure.savefig(folder / "curves.svg")

@@ -19,7 +19,8 @@ COLUMNS = (
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-    "²": r"\textsuperscript{2}", "−": "$-$", "–": "--", "≤": r"$\le$",
+    "²": r"\textsuperscript{2}", "−": "$-$", "–": "--", "≤": r"$\le$", "≥": r"$\ge$",
+    "→": r"$\to$", "↔": r"$\leftrightarrow$", "…": r"\ldots{}", "≈": r"$\approx$", "\u2009": r"\,",
 }  # fmt: skip
 _LATEX_PATTERN = re.compile("|".join(map(re.escape, _LATEX)))
 _NOTE = (

@@ -1,9 +1,14 @@
-"""The leaderboard in the terminal."""
+"""The leaderboard, and reports written in Markdown, in the terminal."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from rich import box
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +25,8 @@ from internvideo3.reports.summary import (
 
 _LEAST_NAME, _WIDTH, _CHANCE_WIDTH = 18, len("unreadable:"), len("chance")
 """Fewest characters of suites' names, of one system's scores, of chance."""
+_NOWHERE, _SPACE, _BRACKET = r"(?!)", " ", r" (?=[(\[{])"
+"""Where texts are broken; the last is before an interval."""
 _FRAME = 3
 """Characters between two columns."""
 
@@ -173,3 +180,83 @@ def _mean(summary: Summary, system: System) -> Text:
     if mean is None:
         return Text("–", style="dim")
     return Text(wording.percent(mean.mean)).append(f"\n{wording.span(mean)}", style="dim")
+
+
+def print_markdown(text: str, *, console: Console | None = None) -> None:
+    """Print a report; as it stands where nobody reads it in a terminal, so that it can be piped.
+
+    Tables are drawn. One that is too wide, even with intervals below their values, becomes a
+    list: a cell cut short is worth nothing.
+    """
+    console = console or Console()
+    if not console.is_terminal:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        return
+    lines, done = text.splitlines(), 0
+    tokens = MarkdownIt().enable("table").parse(text)
+    for at, token in enumerate(tokens):
+        if token.type == "table_open" and token.map:
+            first, last = token.map
+            console.print(Markdown("\n".join(lines[done:first])))
+            _print_table(_cells(tokens[at:]), console)
+            done = last
+    console.print(Markdown("\n".join(lines[done:])))
+
+
+def _cells(tokens: Sequence[Token]) -> list[list[str]]:
+    """Rows of the table with which tokens begin, its header's first; without marks."""
+    rows: list[list[str]] = []
+    for token in tokens:
+        if token.type == "table_close":
+            break
+        if token.type == "tr_open":
+            rows.append([])
+        elif token.type == "inline":
+            rows[-1].append("".join(child.content for child in token.children or ()))
+    return rows
+
+
+def _drawn(rows: Sequence[Sequence[str]], width: int, heads: str, cells: str) -> Table | None:
+    """A table whose first column is folded between words and whose others are not.
+
+    Args:
+        rows: header and body.
+        width: characters of a line.
+        heads: pattern of the spaces at which the header of the others is broken.
+        cells: of those at which their numbers are.
+
+    Returns:
+        The table, or None if a cell would have to be cut.
+    """
+    broken = [
+        [first, *(re.sub(cells if at else heads, "\n", cell) for cell in rest)]
+        for at, (first, *rest) in enumerate(rows)
+    ]
+    columns = list(zip(*broken, strict=True))
+    needed = [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
+    room = width - sum(needed[1:]) - 2 * len(columns)
+    if room < max(len(word) for cell in columns[0] for word in cell.split()):
+        return None
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(Text(columns[0][0]), width=min(room, needed[0]))
+    for column, fixed in zip(columns[1:], needed[1:], strict=True):
+        table.add_column(Text(column[0]), width=fixed, justify="right")
+    for row in broken[1:]:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _print_table(rows: Sequence[Sequence[str]], console: Console) -> None:
+    for breaks in ((_NOWHERE, _NOWHERE), (_SPACE, _NOWHERE), (_SPACE, _BRACKET)):
+        table = _drawn(rows, console.width, *breaks)
+        if table is not None:
+            console.print(table)
+            return
+    names, *body = rows
+    width = max(map(len, names))
+    for first, *rest in body:
+        console.print(Text(f"\n{first}", style="bold"))
+        for name, cell in zip(names[1:], rest, strict=True):
+            if cell != "–":
+                console.print(Text(f"  {name:<{width}}  {cell}"))
+    console.print()

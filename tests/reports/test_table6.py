@@ -95,6 +95,8 @@ def test_looks_that_are_chosen_are_paired_with_looks_at_random(
 def test_every_form_of_the_table_says_the_same(both: tuple[Path, Path], tmp_path: Path) -> None:
     direct, agentic = (load_run(path) for path in both)
     files = {file.suffix: file.read_text() for file in write(direct, [agentic], tmp_path / "out")}
+    # pdflatex stops at most characters beyond ASCII.
+    assert files[".tex"].isascii()
     for text in (files[".md"], files[".tex"], files[".html"]):
         assert "75.0" in text and "75.8" in text and "73.1" in text and "+50.0" in text
     (_, row) = csv.DictReader(io.StringIO(files[".csv"]))
