@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from internvideo3.harness.agent.setting import TOOLS_OF_EVAL, AgentSettings, PolicyName
 from internvideo3.harness.settings import pixel_range
+from internvideo3.harness.traces import ROLLOUT, check_free
 
 if TYPE_CHECKING:
     from internvideo3.harness.agent.episode import Place
@@ -97,9 +98,11 @@ def ask(options: AskOptions, watch: Watch = lambda _: None, advance: Advance = _
         advance: told of every caption.
 
     Raises:
-        ValueError: the question is empty, or the video or the model cannot be read.
+        ValueError: the question is empty, the video or the model cannot be read, or the folder
+            holds a rollout.
     """
     _check(options)
+    check_free(options.out)
     from internvideo3.harness.agent.perception import Eye
     from internvideo3.harness.agent.tools.catalogue import TOOLS, cache_folder
     from internvideo3.harness.agent.tools.desk import Desk
@@ -111,7 +114,7 @@ def ask(options: AskOptions, watch: Watch = lambda _: None, advance: Advance = _
     with closing(reader), Desk(TOOLS, options.cache or cache_folder()) as desk:
         eye = Eye(options.video, sight_of(options), reader)
         trace = _run(options, eye, desk, watch, advance)
-    write_json(options.out / "trace.json", trace)
+    write_json(options.out / ROLLOUT, trace)
     write_json(options.out / "timings.json", desk.timings)
     page = write_page(trace, options.out / "trace.html", video=options.video)
     return Asked(answer=trace["answer"]["answer"], trace=trace, page=page, notes=_notes(trace))

@@ -8,7 +8,7 @@ import os
 import re
 import select
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from internvideo3.harness.evaluate import EvalSummary
     from internvideo3.harness.options import EvalOptions
     from internvideo3.harness.profile.workload import Workload
@@ -371,9 +373,13 @@ def ask_command(
             "same, by a model that learnt them from rollouts and is not told of the tools)."
         ),
     ] = "controller",
-    out: Annotated[Path, typer.Option(help="Folder for trace.json, trace.html, timings.json.")] = (
-        Path("ask")
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for trace.json, trace.html, timings.json; without a rollout. Default: "
+            "ask, then ask-2, ..."
+        ),
+    ] = None,
     turns: Annotated[int, typer.Option(min=1, help="Most turns.")] = 8,
     tool_calls: Annotated[int, typer.Option(min=0, help="Most tool calls.")] = 12,
     tokens: Annotated[
@@ -429,11 +435,12 @@ def ask_command(
 
         from internvideo3.harness.ask import AskOptions, ask
         from internvideo3.harness.ask_live import live_view
+        from internvideo3.harness.traces import free_folder
 
         options = AskOptions(
             video=video,
             question=question,
-            out=out,
+            out=out or free_folder(Path("ask")),
             model=model,
             mode=_one_of("--mode", mode, ("direct", "agentic")),
             policy=_one_of("--policy", policy, POLICIES),
@@ -595,7 +602,13 @@ def trace_replay_command(
     tools: Annotated[
         str, typer.Option(help="recorded: as the trace has their results. live: run them.")
     ] = "recorded",
-    out: Annotated[Path, typer.Option(help="Folder for the new trace and page.")] = Path("replay"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the new trace and page; without a rollout. Default: replay, then "
+            "replay-2, ..."
+        ),
+    ] = None,
     device: DeviceOption = None,
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, or auto (float32 on cpu).")
@@ -611,10 +624,12 @@ def trace_replay_command(
     with _errors_in_words():
         from internvideo3.harness.ask import AskOptions
         from internvideo3.harness.replay import replay
+        from internvideo3.harness.traces import free_folder
 
         live = _one_of("--tools", tools, ("recorded", "live")) == "live"
         options = AskOptions(
-            video=video, question="", out=out, model=model, device=device,
+            video=video, question="", out=out or free_folder(Path("replay")), model=model,
+            device=device,
             dtype=_one_of("--dtype", dtype, ("auto", "float32", "bfloat16")), threads=threads,
         )  # fmt: skip
         done = replay(trace, options, live=live)
@@ -651,7 +666,6 @@ def table6_command(
     with _errors_in_words():
         from internvideo3.reports.load import load_run, load_runs
         from internvideo3.reports.table6 import write
-
         from internvideo3.reports.terminal import print_markdown
 
         files = write(load_run(direct), load_runs(agentic), out, other_models=other_models)
@@ -828,7 +842,10 @@ def report_command(
 @world_app.command("build")
 def world_build_command(
     suites: Annotated[
-        list[str] | None, typer.Argument(help="Suites; all of them by default.")
+        list[str] | None,
+        typer.Argument(
+            help="Suites; by default the six of `scale`. world_brief, for the agent, only if named."
+        ),
     ] = None,
     root: RootOption = None,
     split: Annotated[str, typer.Option(help="test, validation or train.")] = "test",
@@ -844,22 +861,18 @@ def world_build_command(
 
       internvideo3 world build world_long world_ego --videos 50
     """
-    from internvideo3.tasks.world.build import world_build, world_root
+    from internvideo3.tasks.brief import build_suites
+    from internvideo3.tasks.world.build import world_root
 
-    with _errors_in_words(world_root(root)):
+    where = world_root(root)
+    with _errors_in_words(where):
         with _bars() as advance:
-            built = world_build(
-                suites,
-                root=root,
-                split=split,
-                limit_videos=videos,
-                sound=sound,
-                workers=workers,
-                progress=advance,
+            built = build_suites(
+                suites or (), where, split, videos, sound=sound, workers=workers, progress=advance
             )
         for one in built:
             print(f"{one.suite}: {one.videos} videos, {one.questions} questions")
-        print(f"World: {world_root(root)}; for stock lmms-eval: --include_path {built[-1].tasks}")
+        print(f"World: {where}; for stock lmms-eval: --include_path {built[-1].tasks}")
 
 
 @world_app.command("show")
@@ -1114,8 +1127,8 @@ def train_command(
         if out is None:
             raise PreflightError("Say with --out where states and checkpoints go.")
         first = is_first()
-        with _bars(shown=first) as advance:
-            trained = run_training(recipe, out, threads, advance, _device(device))
+        with _bars(shown=first) as bars:
+            trained = run_training(recipe, out, threads, bars, _device(device), bars.watch)
         if trained.checkpoint is None:
             print(
                 f"Stopped in {trained.stage}; its state is saved. Repeat the same command to "
@@ -1124,6 +1137,7 @@ def train_command(
             )
             _leave(INTERRUPTED)
         if first:
+            print(*_metrics_lines(trained.folders), sep="\n")
             print(f"Checkpoint: {trained.checkpoint}")
 
 
@@ -1778,19 +1792,52 @@ def _evaluate_with_bars(options: "EvalOptions") -> "EvalSummary":
         return evaluate(options, advance)
 
 
+_SHOWN_ERRORS = 5
 _FULL_BARS = 5
 """Most bars of finished work that stay on the screen."""
 
 
+class _Bars:
+    """One progress bar a name, with the time that is left; called with (name, done, total)."""
+
+    def __init__(self, shown: "Progress") -> None:
+        self._shown = shown
+        self._tasks: dict[str, TaskID] = {}
+        self._full: list[str] = []
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if name not in self._tasks:
+            # The bar starts where an earlier command stopped: its samples tell nothing
+            # about how fast this command is.
+            self._tasks[name] = self._shown.add_task(name, completed=done, total=total, note="")
+        self._shown.update(self._tasks[name], completed=done, total=total)
+        if done >= total and name not in self._full:
+            self._full.append(name)
+            if len(self._full) > _FULL_BARS:
+                # What moves must stay on the screen, however much there is to do.
+                first = self._full[-1 - _FULL_BARS]
+                self._shown.update(self._tasks[first], visible=False)
+
+    def watch(self, stage: str, row: Mapping[str, float]) -> None:
+        """Show a line of training's metrics behind the stage's bar."""
+        name = "reward" if "reward" in row else "loss"
+        self._shown.update(self._tasks[stage], note=f"{name} {row[name]:.3f}")
+
+
+def _metrics_lines(stages: Sequence[Path]) -> list[str]:
+    """Where each step's metrics are; a stage without steps has none."""
+    files = [folder / "metrics.jsonl" for folder in stages]
+    return [f"Metrics: {file}" for file in files if file.is_file()]
+
+
 @contextmanager
-def _bars(*, shown: bool = True, stderr: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """One progress bar a name, with the time that is left; yields what moves them."""
+def _bars(*, shown: bool = True, stderr: bool = False) -> Iterator[_Bars]:
+    """Bars of what takes long; yields what moves them."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
-        TaskID,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
@@ -1798,29 +1845,15 @@ def _bars(*, shown: bool = True, stderr: bool = False) -> Iterator[Callable[[str
 
     columns = (
         TextColumn("{task.description:<16}"),
-        BarColumn(),
+        BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", style="dim"),
     )
     console = Console(stderr=True) if stderr else None
     with Progress(*columns, console=console, disable=not shown) as bars:
-        tasks: dict[str, TaskID] = {}
-        full: list[str] = []
-
-        def advance(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                # The bar starts where an earlier command stopped: its samples tell nothing
-                # about how fast this command is.
-                tasks[name] = bars.add_task(name, completed=done, total=total)
-            bars.update(tasks[name], completed=done, total=total)
-            if done >= total and name not in full:
-                full.append(name)
-                if len(full) > _FULL_BARS:
-                    # What moves must stay on the screen, however much there is to do.
-                    bars.update(tasks[full[-1 - _FULL_BARS]], visible=False)
-
-        yield advance
+        yield _Bars(bars)
 
 
 def _print_runs(runs: list[Path]) -> None:
@@ -1913,10 +1946,17 @@ def _tell_summary(summary: "EvalSummary", max_errors: int) -> None:
     print(f"{summary.computed} samples answered, {summary.kept} kept from before: {summary.run}")
     if not summary.errors:
         return
+    samples: dict[str, list[str]] = {}
+    for row in summary.errors:
+        error = f"{row['error']['type']}: {row['error']['message']}"
+        samples.setdefault(error, []).append(row["id"])
+    # A video that cannot be read fails all of its questions.
     shown = "\n".join(
-        f"  {row['id']}: {row['error']['type']}: {row['error']['message']}"
-        for row in summary.errors[:5]
+        f"  {ids[0]}{f' and {len(ids) - 1} more' if ids[1:] else ''}: {error}"
+        for error, ids in list(samples.items())[:_SHOWN_ERRORS]
     )
+    rest = len(samples) - _SHOWN_ERRORS
+    shown += f"\n  and {rest} other errors; all are in samples/" if rest > 0 else ""
     print(
         f"{len(summary.errors)} samples failed and count as wrong:\n{shown}\n"
         "Repair the cause and repeat the command with --retry-errors.",

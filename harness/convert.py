@@ -29,9 +29,9 @@ from internvideo3.model.checkpoint import (
     ARCHITECTURES,
     CheckpointError,
     cache_bytes_per_token,
-    check_complete,
     read_config,
     read_json,
+    read_weights,
     resolve_checkpoint,
     torch_type,
     weight_files,
@@ -221,22 +221,11 @@ def load_source(path: Path, config: Mapping[str, Any], dtype: str) -> Source:
     Raises:
         CheckpointError: its weights do not fit its configuration.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     kind: Any = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
-    try:
-        model, found = kind.from_pretrained(
-            path,
-            dtype=dtype if dtype == "auto" else torch_type(dtype),
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
-    check_complete(path, found)
-    return Source.of(model.eval())
+    asked = dtype if dtype == "auto" else torch_type(dtype)
+    return Source.of(read_weights(kind, path, dtype=asked).eval())
 
 
 def _reader(path: Path, source: Source, tokens: int) -> Reader:

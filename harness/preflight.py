@@ -246,12 +246,10 @@ def load_benchmark(
     absent = next((file for file in (path, task) if not file.is_file()), None)
     if absent:
         where = f"--split {split} --root {root}"
+        building = f"Build it with `internvideo3 world build {suite} {where}`"
         if suite in SUITES:
-            building = f"Build it with `internvideo3 world build {suite} {where}`, or all six with "
-            building += f"`internvideo3 world build {where}`."
-        else:
-            building = f"Build it with `python -m internvideo3.tasks.brief {where}`."
-        raise PreflightError(f"Suite {suite} is not built: {absent} is missing. {building}")
+            building += f", or all six with `internvideo3 world build {where}`"
+        raise PreflightError(f"Suite {suite} is not built: {absent} is missing. {building}.")
     with path.open(encoding="utf-8") as lines:
         docs = [json.loads(line) for line in lines]
     chosen = _chosen(suite, docs, limit, sample_ids)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from internvideo3.harness.traces import read_trace
+from internvideo3.harness.traces import ROLLOUT, check_free, read_trace
 
 if TYPE_CHECKING:
     from internvideo3.harness.ask import AskOptions
@@ -35,7 +35,8 @@ def replay(path: Path, options: AskOptions, *, live: bool) -> Replayed:
         live: whether tools run anew; else they give what the trace has recorded.
 
     Raises:
-        ValueError: the trace or the video is another one, or the model cannot be read.
+        ValueError: the trace or the video is another one, the model cannot be read, or the folder
+            holds a rollout.
     """
     from internvideo3.harness.agent.episode import again
     from internvideo3.harness.agent.tools.catalogue import TOOLS, cache_folder
@@ -45,6 +46,7 @@ def replay(path: Path, options: AskOptions, *, live: bool) -> Replayed:
     from internvideo3.reports.trace import write_page
     from internvideo3.tasks.decoder import IsolatedReader
 
+    check_free(options.out)
     old = read_trace(path)
     cache = options.cache or cache_folder()
     recorded = [dict(row) for row in old.get("tool_results", ())]
@@ -54,10 +56,10 @@ def replay(path: Path, options: AskOptions, *, live: bool) -> Replayed:
     named = replace(options, model=options.model or str(old["model"]))
     with closing(IsolatedReader()) as reader, desk:
         new = again(old, options.video, load_place(named, desk), reader)
-    write_json(options.out / "trace.json", new)
+    write_json(options.out / ROLLOUT, new)
     page = write_page(new, options.out / "trace.html", video=options.video)
     # Through JSON, as the old one went: tuples and lists are the same there.
-    fresh = read_trace(options.out / "trace.json")
+    fresh = read_trace(options.out / ROLLOUT)
     parts = sorted((old.keys() | fresh.keys()) - ENVIRONMENT)
     differing = tuple(part for part in parts if old.get(part) != fresh.get(part))
     return Replayed(trace=fresh, page=page, differing=differing)

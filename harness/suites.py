@@ -117,15 +117,11 @@ def _of_the_world(one: Suite) -> Iterator[str]:
     lengths = ", ".join(
         f"{seconds} s {100 * share:.0f} %" for seconds, share in one.lengths.items()
     )
-    brief = one.name not in SUITES
     yield f"{suite_title(one.name)} ({one.name}), of the scale world"
     yield f"videos     {one.videos}: {lengths}"
     yield f"questions  at most {one.questions_per_video} a video: {', '.join(one.families)}"
     yield f"metric     {one.metric}"
-    building = (
-        "python -m internvideo3.tasks.brief" if brief else f"internvideo3 world build {one.name}"
-    )
-    yield f"get        {building}"
+    yield f"get        internvideo3 world build {one.name}"
     yield from (f"scorer     {source}" for source in sources(one.name))
 
 

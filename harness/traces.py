@@ -14,10 +14,33 @@ from typing import Any
 from urllib.parse import quote
 
 TRACES = "traces"
+ROLLOUT = "trace.json"
+"""A single rollout's file in the folder of `ask` or `trace replay`."""
 
 
 class TraceError(ValueError):
     """A trace that is not there or cannot be read."""
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder that has a rollout; it would be lost.
+
+    Raises:
+        TraceError: there is one.
+    """
+    if (folder / ROLLOUT).exists():
+        raise TraceError(
+            f"{folder} already holds a rollout ({ROLLOUT}). Give another --out, or take it away."
+        )
+
+
+def free_folder(name: Path) -> Path:
+    """A folder without a rollout: this one, or the first of NAME-2, NAME-3, ..."""
+    number, folder = 1, name
+    while (folder / ROLLOUT).exists():
+        number += 1
+        folder = name.with_name(f"{name.name}-{number}")
+    return folder
 
 
 def trace_path(run: Path, sample: str) -> Path:

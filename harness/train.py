@@ -14,6 +14,7 @@ from transformers import Qwen3VLConfig
 from internvideo3.model.checkpoint import read_config, resolve_checkpoint
 from internvideo3.model.config import InternVideo3Config
 from internvideo3.training.follow import Row
+from internvideo3.training.loop import Watch
 from internvideo3.training.plan import (
     FLOAT_BYTES,
     GIB,
@@ -24,7 +25,7 @@ from internvideo3.training.plan import (
 )
 from internvideo3.training.processes import Processes
 from internvideo3.training.recipe import KINDS, Open, Stage, load_recipe
-from internvideo3.training.train import Trained, quiet, train
+from internvideo3.training.train import Trained, quiet, train, unwatched
 
 RELEASED = "8b"
 """Name of the released shape, which is no checkpoint."""
@@ -39,6 +40,7 @@ def run_training(
     threads: int,
     progress: Callable[[str, int, int], None],
     device: str | None = None,
+    watch: Watch = unwatched,
 ) -> Trained:
     """Train what is missing of a recipe, alone or as one process of torchrun's.
 
@@ -49,7 +51,7 @@ def run_training(
     torch.set_num_threads(threads)
     group = Processes(device)
     try:
-        return train(read, out, progress if group.first else quiet, group)
+        return train(read, out, progress if group.first else quiet, group, watch=watch)
     finally:
         group.leave()
 

@@ -29,6 +29,9 @@ SCALE_NAMES = {
 ARCHITECTURES = {"qwen3_vl": "gqa", "internvideo3": "m2la", "internvideo3_text": "m2la"}
 """Attention of each model type that can be loaded."""
 
+LONG_BYTES = 2**30
+"""Weights that are read with a bar."""
+
 WIDEST_ROW = 1024
 """Columns of a row that the Triton kernels take; wider rows run in plain torch."""
 
@@ -366,10 +369,9 @@ def load_model(
     path = resolve_checkpoint(name)
     config = read_config(path)
     kind = config["model_type"]
-    weight_files(path)
+    weight_files(path)  # before the imports, which take seconds
 
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
     from internvideo3.model.config import InternVideo3Config
@@ -389,21 +391,47 @@ def load_model(
     }
     given = {"config": InternVideo3Config.from_dict(config)} if kind == "internvideo3" else {}
     reader: Any = AutoTokenizer if kind == "internvideo3_text" else Qwen3VLProcessor
+    model = read_weights(classes[kind], path, dtype=torch_type(dtype), **given)
     try:
-        model, report = classes[kind].from_pretrained(
-            path,
-            dtype=torch_type(dtype),
-            **given,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
         processor = reader.from_pretrained(path, local_files_only=True)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
-    check_complete(path, report)
     use(where)
     return model.to(where).eval(), processor
+
+
+def read_weights(kind: Any, path: Path, **given: Any) -> Any:
+    """A model of a checkpoint's weights, all of them and no others.
+
+    transformers' bar is shown where reading takes long; of a small checkpoint it would bury what
+    the command says.
+
+    Args:
+        kind: a class with `from_pretrained`.
+        path: the checkpoint.
+        given: further arguments of `from_pretrained`.
+
+    Raises:
+        CheckpointError: they are not there, damaged, or do not fit the configuration.
+    """
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    size = sum(file.stat().st_size for file in weight_files(path))
+    shown = logging.is_progress_bar_enabled()
+    if size < LONG_BYTES:
+        logging.disable_progress_bar()
+    try:
+        model, report = kind.from_pretrained(
+            path, use_safetensors=True, local_files_only=True, output_loading_info=True, **given
+        )
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    check_complete(path, report)
+    return model
 
 
 def torch_type(dtype: str | torch.dtype) -> torch.dtype:

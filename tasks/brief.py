@@ -5,7 +5,8 @@ flashes of half a second or one: 64 frames over such a video lie 4.7 s apart and
 half of the events. Nothing is said and there are no subtitles. The files are those of the world's
 suites (`tasks/world/build.py`), in the same folder layout.
 
-    python -m internvideo3.tasks.brief --root /data/world --videos 60
+    internvideo3 world build world_brief --videos 60
+    python -m internvideo3.tasks.brief --root /data/world --videos 60       # tells the digest
 """
 
 from __future__ import annotations
@@ -21,6 +22,15 @@ from typing import Any, Final
 from internvideo3.tasks.scoring import Score, aggregate, score
 from internvideo3.tasks.world import difficulty as d
 from internvideo3.tasks.world import media
+from internvideo3.tasks.world.build import (
+    BuildError,
+    Built,
+    Progress,
+    checked_split,
+    checked_suite,
+    locked,
+    world_build,
+)
 from internvideo3.tasks.world.files import digest, video_name, write_whole
 from internvideo3.tasks.world.paint import paint
 from internvideo3.tasks.world.questions import Question, questions
@@ -136,28 +146,95 @@ def documents(split: Split, videos: int) -> Iterator[dict[str, Any]]:
             number += 1
 
 
-def build_brief(root: Path, split: Split = "test", videos: int = BRIEF.videos) -> Path:
-    """Make the videos that are missing, then the documents and the task; returns the documents.
+def build_suites(
+    suites: Sequence[str],
+    root: Path,
+    split: str = "test",
+    videos: int | None = None,
+    *,
+    sound: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> list[Built]:
+    """Build suites of the scale world, this one too where it is named; see `world_build`.
+
+    Raises:
+        BuildError: as `world_build`; or a sound track is asked for this suite, which is silent.
+    """
+    others = [checked_suite(name).name for name in suites if name != BRIEF.name]
+    brief = BRIEF.name in suites
+    if brief and sound:
+        raise BuildError(f"{BRIEF.name} has no sound; build it by itself, without --sound")
+    built = []
+    if others or not brief:
+        built = world_build(
+            others,
+            root=root,
+            split=split,
+            limit_videos=videos,
+            sound=sound,
+            workers=workers,
+            progress=progress,
+        )
+    if brief:
+        built.append(build_brief(root, checked_split(split), videos, progress))
+    return built
+
+
+def build_brief(
+    root: Path,
+    split: Split = "test",
+    limit_videos: int | None = None,
+    progress: Progress | None = None,
+) -> Built:
+    """Make the videos that are missing, then the documents and the task; in this process alone.
 
     A video's file appears under its name only when it is whole, so that a build can be killed.
 
+    Args:
+        root: of the world.
+        split: train, validation or test.
+        limit_videos: only the first so many videos.
+        progress: told of every finished video.
+
     Raises:
-        ValueError: the number of videos makes no sense.
+        BuildError: the limit makes no sense.
         OSError: the disk is full or refuses.
     """
-    if not 1 <= videos <= BRIEF.videos:
-        raise ValueError(f"videos must be 1 to {BRIEF.videos}, got {videos}.")
+    if limit_videos is not None and limit_videos < 1:
+        raise BuildError(f"the limit on videos must be at least 1, got {limit_videos}")
+    videos = min(limit_videos or BRIEF.videos, BRIEF.videos)
     folder = root / split
+    with locked(folder):
+        made = _make_missing(folder, split, videos, progress)
+        docs = _write_documents(folder, split, videos)
+    return Built(
+        suite=BRIEF.name, folder=folder, docs=docs, tasks=folder / "lmms", videos=videos,
+        questions=len(docs.read_bytes().splitlines()), made=made,
+    )  # fmt: skip
+
+
+def _make_missing(folder: Path, split: Split, videos: int, progress: Progress | None) -> int:
+    """Makes the videos that are not there; returns how many."""
+    made = 0
     (folder / "videos").mkdir(parents=True, exist_ok=True)
-    (folder / "lmms").mkdir(exist_ok=True)
     for index, (spec, _) in enumerate(draw_suite(split, videos)):
         path = folder / video_name(f"{BRIEF.name}-{index:04d}")
         if not path.is_file():
             write_whole(path, media.encode_video(paint(spec, frame_times(spec))))
+            made += 1
+        if progress is not None:
+            progress(BRIEF.name, index + 1, videos)
+    return made
+
+
+def _write_documents(folder: Path, split: Split, videos: int) -> Path:
+    """The questions, the same in chat form, and lmms-eval's task; returns the first."""
     docs = folder / f"{BRIEF.name}.jsonl"
     lines = "".join(json.dumps(doc) + "\n" for doc in documents(split, videos))
     where = json.dumps(str(docs.resolve()))
     yaml = _YAML.format(suite=BRIEF.name, docs=where, version=d.VERSION)
+    (folder / "lmms").mkdir(exist_ok=True)
     write_whole(folder / "lmms" / "iv3_brief.py", _FUNCTIONS.encode())
     write_whole(folder / "lmms" / f"iv3_{BRIEF.name}.yaml", yaml.encode())
     chats = "".join(json.dumps(_chat(json.loads(line))) + "\n" for line in lines.splitlines())
@@ -205,7 +282,7 @@ def main() -> None:
     parser.add_argument("--split", choices=tuple(SPLIT_BASE), default="test")
     parser.add_argument("--videos", type=int, default=BRIEF.videos)
     given = parser.parse_args()
-    docs = build_brief(given.root, given.split, given.videos)
+    docs = build_brief(given.root, given.split, given.videos).docs
     print(f"{docs}: {digest(docs.read_bytes())}")  # noqa: T201
 
 

@@ -12,7 +12,7 @@ import math
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,6 +32,8 @@ from internvideo3.training.recipe import Convert, Optimiser, StageOptions, requi
 from internvideo3.training.throughput import pass_flops, peak_flops
 
 Progress = Callable[[str, int, int], None]
+Watch = Callable[[str, Mapping[str, float]], None]
+"""Told a stage and each line of its metrics."""
 OUTSIDE = (EndpointError, DataError)
 """What ends training through no fault of the weights: a server that is down, unusable data."""
 Made = TypeVar("Made")
@@ -88,6 +90,7 @@ class Loop:
     seed: int
     group: Processes
     progress: Progress
+    watch: Watch
 
     def __post_init__(self) -> None:
         """Shards the policy and builds its optimiser."""
@@ -209,6 +212,7 @@ class Loop:
             row["mfu"] = row["flops"] / (seconds * peak * self.group.count)
         if self.group.first:
             self._write_row(row)
+            self.watch(self.name, row)
             if self.curves is not None:
                 self.curves.add(row)
 

@@ -26,7 +26,15 @@ from internvideo3.training.captions import WorldCaptions
 from internvideo3.training.chat import ChatDocuments, RowLimits, shares_of
 from internvideo3.training.checkpoints import CheckpointMismatchError
 from internvideo3.training.endpoint import Endpoint
-from internvideo3.training.loop import Loop, Progress, Stage, TrainingError, describe, together
+from internvideo3.training.loop import (
+    Loop,
+    Progress,
+    Stage,
+    TrainingError,
+    Watch,
+    describe,
+    together,
+)
 from internvideo3.training.policy import Policy, vision_ids
 from internvideo3.training.probe import held_of, modality_losses, note_losses
 from internvideo3.training.processes import Processes
@@ -74,6 +82,10 @@ def quiet(name: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
 
 
+def unwatched(name: str, row: Mapping[str, float]) -> None:
+    """Metrics that nobody watches."""
+
+
 KINDS_APART = 0.01
 """How far shares of kinds of documents may be from those that were asked for."""
 ROLLOUT_S = 3600.0
@@ -100,8 +112,17 @@ def train(
     progress: Progress = quiet,
     group: Processes | None = None,
     place: Place = numbered,
+    watch: Watch = unwatched,
 ) -> Trained:
     """Train what is missing of a recipe; continues an interrupted run.
+
+    Args:
+        recipe: what to train.
+        out: folder of the stages' folders.
+        progress: told each stage, its steps so far and its steps in all.
+        group: the processes that train it; by default this one alone.
+        place: names a stage's folder.
+        watch: told each stage's metrics after each step.
 
     Raises:
         RecipeError: Something that training needs is not set, or makes no sense.
@@ -123,7 +144,7 @@ def train(
         if not (done := job.done()) and not checked:
             check_mixtures(dict(list(stages.items())[number - 1 :]))
             checked = True
-        ended = Ended.FINISHED if done else job.run(progress, group)
+        ended = Ended.FINISHED if done else job.run(progress, group, watch)
         stopped = ended is Ended.FINISHED_AND_STOPPED
         last = number == len(stages)
         if ended is Ended.STOPPED or (stopped and not last):
@@ -217,7 +238,7 @@ class Job:
             )
         return True
 
-    def run(self, progress: Progress, group: Processes) -> Ended:
+    def run(self, progress: Progress, group: Processes, watch: Watch = unwatched) -> Ended:
         """Do it, to its end or to a signal."""
         if group.first:
             self._describe()
@@ -239,8 +260,9 @@ class Job:
         )  # fmt: skip
         stage = build_stage(options, processor, policy, self.seed, group, self.folder)
         loop = Loop(
-            self.name, options, stage, policy, self.folder, self.digest, self.seed, group, progress
-        )
+            self.name, options, stage, policy, self.folder, self.digest, self.seed, group,
+            progress, watch,
+        )  # fmt: skip
         self._probe("before CPT", policy, processor, group)
         if not loop.run():
             return Ended.STOPPED

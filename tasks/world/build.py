@@ -151,7 +151,7 @@ def build_suite(
         raise BuildError(f"the limit on videos must be at least 1, got {limit_videos}")
     folder = world_root(root) / checked_split(split)
     build = _Build(recipe, checked_split(split), folder, sound)
-    with _failures_in_words(build), _locked(folder):
+    with _failures_in_words(build), locked(folder):
         return build.run(limit_videos, workers, progress)
 
 
@@ -372,7 +372,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """One build at a time in a folder; another one waits. The system frees it with the process."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:

@@ -228,7 +228,7 @@ def interrupted(*_: Any, **__: Any) -> Any:
 def test_ctrl_c_says_where_the_finished_is_if_it_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("internvideo3.tasks.world.build.world_build", interrupted)
+    monkeypatch.setattr("internvideo3.tasks.brief.build_suites", interrupted)
     monkeypatch.setattr("internvideo3.harness.ask.ask", interrupted)
     building = CliRunner().invoke(cli.app, ["world", "build", "--root", str(tmp_path)])
     asking = CliRunner().invoke(cli.app, ["ask", "film.mp4", "What?"])

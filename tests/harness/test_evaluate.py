@@ -176,11 +176,13 @@ def test_a_corrupt_video_is_a_recorded_error_and_a_status(
 
     result = CliRunner().invoke(cli.app, command)
     assert result.exit_code == 1
-    assert "samples failed and count as wrong" in result.output
-    assert "--retry-errors" in result.output
     rows = samples(out)
     broken = [row for row in rows if row["error"] is not None]
-    assert broken and {row["video_id"] for row in broken} == {rows[0]["video_id"]}
+    assert "samples failed and count as wrong" in result.output
+    told = [line for line in result.output.splitlines() if video.name in line]
+    assert len(told) == 1 and f"{rows[0]['id']} and {len(broken) - 1} more" in told[0]
+    assert "--retry-errors" in result.output
+    assert len(broken) > 1 and {row["video_id"] for row in broken} == {rows[0]["video_id"]}
     assert all(video.name in row["error"]["message"] for row in broken)
     assert all(
         row["official"] == {"value": 0.0, "parsed": None, "outcome": "error"} for row in broken

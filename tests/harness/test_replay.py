@@ -62,7 +62,7 @@ def test_recorded_results_stand_in_for_the_tools(asked: AskOptions, tmp_path: Pa
     for results, heard in ((json.loads(told), "Goodbye, said"), ([], "no result of this call")):
         changed = tmp_path / "changed.json.gz"
         changed.write_bytes(gzip.compress(json.dumps(trace | {"tool_results": results}).encode()))
-        done = replay(changed, again(asked, tmp_path / "out"), live=False)
+        done = replay(changed, again(asked, tmp_path / heard.split()[0]), live=False)
         (entry,) = [one for one in done.trace["entries"] if one["source"] == "asr"]
         assert heard in entry["text"] and "entries" in done.differing
 
@@ -80,6 +80,16 @@ def test_another_video_or_an_old_trace_is_refused(asked: AskOptions, tmp_path: P
         show(old, None, tmp_path / "old.html")
 
 
+def test_a_rollout_is_not_written_over(asked: AskOptions) -> None:
+    """Least of all by its own replay."""
+    before = (asked.out / "trace.json").read_bytes()
+    with pytest.raises(ValueError, match="already holds a rollout"):
+        replay(asked.out / "trace.json", again(asked, asked.out), live=False)
+    with pytest.raises(ValueError, match="already holds a rollout"):
+        ask(asked)
+    assert (asked.out / "trace.json").read_bytes() == before
+
+
 def test_commands_replay_and_show(asked: AskOptions, tmp_path: Path) -> None:
     def command(*words: str) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-m", "internvideo3.harness.cli", "trace", *words]
@@ -95,6 +105,9 @@ def test_commands_replay_and_show(asked: AskOptions, tmp_path: Path) -> None:
     assert Path(page.removeprefix("Page: ")).is_file()
     shown = command("show", trace, "--video", video)
     assert shown.returncode == 0 and (tmp_path / "trace.html").stat().st_size > 10_000
+    assert Path(page.removeprefix("Page: ")).parent.name == "replay"
+    assert command("replay", trace, video).returncode == 0
+    assert (tmp_path / "replay-2/trace.json").is_file(), "the first replay is kept"
     for words in (("show", "nowhere.json"), ("replay", trace, "nowhere.mp4")):
         failed = command(*words)
         assert failed.returncode == 1 and "Traceback" not in failed.stderr

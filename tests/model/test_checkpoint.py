@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import Qwen3VLProcessor
+from transformers.utils import logging
 
+from internvideo3.model import checkpoint as checkpoint_module
 from internvideo3.model.checkpoint import (
     CheckpointError,
     cache_bytes_per_token,
@@ -51,6 +53,26 @@ def test_a_gqa_checkpoint_is_loaded_too(source: Any, processor: Any, tmp_path: P
     model, _ = load_model(tmp_path, "cpu", "float64")
     assert not isinstance(model, InternVideo3ForConditionalGeneration)
     assert inspect(tmp_path).attention == "gqa" and inspect(tmp_path).latent_ranks == ()
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_bar_is_shown_only_where_reading_takes_long(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, shown: bool
+) -> None:
+    """And the setting of transformers' is left as it was."""
+    seen = []
+    kind = InternVideo3ForConditionalGeneration
+    read = kind.from_pretrained
+
+    def reading(*given: Any, **named: Any) -> Any:
+        seen.append(logging.is_progress_bar_enabled())
+        return read(*given, **named)
+
+    before = logging.is_progress_bar_enabled()
+    monkeypatch.setattr(kind, "from_pretrained", reading)
+    monkeypatch.setattr(checkpoint_module, "LONG_BYTES", 0 if shown else 2**40)
+    load_model(saved, "cpu")
+    assert seen == [shown and before] and logging.is_progress_bar_enabled() == before
 
 
 def test_a_description_needs_no_weights(saved: Path, half: Any, source: Any) -> None:

@@ -49,7 +49,7 @@ from internvideo3.training.stages import gspo as gspo_stage
 from internvideo3.training.stages.gspo import reward
 from internvideo3.training.stages.opd import OpdStage
 from internvideo3.training.stages.sft import SftStage
-from internvideo3.training.train import build_stage, quiet, train
+from internvideo3.training.train import build_stage, quiet, train, unwatched
 
 DATA = WorldData(
     lengths={2: 0.5, 4: 0.5}, videos=12, profiles={"main": 1.0}, questions=3,
@@ -469,7 +469,7 @@ def run(options: StageOptions, loaded: Any, folder: Path) -> Run:
     folder.mkdir()
     policy, group = Policy(deepcopy(loaded[0])), Processes()
     stage = build_stage(options, loaded[1], policy, 0, group)
-    loop = Loop("own", options, stage, policy, folder, "digest", 0, group, quiet)
+    loop = Loop("own", options, stage, policy, folder, "digest", 0, group, quiet, unwatched)
     assert loop.run()
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     states = loop.optimizer.state.values()
