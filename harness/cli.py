@@ -3,6 +3,7 @@
 Nothing heavy is imported at the top, so that `--help` answers at once.
 """
 
+import inspect
 import json
 import os
 import re
@@ -1691,6 +1692,19 @@ def inspect_command(
 
         for line in describe(checkpoint):
             print(line)
+
+
+def _flow_help(*apps: typer.Typer) -> None:
+    """Let prose of help texts fill the terminal's lines; typer keeps the source's line breaks."""
+    for one in apps:
+        for command in one.registered_commands:
+            paragraphs = (inspect.getdoc(command.callback) or "").split("\n\n")
+            command.help = "\n\n".join(
+                text if text.startswith(" ") else text.replace("\n", " ") for text in paragraphs
+            )
+
+
+_flow_help(app, world_app, trace_app, data_app)
 
 
 def main() -> None:
