@@ -195,7 +195,9 @@ class RowAttention(nn.Module, ABC):
         """Frequency index of each slot."""
         # Not a buffer: transformers drops the values of non-persistent buffers on loading.
         if self._slots is None or self._slots.device != device:
-            self._slots = torch.tensor(self.slot_frequencies, dtype=torch.long, device=device)
+            # Kept: it must serve training too after a reply in inference mode.
+            with torch.inference_mode(False):
+                self._slots = torch.tensor(self.slot_frequencies, dtype=torch.long, device=device)
         return self._slots
 
 

@@ -131,13 +131,59 @@ def _in_blocks(tokens: int) -> int:
 
 
 def _joined(runs: Sequence[Segment]) -> Segment:
-    """Runs of one kind, all compressed or none, as one; a copy."""
+    """Runs of one kind, all compressed or none, as one; a copy if there are several."""
+    if len(runs) == 1:
+        return runs[0]
     pieces = zip(*(run.stored for run in runs), strict=True)
     return Segment(
         tuple(torch.cat(list(piece), dim=2) for piece in pieces),
         sum(run.length for run in runs),
         runs[0].nested,
     )
+
+
+def _merge(layers: Sequence[SegmentedLayer]) -> None:
+    """Joins short compressed runs that no fork holds, alike in all layers.
+
+    A session that compresses at every turn would else have a run for each.
+    """
+    groups = layers[0].groups(max(layer.shared_runs for layer in layers))
+    if all(len(group) == 1 for group in groups):
+        return
+    try:
+        merged = [
+            tuple(_joined([layer.frozen[index] for index in group]) for group in groups)
+            for layer in layers
+        ]
+    except (MemoryError, RuntimeError) as error:
+        # Fewer runs are worth having, not failing for.
+        if is_of_memory(error):
+            return
+        raise
+    for layer, runs in zip(layers, merged, strict=True):
+        layer.frozen = runs
+
+
+def _trimmed(run: Segment) -> Segment:
+    """The same run without its spare room, if it is short and memory for a copy is there."""
+    kept = _in_blocks(run.length)
+    if not COPIED_TOKENS < run.length <= 2 * MOST_SPARE or kept >= run.tensors[0].shape[2]:
+        return run
+    try:
+        whole = torch.contiguous_format
+        copies = tuple(t[:, :, :kept].clone(memory_format=whole) for t in run.tensors)
+    except (MemoryError, RuntimeError) as error:
+        if is_of_memory(error):
+            return run
+        raise
+    return Segment(copies, run.length, run.nested)
+
+
+def _zeros(like: tuple[Tensor, ...], tokens: int) -> tuple[Tensor, ...]:
+    """Storage for so many tokens, which code in and outside of inference mode can write."""
+    # Zeros: a masked token still enters as 0 times its value, which must not be 0 times NaN.
+    with torch.inference_mode(False):
+        return tuple(t.new_zeros(*t.shape[:2], tokens, t.shape[3]) for t in like)
 
 
 def _widened(latent: Tensor, rope: Tensor, scale: Tensor) -> Tensor:
@@ -259,10 +305,26 @@ class SegmentedLayer(CacheLayerMixin):
         self._shared_length = 0
         # So may so many runs, which a batch reads once while all of its rows hold the same.
         self._shared_runs = len(frozen)
+        # Runs whose spare room `trim` gives back.
+        self._roomy: list[Segment] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: storage is allocated by the first `write`."""
         self.is_initialized = True
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the tail's storage holds."""
+        return self.tail[0].shape[2] if self.tail else 0
+
+    @property
+    def shared_runs(self) -> int:
+        """Frozen runs that forks may hold as well."""
+        return self._shared_runs
+
+    def limit_room(self, tokens: int) -> None:
+        """Lets the tail count as full from so many tokens on, if not before."""
+        self._room = min(self._room, tokens)
 
     def segments(self) -> tuple[Segment, ...]:
         """Everything cached, the own tail as the last segment."""
@@ -285,21 +347,20 @@ class SegmentedLayer(CacheLayerMixin):
 
         Where the tail grows, for `wish` tokens if memory allows.
         """
-        capacity = self.tail[0].shape[2] if self.tail else 0
         room = self._room
         if tokens > room:
             room = _in_blocks(max(tokens, wish, int(room * GROWTH)))
-        if tokens <= capacity:
+        elif tokens <= self.capacity:
             return
-        # Zeros: a masked token still enters as 0 times its value, which must not be 0 times NaN.
         try:
-            grown = tuple(t.new_zeros(*t.shape[:2], room, t.shape[3]) for t in like)
+            grown = _zeros(like, room)
         except (MemoryError, RuntimeError) as error:
             if _in_blocks(tokens) == room or not is_of_memory(error):
                 raise
             # Spare room is worth having, not failing for. `_room` stays what it would have been:
-            # when a tail is frozen must not depend on the memory that its layer found.
-            grown = tuple(t.new_zeros(*t.shape[:2], _in_blocks(tokens), t.shape[3]) for t in like)
+            # when a tail is frozen must not depend on the memory that its layer found, but on
+            # what all layers found (`SegmentedCache.settle`).
+            grown = _zeros(like, _in_blocks(tokens))
         for new, old in zip(grown, self.tail, strict=bool(self.tail)):
             new[:, :, : self.length] = old[:, :, : self.length]
         if room > self._room:
@@ -320,8 +381,10 @@ class SegmentedLayer(CacheLayerMixin):
         like = like or self.tail or self.frozen[-1].like()
         full = self.length + tokens > self._room
         if full and may_freeze and self.length > COPIED_TOKENS:
-            self._trim()
+            forked = bool(self._shared_length)
             self.freeze()
+            if not forked:
+                self._roomy.append(self.frozen[-1])
             self._begin(like, tokens)
         self.reserve(like, self.length + tokens)
 
@@ -331,22 +394,16 @@ class SegmentedLayer(CacheLayerMixin):
         many = len(self.frozen) >= MANY_RUNS
         self.reserve(like, tokens, wish=spare // tokens * tokens if many else 0)
 
-    def _trim(self) -> None:
-        """Gives a short tail's spare room back, unless a fork holds the same storage.
+    def trim(self) -> None:
+        """Gives back the spare room of short tails that were frozen for being full.
 
-        Each token is copied once at most, and for a moment a layer's tail is there twice.
+        Each token is copied once at most; for a moment such a run is there twice. What finds no
+        memory for that keeps its spare room.
         """
-        kept = _in_blocks(self.length)
-        if self._shared_length or not COPIED_TOKENS < self.length <= 2 * MOST_SPARE:
-            return
-        if kept < self.tail[0].shape[2]:
-            try:
-                whole = torch.contiguous_format
-                self.tail = tuple(t[:, :, :kept].clone(memory_format=whole) for t in self.tail)
-            except (MemoryError, RuntimeError) as error:
-                # What finds no memory for the copy keeps its spare room.
-                if not is_of_memory(error):
-                    raise
+        roomy, self._roomy = self._roomy, []
+        self.frozen = tuple(
+            _trimmed(run) if any(run is one for one in roomy) else run for run in self.frozen
+        )
 
     def freeze(self) -> None:
         """Makes the tail a segment; nothing is copied."""
@@ -359,22 +416,28 @@ class SegmentedLayer(CacheLayerMixin):
         self.tail, self.length, self._shared_length, self._room = (), 0, 0, 0
 
     def compress(self, rank: int) -> None:
-        """Turns everything cached so far into runs with fp8 latents.
-
-        A short run that no fork holds takes in the next of its kind: a session that compresses at
-        every turn would else have a run for each.
-        """
+        """Turns everything cached so far into runs with fp8 latents, as many as there were."""
         self.freeze()
-        shared = sum(segment.compressed for segment in self.frozen[: self._shared_runs])
-        made = list(self.frozen[:shared])
-        for segment in self.frozen[shared:]:
-            new = segment.compress(rank)
-            last = max((i for i, one in enumerate(made) if one.nested == new.nested), default=-1)
-            if last >= shared and made[last].length <= COPIED_TOKENS:
-                made[last] = _joined([made[last], new])
+        # A compressed copy is ours alone.
+        shared = sum(segment.compressed for segment in self.frozen[: self.shared_runs])
+        self.frozen = tuple(segment.compress(rank) for segment in self.frozen)
+        self._shared_runs = shared
+
+    def groups(self, shared: int) -> list[list[int]]:
+        """Which runs could be one: short ones of a kind, each with the next of its kind.
+
+        Args:
+            shared: so many runs at the beginning stay by themselves.
+        """
+        made = [[index] for index in range(shared)]
+        for index, run in enumerate(self.frozen[shared:], start=shared):
+            same = [group for group in made[shared:] if self.frozen[group[0]].nested == run.nested]
+            held = sum(self.frozen[one].length for one in same[-1]) if same else 0
+            if same and max(held, run.length) <= COPIED_TOKENS:
+                same[-1].append(index)
             else:
-                made.append(new)
-        self.frozen, self._shared_runs = tuple(made), shared
+                made.append([index])
+        return made
 
     def narrow(self, vision_T: Tensor, nested: Nested) -> None:
         """Freezes the tail in two runs: its newest tokens that are of a video, and all others.
@@ -403,7 +466,7 @@ class SegmentedLayer(CacheLayerMixin):
         self.frozen = kept
         for kind in kinds:
             same = [segment for segment in new if segment.nested == kind]
-            self.frozen += (same[0] if len(same) == 1 else _joined(same),)
+            self.frozen += (_joined(same),)
 
     def write(self, new: tuple[Tensor, ...], placement: Placement | None = None) -> None:
         """Appends tokens, each tensor [B, K, T, W], to the tail.
@@ -520,7 +583,7 @@ class SegmentedLayer(CacheLayerMixin):
                 f"negative number, at most {self.length} (the tokens cached since the last fork)."
             )
         if kept < self._shared_length:
-            self.frozen = (*self.frozen, Segment(self.tail, kept))
+            self.frozen += (Segment(self.tail, kept),) if kept else ()
             self._shared_runs = len(self.frozen)
             self._begin_anew()
         else:
@@ -561,7 +624,7 @@ class SegmentedLayer(CacheLayerMixin):
         self.frozen, self.tail, self.length = state.frozen, state.tail, state.length
         self.expected, self._shared_length = state.expected, state.shared_length
         self._shared_runs, self._room = state.shared_runs, state.room
-        self.is_initialized = state.is_initialized
+        self.is_initialized, self._roomy = state.is_initialized, []
 
     def storages(self) -> Iterator[torch.UntypedStorage]:
         """Every storage that this layer keeps alive, shared ones included."""
@@ -607,7 +670,7 @@ class SegmentedCache(Cache):
 
         A failure in the middle of a forward pass has cached its tokens in some layers only. While
         the block runs, tails that it outgrew are kept: `COPIED_TOKENS` tokens a layer at most, or
-        what a prompt's vision rows of a smaller rank were picked from.
+        what a prompt's vision rows of a smaller rank were picked from; `settle` comes after it.
         """
         layers = [self.segmented(index) for index in range(len(self.layers))]
         states = [layer.state() for layer in layers]
@@ -617,6 +680,16 @@ class SegmentedCache(Cache):
             for layer, state in zip(layers, states, strict=True):
                 layer.restore(state)
             raise
+
+    def settle(self) -> None:
+        """Gives spare room back, a layer at a time, after what was appended in all layers."""
+        layers = [self.segmented(index) for index in range(len(self.layers))]
+        # Where one layer was refused spare room, none counts on it: all freeze at the same token.
+        room = min(layer.capacity for layer in layers)
+        for layer in layers:
+            layer.limit_room(room)
+        for layer in layers:
+            layer.trim()
 
     def expect(self, tokens: int) -> None:
         """Announces how many tokens follow, so that they are allocated at once and never copied."""
@@ -684,6 +757,7 @@ class LatentCache(SegmentedCache):
             layer.freeze()
         for index, layer in enumerate(layers):
             layer.compress(config.rank(index))
+        _merge(layers)
 
     @contextmanager
     def prefilling(

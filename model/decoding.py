@@ -281,7 +281,7 @@ class _Batch:
 
 
 def _join(caches: Sequence[SegmentedCache], room: int) -> tuple[SegmentedCache, list[int]]:
-    """One cache over the segments that all caches share, with a tail for what they do not.
+    """One cache over the tokens that all caches share, with a tail for what they do not.
 
     Args:
         caches: caches of one sequence each.
@@ -292,10 +292,10 @@ def _join(caches: Sequence[SegmentedCache], room: int) -> tuple[SegmentedCache, 
     """
     # Layers differ in what they share where one of the caches was compressed half way.
     shared = min(
-        _shared_segments([cache.segmented(index).segments() for cache in caches])
+        _shared_tokens([cache.segmented(index).segments() for cache in caches])
         for index in range(len(caches[0].layers))
     )
-    own = [sum(s.length for s in cache.segmented(0).segments()[shared:]) for cache in caches]
+    own = [cache.get_seq_length() - shared for cache in caches]
     layers = [
         _join_layer([cache.segmented(index) for cache in caches], shared, max(own) + room)
         for index in range(len(caches[0].layers))
@@ -311,8 +311,8 @@ def _tail_length(cache: SegmentedCache) -> int:
 
 
 def _join_layer(layers: Sequence[SegmentedLayer], shared: int, capacity: int) -> SegmentedLayer:
-    joined = SegmentedLayer(layers[0].segments()[:shared])
-    rests = [layer.segments()[shared:] for layer in layers]
+    joined = SegmentedLayer(_cut(layers[0].segments(), 0, shared))
+    rests = [_cut(layer.segments(), shared, layer.get_seq_length()) for layer in layers]
     cached = [segment for layer in layers for segment in layer.segments()]
     if not cached:
         return joined
@@ -328,11 +328,31 @@ def _join_layer(layers: Sequence[SegmentedLayer], shared: int, capacity: int) ->
     return joined
 
 
-def _shared_segments(chains: Sequence[Sequence[Segment]]) -> int:
-    """How many leading segments are one and the same in all chains."""
+def _shared_tokens(chains: Sequence[Sequence[Segment]]) -> int:
+    """How many leading tokens are one and the same in all chains.
+
+    Of a run that a session has gone on writing behind its fork, the fork's tokens.
+    """
     count = 0
     for same in zip(*chains, strict=False):
-        if any(s.tensors[0] is not same[0].tensors[0] or s.length != same[0].length for s in same):
+        if any(s.tensors[0] is not same[0].tensors[0] for s in same):
             break
-        count += 1
+        least = min(s.length for s in same)
+        count += least
+        if any(s.length != least for s in same):
+            break
     return count
+
+
+def _cut(chain: Sequence[Segment], start: int, stop: int) -> tuple[Segment, ...]:
+    """The tokens from `start` to `stop` of a chain, as views; whole runs as they are."""
+    made, before = [], 0
+    for segment in chain:
+        first, last = max(0, start - before), min(segment.length, stop - before)
+        if first == 0 and last == segment.length:
+            made.append(segment)
+        elif first < last:
+            tensors = tuple(t[:, :, first:] for t in segment.tensors) if first else segment.tensors
+            made.append(Segment(tensors, last - first, segment.nested))
+        before += segment.length
+    return tuple(made)

@@ -7,10 +7,13 @@ import torch
 
 def is_of_memory(error: BaseException) -> bool:
     """Whether there was too little memory, of the device or the host."""
-    # The CPU's allocator has no error of its own.
-    return isinstance(
-        error, (MemoryError, torch.OutOfMemoryError)
-    ) or "can't allocate memory" in str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # The CPU's allocator has no error of its own, nor have the driver and the libraries above it.
+    return isinstance(error, RuntimeError) and any(one in str(error) for one in _OF_MEMORY)
+
+
+_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class DeviceError(ValueError):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,6 +48,17 @@ class Reply:
     seed: int
     barred_ids: Sequence[int] = ()
     """Tokens that are never chosen."""
+
+
+@cache
+def _capturing(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures on a card.
+
+    Without one of its own, a capture would use one made for all cards, which makes the card of the
+    process's first capture the current one. With a new one each time, each would leave a workspace
+    of cuBLAS behind.
+    """
+    return torch.cuda.Stream(device)
 
 
 class Engine:
@@ -151,9 +163,7 @@ class Engine:
             if generator is not None:
                 graph.register_generator_state(generator)
         torch.cuda.synchronize(self.device)
-        # Without a stream of its own it would use one made for all captures, which makes the card
-        # of the process's first capture the current one.
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(self.device)):
+        with torch.cuda.graph(graph, stream=_capturing(self.device)):
             self.step()
         self._graph = graph
 

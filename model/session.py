@@ -174,6 +174,7 @@ class Session:
         joined = self._tail + text
         piece = self._prompter.piece(joined, frames, images)
         with self._unchanged_on_failure():
+            self._cache_said_vision()
             self._pending += piece.ids[self._unmerge(piece.ids) :]
             if piece.media:
                 self._prefill(piece.media)
@@ -219,10 +220,19 @@ class Session:
 
     def _append_raw(self, ids: Sequence[int], media: list[Medium]) -> None:
         with self._unchanged_on_failure():
+            self._cache_said_vision()
             self._pending += ids
             self._tail = ""
             self._reply_open = False
             self._prefill(media)
+
+    def _cache_said_vision(self) -> None:
+        """Caches the last token of a reply if it is of an image or video.
+
+        No medium belongs to it, so that it must not be among tokens that media are placed at.
+        """
+        if {self.model.config.image_token_id, self.model.config.video_token_id} & {*self._pending}:
+            self._prefill([])
 
     @contextmanager
     def _unchanged_on_failure(self) -> Iterator[None]:
@@ -235,6 +245,8 @@ class Session:
             self.__dict__.update(kept)
             self._pending = pending
             raise
+        del kept
+        self.cache.settle()
 
     def log_likelihood(self, ids: Sequence[int]) -> float:
         """Natural logarithm of the probability that `ids` follow, in one pass on a fork.

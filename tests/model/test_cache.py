@@ -6,6 +6,8 @@ Run: .venv/bin/python -m pytest tests/model/test_cache.py -q
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from internvideo3.model.cache import (
     LatentCache,
     Part,
     Placement,
+    Segment,
     SegmentedLayer,
     SharedKVCache,
     allocated_bytes,
@@ -273,6 +276,14 @@ def stored_tokens(layer: SegmentedLayer) -> int:
     return sum(one.tensors[0].shape[2] for one in layer.segments())
 
 
+def take_turn(held: LatentCache, new_B1TW: torch.Tensor) -> None:
+    """Appends to all layers, as a call of a session does."""
+    with held.unchanged_on_failure():
+        for index in range(len(held.layers)):
+            held.segmented(index).write((new_B1TW,))
+    held.settle()
+
+
 @pytest.mark.parametrize("turn", [9, 11, 13, 17, 40])
 def test_turns_of_any_length_leave_no_room_behind(
     turn: int, monkeypatch: pytest.MonkeyPatch
@@ -281,12 +292,13 @@ def test_turns_of_any_length_leave_no_room_behind(
     monkeypatch.setattr(cache, "COPIED_TOKENS", 8)
     monkeypatch.setattr(cache, "MOST_SPARE", 16)
     monkeypatch.setattr(cache, "BLOCK_TOKENS", 1)
-    layer, drawn, written = SegmentedLayer(), torch.Generator().manual_seed(0), []
+    held, drawn, written = LatentCache(1), torch.Generator().manual_seed(0), []
+    layer = held.segmented(0)
     for _ in range(100):
         odd = int(torch.randint(1, turn, (), generator=drawn))
         for tokens in (turn, odd):
             written.append(torch.randn(1, 2, tokens, 4))
-            layer.write((written[-1],))
+            take_turn(held, written[-1])
             in_tail = layer.tail[0].shape[2] if layer.tail else 0
             assert in_tail <= max(layer.length, 16) * cache.GROWTH
             frozen = sum(one.length for one in layer.frozen)
@@ -327,61 +339,123 @@ def test_layers_freeze_at_the_same_token_whatever_memory_they_find(
     """A step writes at one place in all layers: it is the same only if their tails are."""
     monkeypatch.setattr(cache, "COPIED_TOKENS", 8)
     monkeypatch.setattr(cache, "BLOCK_TOKENS", 1)
-    rich, poor = SegmentedLayer(), SegmentedLayer()
-    stock = torch.Tensor.new_zeros
+    held, drawn = LatentCache(2), torch.Generator().manual_seed(0)
+    rich, poor = held.segmented(0), held.segmented(1)
+    stock, stock_write = torch.Tensor.new_zeros, SegmentedLayer.write
+    refused = 0
 
     def nearly_full(like: Tensor, *shape: int) -> Tensor:
-        if shape[2] > needed:
+        nonlocal refused
+        if shape[2] > poor.length + new.shape[2]:
+            refused += 1
             raise error
         return stock(like, *shape)
 
-    for turn in range(60):
-        new = torch.full((1, 1, (10, 3)[turn > 10], 4), float(turn))
-        rich.write((new,))
-        in_tail = poor.length + new.shape[2]
-        needed = in_tail if in_tail <= rich.length else new.shape[2]
+    def write(layer: SegmentedLayer, given: tuple[Tensor, ...], *more: Any) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "new_zeros", nearly_full)
-            poor.write((new,))
+            # Memory is short at a third of the turns, for the second layer.
+            if layer is poor and short:
+                patch.setattr(torch.Tensor, "new_zeros", nearly_full)
+            stock_write(layer, given, *more)
+
+    monkeypatch.setattr(SegmentedLayer, "write", write)
+    for turn in range(120):
+        new = torch.full((1, 1, (10, 3)[turn > 10], 4), float(turn))
+        short = bool(torch.rand((), generator=drawn) < 1 / 3)
+        take_turn(held, new)
         assert (poor.length, len(poor.frozen)) == (rich.length, len(rich.frozen))
-    assert torch.equal(poor.joined()[0], rich.joined()[0])
-    assert stored_tokens(poor) < stored_tokens(rich)
+    assert torch.equal(poor.joined()[0], rich.joined()[0]) and refused > 5
+
+
+def test_a_tail_that_was_refused_spare_room_is_not_copied_to_grow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is frozen when full: a turn after the shortage needs memory for itself alone."""
+    monkeypatch.setattr(cache, "COPIED_TOKENS", 8)
+    monkeypatch.setattr(cache, "BLOCK_TOKENS", 1)
+    held, new = LatentCache(2), torch.ones(1, 1, 10, 4)
+    stock = torch.Tensor.new_zeros
+
+    def scarce(like: Tensor, *shape: int) -> Tensor:
+        if shape[2] > 10:
+            raise torch.OutOfMemoryError("no room")
+        return stock(like, *shape)
+
+    for _ in range(cache.MANY_RUNS):
+        take_turn(held, new)
+    monkeypatch.setattr(torch.Tensor, "new_zeros", scarce)
+    for turn in range(1, 4):
+        take_turn(held, new)
+        runs = [len(held.segmented(index).segments()) for index in range(2)]
+        assert runs == [cache.MANY_RUNS + turn] * 2
+
+
+def test_giving_room_back_takes_no_memory_that_a_turn_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While a turn may still be taken back, all layers' tails would be there twice."""
+    monkeypatch.setattr(cache, "COPIED_TOKENS", 1024)
+    monkeypatch.setattr(cache, "BLOCK_TOKENS", 1)
+    held, order = LatentCache(4), []
+    for tokens in (900, 50, 100):
+        take_turn(held, torch.ones(1, 1, tokens, 8))
+    stored = [stored_tokens(held.segmented(index)) for index in range(4)]
+    assert stored == [1125] * 4
+    zeros, clone = torch.Tensor.new_zeros, torch.Tensor.clone
+
+    def allocating(kind: str, stock: Any) -> Any:
+        def allocate(*given: Any, **named: Any) -> Any:
+            order.append(kind)
+            return stock(*given, **named)
+
+        return allocate
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", allocating("turn", zeros))
+    monkeypatch.setattr(torch.Tensor, "clone", allocating("copy", clone))
+    take_turn(held, torch.ones(1, 1, 400, 8))
+    assert order == ["turn"] * 4 + ["copy"] * 4
+    assert [stored_tokens(held.segmented(index)) for index in range(4)] == [1050 + 400] * 4
 
 
 def test_other_errors_than_of_memory_are_not_spare_rooms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "COPIED_TOKENS", 8)
     monkeypatch.setattr(cache, "BLOCK_TOKENS", 1)
-    layer, fault = SegmentedLayer(), RuntimeError("CUDA error: an illegal memory access")
+    held, fault = LatentCache(1), RuntimeError("CUDA error: an illegal memory access")
 
     def faulty(*_: Any, **__: Any) -> Tensor:
         raise fault
 
-    layer.write((torch.randn(1, 1, 8, 4),))
-    layer.write((torch.randn(1, 1, 1, 4),))  # in a tail of ten
-    for name in ("clone", "new_zeros"):
+    take_turn(held, torch.randn(1, 1, 8, 4))
+    take_turn(held, torch.randn(1, 1, 1, 4))  # in a tail of ten
+    for name, left in (("new_zeros", 9), ("clone", 29)):
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, name, faulty)
             with pytest.raises(RuntimeError, match="illegal"):
-                layer.write((torch.randn(1, 1, 20, 4),))
-        assert layer.get_seq_length() == 9
+                take_turn(held, torch.randn(1, 1, 20, 4))
+        assert held.get_seq_length() == left
 
 
 def test_a_run_that_a_fork_holds_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "COPIED_TOKENS", 8)
-    layer = SegmentedLayer()
-    layer.write((torch.randn(1, 1, 10, 4),))
+    held = LatentCache(1)
+    layer = held.segmented(0)
+    take_turn(held, torch.randn(1, 1, 10, 4))
     child, storage = layer.fork(), layer.tail[0]
-    layer.write((torch.randn(1, 1, 60, 4),))
+    take_turn(held, torch.randn(1, 1, 60, 4))
     assert layer.frozen[0].tensors[0] is storage is child.frozen[0].tensors[0]
 
 
+COMPRESSING: Any = SimpleNamespace(row_form="latent", rank=lambda index: 16)
+"""What `LatentCache.compress` reads of a configuration."""
+
+
 def test_a_session_that_compresses_each_turn_has_few_runs() -> None:
-    layer, copied = SegmentedLayer(), cache.COPIED_TOKENS
-    tokens, turns = copied // 8, 40
+    held, copied = LatentCache(1), cache.COPIED_TOKENS
+    layer, tokens, turns = held.segmented(0), copied // 8, 40
     drawn = torch.randn(turns, 1, 1, tokens, 32)
     for turn in drawn:
-        layer.write((turn,))
-        layer.compress(rank=16)
+        take_turn(held, turn)
+        held.compress(COMPRESSING)
     assert all(run.compressed for run in layer.frozen)
     assert len(layer.frozen) <= turns * tokens / copied
     (found,) = layer.joined()
@@ -393,14 +467,59 @@ def test_a_session_that_compresses_each_turn_has_few_runs() -> None:
 
 def test_compressed_runs_that_forks_share_stay_shared() -> None:
     """A batch of forks reads them once: joined with what each has of its own, it could not."""
-    layer = SegmentedLayer()
-    layer.write((torch.randn(1, 1, 10, 32),))
-    layer.compress(rank=16)
-    children = [layer.fork() for _ in "ab"]
+    held = LatentCache(1)
+    take_turn(held, torch.randn(1, 1, 10, 32))
+    held.compress(COMPRESSING)
+    children = [held.fork() for _ in "ab"]
     for child in children:
         for _ in range(3):
-            child.write((torch.randn(1, 1, 5, 32),))
-            child.compress(rank=16)
-    assert [len(child.frozen) for child in children] == [2, 2]
-    assert all(child.frozen[0].tensors[0] is layer.frozen[0].tensors[0] for child in children)
+            take_turn(child, torch.randn(1, 1, 5, 32))
+            child.compress(COMPRESSING)
+    layers = [child.segmented(0) for child in children]
+    assert [len(layer.frozen) for layer in layers] == [2, 2]
+    shared = held.segmented(0).frozen[0].tensors[0]
+    assert all(layer.frozen[0].tensors[0] is shared for layer in layers)
     assert [child.get_seq_length() for child in children] == [25, 25]
+
+
+@pytest.mark.parametrize("where", ["compress", "cat"])
+def test_runs_are_joined_in_all_layers_or_in_none(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fails, and where; also after a fork, and what is compressed in a second try."""
+    stock = {"compress": Segment.compress, "cat": torch.cat}
+    for failing in range(6):
+        held = LatentCache(3)
+        for _ in range(2):
+            take_turn(held, torch.randn(1, 1, 10, 32))
+            held.compress(COMPRESSING)
+        take_turn(held, torch.randn(1, 1, 10, 32))
+        calls = itertools.count()
+
+        def fails(*given: Any, calls: Any = calls, failing: int = failing, **named: Any) -> Any:
+            if next(calls) == failing:
+                raise torch.OutOfMemoryError("no room")
+            return stock[where](*given, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Segment if where == "compress" else torch, where, fails)
+            # Joining is worth having, not failing for; not compressing is told.
+            told = pytest.raises(torch.OutOfMemoryError) if where == "compress" else nullcontext()
+            with told:
+                held.compress(COMPRESSING)
+        child = held.fork()
+        for one in (held, child):
+            for _ in range(2):
+                layers = [one.segmented(index) for index in range(3)]
+                assert len({tuple(run.length for run in layer.frozen) for layer in layers}) == 1
+                assert {layer.get_seq_length() for layer in layers} == {30}
+                one.compress(COMPRESSING)
+
+
+def test_what_is_left_of_a_run_after_a_fork_may_be_nothing() -> None:
+    held, new = filled(3)
+    child = held.fork()
+    held.crop(-3)
+    assert held.segmented(0).segments() == () and held.get_seq_length() == 0
+    held.update(new, new, 0)
+    assert torch.equal(content(held), new) and torch.equal(content(child), new)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from internvideo3.model import cache, decoding, segments
-from internvideo3.model.cache import Segment
+from internvideo3.model.cache import Segment, allocated_bytes
 from internvideo3.model.checkpoint import load_model, resolve_checkpoint
 from internvideo3.model.config import InternVideo3Config
 from internvideo3.model.engine import Engine, Reply
@@ -530,6 +530,46 @@ def test_a_session_that_is_dropped_takes_its_cache_along(loaded: tuple[Any, Any]
         gc.enable()
 
 
+@pytest.mark.parametrize("name", ["scale:base", "scale:m2la"])
+def test_media_follow_a_reply_that_ends_in_a_vision_token(name: str, frames: Any) -> None:
+    """The token is the model's own word; no medium belongs to it."""
+    model, processor = load_model(name, "cpu", "float32")
+    token, entries = model.config.video_token_id, model.config.text_config.vocab_size
+    others = tuple(entry for entry in range(entries) if entry != token)
+
+    def said(*, cached: bool) -> Session:
+        session = Session(model, processor)
+        session.append_ids(list(range(100, 140)))
+        session.generate(Limits(max_new_tokens=2, stop_ids=(), barred_ids=others))
+        if cached:
+            session.prefill()
+        session.append_text(VIDEO_TEXT, [frames(4, 1)])
+        return session
+
+    session, cached = said(cached=False), said(cached=True)
+    assert session.ids == cached.ids and session.ids[40:42] == [token, token]
+    assert torch.allclose(session.logits_last, cached.logits_last, atol=1e-5)
+
+
+def test_a_past_is_shared_also_with_a_session_that_went_on_behind_its_fork() -> None:
+    """The first fork knows a run up to its fork, the second one further on."""
+    model, processor = load_model("scale:m2la", "cpu", "float32")
+    session = Session(model, processor)
+    session.append_ids([100 + i % 200 for i in range(3000)])
+    first = session.fork()
+    session.append_ids(list(range(100, 105)))  # in the room that is left of the run's block
+    second = session.fork()
+    pairs = ([first, second], [first.fork(), session.fork()])
+    for forks in pairs:
+        before = allocated_bytes(one.cache for one in forks)
+        alone = [one.fork().generate(free(8)).logps for one in forks]
+        together = Session.generate_batch(forks, free(8))
+        for reply, want in zip(together, alone, strict=True):
+            assert reply.logps == pytest.approx(want, abs=1e-4)
+        # What each has of its own is a hundredth of what they share.
+        assert allocated_bytes(one.cache for one in forks) < 1.1 * before
+
+
 def test_forks_of_a_half_compressed_session_say_what_they_say_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -605,12 +645,16 @@ def test_merged_weights_are_the_linears_own(
     assert torch.equal(third.weight_NK, torch.cat([linear.weight for linear in linears]))
 
 
-def test_a_model_that_replied_under_inference_mode_can_be_trained() -> None:
-    model, processor = load_model("scale:base", "cpu", "float32")
+@pytest.mark.parametrize("name", ["scale:base", "scale:m2la"])
+def test_a_model_that_replied_under_inference_mode_can_be_trained(name: str) -> None:
+    model, processor = load_model(name, "cpu", "float32")
     session = Session(model, processor)
     with torch.inference_mode():
         session.append_ids([100, 101, 102])
         session.generate(Limits(max_new_tokens=2, stop_ids=()))
+    # And its session goes on outside.
+    session.append_ids([103, 104])
+    session.generate(Limits(max_new_tokens=2, stop_ids=()))
     weight = model.model.language_model.layers[0].self_attn.q_proj.weight.requires_grad_()
     with torch.enable_grad():
         model(input_ids=torch.tensor([[100, 101]])).logits.sum().backward()
