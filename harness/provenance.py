@@ -71,11 +71,12 @@ def hardware() -> dict[str, Any]:
 
 
 def code_digest(folders: Sequence[str]) -> str:
-    """SHA-256 of the Python files in some of the package's folders, as hex."""
+    """SHA-256 of some of the package's Python files, and of those in some folders, as hex."""
     root = Path(internvideo3.__file__).resolve().parent
     found = hashlib.sha256()
     for folder in folders:
-        for path in sorted((root / folder).rglob("*.py")):
+        whole = root / folder
+        for path in sorted(whole.rglob("*.py")) if whole.is_dir() else [whole]:
             found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return found.hexdigest()
 

@@ -40,6 +40,8 @@ MARGIN = 1.2
 """Of the lengths' axis, as a factor."""
 LEAST_STEP = 1.15
 """Factor between two lengths that both get a label on the axis."""
+SIZE_SPREAD = 0.1
+"""How far the parameters of models may be apart whose ratio is drawn."""
 CROWD = 3
 """More series than this, and the legend goes below the figure."""
 LONG = 44
@@ -98,9 +100,10 @@ def _by_reply(data: Efficiency) -> dict[str, Efficiency]:
 
     On one axis a short reply's bars would be nothing beside a long one's.
     """
-    lengths = {one.reply_tokens for one in data.series if one.decode}
+    lengths = {one.reply_tokens for one in data.series if one.decode or _told_absent(one)}
+    timed = {one.reply_tokens for one in data.series if one.decode} or lengths
     paper = _paper()["reply_tokens"]
-    first = paper if paper in lengths and _is_full_size(data) else max(lengths, default=None)
+    first = paper if paper in timed and _is_full_size(data) else max(timed, default=None)
     if first is None:
         return {REPLIES: data}
     found = {}
@@ -174,7 +177,7 @@ def latency_figure(data: Efficiency) -> Figure:
     """
     shown = [one for one in _styled(data) if one[0].decode or _told_absent(one[0])]
     timed = any(series.prefill for series, _ in shown)
-    lengths = {series.reply_tokens for series, _ in shown if series.decode}
+    lengths = {series.reply_tokens for series, _ in shown}
     of = f" of {_tokens(min(lengths))} tokens" if len(lengths) == 1 else ""
     title = f"Prefill (pale) and reply{of}, seconds"
     figure, axes = _canvas(data, title if timed else f"Reply{of}, seconds; prefill not timed")
@@ -243,10 +246,12 @@ def ratio_figure(data: Efficiency) -> Figure | None:
     ratios = _paper()["decode_speedup"] if _is_full_size(data) else {}
     title = "M²LA over GQA, ratio of decoded tokens per second"
     figure, axes = _canvas(data, title, [int(n) for n in ratios])
+    several = len({gqa.number for _, gqa, _ in pairs}) > 1
     for m2la, gqa, style in pairs:
         both = sorted(m2la.decode.keys() & gqa.decode.keys())
         measured = [(n, _ratio(m2la, gqa, n, "tokens_per_s")) for n in both]
-        _line(axes, measured, m2la.name, style)
+        beside = f" over {gqa.name}" if several else ""
+        _line(axes, measured, f"{m2la.name}{beside}", style)
         told = [n for n in both if all(MOVED in one.decode[n] for one in (m2la, gqa))]
         if told:
             moved = [_ratio(gqa, m2la, n, MOVED) for n in told]
@@ -263,11 +268,23 @@ def ratio_figure(data: Efficiency) -> Figure | None:
 
 
 def _pairs(data: Efficiency) -> Iterable[tuple[Series, Series, tuple[str, str]]]:
-    """Each series of M²LA with the GQA that was run in the same way, if they share a length."""
-    grouped = {series.way: series for series in reversed(data.series) if series.attention == "gqa"}
+    """Each series of M²LA with the first GQA of its size that was run in the same way.
+
+    Only where they share a length.
+    """
+    grouped = [series for series in data.series if series.attention == "gqa"]
     for series, style in _styled(data):
-        other = grouped.get(series.way)
-        if series.attention == "m2la" and other and series.decode.keys() & other.decode.keys():
+        if series.attention != "m2la":
+            continue
+        others = (
+            one
+            for one in grouped
+            if one.way == series.way
+            and one.decode.keys() & series.decode.keys()
+            and abs(one.parameters - series.parameters) <= SIZE_SPREAD * series.parameters
+        )
+        other = next(others, None)
+        if other is not None:
             yield series, other, style
 
 

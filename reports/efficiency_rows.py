@@ -51,6 +51,8 @@ class Series:
     """How and on what it was run: what must be equal for a fair ratio."""
     reply_tokens: int
     """How long the replies are whose seconds are told."""
+    parameters: int
+    """Of the model; 0 where its rows do not say."""
     decode: dict[int, Mapping[str, Any]]
     """Rows of decoding."""
     prefill: dict[int, Mapping[str, Any]]
@@ -214,7 +216,8 @@ def _series(name: str, number: int, row: Mapping[str, Any]) -> Series:
     """A series of rows like this one, without any yet."""
     way = tuple(row.get(one) for one in ("runner", "batch", "dtype", "cache", *APART))
     reply = int(row["integrate"] or row.get("new_tokens") or 0)
-    return Series(name, number, row["attention"], way, reply, {}, {}, {}, {}, {})
+    size = row.get("parameters", _size_told(row))
+    return Series(name, number, row["attention"], way, reply, size, {}, {}, {}, {}, {})
 
 
 def _sort_in(series: Series, row: Mapping[str, Any]) -> None:

@@ -11,12 +11,13 @@ Axes: B batch, H query heads, K key/value heads, T tokens, R row width, V value 
 
 import functools
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any
 
 import torch
@@ -456,10 +457,26 @@ def in_processes(
     names: Sequence[str], device: torch.device, workers: int, patience_s: Callable[[], float]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Results of checks run by so many processes; how long one is waited for is asked each time."""
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    spawned = get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawned, initializer=end_with_parent) as pool:
         waiting = {name: pool.submit(run_check, name, str(device)) for name in names}
         for name, future in waiting.items():
             yield name, _outcome(future, pool, patience_s())
+
+
+def end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, be it killed.
+
+    A worker that outlived it would hold the card's memory, and run beside what is timed next.
+    """
+    parent = parent_process()
+    assert parent is not None, "called in a process of a pool"
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _outcome(

@@ -7,6 +7,7 @@ import gc
 import itertools
 import json
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -243,10 +244,18 @@ def in_words(*kinds: type[Exception]) -> Iterator[None]:
         raise SystemExit(str(error)) from error
 
 
-def aside(path: Path) -> Path:
-    """A free name beside a file or folder."""
-    names = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(1))
+def aside(path: Path, earlier: Sequence[Path]) -> Path:
+    """A free name beside a file or folder, with a higher number than those moved there earlier."""
+    last = int(earlier[-1].stem.rpartition("-")[2]) if earlier else 0
+    names = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(last + 1))
     return next(name for name in names if not name.exists())
+
+
+def kept_aside(path: Path) -> list[Path]:
+    """What has the name of something that was moved aside, oldest first."""
+    name = re.compile(rf"{re.escape(path.stem)}-(\d+){re.escape(path.suffix)}")
+    found = [(name.fullmatch(one.name), one) for one in path.parent.iterdir()]
+    return [one for _, one in sorted((int(match[1]), one) for match, one in found if match)]
 
 
 def _locked(path: Path) -> IO[str]:
@@ -273,6 +282,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
     about: dict[str, Any] = {
         "torch": torch.__version__,
         "triton": version("triton"),
+        "transformers": version("transformers"),
         "python": platform.python_version(),
     }
     if device.type != "cuda":
@@ -290,6 +300,16 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 def is_tried_again(point: dict[str, Any]) -> bool:
     """Whether a known point is measured again: it failed, or others may have had the memory."""
     return bool(point["status"] == "failed" or point.get("retry"))
+
+
+def _points_of(file: Path) -> dict[str, Any] | None:
+    """A file of results; None of one that is torn, empty, or no text."""
+    try:
+        old = json.loads(file.read_text())
+    except ValueError:
+        return None
+    whole = isinstance(old, dict) and isinstance(old.get("points"), dict)
+    return old if whole else None
 
 
 class ResultsError(ValueError):
@@ -334,24 +354,33 @@ class Results:
         self.write()
 
     def _continue(self) -> None:
-        """Take over what an earlier process measured, or move it aside."""
-        try:
-            old = json.loads(self.path.read_text())
-        except ValueError:  # torn, empty, or no text
-            old = None
-        named = ("schema", "device", "code")
-        if not isinstance(old, dict) or not isinstance(old.get("points"), dict):
+        """Take over what an earlier process measured, or move it aside.
+
+        What was measured on this device before another one's file took its place is taken up again.
+        """
+        old = _points_of(self.path)
+        if old is None:
             why = "is no whole file of results"
-        elif all(old.get(name) == self.data[name] for name in named):
+        elif self._is_ours(old):
             self.data = old
             return
         else:
             theirs = old.get("device")
             name = theirs.get("name") if isinstance(theirs, dict) else None
             why = f"is of {name}, or of other versions or code than this"
-        kept = aside(self.path)
+        earlier = kept_aside(self.path)
+        ours = [file for file in earlier if self._is_ours(_points_of(file))]
+        kept = aside(self.path, earlier)
         self.path.rename(kept)
         say(f"{self.path} {why}; kept as {kept.name}")
+        if ours:
+            self.data = _points_of(ours[-1]) or self.data
+            ours[-1].rename(self.path)
+            say(f"{ours[-1].name} is of this device, and continued as {self.path.name}")
+
+    def _is_ours(self, old: dict[str, Any] | None) -> bool:
+        named = ("schema", "device", "code")
+        return old is not None and all(old.get(name) == self.data[name] for name in named)
 
     def write(self) -> None:
         """Replace the file."""

@@ -3,14 +3,15 @@
     python -m internvideo3.harness.gpu.step --out step.json --contexts 32768 131072
 
 The 8B shape with random weights and a random cache, as in Figure 6's quick form. Replays of the
-captured step are recorded by torch's profiler; `step_s` is timed without it. What is left when the
-kernels' time is taken off is gaps between kernels. A model is held to its gate first, and a step to
-float32 at its depth; what is red is not timed.
+captured step are recorded by torch's profiler; `step_s` is timed without it. Kernels start before
+those ahead of them have ended, and wait: each is given the time for which it runs behind all of
+them, so that the kernels' sum is the time in which anything runs, and `gaps_s` the rest. A model is
+held to its gate first, and a step to float32 at its depth; what is red is not timed.
 """
 
 import functools
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,29 +58,47 @@ def examine(subject: Subject, context: int, *, fp8: bool) -> dict[str, Any]:
         for _ in range(RECORDED):
             engine.advance()
         torch.cuda.synchronize()
-    seconds: dict[str, float] = defaultdict(float)
-    launches: dict[str, int] = defaultdict(int)
-    for event in recorded.events():
-        if event.device_type == DeviceType.CUDA:
-            seconds[event.name] += event.device_time_total / 1e6 / RECORDED
-            launches[event.name] += 1
+    on_card = [event for event in recorded.events() if event.device_type == DeviceType.CUDA]
+    times = [(one.name, one.time_range.start, one.time_range.end) for one in on_card]
+    launches = Counter(one.name for one in on_card)
+    seconds, gaps_s = shares(times)
     step_s = statistics.median(clock.seconds())
     per_token = subject.bytes_per_token
     if fp8:
         per_token = fp8_bytes(subject.model.config, "bfloat16")
     kernels = [
-        {"name": name[:80], "seconds": seconds[name], "launches": launches[name] // RECORDED}
+        {
+            "name": name[:80],
+            "seconds": seconds[name] / RECORDED,
+            "launches": launches[name] // RECORDED,
+        }
         for name in sorted(seconds, key=lambda n: -seconds[n])
     ]
     return {
         "step_s": step_s,
-        "kernels_s": sum(seconds.values()),
+        "kernels_s": sum(seconds.values()) / RECORDED,
+        "gaps_s": gaps_s / RECORDED,
         "launches": sum(launches.values()) // RECORDED,
         "weight_bytes": runner.step_bytes(),
         "cache_bytes": per_token * context,
         "kernels": kernels,
         "depth_error": look.found and look.found.error,
     }
+
+
+def shares(times: Sequence[tuple[str, float, float]]) -> tuple[dict[str, float], float]:
+    """Seconds of each kernel behind the ends of all before it, and seconds in which none runs.
+
+    Args:
+        times: names, with starts and ends in microseconds.
+    """
+    seconds: dict[str, float] = defaultdict(float)
+    gaps, reached = 0.0, min((start for _, start, _ in times), default=0.0)
+    for name, start, end in sorted(times, key=lambda one: one[1:]):
+        gaps += max(0.0, start - reached) / 1e6
+        seconds[name] += max(0.0, end - max(start, reached)) / 1e6
+        reached = max(reached, end)
+    return dict(seconds), gaps
 
 
 def main() -> None:
@@ -178,7 +197,8 @@ def report(key: str, point: dict[str, Any] | None, results: Results) -> None:
     share = results.share({**point, "moved": moved}, "moved", "copy_bytes_per_s")
     say(
         f"{key}: {1e3 * point['step_s']:.3f} ms, {share:.1%} of the roofline, "
-        f"kernels {1e3 * point['kernels_s']:.3f} ms in {point['launches']} launches"
+        f"kernels {1e3 * point['kernels_s']:.3f} ms in {point['launches']} launches, "
+        f"gaps {1e3 * point['gaps_s']:.3f} ms"
     )
     for kernel in point["kernels"][:SHOWN]:
         say(f"    {1e3 * kernel['seconds']:8.3f} ms {kernel['launches']:5} x {kernel['name']}")

@@ -41,8 +41,8 @@ from internvideo3.harness.profile.gate import Form, Gate, gate
 from internvideo3.harness.profile.known import (
     MEASURED,
     OTHER_CODE,
-    is_of_this_code,
     made_by,
+    stages_made_by,
     standing,
 )
 from internvideo3.harness.profile.measure import (
@@ -311,8 +311,7 @@ class _Group:
             return {
                 row["kind"]
                 for row in rows
-                if about.items() <= row.items()
-                and is_of_this_code(row)
+                if {**about, **stages_made_by()}.items() <= row.items()
                 and row.get("repeats", 0) >= self.options.workload.repeats
             }
 
@@ -522,8 +521,11 @@ class _Group:
         return Form(batch, "native", point.runner, static_room(point, self.device) if static else 0)
 
     def _write(self, point: Point, found: Gate | None, rows: Sequence[Row]) -> None:
-        if rows[0]["status"] == "failed" and point.model not in self.amiss.unloaded:
-            self.amiss.failed[point.key] = rows[0]["reason"]
+        row = rows[0]
+        if row["status"] == "failed" and point.model not in self.amiss.unloaded:
+            self.amiss.failed[point.key] = row["reason"]
+        elif row.get("retry") and "ended_by" in row:
+            self.amiss.failed[point.key] = f"after {row['repeats']} repeats: {row['ended_by']}"
         common = self._common(point.model, found, self._scope_of(point)) | {
             "point": point.key,
             "runner": point.runner,
@@ -544,7 +546,7 @@ class _Group:
         """Time decoding and encoding of a video."""
         repeats = self.options.workload.repeats
         about = {"video": video.name, "video_bytes": video.stat().st_size, "repeats": repeats}
-        common = self._common(subject.name, found, PLAIN.scope) | about
+        common = {**self._common(subject.name, found, PLAIN.scope), **about, **stages_made_by()}
         rows: list[Row] = []
         try:
             untimed = max(UNTIMED, self.options.workload.warmups)
@@ -634,4 +636,6 @@ def _summary(point: Point, rows: Sequence[Row]) -> str:
             row = by_kind[kind]
             share = f"{row['flop_share']:.0%} of the matrix rate"
             parts.insert(0, f"{name} {row['tokens_per_s']:.0f} tok/s, {share}")
+    if "ended_by" in decode:
+        parts.append(f"after {decode['repeats']} repeats {decode['ended_by']}")
     return f"{point.key}: {', '.join(parts)}"

@@ -20,7 +20,10 @@ ENDINGS = ("cache", "none")
 """Kinds of a point's last row; a process may have been killed while it wrote the others."""
 TRIED_AGAIN = ("failed", "gate red")
 MEASURED, MISSING, OTHER_CODE = "measured", "missing", "other code"
-PACKAGES = ("torch", "triton", "transformers")
+PACKAGES = ("torch", "triton", "transformers", "flash-attn")
+DECODING = ("tasks/video.py", "tasks/decoder.py")
+DECODERS = ("av", "decord")
+"""What reads a video besides: sources and packages."""
 
 
 @functools.cache
@@ -29,6 +32,15 @@ def made_by() -> Mapping[str, Any]:
     return {
         "code": provenance.code_digest(MEASURED_CODE),
         "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+@functools.cache
+def stages_made_by() -> Mapping[str, Any]:
+    """The same of what times a video's stages, to which its decoder belongs."""
+    return {
+        "code": provenance.code_digest((*MEASURED_CODE, *DECODING)),
+        "versions": {name: _version(name) for name in (*PACKAGES, *DECODERS)},
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from internvideo3.harness import provenance
-from internvideo3.harness.gpu.measure import aside
+from internvideo3.harness.gpu.measure import aside, kept_aside
 from internvideo3.harness.profile import host
 from internvideo3.harness.profile.subjects import config_of, parameters_of
 from internvideo3.harness.profile.workload import Workload, WorkloadError
@@ -58,13 +59,13 @@ class ProfileOptions:
         """
         runs = self.runs()
         found = {path.parent for path in self.out.glob("*/measurements.jsonl")} - {*runs}
-        return [*sorted(found, key=_by_number), *runs]
+        return [*sorted(found, key=_by_age), *runs]
 
 
-def _by_number(path: Path) -> tuple[str, int]:
-    """Order of names that differ in a number at their end, `a-2` before `a-10`."""
+def _by_age(path: Path) -> tuple[str, float]:
+    """Order of names that differ in a number at their end: `a-2`, `a-10`, then `a`, the newest."""
     stem, _, number = path.name.rpartition("-")
-    return (stem, int(number)) if number.isdecimal() else (path.name, 0)
+    return (stem, int(number)) if number.isdecimal() else (path.name, math.inf)
 
 
 def folder_name(model: str) -> str:
@@ -135,18 +136,37 @@ def _check_name(name: str) -> None:
 
 
 def move_foreign_aside(options: ProfileOptions, tell: Tell) -> None:
-    """Rename run directories of another device, which cannot be continued here; they are kept."""
+    """Rename run directories of another device, which cannot be continued here; they are kept.
+
+    One of this device that was moved aside for the other is taken up again.
+    """
+    mine = _config(options)
     for name in options.workload.models:
         root = options.run_of(name)
         if name in options.into or not (root / "run.json").is_file():
             continue
-        theirs = read_run(root).get("config")
-        if theirs == _config(options) or _is_in_use(root):
+        theirs = _config_of_run(root)
+        if theirs == mine or _is_in_use(root):
             continue
-        kept = aside(root)
+        # Another model's name may end in a number.
+        earlier = [path for path in kept_aside(root) if _run_of(path).get("id") == name]
+        ours = [path for path in earlier if _config_of_run(path) == mine]
+        kept = aside(root, earlier)
         root.rename(kept)
-        card = theirs.get("card") if isinstance(theirs, dict) else None
-        tell(f"{root} is of {card or 'another device'}; kept as {kept.name}")
+        tell(f"{root} is of {theirs.get('card') or 'another device'}; kept as {kept.name}")
+        if ours and not _is_in_use(ours[-1]):
+            ours[-1].rename(root)
+            tell(f"{ours[-1].name} is of this device, and continued as {root.name}")
+
+
+def _config_of_run(root: Path) -> Mapping[str, Any]:
+    """Where a run directory's rows were measured; empty where none can be read."""
+    found = _run_of(root).get("config")
+    return found if isinstance(found, dict) else {}
+
+
+def _run_of(root: Path) -> Mapping[str, Any]:
+    return read_run(root) if (root / "run.json").is_file() else {}
 
 
 def _is_in_use(root: Path) -> bool:

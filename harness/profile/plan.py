@@ -123,7 +123,7 @@ def need_of(point: Point, config: Any, weights: int, step: int = STEP_BYTES) -> 
     if compressed:
         cached += compressed * fp8_bytes(config, point.dtype)
     working = max(step, _scratch(point, config)) + _masks_and_copies(point, config)
-    scratch = max(working, _compressing(point, config))
+    scratch = max(working, _compressing(point, config), _filling(point, config))
     return Need(weights, point.batch * cached, scratch)
 
 
@@ -146,6 +146,15 @@ def _compressing(point: Point, config: Any) -> int:
     most = max(synthetic, point.depth - synthetic)
     stretch = min(COMPRESSED_TOKENS, most) * FLOAT32_COPIES * 4
     return int(point.batch * width * (most * ITEM_BYTES[point.dtype] + stretch))
+
+
+def _filling(point: Point, config: Any) -> int:
+    """One layer's random keys and values, which transformers' caches copy."""
+    if point.runner == "engine" or not _synthetic(point):
+        return 0
+    text = config.text_config
+    row = 2 * text.num_key_value_heads * text.head_dim * ITEM_BYTES[point.dtype]
+    return int(point.batch * point.depth * row)
 
 
 def fp8_bytes(config: Any, dtype: str) -> int:

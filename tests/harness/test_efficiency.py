@@ -148,6 +148,32 @@ def test_crosses_of_several_series_are_seen_beside_each_other(tmp_path: Path) ->
     assert axes.transAxes.inverted().transform(axes.transData.transform((128, 9.0)))[1] > highest
 
 
+def test_replies_that_were_possible_nowhere_have_their_figure(tmp_path: Path) -> None:
+    """What was timed has the name without a suffix, be it shorter."""
+    rows = [{"new_tokens": 64}, {"new_tokens": 16384, "kind": "none", "status": "out of memory"}]
+    found = {file.name for file in draw([written(tmp_path / "run", *rows)], tmp_path)}
+    assert {"figure6b-latency.svg", "figure6b-latency-16384.svg"} <= found
+    crossed = (tmp_path / "figure6b-latency-16384.svg").read_text()
+    assert "out of memory" in crossed and "of 16K tokens" in crossed
+
+
+def test_ratios_are_of_models_of_one_size(tmp_path: Path) -> None:
+    """A folder may hold what several commands measured; the nearest in size is the partner."""
+    gqa = {"attention": "gqa", "tokens_per_s": 4000.0, "model": "small-gqa", "parameters": 10**6}
+    large = {"attention": "gqa", "tokens_per_s": 10.0, "model": "gqa", "parameters": 8 * 10**9}
+    m2la = {"tokens_per_s": 20.0, "model": "m2la", "parameters": 81 * 10**8}
+    assert ratio_figure(read([written(tmp_path, gqa, m2la)])) is None
+    figure = ratio_figure(read([written(tmp_path, gqa, large, m2la)]))
+    assert figure is not None
+    (line,) = [one for one in figure.axes[0].lines if one.get_label() == "m2la"]
+    assert list(line.get_ydata()) == [2.0]
+    small = {"tokens_per_s": 2000.0, "model": "small-m2la", "parameters": 10**6}
+    figure = ratio_figure(read([written(tmp_path, gqa, large, m2la, small)]))
+    assert figure is not None
+    labels = {str(one.get_label()) for one in figure.axes[0].lines}
+    assert {"m2la over gqa", "small-m2la over small-gqa"} <= labels
+
+
 def test_each_length_of_reply_has_a_figure_of_its_own(tmp_path: Path) -> None:
     """The paper's replies stand beside those of their length, whatever else the folder holds."""
     long = {"point": "m/32768+128 random of 16384", "new_tokens": 128, "parameters": 8 * 10**9}

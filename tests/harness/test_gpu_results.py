@@ -6,11 +6,13 @@ pytest tests/harness/test_gpu_results.py
 import json
 import subprocess
 import sys
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -36,6 +38,56 @@ def test_a_torn_file_is_moved_aside(
     assert (tmp_path / "kernels-1.json").read_bytes() == text.encode("latin-1")
     results.close()
     assert json.loads(file.read_text())["points"] == {}
+
+
+def test_a_card_that_comes_back_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loan may be of either card."""
+    file, about = tmp_path / "kernels.json", measure.describe_device
+
+    def measured(card: str, value: int) -> int:
+        described = lambda device: about(device) | {"name": card}  # noqa: E731
+        monkeypatch.setattr(measure, "describe_device", described)
+        results = Results(file, CPU, 60)
+        point = results.point("a", lambda: {"value": value})
+        results.close()
+        assert point is not None
+        return int(point["value"])
+
+    assert [measured("H200", 1), measured("H100", 2)] == [1, 2]
+    assert [measured("H200", 3), measured("H100", 4), measured("H200", 5)] == [1, 2, 1]
+    assert {path.name for path in tmp_path.glob("kernels*.json")} == {
+        "kernels.json", "kernels-4.json",
+    }  # fmt: skip
+
+
+def test_a_worker_does_not_outlive_the_process_that_started_it(tmp_path: Path) -> None:
+    """Be that killed: on a card the worker would hold memory beside what is timed next."""
+    code = (
+        "import os, pathlib, sys, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from internvideo3.harness.gpu.kernels import end_with_parent\n"
+        "def work(file):\n"
+        "    pathlib.Path(file).write_text(str(os.getpid()))\n"
+        "    time.sleep(300)\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(\n"
+        "        1, mp_context=get_context('spawn'), initializer=end_with_parent)\n"
+        "    pool.submit(work, sys.argv[1]).result()\n"
+    )
+    script, file = tmp_path / "starts.py", tmp_path / "pid"
+    script.write_text(code)
+    starting = subprocess.Popen([sys.executable, str(script), str(file)])
+    deadline = time.monotonic() + 120
+    while not (file.exists() and file.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    worker = psutil.Process(int(file.read_text()))
+    assert worker.is_running() and starting.poll() is None
+    starting.kill()
+    starting.wait()
+    assert worker.wait(30) is None
 
 
 def test_one_process_at_a_time_writes_a_file(tmp_path: Path) -> None:
@@ -193,12 +245,23 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def examine(subject: Any, context: int, *, fp8: bool) -> dict[str, Any]:
         seen.append(context)
-        about = {"step_s": 1e-3, "kernels_s": 1e-3, "launches": 1, "kernels": []}
+        about = {"step_s": 1e-3, "kernels_s": 1e-3, "gaps_s": 0.0, "launches": 1, "kernels": []}
         return about | {"weight_bytes": 10, "cache_bytes": 20}
 
     monkeypatch.setattr(step, "load", lambda name, device, _: right(name, device, "float32"))
     monkeypatch.setattr(step, "examine", examine)
     return seen
+
+
+def test_kernels_that_overlap_are_not_counted_twice() -> None:
+    """They start early and wait for those ahead of them; what is left is gaps."""
+    times = [("a", 0, 10), ("b", 2, 15), ("a", 5, 12), ("c", 20, 30), ("b", 29, 33)]
+    seconds, gaps = step.shares([(name, start + 7.0, end + 7.0) for name, start, end in times])
+    assert {name: round(1e6 * value) for name, value in seconds.items()} == {
+        "a": 10, "b": 8, "c": 10,
+    }  # fmt: skip
+    assert round(1e6 * gaps) == 5 and sum(seconds.values()) + gaps == pytest.approx(33e-6)
+    assert step.shares([]) == ({}, 0.0)
 
 
 def test_a_step_is_examined_after_its_gate(

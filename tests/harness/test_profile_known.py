@@ -49,7 +49,9 @@ def test_what_other_code_measured_is_measured_again_and_said(
     profile(tiny, told.append)
     first = measured(tiny)
     assert {row["code"] for row in first} == {"a" * 64}
-    assert {tuple(row["versions"]) for row in first} == {("torch", "transformers", "triton")}
+    assert {tuple(row["versions"]) for row in first} == {
+        ("flash-attn", "torch", "transformers", "triton")
+    }
     assert is_complete(tiny) and not any("other code" in line for line in told)
     change_code(monkeypatch, "b" * 64)
     assert not is_complete(tiny)
@@ -94,6 +96,12 @@ def test_another_card_in_the_same_folder_begins_a_run_beside_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ("--out", str(tmp_path), "--models", GQA, "--contexts", "48")
+    # Of a model whose name ends in a number.
+    figure(monkeypatch, *small)
+    other = tmp_path / "random-tiny-gqa-576"
+    (tmp_path / "random-tiny-gqa").rename(other)
+    about = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps(about | {"id": f"{GQA}-576"}))
     with monkeypatch.context() as patched:
         patched.setattr(host, "name_of", lambda _: "NVIDIA H200")
         figure(monkeypatch, *small)
@@ -108,8 +116,17 @@ def test_another_card_in_the_same_folder_begins_a_run_beside_the_old_one(
     assert "is of NVIDIA H200; kept as random-tiny-gqa-1" in capsys.readouterr().out
     assert (tmp_path / "random-tiny-gqa-1/measurements.jsonl").read_bytes() == theirs
     assert json.loads((run / "run.json").read_text())["config"]["card"] != "NVIDIA H200"
+    # The first card's rows are not measured again when it comes back.
+    with monkeypatch.context() as patched:
+        patched.setattr(host, "name_of", lambda _: "NVIDIA H200")
+        figure(monkeypatch, *small)
+    assert (run / "measurements.jsonl").read_bytes() == theirs
+    figure(monkeypatch, *small)
+    assert json.loads((run / "run.json").read_text())["config"]["card"] != "NVIDIA H200"
     # Both are in the figures, apart.
-    assert len(set(read([run, tmp_path / "random-tiny-gqa-1"]).devices)) == 2
+    assert other.is_dir()
+    (beside,) = {*tmp_path.glob("random-tiny-gqa-*")} - {other}
+    assert len(set(read([run, beside]).devices)) == 2
 
 
 def test_what_was_moved_aside_does_not_rule_what_is_newer(tmp_path: Path) -> None:
@@ -117,8 +134,24 @@ def test_what_was_moved_aside_does_not_rule_what_is_newer(tmp_path: Path) -> Non
     for name in ("a", "a-1", "a-2", "a-10", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "measurements.jsonl").touch()
-    options = ProfileOptions(workload=Workload(models=("a",)), out=tmp_path)
-    assert [path.name for path in options.drawn()] == ["a-1", "a-2", "a-10", "b", "a"]
+    for model, order in (("a", "a-1 a-2 a-10 b a"), ("b", "a-1 a-2 a-10 a b")):
+        options = ProfileOptions(workload=Workload(models=(model,)), out=tmp_path)
+        assert [path.name for path in options.drawn()] == order.split()
+
+
+def test_a_videos_stages_are_of_what_decodes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code and packages; other rows do not depend on them."""
+    digest, asked = known.provenance.code_digest, []
+    monkeypatch.setattr(
+        known.provenance, "code_digest", lambda files: asked.append(files) or digest(files)
+    )
+    for made in (known.made_by, known.stages_made_by):
+        made.cache_clear()
+    plain, stages = known.made_by(), known.stages_made_by()
+    assert {*asked[1]} - {*asked[0]} == {"tasks/video.py", "tasks/decoder.py"}
+    assert {*stages["versions"]} - {*plain["versions"]} == {"av", "decord"}
+    assert plain["code"] != stages["code"] != digest(("tasks/video.py",))
+    known.stages_made_by.cache_clear()
 
 
 def test_a_card_is_the_same_however_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
