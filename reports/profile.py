@@ -37,6 +37,8 @@ class Profile:
     conditions: tuple[str, ...]
     """Where and how it was measured: device, number format, threads, repeats ... One entry per
     setting."""
+    of_a_cpu: bool
+    """Whether M²LA was decoded beside GQA, and all on a CPU, which is no measure of it."""
 
     @property
     def systems(self) -> tuple[str, ...]:
@@ -70,11 +72,16 @@ def collect(summary: Summary) -> Profile:
     """Gather the measurements of all runs; the last row of a point counts."""
     tables: dict[str, dict[str, Curve]] = {kind: {} for kind in KINDS}
     conditions: dict[str, None] = {}
+    devices = set()
     for name, measured in _last_ways(summary).items():
         for (kind, tokens), row in measured.rows.items():
             tables[kind].setdefault(name, {})[tokens] = float(row[_quantity(kind)])
             conditions[_condition(row)] = None
-    return Profile(conditions=tuple(conditions), **tables)
+            devices.add(row.get("device"))
+    processors = {system.run.meta.get("hardware", {}).get("cpu") for system in summary.systems}
+    compared = {one.attention for one in summary.systems if one.name in tables["decode"]}
+    of_a_cpu = compared >= {"gqa", "m2la"} and devices <= processors
+    return Profile(conditions=tuple(conditions), of_a_cpu=of_a_cpu, **tables)
 
 
 def _last_ways(summary: Summary) -> dict[str, _Measured]:

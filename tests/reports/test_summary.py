@@ -170,6 +170,23 @@ def test_profile_curves_are_of_one_sequence_in_the_engine(make_run: MakeRun) -> 
     assert all("bfloat16" in one for one in profile.conditions)
 
 
+@pytest.mark.parametrize(
+    ("device", "names", "told"),
+    [("two slow cores", ("base", "m2la"), True), ("NVIDIA H200", ("base", "m2la"), False),
+     ("two slow cores", ("base", "control"), False)],
+)  # fmt: skip
+def test_rates_of_a_cpu_are_no_measure_of_latent_attention(
+    make_run: MakeRun, device: str, names: tuple[str, ...], told: bool
+) -> None:
+    """The page says so where both kinds were timed there."""
+    folders = [make_run(name) for name in names]
+    for folder in folders:
+        file = folder / "measurements.jsonl"
+        rows = [json.loads(line) | {"device": device} for line in file.read_text().splitlines()]
+        measured(file, rows)
+    assert collect(summarise_paths(folders)).of_a_cpu == told
+
+
 @pytest.mark.parametrize("status", ["gate red", "out of memory"])
 def test_profile_curves_lose_what_a_later_row_takes_back(make_run: MakeRun, status: str) -> None:
     folder = make_run("m2la")
