@@ -506,6 +506,36 @@ def _headline(
     return value, _own_interval(value, samples, resamples) if known else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """What some of a run's answers come to by their benchmark's own rule."""
+
+    value: float | None
+    """0 to 1; None where they have no score here."""
+    interval: Interval | None
+    """None without a score, or where its average cannot be taken anew."""
+    instead: str
+    """What there is in place of a score."""
+    metric: str
+
+
+def standing(samples: Sequence[Sample]) -> Standing:
+    """Return what answers to one suite come to, by the benchmark's own average."""
+    known = all(x.doc is not None for x in samples)
+    recorded = aggregate(samples[0].benchmark, _rows(samples)).as_dict() if known else {}
+    value, interval = _headline(samples, recorded, RESAMPLES)
+    instead = _instead(samples, recorded) if value is None else ""
+    metric = _metric(samples, {"": recorded})
+    return Standing(value=value, interval=interval, instead=instead, metric=metric)
+
+
+def difference_of(before: Sequence[Sample], after: Sequence[Sample]) -> Difference | None:
+    """Return the second answers' score minus the first's, on what both answered with a score."""
+    first = {x.id: x for x in before if x.value is not None}
+    shared = [(first[x.id], x) for x in after if x.id in first and x.value is not None]
+    return _difference(shared) if shared else None
+
+
 def _instead(samples: Sequence[Sample], recorded: Mapping[str, Any]) -> str:
     """Return what there is of answers that have no score here, or not the benchmark's own."""
     if _scored(samples):
@@ -629,9 +659,9 @@ def pairs(systems: Sequence[System]) -> list[tuple[System, System]]:
     return [(real[0], s) for s in real[1:]]
 
 
-def _same_data(suite: str, a: System, b: System) -> bool:
-    """Return whether two runs read the same questions and videos, as far as they say."""
-    digests = {x.run.meta.get("suites", {}).get(suite, {}).get("data_digest") for x in (a, b)}
+def same_data(suite: str, *runs: Run) -> bool:
+    """Return whether runs read the same questions and videos, as far as they say."""
+    digests = {run.meta.get("suites", {}).get(suite, {}).get("data_digest") for run in runs}
     return len(digests - {None}) < 2
 
 
@@ -640,22 +670,15 @@ def _data_notes(suite: str, systems: Sequence[System]) -> list[str]:
     return [
         f"{suite}: {a.name} and {b.name} ran on different data and are not compared"
         for a, b in pairs(tested)
-        if not _same_data(suite, a, b)
+        if not same_data(suite, a.run, b.run)
     ]
 
 
 def _comparisons(suite: str, tested: Sequence[System]) -> Iterable[Comparison]:
     for a, b in pairs(tested):
-        if not _same_data(suite, a, b):
+        if not same_data(suite, a.run, b.run):
             continue
-        left = {x.id: x for x in a.run.samples[suite]}
-        right = {x.id: x for x in b.run.samples[suite]}
-        shared = [
-            (left[i], right[i])
-            for i in left
-            if i in right and left[i].value is not None and right[i].value is not None
-        ]
-        difference = _difference(shared) if shared else None
+        difference = difference_of(a.run.samples[suite], b.run.samples[suite])
         if difference is not None:
             yield Comparison(a=a.name, b=b.name, suite=suite, difference=difference)
 

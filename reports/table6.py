@@ -25,7 +25,8 @@ from internvideo3.reports.leaderboard_formats import tex
 from internvideo3.reports.load import Run, Sample
 from internvideo3.reports.markdown import escape
 from internvideo3.reports.markdown import table as markdown_table
-from internvideo3.reports.stats import Difference, Interval, cluster_interval, paired_difference
+from internvideo3.reports.stats import Difference
+from internvideo3.reports.summary import Standing, difference_of, same_data, standing
 from internvideo3.tasks.scoring import score
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -35,6 +36,11 @@ NOTE = (
     "Differences are paired, intervals 95 %, bootstrap over videos. Tokens are of the context and "
     "of what was weighed aside; calls count looks and tools. The paper gives no cost."
 )
+SETTINGS = (
+    "fps", "max_frames", "min_pixels", "max_pixels", "video_pixels", "thinking", "preset",
+    "subtitles",
+)  # fmt: skip
+"""Of the first look and the reply, which a line names where they are not the direct run's."""
 HEAD = (
     "system", "score", "− direct", "95 % interval", "− random looks", "n", "tokens", "seconds",
     "calls", "without tools", "right → wrong", "wrong → right",
@@ -53,7 +59,10 @@ class Line:
     suite: str
     label: str
     """`scale` for the scale model, `open-web` where the web was searched."""
-    score: Interval
+    score: Standing
+    """By the benchmark's own rule."""
+    n: int
+    videos: int
     difference: Difference | None
     """To the direct run; None for that run itself."""
     over_random: Difference | None
@@ -81,19 +90,22 @@ def lines(direct: Run, agentic: Sequence[Run], *, other_models: bool = False) ->
         other_models: whether agentic runs may be of other models; then every line names its model.
 
     Raises:
-        Table6Error: a run is of the wrong mode or model, or shares no sample with the direct run.
+        Table6Error: a run is of the wrong mode or model, of other data, a control, or shares no
+            sample with the direct run.
     """
     _check(direct, agentic, other_models)
+    _check_data(direct, agentic)
     several = len({_model(run) for run in (direct, *agentic)}) > 1
     found: list[Line] = []
     for suite, samples in direct.samples.items():
         others = [run for run in agentic if suite in run.samples]
         if others:
             found.append(_line(direct, suite, samples, None))
-            found += [
-                _line(run, suite, run.samples[suite], samples, _at_random(run, others, suite))
-                for run in others
-            ]
+            for run in others:
+                chance = _at_random(run, others, suite)
+                line = _line(run, suite, run.samples[suite], samples, chance)
+                name = ", ".join([line.name, *_apart(direct, run)])
+                found.append(replace(line, name=name))
     if not found:
         raise Table6Error("the runs share no suite; give runs of the same suites.")
     if not several:
@@ -129,21 +141,35 @@ def _check(direct: Run, agentic: Sequence[Run], other_models: bool) -> None:
             )
 
 
+def _check_data(direct: Run, agentic: Sequence[Run]) -> None:
+    """Whether all runs are of the same questions about the same videos, which all were shown.
+
+    Raises:
+        Table6Error: they are not; ids alone do not tell.
+    """
+    for run in (direct, *agentic):
+        if run.config.get("control"):
+            raise Table6Error(
+                f"{run.path} is the control {run.config['control']!r}, which hides something of "
+                "the video; give runs without --control."
+            )
+    for run in agentic:
+        for suite in run.samples.keys() & direct.samples.keys():
+            if not same_data(suite, direct, run):
+                raise Table6Error(
+                    f"{run.path} and {direct.path} were asked different questions of {suite} (its "
+                    "data differ); evaluate both on the same --split and build."
+                )
+
+
+def _apart(direct: Run, run: Run) -> list[str]:
+    """Settings of the first look in which a run differs from the direct one, in words."""
+    both = [(name, direct.config.get(name), run.config.get(name)) for name in SETTINGS]
+    return [f"{name.replace('_', ' ')} {theirs}" for name, ours, theirs in both if ours != theirs]
+
+
 def _looks(run: Run) -> str:
     return str((run.config.get("agent") or {}).get("looks", ""))
-
-
-def _paired(other: Sequence[Sample] | None, samples: Sequence[Sample]) -> Difference | None:
-    """What `samples` score above another run, on those that it answered too."""
-    before = {sample.id: sample.value or 0.0 for sample in other or ()}
-    both = [sample for sample in samples if sample.id in before]
-    if not both:
-        return None
-    return paired_difference(
-        [before[sample.id] for sample in both],
-        [sample.value or 0.0 for sample in both],
-        [sample.video_id for sample in both],
-    )
 
 
 def _line(
@@ -157,16 +183,15 @@ def _line(
     both = [sample for sample in samples if sample.id in before]
     if not both:
         raise Table6Error(f"{run.path} shares no sample of {suite} with the direct run.")
-    values = [sample.value or 0.0 for sample in both]
-    videos = [sample.video_id for sample in both]
     agents = [sample.agent for sample in both if sample.agent is not None]
     costs = [agent["cost"] for agent in agents]
     changes = [change for sample in both if (change := _change(sample)) is not None]
     label = " ".join(filter(None, [run.model.get("label"), _open_web(run)]))
     return Line(
         name=system_name(run), suite=suite, label=label,
-        score=cluster_interval(values, videos), difference=_paired(base, both),
-        over_random=_paired(chance, both),
+        score=standing(both), n=len(both), videos=len({sample.video_id for sample in both}),
+        difference=difference_of(base, both) if base else None,
+        over_random=difference_of(chance, both) if chance else None,
         tokens=fmean(_tokens(sample) for sample in both), seconds=_seconds(run, suite, both),
         calls=fmean(cost["tool_calls"] for cost in costs) if costs else None,
         without_tools=fmean(cost["tool_calls"] == 0 for cost in costs) if costs else None,
@@ -221,8 +246,15 @@ def _change(sample: Sample) -> float | None:
         "length_s": sample.length_s, "question": sample.question, "options": list(sample.options),
         "answer": sample.answer, "answer_type": sample.answer_type,
     }  # fmt: skip
-    before = score(sample.benchmark, doc, proposed).value or 0.0
-    return (sample.value or 0.0) - before
+    before = score(sample.benchmark, doc, proposed).value
+    return None if before is None or sample.value is None else sample.value - before
+
+
+def _score(found: Standing) -> str:
+    if found.value is None:
+        return found.instead
+    span = f" ({wording.span(found.interval)})" if found.interval else ""
+    return f"{wording.percent(found.value)}{span}"
 
 
 def cells(line: Line) -> list[str]:
@@ -230,13 +262,13 @@ def cells(line: Line) -> list[str]:
     found, above = line.difference, line.over_random
     return [
         line.name + (f" [{line.label}]" if line.label else ""),
-        f"{wording.percent(line.score.mean)} ({wording.span(line.score)})",
+        _score(line.score),
         wording.points(found.interval.mean) if found else "–",
         wording.signed_span(found.interval) if found else "–",
         f"{wording.points(above.interval.mean)} ({wording.signed_span(above.interval)})"
         if above
         else "–",
-        wording.count(line.score.n),
+        wording.count(line.n),
         wording.count(round(line.tokens)),
         f"{line.seconds:.2f}",
         "–" if line.calls is None else f"{line.calls:.1f}",
@@ -255,7 +287,9 @@ def _paper_cells() -> list[list[str]]:
 
 def _by_suite(found: Sequence[Line]) -> Iterator[tuple[str, list[list[str]]]]:
     for suite in dict.fromkeys(line.suite for line in found):
-        yield wording.suite_title(suite), [cells(one) for one in found if one.suite == suite]
+        mine = [one for one in found if one.suite == suite]
+        title = f"{wording.suite_title(suite)}, {mine[0].score.metric}"
+        yield title, [cells(one) for one in mine]
 
 
 def markdown(found: Sequence[Line]) -> str:
@@ -292,8 +326,10 @@ def _row(line: Line) -> dict[str, Any]:
     return {
         "suite": line.suite, "system": line.name, "label": line.label, "run": line.run,
         "model": line.model,
-        "score": line.score.mean, "low": line.score.low, "high": line.score.high,
-        "n": line.score.n, "videos": line.score.clusters,
+        "metric": line.score.metric, "score": line.score.value, "instead": line.score.instead,
+        "low": line.score.interval.low if line.score.interval else None,
+        "high": line.score.interval.high if line.score.interval else None,
+        "n": line.n, "videos": line.videos,
         "difference": found.interval.mean if found else None,
         "difference_low": found.interval.low if found else None,
         "difference_high": found.interval.high if found else None,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from internvideo3.harness.agent.context import Context, Control, Kind, Part, Quoted, Span
-from internvideo3.harness.agent.quoting import LONGEST_CHARS
 from internvideo3.harness.settings import SYSTEM_PROMPT
 from internvideo3.model.session import Limits, Session
 from internvideo3.tasks.video import Frames
@@ -73,9 +72,7 @@ class ModelCaptioner:
 
     def write(self, prompt: str) -> str:
         """A text from texts, which are the model's own and are quoted all the same."""
-        # A quotation has a greatest length; what is told of a long video may be longer.
-        starts = range(0, len(prompt), LONGEST_CHARS)
-        return self._said([Quoted(prompt[at : at + LONGEST_CHARS]) for at in starts])
+        return self._said([Quoted(prompt, whole=True)])
 
     def _said(self, parts: Sequence[Part]) -> str:
         context = Context(Session(self.model, self.processor, media_options={"do_resize": False}))

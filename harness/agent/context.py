@@ -70,6 +70,8 @@ class Quoted:
     """Text of anyone; no special token can come of it."""
 
     text: str
+    whole: bool = False
+    """Whether all of it is shown, however long: a question, and not what a tool came up with."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,12 @@ class Said:
     """The model's own words, by id."""
 
     ids: tuple[int, ...]
+
+
+def _told(part: Control | Quoted) -> str:
+    """A part as a trace has it."""
+    whole = isinstance(part, Quoted) and part.whole
+    return shorten(part.text, len(part.text)) if whole else shorten(part.text)
 
 
 Part = Control | Quoted | Frames | Said
@@ -183,8 +191,8 @@ class Context:
         self._open(role)
         for part in parts:
             self._write(part)
-        said = (p.text for p in parts if isinstance(p, (Control, Quoted)) and p not in MARKERS)
-        text = "".join(shorten(one) for one in said).strip()
+        said = (p for p in parts if isinstance(p, (Control, Quoted)) and p not in MARKERS)
+        text = "".join(_told(one) for one in said).strip()
         self._keep(role, parts)
         return self._record(kind, source, text, start, span=span, data=data)
 
@@ -293,7 +301,7 @@ class Context:
         if isinstance(part, Control):
             self._waiting += self.quoter.control(part.text)
         elif isinstance(part, Quoted):
-            self._waiting += self.quoter.quote(part.text)
+            self._waiting += self.quoter.quote(part.text, whole=part.whole)
         elif isinstance(part, Said):
             self._waiting += part.ids
             self._role = "" if part.ids and part.ids[-1] in self._end_ids() else self._role

@@ -20,6 +20,7 @@ from internvideo3.harness.agent.judging import options_of
 from internvideo3.harness.agent.memory import Item, Known, Memory
 from internvideo3.harness.agent.perception import Eye, Sight, seen_span
 from internvideo3.harness.agent.policies import Controller, Direct, ModelPolicy, clips
+from internvideo3.harness.agent.quoting import gist
 from internvideo3.harness.agent.rollout import (
     Earlier,
     Outcome,
@@ -136,7 +137,7 @@ def prepare(
     if settings.looks == "new" and settings.budget.tool_calls:
         album = open_album(eye.video, start_s, end_s, eye.reader, place.cache)
     if settings.budget.tool_calls and settings.tools:
-        prior = route(question, memory, settings.route)
+        prior = route(gist(question), memory, settings.route)
     spending = Spending(budget=settings.budget)
     environment = Environment(
         video=eye.video, duration_s=end_s, desk=place.desk, memory=memory, context=context,

@@ -32,6 +32,7 @@ from internvideo3.harness.agent.album import Album
 from internvideo3.harness.agent.belief import Belief, believe
 from internvideo3.harness.agent.context import Entry, Kind, Quoted, Span
 from internvideo3.harness.agent.memory import overlap_s
+from internvideo3.harness.agent.quoting import TAIL_CHARS, gist
 from internvideo3.harness.agent.rollout import State, View, write_call
 from internvideo3.harness.agent.setting import Looks
 from internvideo3.harness.settings import SYSTEM_PROMPT
@@ -218,9 +219,9 @@ def _remembered(state: State) -> Action | None:
     """Read memory by the question's meaning, after something was heard or read."""
     levels = ("speech", "text", "caption")
     written = any(item.level in levels for item in state.environment.memory.items)
-    return (
-        Recall(query=state.question[:2000]) if written and not state.called("memory_read") else None
-    )
+    if not written or state.called("memory_read"):
+        return None
+    return Recall(query=gist(state.question)[-TAIL_CHARS:])
 
 
 def _structure(state: State) -> Action | None:
@@ -332,7 +333,8 @@ def _covered(part: Span, seen: list[View]) -> bool:
 def _named(state: State) -> tuple[Span, ...]:
     """Parts around the times that the question names."""
     low_s, high_s = state.environment.start_s, state.environment.duration_s
-    return tuple(_around(state, t) for t in named_times(state.question) if low_s <= t <= high_s)
+    times_s = named_times(gist(state.question))
+    return tuple(_around(state, t) for t in times_s if low_s <= t <= high_s)
 
 
 def named_times(question: str) -> list[float]:

@@ -14,6 +14,9 @@ from typing import Any
 LONGEST_CHARS = 4_000
 """Characters of one quotation; the rest is dropped, and the quotation says so."""
 
+HEAD_CHARS, TAIL_CHARS = 1_000, 2_000
+"""Of a longer question what is put again and searched for: its beginning and its end."""
+
 
 class Quoter:
     """Tokenises text of unknown origin for one tokenizer."""
@@ -31,9 +34,14 @@ class Quoter:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def quote(self, text: str) -> list[int]:
-        """Ids of a text of unknown origin, at most `LONGEST_CHARS` of it; none is a control id."""
-        shown = shorten(text)
+    def quote(self, text: str, *, whole: bool = False) -> list[int]:
+        """Ids of a text of unknown origin; none is a control id.
+
+        Args:
+            text: of it at most `LONGEST_CHARS` count.
+            whole: whether all of it counts.
+        """
+        shown = shorten(text, len(text) if whole else LONGEST_CHARS)
         cuts = [match.start() + 1 for match in self._starts.finditer(shown)]
         bounds = [0, *cuts, len(shown)]
         ids: list[int] = []
@@ -48,6 +56,13 @@ class Quoter:
         # A normalising tokenizer may still build a token; no added token is one character long.
         alone = [self.control(character) for character in text]
         return [token for ids_ in alone for token in ids_ if token not in self._control_ids]
+
+
+def gist(question: str) -> str:
+    """A question whose middle is left out where it is long: subtitles or a summary stand there."""
+    if len(question) <= LONGEST_CHARS:
+        return question
+    return f"{question[:HEAD_CHARS]}\n[…]\n{question[-TAIL_CHARS:]}"
 
 
 def shorten(text: str, longest: int = LONGEST_CHARS) -> str:

@@ -24,9 +24,10 @@ from internvideo3.harness.agent.belief import Belief, believe, tally
 from internvideo3.harness.agent.budget import RESERVE, Spending
 from internvideo3.harness.agent.context import CALL, Context, Control, Entry, Kind, Quoted, Span
 from internvideo3.harness.agent.environment import Environment, Feedback
-from internvideo3.harness.agent.judging import Judgement, Weighed, shares
+from internvideo3.harness.agent.judging import Judgement, Weighed, option_of, shares
 from internvideo3.harness.agent.memory import Known
 from internvideo3.harness.agent.perception import Eye, interval_s, seen_span
+from internvideo3.harness.agent.quoting import gist
 from internvideo3.harness.agent.verification import Check, check, told, weigh_alone
 from internvideo3.model.session import Limits
 from internvideo3.tasks.video import Frames, joined
@@ -143,7 +144,8 @@ class Outcome:
     proposed: str | None
     """So worded, the answer before verification said anything; None if none was given."""
     reason: str
-    """verified, unverified (sent back too often), direct, or budget."""
+    """verified (by the model too), checked (its evidence is there, the model was not asked),
+    unverified (sent back too often), direct, or budget."""
     evidence: tuple[str, ...]
 
 
@@ -180,7 +182,8 @@ def turn(state: State, policy: Policy, watch: Watch) -> Outcome | None:
     if not isinstance(action, Answer):
         take(action, state)
     if policy.restates:
-        state.context.add(Kind.INSTRUCTION, "loop", [Quoted(state.question)])
+        again = Quoted(gist(state.question), whole=True)
+        state.context.add(Kind.INSTRUCTION, "loop", [again])
     state.compress(state)
     state.count()
     watch(state)
@@ -198,7 +201,7 @@ def begin(state: State, policy: Policy, first: Frames) -> None:
         if item.level == "story":
             said = (Control(STORY), Quoted(item.text), Control("\n"))
             context.add(Kind.MEMORY, "story", said, span=item.span, data={"ok": True})
-    context.add(Kind.INSTRUCTION, "user", [Quoted(state.question)])
+    context.add(Kind.INSTRUCTION, "user", [Quoted(state.question, whole=True)])
     state.views.append(_view(first, entry))
     state.base_tokens = len(context)
 
@@ -348,45 +351,49 @@ def settle(action: Answer, state: State, policy: Policy) -> Outcome | None:
     state.proposed = state.proposed or action.text
     claim = Claim(text=action.text, evidence=action.evidence)
     checks = check([claim], state.context)
-    if checks[0].ok and policy.verifies:
-        checks = [_supported(checks[0], state)]
+    verdict = "direct"
+    if policy.verifies:
+        verdict = "checked" if checks[0].ok else "unverified"
+        if checks[0].ok:
+            checks, verdict = _supported(checks[0], state)
     state.checks += checks
     if checks[0].ok or not policy.verifies or state.refusals >= MOST_REFUSALS:
-        verdict = "verified" if checks[0].ok else "unverified"
-        return _outcome(
-            state,
-            action.text,
-            dict(tally(state.judgements, state.options)).get(action.text, 0.0),
-            verdict if policy.verifies else "direct",
-            checks[0].evidence,
-        )
+        place = option_of(action.text, state.options)
+        named = action.text if place is None else state.options[place]
+        held = dict(tally(state.judgements, state.options)).get(named, 0.0)
+        return _outcome(state, action.text, held, verdict, checks[0].evidence)
     state.refusals += 1
     _respond(state, Feedback(ok=False, text=told(checks)), "verify")
     return None
 
 
-def _supported(found: Check, state: State) -> Check:
+def _supported(found: Check, state: State) -> tuple[list[Check], str]:
     """The model's own part of verification: does it give the answer from the evidence alone?
 
     The evidence window, all closer looks in order of time, is shown again without anything else,
     so that neither the first look nor what was said can speak for the answer. What the model then
-    holds counts from now on, and the weakest cited part is named for another look.
+    holds counts from now on, and the weakest cited part is named for another look. It is not asked
+    where there is nothing to ask about, or not the tokens to ask.
     """
     views = sorted(state.views[1:], key=lambda view: view.span)
-    if not state.options or not views or found.claim not in state.options:
-        return found
-    state.weak = None
+    place = option_of(found.claim, state.options)
+    if not views or place is None:
+        return [found], "checked"
     looks = [view.frames for view in views if view.frames is not None]
+    quoted = state.context.quoter.quote(gist(state.question), whole=True)
+    if sum(map(state.eye.tokens, looks)) + len(quoted) > state.spending.tokens_left - RESERVE:
+        return [found], "budget"
+    state.weak = None
     weighed, tokens = weigh_alone(state.context, looks, state.question, state.options)
     state.spending.side_tokens += tokens
     state.judgements.append(judged(state, weighed, state.views[-1], alone=True))
-    share = weighed.shares[state.options.index(found.claim)]
+    share = weighed.shares[place]
     if share >= SUPPORTED:
-        return replace(found, support=share)
+        return [replace(found, support=share)], "verified"
     state.weak = next((v.span for v in state.views[1:] if v.entry in found.evidence), None)
     other = state.options[weighed.best]
     problem = f"the closer looks alone say {other} ({weighed.shares[weighed.best]:.2f})"
-    return replace(found, ok=False, support=share, problems=(problem,))
+    return [replace(found, ok=False, support=share, problems=(problem,))], "unverified"
 
 
 def best(state: State, reason_: str) -> Outcome:

@@ -14,6 +14,7 @@ from internvideo3.harness.agent.actions import Claim
 from internvideo3.harness.agent.context import Context, Control, Entry, Kind, Quoted
 from internvideo3.harness.agent.judging import Weighed, shares
 from internvideo3.harness.agent.memory import overlap_s
+from internvideo3.harness.agent.quoting import gist
 from internvideo3.harness.settings import SYSTEM_PROMPT
 from internvideo3.model.session import Session
 from internvideo3.tasks.video import Frames, joined
@@ -102,7 +103,7 @@ def evidence_alone(context: Context, looks: Sequence[Frames], question: str) -> 
     alone.add(Kind.INSTRUCTION, "system", [Control(SYSTEM_PROMPT)], role="system")
     for look in joined(looks):
         alone.add(Kind.OBSERVATION, "frames", [look])
-    alone.add(Kind.INSTRUCTION, "user", [Quoted(question)])
+    alone.add(Kind.INSTRUCTION, "user", [Quoted(gist(question), whole=True)])
     return alone
 
 

@@ -120,9 +120,7 @@ class Studio:
     def _parts(self, part: str | Path) -> list[Quoted | Frames]:
         if isinstance(part, Path):
             return [Eye(part, self.sight, self.reader).first()]
-        # A quotation has a greatest length; a conversation may be longer.
-        starts = range(0, len(part), LONGEST_CHARS)
-        return [Quoted(part[at : at + LONGEST_CHARS]) for at in starts]
+        return [Quoted(part, whole=True)]
 
     def _roll(self, turns: Sequence[Turn], limits: Limits, say: Say) -> Told:
         videos = [video for turn in turns for video in turn.videos]

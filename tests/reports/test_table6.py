@@ -11,8 +11,18 @@ from typing import Any
 
 import pytest
 
-from internvideo3.reports.load import load_run
-from internvideo3.reports.table6 import Table6Error, html, lines, provenance, write
+from internvideo3.reports.load import Run, load_run
+from internvideo3.reports.table6 import (
+    Table6Error,
+    cells,
+    html,
+    lines,
+    markdown,
+    provenance,
+    rows,
+    write,
+)
+from internvideo3.tasks.scoring import score
 
 SCORED = {True: {"value": 1.0, "parsed": "A", "outcome": "answered"},
           False: {"value": 0.0, "parsed": "B", "outcome": "answered"}}  # fmt: skip
@@ -68,7 +78,7 @@ def both(tmp_path: Path) -> tuple[Path, Path]:
 def test_the_table_pairs_runs_and_tells_their_cost(both: tuple[Path, Path]) -> None:
     direct, agentic = (load_run(path) for path in both)
     base, ours = lines(direct, [agentic])
-    assert (base.score.mean, ours.score.mean) == (0.25, 0.75)
+    assert (base.score.value, ours.score.value) == (0.25, 0.75)
     assert ours.difference is not None and ours.difference.interval.mean == 0.5
     assert (ours.difference.wins, ours.difference.losses) == (5, 1)
     assert (base.tokens, ours.tokens, ours.seconds) == (502, 1000, 0.75)
@@ -150,3 +160,74 @@ def test_a_model_trained_to_act_stands_beside_the_one_it_came_from(tmp_path: Pat
     )
     three = lines(load_run(direct), [load_run(one) for one in (*others, own)], other_models=True)
     assert three[2].over_random is not None and three[2].over_random.interval.mean == 0.25
+
+
+def benchmark_run(
+    root: Path, mode: str, name: str, docs: list[dict[str, Any]], said: list[str], **meta: Any
+) -> Run:
+    """A run of a benchmark as `eval` writes it, scored by the benchmark's own rule."""
+    folder, written = root / mode, []
+    (folder / "samples").mkdir(parents=True)
+    for number, (doc, answer) in enumerate(zip(docs, said, strict=True)):
+        written.append(sample(number, answer, agent(1, answer) if mode == "agentic" else None) | {
+            "id": f"{name}/{number}", "suite": name, "benchmark": name, "doc": doc,
+            "official": score(name, doc, answer).as_dict(),
+            "plain": score(name, doc, answer, rule="plain").as_dict(),
+        })  # fmt: skip
+    (folder / f"samples/{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in written))
+    config = {"agent": None, "control": None, "fps": 2.0, "max_frames": 64}
+    if mode == "agentic":
+        config["agent"] = {"policy": "controller", "looks": "new", "verifies": True, "tools": []}
+    about = {
+        "schema": 1, "id": mode, "mode": mode, "command": [], "commit": "abc", "dirty": False,
+        "model": {"name": "m", "digest": "d"}, "config": config | meta.pop("config", {}),
+        "suites": {name: {"n": len(written), "data_digest": meta.pop("digest", "x")}},
+    }  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(about))
+    return load_run(folder)
+
+
+def mlvu(task: str) -> dict[str, Any]:
+    return {"question": "q\n(A) x\n(B) y", "answer": "A", "task_type": task}
+
+
+def test_scores_are_by_the_benchmarks_own_rule(tmp_path: Path) -> None:
+    """MLVU's M-Avg weighs tasks alike; the mean over questions says the opposite here."""
+    docs = [mlvu("big")] * 90 + [mlvu("small")] * 10
+    direct = benchmark_run(tmp_path, "direct", "mlvu", docs, ["A"] * 90 + ["B"] * 10)
+    agentic = benchmark_run(tmp_path, "agentic", "mlvu", docs, ["A"] * 70 + ["B"] * 20 + ["A"] * 10)
+    base, ours = lines(direct, [agentic])
+    assert base.score.value == 0.5 and ours.score.value == pytest.approx((70 / 90 + 1) / 2)
+    assert base.score.metric == "M-Avg" and ours.difference is not None
+    assert ours.difference.interval.mean == pytest.approx((70 / 90 + 1) / 2 - 0.5)
+    assert ", M-Avg" in markdown([base, ours])
+
+
+def test_what_has_no_score_has_none_in_the_table(tmp_path: Path) -> None:
+    """A judge is needed, or the truth is not public: that is no zero."""
+    doc = {"options": ["up", "down"], "answer": 0, "reason_type": "r", "demonstration_type": "h"}
+    direct = benchmark_run(tmp_path / "1", "direct", "tomato", [doc] * 4, ["A"] * 4)
+    agentic = benchmark_run(tmp_path / "1", "agentic", "tomato", [doc] * 4, ["A. up"] * 4)
+    base, ours = lines(direct, [agentic])
+    assert base.score.value == 1.0
+    assert ours.score.value is None and ours.difference is None and ours.mended == 0.0
+    assert "judge needed: 4" in cells(ours)[1] and rows([base, ours])[1]["score"] is None
+    hidden = {"option": ["A. a", "B. b"], "answer": None, "video_idx": "1"}
+    direct = benchmark_run(tmp_path / "2", "direct", "egoschema", [hidden] * 4, ["A"] * 4)
+    agentic = benchmark_run(tmp_path / "2", "agentic", "egoschema", [hidden] * 4, ["A"] * 4)
+    base, ours = lines(direct, [agentic])
+    assert "submission file" in cells(base)[1] and ours.difference is None
+
+
+def test_runs_of_other_data_or_less_of_it_are_refused(tmp_path: Path) -> None:
+    docs, said = [mlvu("big")] * 4, ["A"] * 4
+    direct = benchmark_run(tmp_path / "1", "direct", "mlvu", docs, said)
+    other = benchmark_run(tmp_path / "1", "agentic", "mlvu", docs, said, digest="validation")
+    with pytest.raises(Table6Error, match="different questions of mlvu"):
+        lines(direct, [other])
+    blind = benchmark_run(tmp_path / "2", "direct", "mlvu", docs, said, config={"control": "blind"})
+    agentic = benchmark_run(tmp_path / "2", "agentic", "mlvu", docs, said)
+    with pytest.raises(Table6Error, match="is the control 'blind'"):
+        lines(blind, [agentic])
+    few = benchmark_run(tmp_path / "3", "agentic", "mlvu", docs, said, config={"max_frames": 4})
+    assert lines(direct, [few])[1].name == "agentic (controller), max frames 4"
