@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from internvideo3.harness.agent.setting import TOOLS_OF_EVAL, AgentSettings, PolicyName
 from internvideo3.harness.settings import pixel_range
-from internvideo3.harness.traces import ROLLOUT, check_free
+from internvideo3.harness.traces import ROLLOUT, claimed
 
 if TYPE_CHECKING:
     from internvideo3.harness.agent.episode import Place
@@ -102,7 +102,6 @@ def ask(options: AskOptions, watch: Watch = lambda _: None, advance: Advance = _
             holds a rollout.
     """
     _check(options)
-    check_free(options.out)
     from internvideo3.harness.agent.perception import Eye
     from internvideo3.harness.agent.tools.catalogue import TOOLS, cache_folder
     from internvideo3.harness.agent.tools.desk import Desk
@@ -113,10 +112,13 @@ def ask(options: AskOptions, watch: Watch = lambda _: None, advance: Advance = _
     reader = IsolatedReader()
     with closing(reader), Desk(TOOLS, options.cache or cache_folder()) as desk:
         eye = Eye(options.video, sight_of(options), reader)
-        trace = _run(options, eye, desk, watch, advance)
-    write_json(options.out / ROLLOUT, trace)
-    write_json(options.out / "timings.json", desk.timings)
-    page = write_page(trace, options.out / "trace.html", video=options.video)
+        # What is wrong with the video is told before a folder is made, or weights are read.
+        eye.first()
+        with claimed(options.out):
+            trace = _run(options, eye, desk, watch, advance)
+            write_json(options.out / ROLLOUT, trace)
+            write_json(options.out / "timings.json", desk.timings)
+            page = write_page(trace, options.out / "trace.html", video=options.video)
     return Asked(answer=trace["answer"]["answer"], trace=trace, page=page, notes=_notes(trace))
 
 
@@ -135,10 +137,6 @@ def _run(
     from internvideo3.harness.agent.trace import trace_of
     from internvideo3.model.session import Limits
 
-    # The video first: what is wrong with it is told before weights are read.
-    eye.first()
-    # And the folder, before minutes are spent on what could not be kept.
-    options.out.mkdir(parents=True, exist_ok=True)
     agent = agent_of(options)
     place = replace(load_place(options, desk), advance=advance)
     limits = Limits(

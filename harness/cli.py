@@ -1138,8 +1138,8 @@ def train_command(
             )
             _leave(INTERRUPTED)
         if first:
-            print(*_metrics_lines(trained.folders), sep="\n")
-            print(f"Checkpoint: {trained.checkpoint}")
+            told = [*_metrics_lines(trained.folders), f"Checkpoint: {trained.checkpoint}"]
+            print(*told, sep="\n")
 
 
 @data_app.command("curate")

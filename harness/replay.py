@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from internvideo3.harness.traces import ROLLOUT, check_free, read_trace
+from internvideo3.harness.traces import ROLLOUT, claimed, read_trace
 
 if TYPE_CHECKING:
     from internvideo3.harness.ask import AskOptions
@@ -46,7 +46,6 @@ def replay(path: Path, options: AskOptions, *, live: bool) -> Replayed:
     from internvideo3.reports.trace import write_page
     from internvideo3.tasks.decoder import IsolatedReader
 
-    check_free(options.out)
     old = read_trace(path)
     cache = options.cache or cache_folder()
     recorded = [dict(row) for row in old.get("tool_results", ())]
@@ -54,10 +53,10 @@ def replay(path: Path, options: AskOptions, *, live: bool) -> Replayed:
     if not live:
         desk = RecordedDesk(TOOLS, cache, recorded=recorded, absent=old.get("tools", {}))
     named = replace(options, model=options.model or str(old["model"]))
-    with closing(IsolatedReader()) as reader, desk:
+    with closing(IsolatedReader()) as reader, desk, claimed(options.out):
         new = again(old, options.video, load_place(named, desk), reader)
-    write_json(options.out / ROLLOUT, new)
-    page = write_page(new, options.out / "trace.html", video=options.video)
+        write_json(options.out / ROLLOUT, new)
+        page = write_page(new, options.out / "trace.html", video=options.video)
     # Through JSON, as the old one went: tuples and lists are the same there.
     fresh = read_trace(options.out / ROLLOUT)
     parts = sorted((old.keys() | fresh.keys()) - ENVIRONMENT)

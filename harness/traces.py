@@ -4,11 +4,13 @@ A file appears when it is whole, and before the sample's record, so that a recor
 clock is in it: equal runs write equal bytes.
 """
 
+import fcntl
 import gzip
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,31 +18,61 @@ from urllib.parse import quote
 TRACES = "traces"
 ROLLOUT = "trace.json"
 """A single rollout's file in the folder of `ask` or `trace replay`."""
+WRITTEN = (ROLLOUT, "trace.html", "timings.json")
+LOCK = ".rollout.lock"
 
 
 class TraceError(ValueError):
     """A trace that is not there or cannot be read."""
 
 
-def check_free(folder: Path) -> None:
-    """Refuse a folder that has a rollout; it would be lost.
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a folder for a rollout, for this process alone.
 
     Raises:
-        TraceError: there is one.
+        TraceError: there is one, which would be lost, or another process is making one.
     """
-    if (folder / ROLLOUT).exists():
+    held = [name for name in WRITTEN if (folder / name).exists()]
+    if held:
         raise TraceError(
-            f"{folder} already holds a rollout ({ROLLOUT}). Give another --out, or take it away."
+            f"{folder} already holds a rollout ({', '.join(held)}). Give another --out, or take "
+            "it away."
         )
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / LOCK
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TraceError(
+                f"another process is writing a rollout to {folder}. Give another --out."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def free_folder(name: Path) -> Path:
     """A folder without a rollout: this one, or the first of NAME-2, NAME-3, ..."""
     number, folder = 1, name
-    while (folder / ROLLOUT).exists():
+    while any((folder / one).exists() for one in WRITTEN) or _is_held(folder):
         number += 1
         folder = name.with_name(f"{name.name}-{number}")
     return folder
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a process is writing there; one that was killed leaves its lock, but does not."""
+    if not (folder / LOCK).is_file():
+        return False
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def trace_path(run: Path, sample: str) -> Path:

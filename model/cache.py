@@ -71,6 +71,8 @@ class Segment:
     length: int
     nested: Nested | None = None
     """Which columns the rows lack; None: none."""
+    roomy: bool = False
+    """Whether `SegmentedLayer.trim` may give back its spare room."""
 
     @property
     def compressed(self) -> bool:
@@ -160,21 +162,27 @@ def _merge(layers: Sequence[SegmentedLayer]) -> None:
         if is_of_memory(error):
             return
         raise
-    for layer, runs in zip(layers, merged, strict=True):
-        layer.frozen = runs
+    before = [layer.frozen for layer in layers]
+    try:
+        for layer, runs in zip(layers, merged, strict=True):
+            layer.frozen = runs
+    except BaseException:  # Ctrl-C
+        for layer, runs in zip(layers, before, strict=True):
+            layer.frozen = runs
+        raise
 
 
 def _trimmed(run: Segment) -> Segment:
     """The same run without its spare room, if it is short and memory for a copy is there."""
     kept = _in_blocks(run.length)
     if not COPIED_TOKENS < run.length <= 2 * MOST_SPARE or kept >= run.tensors[0].shape[2]:
-        return run
+        return replace(run, roomy=False)
     try:
         whole = torch.contiguous_format
         copies = tuple(t[:, :, :kept].clone(memory_format=whole) for t in run.tensors)
     except (MemoryError, RuntimeError) as error:
         if is_of_memory(error):
-            return run
+            return replace(run, roomy=False)
         raise
     return Segment(copies, run.length, run.nested)
 
@@ -305,8 +313,6 @@ class SegmentedLayer(CacheLayerMixin):
         self._shared_length = 0
         # So may so many runs, which a batch reads once while all of its rows hold the same.
         self._shared_runs = len(frozen)
-        # Runs whose spare room `trim` gives back.
-        self._roomy: list[Segment] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: storage is allocated by the first `write`."""
@@ -323,8 +329,12 @@ class SegmentedLayer(CacheLayerMixin):
         return self._shared_runs
 
     def limit_room(self, tokens: int) -> None:
-        """Lets the tail count as full from so many tokens on, if not before."""
-        self._room = min(self._room, tokens)
+        """Lets a tail that is frozen when it is full be so from so many tokens on.
+
+        A shorter one is copied to grow, and each layer for itself.
+        """
+        if self.length > COPIED_TOKENS:
+            self._room = min(self._room, tokens)
 
     def segments(self) -> tuple[Segment, ...]:
         """Everything cached, the own tail as the last segment."""
@@ -381,10 +391,7 @@ class SegmentedLayer(CacheLayerMixin):
         like = like or self.tail or self.frozen[-1].like()
         full = self.length + tokens > self._room
         if full and may_freeze and self.length > COPIED_TOKENS:
-            forked = bool(self._shared_length)
-            self.freeze()
-            if not forked:
-                self._roomy.append(self.frozen[-1])
+            self.freeze(roomy=not self._shared_length)
             self._begin(like, tokens)
         self.reserve(like, self.length + tokens)
 
@@ -398,16 +405,16 @@ class SegmentedLayer(CacheLayerMixin):
         """Gives back the spare room of short tails that were frozen for being full.
 
         Each token is copied once at most; for a moment such a run is there twice. What finds no
-        memory for that keeps its spare room.
+        memory for that keeps its spare room, and so does what a fork holds.
         """
-        roomy, self._roomy = self._roomy, []
-        self.frozen = tuple(
-            _trimmed(run) if any(run is one for one in roomy) else run for run in self.frozen
-        )
+        if any(run.roomy for run in self.frozen):
+            shared, own = self.frozen[: self.shared_runs], self.frozen[self.shared_runs :]
+            self.frozen = (*shared, *(_trimmed(run) if run.roomy else run for run in own))
 
-    def freeze(self) -> None:
-        """Makes the tail a segment; nothing is copied."""
-        self.frozen = self.segments()
+    def freeze(self, *, roomy: bool = False) -> None:
+        """Makes the tail a segment; nothing is copied. Whether it is `roomy`: see `Segment`."""
+        if self.length:
+            self.frozen += (Segment(self.tail, self.length, roomy=roomy),)
         if self._shared_length:
             self._shared_runs = len(self.frozen)
         self._begin_anew()
@@ -624,7 +631,7 @@ class SegmentedLayer(CacheLayerMixin):
         self.frozen, self.tail, self.length = state.frozen, state.tail, state.length
         self.expected, self._shared_length = state.expected, state.shared_length
         self._shared_runs, self._room = state.shared_runs, state.room
-        self.is_initialized, self._roomy = state.is_initialized, []
+        self.is_initialized = state.is_initialized
 
     def storages(self) -> Iterator[torch.UntypedStorage]:
         """Every storage that this layer keeps alive, shared ones included."""
@@ -640,6 +647,8 @@ class SegmentedCache(Cache):
         super().__init__(layers=list(layers))
         self.placement: Placement | None = None
         self.over_segments = False
+        self._held = 0
+        """How many blocks may still take back what is appended."""
 
     def segmented(self, layer_idx: int) -> SegmentedLayer:
         """One layer."""
@@ -651,6 +660,7 @@ class SegmentedCache(Cache):
         self, layer_idx: int, new: tuple[Tensor, ...], mask_BxTN: Tensor | None = None
     ) -> list[Part]:
         """Appends the new tokens of one layer and says what they may attend to."""
+        self._settle_before(layer_idx)
         layer = self.segmented(layer_idx)
         layer.write(new, self.placement)
         return layer.parts(new[0].shape[2], mask_BxTN, self.placement)
@@ -670,19 +680,30 @@ class SegmentedCache(Cache):
 
         A failure in the middle of a forward pass has cached its tokens in some layers only. While
         the block runs, tails that it outgrew are kept: `COPIED_TOKENS` tokens a layer at most, or
-        what a prompt's vision rows of a smaller rank were picked from; `settle` comes after it.
+        what a prompt's vision rows of a smaller rank were picked from; `settle` comes before it.
         """
         layers = [self.segmented(index) for index in range(len(self.layers))]
         states = [layer.state() for layer in layers]
+        self._held += 1
         try:
             yield
         except BaseException:
             for layer, state in zip(layers, states, strict=True):
                 layer.restore(state)
             raise
+        finally:
+            self._held -= 1
+
+    def _settle_before(self, layer_idx: int) -> None:
+        """Where nobody else does: before a forward pass of transformers' own."""
+        if layer_idx == 0 and not self._held:
+            self.settle()
 
     def settle(self) -> None:
-        """Gives spare room back, a layer at a time, after what was appended in all layers."""
+        """Gives spare room back, a layer at a time, between two calls that append in all layers.
+
+        Wherever it ends, the cache holds what it held.
+        """
         layers = [self.segmented(index) for index in range(len(self.layers))]
         # Where one layer was refused spare room, none counts on it: all freeze at the same token.
         room = min(layer.capacity for layer in layers)
@@ -753,8 +774,9 @@ class LatentCache(SegmentedCache):
         layers = [self.segmented(index) for index in range(len(self.layers))]
         # All tails first: should one layer find no memory, they still hold the same tokens in the
         # same segments, some of them compressed, which is a cache like any other.
-        for layer in layers:
-            layer.freeze()
+        with self.unchanged_on_failure():
+            for layer in layers:
+                layer.freeze()
         for index, layer in enumerate(layers):
             layer.compress(config.rank(index))
         _merge(layers)
@@ -794,6 +816,7 @@ class LatentCache(SegmentedCache):
     ) -> tuple[Tensor, Tensor]:
         """Appends rows [B, 1, T, W], given as keys and as values; returns all rows twice."""
         assert key_states is value_states, "a latent cache stores one row per token"
+        self._settle_before(layer_idx)
         layer = self.segmented(layer_idx)
         layer.write((key_states,))
         (rows,) = layer.joined()
@@ -821,6 +844,7 @@ class SharedKVCache(SegmentedCache):
             transformers hands them on to the attention function unread.
         """
         if not self.over_segments:
+            self._settle_before(layer_idx)
             return super().update(key_states, value_states, layer_idx)
         parts = self.extend(layer_idx, (key_states, value_states))
         return parts, parts

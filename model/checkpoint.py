@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -418,8 +419,10 @@ def read_weights(kind: Any, path: Path, **given: Any) -> Any:
     from transformers.utils import logging
 
     size = sum(file.stat().st_size for file in weight_files(path))
-    shown = logging.is_progress_bar_enabled()
-    if size < LONG_BYTES:
+    # Where the environment decides, it cannot be overruled but with a warning.
+    decided = "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ
+    hidden = size < LONG_BYTES and logging.is_progress_bar_enabled() and not decided
+    if hidden:
         logging.disable_progress_bar()
     try:
         model, report = kind.from_pretrained(
@@ -428,7 +431,7 @@ def read_weights(kind: Any, path: Path, **given: Any) -> Any:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
     finally:
-        if shown:
+        if hidden:
             logging.enable_progress_bar()
     check_complete(path, report)
     return model

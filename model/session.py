@@ -237,6 +237,8 @@ class Session:
     @contextmanager
     def _unchanged_on_failure(self) -> Iterator[None]:
         """If the block fails, the session is what it was before."""
+        # First, and not at the end: Ctrl-C would then leave what was appended, and say it was not.
+        self.cache.settle()
         kept, pending = dict(self.__dict__), list(self._pending)
         try:
             with self.cache.unchanged_on_failure():
@@ -245,8 +247,6 @@ class Session:
             self.__dict__.update(kept)
             self._pending = pending
             raise
-        del kept
-        self.cache.settle()
 
     def log_likelihood(self, ids: Sequence[int]) -> float:
         """Natural logarithm of the probability that `ids` follow, in one pass on a fork.

@@ -40,8 +40,9 @@ MARGIN = 1.2
 """Of the lengths' axis, as a factor."""
 LEAST_STEP = 1.15
 """Factor between two lengths that both get a label on the axis."""
-SIZE_SPREAD = 0.1
-"""How far the parameters of models may be apart whose ratio is drawn."""
+SIZE_SPREAD = 4
+"""How many times the parameters of the other a model may have whose ratio is drawn: the shapes of
+tests differ by three, and models of different sizes by more."""
 CROWD = 3
 """More series than this, and the legend goes below the figure."""
 LONG = 44
@@ -268,24 +269,21 @@ def ratio_figure(data: Efficiency) -> Figure | None:
 
 
 def _pairs(data: Efficiency) -> Iterable[tuple[Series, Series, tuple[str, str]]]:
-    """Each series of M²LA with the first GQA of its size that was run in the same way.
-
-    Only where they share a length.
-    """
+    """Each series of M²LA with that GQA of its size, run alike, of most lengths in common."""
     grouped = [series for series in data.series if series.attention == "gqa"]
     for series, style in _styled(data):
         if series.attention != "m2la":
             continue
-        others = (
-            one
-            for one in grouped
-            if one.way == series.way
-            and one.decode.keys() & series.decode.keys()
-            and abs(one.parameters - series.parameters) <= SIZE_SPREAD * series.parameters
-        )
-        other = next(others, None)
-        if other is not None:
-            yield series, other, style
+        alike = [one for one in grouped if one.way == series.way and _is_alike(one, series)]
+        common = [len(one.decode.keys() & series.decode.keys()) for one in alike]
+        if any(common):
+            yield series, alike[common.index(max(common))], style
+
+
+def _is_alike(one: Series, other: Series) -> bool:
+    """Whether two models are of one size, as far as they say."""
+    small, large = sorted((one.parameters, other.parameters))
+    return not small or large <= SIZE_SPREAD * small
 
 
 def _ratio(one: Series, other: Series, context: int, name: str) -> float:

@@ -51,8 +51,6 @@ class Series:
     """How and on what it was run: what must be equal for a fair ratio."""
     reply_tokens: int
     """How long the replies are whose seconds are told."""
-    parameters: int
-    """Of the model; 0 where its rows do not say."""
     decode: dict[int, Mapping[str, Any]]
     """Rows of decoding."""
     prefill: dict[int, Mapping[str, Any]]
@@ -61,6 +59,12 @@ class Series:
     cache: dict[int, Mapping[str, Any]]
     absent: dict[int, str]
     """Why a length has no figures: "out of memory", "does not fit" ..."""
+
+    @property
+    def parameters(self) -> int:
+        """Of the model, as its newest row says; 0 where none does."""
+        told = [row["parameters"] for row in self.decode.values() if row.get("parameters")]
+        return int(told[-1]) if told else 0
 
     def reply_s(self, context: int) -> float | None:
         """Seconds of a whole reply; of one that was not timed whole, its length over the rate."""
@@ -216,8 +220,7 @@ def _series(name: str, number: int, row: Mapping[str, Any]) -> Series:
     """A series of rows like this one, without any yet."""
     way = tuple(row.get(one) for one in ("runner", "batch", "dtype", "cache", *APART))
     reply = int(row["integrate"] or row.get("new_tokens") or 0)
-    size = row.get("parameters", _size_told(row))
-    return Series(name, number, row["attention"], way, reply, size, {}, {}, {}, {}, {})
+    return Series(name, number, row["attention"], way, reply, {}, {}, {}, {}, {})
 
 
 def _sort_in(series: Series, row: Mapping[str, Any]) -> None:

@@ -80,7 +80,7 @@ def collect(summary: Summary) -> Profile:
             devices.add(row.get("device"))
     processors = {system.run.meta.get("hardware", {}).get("cpu") for system in summary.systems}
     compared = {one.attention for one in summary.systems if one.name in tables["decode"]}
-    of_a_cpu = compared >= {"gqa", "m2la"} and devices <= processors
+    of_a_cpu = compared >= {"gqa", "m2la"} and devices <= processors - {None}
     return Profile(conditions=tuple(conditions), of_a_cpu=of_a_cpu, **tables)
 
 

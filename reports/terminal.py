@@ -1,12 +1,13 @@
 """The leaderboard, and reports written in Markdown, in the terminal."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from rich import box
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.measure import Measurement
@@ -190,8 +191,9 @@ def print_markdown(text: str, *, console: Console | None = None) -> None:
     """
     console = console or Console()
     if not console.is_terminal:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.file.write(text if text.endswith("\n") else f"{text}\n")
         return
+    text = "\n".join(map(wording.printable, text.splitlines()))
     lines, done = text.splitlines(), 0
     tokens = MarkdownIt().enable("table").parse(text)
     for at, token in enumerate(tokens):
@@ -233,9 +235,9 @@ def _drawn(rows: Sequence[Sequence[str]], width: int, heads: str, cells: str) ->
         for at, (first, *rest) in enumerate(rows)
     ]
     columns = list(zip(*broken, strict=True))
-    needed = [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
+    needed = [_width(cell for text in column for cell in text.split("\n")) for column in columns]
     room = width - sum(needed[1:]) - 2 * len(columns)
-    if room < max(len(word) for cell in columns[0] for word in cell.split()):
+    if room < _width(word for cell in columns[0] for word in cell.split()):
         return None
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column(Text(columns[0][0]), width=min(room, needed[0]))
@@ -246,6 +248,11 @@ def _drawn(rows: Sequence[Sequence[str]], width: int, heads: str, cells: str) ->
     return table
 
 
+def _width(texts: Iterable[str]) -> int:
+    """Cells of the terminal that the widest of these takes; some characters take two."""
+    return max(map(cell_len, texts), default=0)
+
+
 def _print_table(rows: Sequence[Sequence[str]], console: Console) -> None:
     for breaks in ((_NOWHERE, _NOWHERE), (_SPACE, _NOWHERE), (_SPACE, _BRACKET)):
         table = _drawn(rows, console.width, *breaks)
@@ -253,10 +260,10 @@ def _print_table(rows: Sequence[Sequence[str]], console: Console) -> None:
             console.print(table)
             return
     names, *body = rows
-    width = max(map(len, names))
+    width = _width(names)
     for first, *rest in body:
         console.print(Text(f"\n{first}", style="bold"))
         for name, cell in zip(names[1:], rest, strict=True):
             if cell != "–":
-                console.print(Text(f"  {name:<{width}}  {cell}"))
+                console.print(Text(f"  {set_cell_size(name, width)}  {cell}"))
     console.print()

@@ -16,6 +16,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +28,6 @@ from internvideo3.tasks.world.build import (
     Built,
     Progress,
     checked_split,
-    checked_suite,
     locked,
     world_build,
 )
@@ -161,7 +161,11 @@ def build_suites(
     Raises:
         BuildError: as `world_build`; or a sound track is asked for this suite, which is silent.
     """
-    others = [checked_suite(name).name for name in suites if name != BRIEF.name]
+    others = [name for name in suites if name != BRIEF.name]
+    unknown = [name for name in others if name not in SUITES]
+    if unknown:
+        near = get_close_matches(unknown[0], EVALUABLE, n=3, cutoff=0.4) or list(EVALUABLE)
+        raise BuildError(f"unknown suite {unknown[0]!r}; did you mean {' or '.join(near)}?")
     brief = BRIEF.name in suites
     if brief and sound:
         raise BuildError(f"{BRIEF.name} has no sound; build it by itself, without --sound")

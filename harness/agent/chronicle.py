@@ -205,7 +205,8 @@ class _Work:
     def read(self, clips: Sequence[Clip]) -> tuple[Item, ...]:
         """What is said by subtitles, and what a frame of each scene has written in it."""
         found: list[Item] = []
-        suffixes = SUBTITLE_SUFFIXES if self._may("asr") else ()
+        # They say what hearing would, and stand in for it: without it, they are not read.
+        suffixes = SUBTITLE_SUFFIXES if "asr" in self.by.tools else ()
         beside = (self.eye.video.with_suffix(suffix) for suffix in suffixes)
         file = next((one for one in beside if one.is_file()), None)
         if file is not None:

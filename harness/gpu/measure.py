@@ -251,6 +251,25 @@ def aside(path: Path, earlier: Sequence[Path]) -> Path:
     return next(name for name in names if not name.exists())
 
 
+def _mark_of(kept: Path) -> Path:
+    return kept.with_name(f".{kept.name}.aside")
+
+
+def mark_aside(kept: Path) -> None:
+    """Notes that it was moved there and not put there by somebody, who may want it where it is."""
+    _mark_of(kept).touch()
+
+
+def is_marked(kept: Path) -> bool:
+    """Whether it was moved there; what was just before a process ended is not known of."""
+    return _mark_of(kept).exists()
+
+
+def unmark(kept: Path) -> None:
+    """Forgets that something was moved there, where it is no more."""
+    _mark_of(kept).unlink(missing_ok=True)
+
+
 def kept_aside(path: Path) -> list[Path]:
     """What has the name of something that was moved aside, oldest first."""
     name = re.compile(rf"{re.escape(path.stem)}-(\d+){re.escape(path.suffix)}")
@@ -304,6 +323,8 @@ def is_tried_again(point: dict[str, Any]) -> bool:
 
 def _points_of(file: Path) -> dict[str, Any] | None:
     """A file of results; None of one that is torn, empty, or no text."""
+    if not file.is_file():
+        return None
     try:
         old = json.loads(file.read_text())
     except ValueError:
@@ -343,8 +364,7 @@ class Results:
             "ceilings": {},
             "points": {},
         }
-        if path.exists():
-            self._continue()
+        self._continue()
         commit, dirty = provenance.revision()
         self.data |= {"command": sys.argv, "commit": commit, "dirty": dirty}
         # Clocks and heat differ from start to start: each measures its own.
@@ -356,26 +376,27 @@ class Results:
     def _continue(self) -> None:
         """Take over what an earlier process measured, or move it aside.
 
-        What was measured on this device before another one's file took its place is taken up again.
+        What was measured on this device before another one's file took its place is taken up again,
+        also where a process ended between the two.
         """
         old = _points_of(self.path)
-        if old is None:
-            why = "is no whole file of results"
-        elif self._is_ours(old):
-            self.data = old
+        if self._is_ours(old):
+            self.data = old or self.data
             return
-        else:
-            theirs = old.get("device")
-            name = theirs.get("name") if isinstance(theirs, dict) else None
-            why = f"is of {name}, or of other versions or code than this"
         earlier = kept_aside(self.path)
-        ours = [file for file in earlier if self._is_ours(_points_of(file))]
-        kept = aside(self.path, earlier)
-        self.path.rename(kept)
-        say(f"{self.path} {why}; kept as {kept.name}")
+        if self.path.exists():
+            device = (old or {}).get("device")
+            name = device.get("name") if isinstance(device, dict) else None
+            why = f"is of {name}, or of other versions or code than this"
+            kept = aside(self.path, earlier)
+            self.path.rename(kept)
+            mark_aside(kept)
+            say(f"{self.path} {why if old else 'is no whole file of results'}; kept as {kept.name}")
+        ours = [one for one in earlier if is_marked(one) and self._is_ours(_points_of(one))]
         if ours:
             self.data = _points_of(ours[-1]) or self.data
             ours[-1].rename(self.path)
+            unmark(ours[-1])
             say(f"{ours[-1].name} is of this device, and continued as {self.path.name}")
 
     def _is_ours(self, old: dict[str, Any] | None) -> bool:

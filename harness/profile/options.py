@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from internvideo3.harness import provenance
-from internvideo3.harness.gpu.measure import aside, kept_aside
+from internvideo3.harness.gpu.measure import aside, is_marked, kept_aside, mark_aside, unmark
 from internvideo3.harness.profile import host
 from internvideo3.harness.profile.subjects import config_of, parameters_of
 from internvideo3.harness.profile.workload import Workload, WorkloadError
@@ -143,30 +143,29 @@ def move_foreign_aside(options: ProfileOptions, tell: Tell) -> None:
     mine = _config(options)
     for name in options.workload.models:
         root = options.run_of(name)
-        if name in options.into or not (root / "run.json").is_file():
+        if name in options.into:
             continue
-        theirs = _config_of_run(root)
-        if theirs == mine or _is_in_use(root):
-            continue
-        # Another model's name may end in a number.
-        earlier = [path for path in kept_aside(root) if _run_of(path).get("id") == name]
+        # Another model's name may end in a number, and so may somebody's own folder.
+        earlier = [path for path in kept_aside(root) if is_marked(path)]
+        if (root / "run.json").is_file():
+            theirs = _config_of_run(root)
+            if theirs == mine or _is_in_use(root):
+                continue
+            kept = aside(root, earlier)
+            root.rename(kept)
+            mark_aside(kept)
+            tell(f"{root} is of {theirs.get('card') or 'another device'}; kept as {kept.name}")
         ours = [path for path in earlier if _config_of_run(path) == mine]
-        kept = aside(root, earlier)
-        root.rename(kept)
-        tell(f"{root} is of {theirs.get('card') or 'another device'}; kept as {kept.name}")
-        if ours and not _is_in_use(ours[-1]):
+        if ours and not root.exists() and not _is_in_use(ours[-1]):
             ours[-1].rename(root)
+            unmark(ours[-1])
             tell(f"{ours[-1].name} is of this device, and continued as {root.name}")
 
 
 def _config_of_run(root: Path) -> Mapping[str, Any]:
-    """Where a run directory's rows were measured; empty where none can be read."""
-    found = _run_of(root).get("config")
+    """Where a run directory's rows were measured; empty where that is not told."""
+    found = read_run(root).get("config") if (root / "run.json").is_file() else None
     return found if isinstance(found, dict) else {}
-
-
-def _run_of(root: Path) -> Mapping[str, Any]:
-    return read_run(root) if (root / "run.json").is_file() else {}
 
 
 def _is_in_use(root: Path) -> bool:

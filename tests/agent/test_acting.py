@@ -27,7 +27,7 @@ from internvideo3.tasks.scoring import score
 def acted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], list[Any]]:
     """Samples and traces of seven questions about five minutes of video."""
     folder = tmp_path_factory.mktemp("acting")
-    build_brief(folder, videos=1)
+    build_brief(folder, limit_videos=1)
     out = folder / "run"
     evaluate(
         EvalOptions(

@@ -35,6 +35,7 @@ from internvideo3.harness.agent.setting import AgentSettings
 from internvideo3.harness.agent.tools.catalogue import TOOLS
 from internvideo3.harness.agent.tools.desk import Desk
 from internvideo3.harness.ask import Asked, AskOptions, ask
+from internvideo3.harness.traces import free_folder
 from internvideo3.reports.trace import render
 from internvideo3.tasks.decoder import IsolatedReader
 from internvideo3.training.curation.records import Clip
@@ -145,7 +146,7 @@ def run(film: Path, warm: Path, tmp_path: Path) -> Ask:
     shutil.copytree(warm, tmp_path / "cache")
 
     def go(**options: Any) -> Asked:
-        given = {"cache": tmp_path / "cache", "out": tmp_path / "out"}
+        given = {"cache": tmp_path / "cache", "out": free_folder(tmp_path / "out")}
         return ask(AskOptions(video=film, **ASKED | given | options))
 
     return go
@@ -189,7 +190,7 @@ def test_clips_end_at_cuts_and_a_second_question_makes_none_again(
     second = run(captions="model", question=QUESTION.replace("play", "run")).trace
     assert len(spoken) == len(SCENES), "what is kept is not made again"
     assert second["known"] == first["known"]
-    timings = json.loads((tmp_path / "out/timings.json").read_text())
+    timings = json.loads((tmp_path / "out-2/timings.json").read_text())
     assert [row["from_cache"] for row in timings if row["tool"] == "captions"] == [True]
     third = run(captions="model").trace
     assert json.dumps(third) == json.dumps(first), "made or found, the trace is the same"
@@ -340,6 +341,19 @@ def test_captions_of_a_silent_server_may_be_required(
         place = Place(model=scale[0], processor=scale[1], desk=desk, goes_without=False)
         with pytest.raises(CaptionError, match="captions are wanting"):
             place.known(Eye(film, sight, reader), (0, 21), AgentSettings(captions=server.name))
+
+
+@pytest.mark.parametrize(("tools", "heard"), [((), []), (("asr",), ["Farewell, she said."])])
+def test_subtitles_are_read_only_where_hearing_is_allowed(
+    film: Path, server: Server, scale: tuple[Any, Any], tools: tuple[str, ...], heard: list[str]
+) -> None:
+    """An agent without tools must not know from captions what was said."""
+    sight = Sight(factor=32, min_pixels=4096, max_pixels=4096, max_frames=8, zoom_frames=8)
+    with closing(IsolatedReader()) as reader, Desk(TOOLS, None) as desk:
+        place = Place(model=scale[0], processor=scale[1], desk=desk)
+        settings = AgentSettings(captions=server.name, tools=tools)
+        known = place.known(Eye(film, sight, reader), (0, 21), settings)
+    assert [item.text for item in known.items if item.level == "speech"] == heard
 
 
 @pytest.mark.parametrize("given", ["gpt", "@http://x", "a@ftp://x", "http://x"])

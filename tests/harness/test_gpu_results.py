@@ -62,6 +62,29 @@ def test_a_card_that_comes_back_goes_on_where_it_was(
     }  # fmt: skip
 
 
+def test_what_a_killed_process_moved_aside_is_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two renames there is no file of the name; and what a user put there stays."""
+    file = tmp_path / "kernels.json"
+    results = Results(file, CPU, 60)
+    results.point("a", lambda: {"value": 1})
+    results.close()
+    mine = tmp_path / "kernels-1.json"
+    mine.write_bytes(file.read_bytes())
+    about = measure.describe_device
+    with monkeypatch.context() as patched:
+        patched.setattr(measure, "describe_device", lambda device: about(device) | {"name": "H100"})
+        Results(file, CPU, 60).close()
+        file.rename(tmp_path / "lost.json")  # as if it had ended before it wrote
+    (tmp_path / "kernels-7.json").mkdir()
+    again = Results(file, CPU, 60)
+    point = again.point("a", lambda: {"value": 2})
+    again.close()
+    assert point is not None and point["value"] == 1
+    assert mine.exists() and not (tmp_path / "kernels-2.json").exists()
+
+
 def test_a_worker_does_not_outlive_the_process_that_started_it(tmp_path: Path) -> None:
     """Be that killed: on a card the worker would hold memory beside what is timed next."""
     code = (

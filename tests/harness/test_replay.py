@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from internvideo3.harness.ask import AskOptions, ask
 from internvideo3.harness.replay import replay, show
+from internvideo3.harness.traces import LOCK, claimed, free_folder
 
 QUESTION = (
     "What does the man say?\nA. hello\nB. goodbye\nC. nothing\nAnswer with the text of one option."
@@ -88,6 +90,21 @@ def test_a_rollout_is_not_written_over(asked: AskOptions) -> None:
     with pytest.raises(ValueError, match="already holds a rollout"):
         ask(asked)
     assert (asked.out / "trace.json").read_bytes() == before
+
+
+def test_two_rollouts_at_once_have_folders_of_their_own(asked: AskOptions, tmp_path: Path) -> None:
+    place = tmp_path / "ask"
+    with claimed(place):
+        assert free_folder(place) == tmp_path / "ask-2"
+        with pytest.raises(ValueError, match="another process is writing a rollout to"):
+            ask(replace(asked, out=place))
+    assert free_folder(place) == place and not any(place.iterdir())
+    (place / LOCK).touch()  # of a process that was killed
+    assert free_folder(place) == place
+    (place / "timings.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"already holds a rollout \(timings.json\)"):
+        ask(replace(asked, out=place))
+    assert (place / "timings.json").read_text() == "[]"
 
 
 def test_commands_replay_and_show(asked: AskOptions, tmp_path: Path) -> None:

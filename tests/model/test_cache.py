@@ -6,6 +6,7 @@ Run: .venv/bin/python -m pytest tests/model/test_cache.py -q
 from __future__ import annotations
 
 import itertools
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -353,7 +354,7 @@ def test_layers_freeze_at_the_same_token_whatever_memory_they_find(
 
     def write(layer: SegmentedLayer, given: tuple[Tensor, ...], *more: Any) -> None:
         with monkeypatch.context() as patch:
-            # Memory is short at a third of the turns, for the second layer.
+            # Memory is short at most of the turns, for the second layer.
             if layer is poor and short:
                 patch.setattr(torch.Tensor, "new_zeros", nearly_full)
             stock_write(layer, given, *more)
@@ -361,7 +362,7 @@ def test_layers_freeze_at_the_same_token_whatever_memory_they_find(
     monkeypatch.setattr(SegmentedLayer, "write", write)
     for turn in range(120):
         new = torch.full((1, 1, (10, 3)[turn > 10], 4), float(turn))
-        short = bool(torch.rand((), generator=drawn) < 1 / 3)
+        short = bool(torch.rand((), generator=drawn) < 0.8)
         take_turn(held, new)
         assert (poor.length, len(poor.frozen)) == (rich.length, len(rich.frozen))
     assert torch.equal(poor.joined()[0], rich.joined()[0]) and refused > 5
@@ -514,6 +515,67 @@ def test_runs_are_joined_in_all_layers_or_in_none(
                 assert len({tuple(run.length for run in layer.frozen) for layer in layers}) == 1
                 assert {layer.get_seq_length() for layer in layers} == {30}
                 one.compress(COMPRESSING)
+
+
+@pytest.mark.parametrize("change", ["reorder", "compress", "reset", "none"])
+def test_transformers_own_passes_leave_no_room_behind(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does a cache keep a run alive that it has replaced, as beam search does."""
+    monkeypatch.setattr(cache, "COPIED_TOKENS", 8)
+    monkeypatch.setattr(cache, "BLOCK_TOKENS", 1)
+    held = LatentCache(2)
+    seen: list[weakref.ref[Tensor]] = []
+    for _ in range(60):
+        for layer in range(2):
+            new = torch.randn(1, 1, 1, 32)
+            held.update(new, new, layer)
+            seen += [weakref.ref(t) for run in held.segmented(layer).frozen for t in run.tensors]
+    if change == "reorder":
+        held.reorder_cache(torch.tensor([0]))
+    elif change == "compress":
+        held.compress(COMPRESSING)
+    elif change == "reset":
+        held.reset()
+    layers = [held.segmented(index) for index in range(2)]
+    named = {id(t) for layer in layers for run in layer.segments() for t in run.tensors}
+    assert {id(one) for ref in seen if (one := ref()) is not None} <= named
+    for layer in layers:
+        assert all(run.tensors[0].shape[2] == run.length for run in layer.frozen[:-1])
+
+
+@pytest.mark.parametrize("where", ["freeze", "merge"])
+def test_ctrl_c_in_a_compression_leaves_layers_alike(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = LatentCache(3)
+    for turn in range(2):
+        take_turn(held, torch.randn(1, 1, 10, 32))
+        if turn == 0:
+            held.compress(COMPRESSING)
+    calls, stock = itertools.count(), SegmentedLayer.freeze
+
+    def interrupted(layer: SegmentedLayer, **named: Any) -> None:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        stock(layer, **named)
+
+    class Fragile(SegmentedLayer):
+        def __setattr__(self, name: str, value: Any) -> None:
+            fewer = name == "frozen" and len(value) < len(self.__dict__.get("frozen", ()))
+            if fewer and not next(calls):
+                raise KeyboardInterrupt
+            super().__setattr__(name, value)
+
+    if where == "freeze":
+        monkeypatch.setattr(SegmentedLayer, "freeze", interrupted)
+    else:
+        held.segmented(1).__class__ = Fragile
+    with pytest.raises(KeyboardInterrupt):
+        held.compress(COMPRESSING)
+    layers = [held.segmented(index) for index in range(3)]
+    assert len({tuple(run.length for run in layer.segments()) for layer in layers}) == 1
+    assert len({layer.length for layer in layers}) == 1
 
 
 def test_what_is_left_of_a_run_after_a_fork_may_be_nothing() -> None:

@@ -33,6 +33,25 @@ def test_a_pipe_gets_the_markdown_as_it_stands() -> None:
     assert printed(20, terminal=False) == TEXT + "\n"
 
 
+def test_what_is_piped_is_not_touched() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=20, force_terminal=False)
+    text = "a :warning:\t[bold]b[/bold]\x1b[2J\n"
+    print_markdown(text, console=console)
+    assert out.getvalue() == text
+
+
+def test_wide_characters_take_two_cells_and_none_steers_the_terminal() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=44, force_terminal=True, color_system=None)
+    rows = [["模型一二三四五六", "百分之五十五十", "x\x1b[2Jy"], ["", "", ""]]
+    print_markdown(markdown_table(["名字", "分数", "n"], rows), console=console)
+    for cell in rows[0][:2]:
+        assert cell in out.getvalue()
+    assert "\x1b" not in out.getvalue()
+    print_markdown(markdown_table(["", "n"], [["", "1"]]), console=console)
+
+
 def test_a_table_that_fits_is_one_line_a_row() -> None:
     lines = printed(120).splitlines()
     for row in ROWS:
