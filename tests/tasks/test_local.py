@@ -1,0 +1,136 @@
+"""Benchmarks on disk: which file a video's name means, and which it does not.
+
+pytest tests/tasks/test_local.py -q
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS
+from internvideo3.tasks.benchmarks.local import Local, load_local
+
+VIEWS = ("std", "reverse", "hflip", "reverse_hflip")
+OPTIONS = ["1", "2"]
+
+
+def load(root: Path, name: str) -> Local:
+    benchmark = BENCHMARKS[name]
+    return load_local(benchmark, root, benchmark.paper)
+
+
+def shown(root: Path, local: Local) -> list[str]:
+    """The videos found, as paths below the benchmark's folder of videos."""
+    paths = [Path(path) for doc in local.docs for path in doc["videos"]]
+    videos = (root / local.benchmark.home / "videos").resolve()
+    return [str(path.relative_to(videos)) for path in paths if path.is_file()]
+
+
+def files(home: Path, *names: str) -> None:
+    for name in names:
+        path = home / "videos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+def annotate(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def dsi_bench(root: Path, views: tuple[str, ...] = VIEWS) -> Path:
+    home = root / "dsi_bench"
+    for view in views:
+        path = home / f"metadatas/{view}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            "relative_path,question,options,GT,cate\n"
+            "clip_1.mp4,Where?,A. left B. right C. up D. down,A,1\n"
+        )
+    return home
+
+
+def mvbench(root: Path, **videos: str) -> Path:
+    home = root / "mvbench"
+    for task, video in videos.items():
+        row = {"video": video, "question": "How many?", "candidates": OPTIONS, "answer": "1"}
+        annotate(home / f"json/{task}.json", [row])
+    return home
+
+
+def tomato(root: Path, *places: str) -> Path:
+    home = root / "tomato"
+    rows = {
+        str(number): {
+            "question": f"q{number}?", "options": OPTIONS, "answer": 0,
+            "demonstration_type": place.split("/")[0], "key": place.split("/")[1],
+        }
+        for number, place in enumerate(places)
+    }  # fmt: skip
+    annotate(home / "data/count.json", rows)
+    return home
+
+
+def test_a_view_that_was_not_downloaded_is_missing_and_not_another_view(tmp_path: Path) -> None:
+    files(dsi_bench(tmp_path), "std/clip_1.mp4")
+    local = load(tmp_path, "dsi_bench")
+    assert shown(tmp_path, local) == ["std/clip_1.mp4"]
+    assert local.missing == tuple(sorted(f"videos/{view}/clip_1.mp4" for view in VIEWS[1:]))
+
+
+def test_another_source_with_the_same_file_name_is_another_video(tmp_path: Path) -> None:
+    home = mvbench(tmp_path, moving_count="video_10009.mp4")
+    files(home, "perception/videos/video_10009.mp4")
+    files(tomato(tmp_path, "simulated/0001-00"), "human/0001-00.mp4")
+    assert load(tmp_path, "mvbench").missing == ("videos/clevrer/video_validation/video_10009.mp4",)
+    assert load(tmp_path, "tomato").missing == ("videos/simulated/0001-00.mp4",)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_two_names_never_share_a_file(tmp_path: Path, flat: bool) -> None:
+    home = tomato(tmp_path, "simulated/0001-00", "human/0001-00")
+    if flat:
+        files(home, "0001-00.mp4")
+    else:
+        files(home, "x/simulated/0001-00.mp4", "human/0001-00.mp4")
+    local = load(tmp_path, "tomato")
+    assert len(shown(tmp_path, local)) == (0 if flat else 2)
+    assert len(local.missing) == (2 if flat else 0)
+    assert len({doc["videos"][0] for doc in local.docs}) == 2
+
+
+@pytest.mark.parametrize(
+    "lies",
+    [
+        "clevrer/video_validation/v_1.mp4",
+        "clevrer/video_validation/v_1.webm",
+        "video_validation/v_1.mp4",
+        "unpacked/clevrer/video_validation/v_1.avi",
+        "v_1.mkv",
+    ],
+)
+def test_outer_folders_may_be_more_or_fewer_than_annotated(tmp_path: Path, lies: str) -> None:
+    files(mvbench(tmp_path, moving_count="v_1.mp4"), lies, "perception/videos/v_1.mp4")
+    local = load(tmp_path, "mvbench")
+    assert (shown(tmp_path, local), local.missing) == ([lies], ())
+
+
+def test_names_without_a_folder_are_found_in_any_but_only_once(tmp_path: Path) -> None:
+    home = tmp_path / "lvbench"
+    rows = [
+        {
+            "video_path": f"{video}.mp4", "uid": video, "question": "q?\n(A) a\n(B) b",
+            "answer": "A", "question_type": ["x"],
+        }
+        for video in ("one", "two")
+    ]  # fmt: skip
+    annotate(home / "annotations.json", rows)
+    files(home, "00/one.mp4", "01/two.mp4", "02/two.mp4")
+    local = load(tmp_path, "lvbench")
+    assert (shown(tmp_path, local), local.missing) == (["00/one.mp4"], ("videos/two.mp4",))
+
+
+def test_one_view_may_lie_flat(tmp_path: Path) -> None:
+    files(dsi_bench(tmp_path, VIEWS[:1]), "clip_1.mp4")
+    assert load(tmp_path, "dsi_bench").missing == ()
