@@ -134,3 +134,56 @@ def test_names_without_a_folder_are_found_in_any_but_only_once(tmp_path: Path) -
 def test_one_view_may_lie_flat(tmp_path: Path) -> None:
     files(dsi_bench(tmp_path, VIEWS[:1]), "clip_1.mp4")
     assert load(tmp_path, "dsi_bench").missing == ()
+
+
+def longvideobench(root: Path, cues: list[dict[str, object]], **changes: object) -> Path:
+    """One question about 15 seconds from second 100 of a film."""
+    home = root / "longvideobench"
+    row = {
+        "id": "v_0", "video_path": "v.mp4", "question": "q?", "candidates": OPTIONS,
+        "correct_choice": 0, "question_category": "S2E", "duration_group": 15,
+        "subtitle_path": "v_en.json", "duration": 15.0, "starting_timestamp_for_subtitles": 100.0,
+    }  # fmt: skip
+    annotate(home / "annotations.json", [row | changes])
+    annotate(home / "subtitles/v_en.json", cues)
+    files(home, "v.mp4")
+    return home
+
+
+CLOCK = [
+    {"start": "00:00:05.000", "end": "00:00:08.000", "line": "long before"},
+    {"start": "00:01:36.000", "end": "00:01:40.000", "line": "just before"},
+    {"start": "00:01:38.000", "end": "00:01:42.000", "line": "into it"},
+    {"start": "00:01:45.000", "end": "00:01:48.000", "line": "in it"},
+    {"start": "00:01:54.000", "end": "00:01:57.500", "line": "out of it"},
+    {"start": "00:01:55.000", "end": "00:01:58.000", "line": "just after"},
+    {"start": "00:09:00.000", "end": "00:09:05.000", "line": "long after"},
+]
+SECONDS = [
+    {"timestamp": [5.0, 8.0], "text": "long before"},
+    {"timestamp": [98.0, 102.0], "text": "into it"},
+    {"timestamp": [105.0, 108.0], "text": "in it"},
+    {"timestamp": [114.0, None], "text": "out of it"},
+    {"timestamp": [540.0, 545.0], "text": "long after"},
+]
+
+
+@pytest.mark.parametrize("cues", [CLOCK, SECONDS])
+def test_subtitles_are_those_of_the_video_and_not_of_the_whole_film(
+    tmp_path: Path, cues: list[dict[str, object]]
+) -> None:
+    home = longvideobench(tmp_path, cues)
+    show = BENCHMARKS["longvideobench"].subtitles
+    assert show is not None
+    doc = json.loads((home / "annotations.json").read_text())[0]
+    assert show(doc, home) == "into it\nin it\nout of it"
+    # Without its times the video is the film from its start.
+    whole = doc | {"duration": None, "starting_timestamp_for_subtitles": None}
+    assert show(whole, home) == "\n".join(str(cue.get("line") or cue["text"]) for cue in cues)
+
+
+def test_the_prompt_with_subtitles_has_those_of_the_video(tmp_path: Path) -> None:
+    longvideobench(tmp_path, CLOCK)
+    benchmark = BENCHMARKS["longvideobench"]
+    local = load_local(benchmark, tmp_path, benchmark.paper, subtitles=True)
+    assert local.docs[0]["raw"]["iv3_subtitles"] == "into it\nin it\nout of it"
