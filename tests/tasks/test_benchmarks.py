@@ -554,6 +554,35 @@ def test_dsi_bench_groups_views() -> None:
     assert aggregate("dsi_bench", one_view).extra["group-wise accuracy"] is None
 
 
+@pytest.mark.parametrize("fields", [("row",), ("relative_path", "question")])
+def test_dsi_bench_pairs_only_views_of_one_question(fields: tuple[str, ...]) -> None:
+    """A question without a view counts nowhere, and lends its views to no other question."""
+    right, wrong = "<answer>B</answer>", "<answer>C</answer>"
+    views = ("std", "reverse", "hflip", "reverse_hflip")
+    place = [{"row": i, "relative_path": f"{i}.mp4", "question": f"q{i}"} for i in range(3)]
+    asked = [("std", 0, wrong), *((view, 1, right) for view in views[:3]), (views[3], 1, wrong)]
+    # Question 2 lacks the first view, so that every view has one more or less.
+    asked += [(view, 2, right) for view in views[1:]]
+    plan = [({"aug": v, **{f: place[i][f] for f in fields}}, r) for v, i, r in asked]
+    for order in (plan, plan[::-1], sorted(plan, key=lambda one: views.index(one[0]["aug"]))):
+        extra = aggregate("dsi_bench", rows_of("dsi_bench", order)).extra
+        assert extra == {"group-wise accuracy": 1, "incomplete groups": 2}
+    whole = aggregate("dsi_bench", rows_of("dsi_bench", plan[1:5])).extra
+    assert whole == {"group-wise accuracy": 1}
+
+
+def test_dsi_bench_pairs_by_place_what_names_no_question() -> None:
+    """Documents of older runs: all views equally long, or nobody knows what is missing."""
+    views = ("std", "reverse", "hflip", "reverse_hflip")
+    plan = [({"aug": v}, "<answer>B</answer>") for v in views for _ in range(2)]
+    assert aggregate("dsi_bench", rows_of("dsi_bench", plan)).extra["group-wise accuracy"] == 1
+    extra = aggregate("dsi_bench", rows_of("dsi_bench", plan[1:])).extra
+    assert extra == {"group-wise accuracy": None, "incomplete groups": 2}
+    unnamed = [({"aug": None}, reply) for _, reply in plan[1:]]
+    extra = aggregate("dsi_bench", rows_of("dsi_bench", unnamed)).extra
+    assert extra == {"group-wise accuracy": None, "incomplete groups": 2}
+
+
 def test_qvhighlights_r1_takes_the_first_listed_window() -> None:
     windows = [[12, 20, 0.1], [40, 60, 0.9]]
     assert value("qvhighlights", windows) == pytest.approx(0.8)

@@ -136,6 +136,16 @@ def test_one_view_may_lie_flat(tmp_path: Path) -> None:
     assert load(tmp_path, "dsi_bench").missing == ()
 
 
+def test_views_of_one_question_are_known_as_such(tmp_path: Path) -> None:
+    """What a run keeps of a document must tell which question it is: scores are made of it."""
+    dsi_bench(tmp_path)
+    docs = [doc["doc"] for doc in load(tmp_path, "dsi_bench").docs]
+    assert {(doc["row"], doc["relative_path"], doc["question"]) for doc in docs} == {
+        (0, "clip_1.mp4", "Where?")
+    }
+    assert {doc["aug"] for doc in docs} == set(VIEWS)
+
+
 def longvideobench(root: Path, cues: list[dict[str, object]], **changes: object) -> Path:
     """One question about 15 seconds from second 100 of a film."""
     home = root / "longvideobench"
