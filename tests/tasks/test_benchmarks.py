@@ -476,6 +476,38 @@ def test_videomme_v2_limited_runs_and_bad_documents() -> None:
         aggregate("videomme_v2", rows_of("videomme_v2", [({"group_type": "x"}, "B")] * 4))
 
 
+def _videomme_v2_plan() -> list[tuple[dict[str, Any], str]]:
+    """Ten videos, every other one answered rightly."""
+    return [
+        ({"video_id": f"{v:03d}", "question_id": f"{v:03d}-{q}"}, "AB"[v % 2])
+        for v in range(10)
+        for q in (1, 2, 3, 4)
+    ]
+
+
+@pytest.mark.parametrize("rule", ["official", "plain"])
+def test_videomme_v2_groups_never_mix_videos(rule: Any) -> None:
+    plan = _videomme_v2_plan()
+    assert aggregate("videomme_v2", rows_of("videomme_v2", plan), rule).value == 0.5
+    torn = plan[:1] + plan[3:]  # the first video lacks two questions
+    result = aggregate("videomme_v2", rows_of("videomme_v2", torn), rule)
+    assert (result.value, result.extra["incomplete groups"]) == (pytest.approx(5 / 9), 1)
+    # Two shards took turns; a retried question came last.
+    mixed = plan[1::2] + plan[2::2] + plan[:1]
+    result = aggregate("videomme_v2", rows_of("videomme_v2", mixed), rule)
+    assert result.value == 0.5 and "incomplete groups" not in result.extra
+
+
+@pytest.mark.parametrize("rule", ["official", "plain"])
+def test_videomme_v2_chains_follow_the_questions_and_not_the_order_of_answers(rule: Any) -> None:
+    logic = {"group_type": "logic", "group_structure": "[1, 2, 3, 4]"}
+    chain = [(logic | {"question_id": f"001-{q}"}, r) for q, r in zip((1, 2, 3, 4), "BBAB",
+                                                                     strict=True)]  # fmt: skip
+    for order in (chain, chain[::-1], chain[2:] + chain[:2]):
+        found = aggregate("videomme_v2", rows_of("videomme_v2", order), rule)
+        assert found.value == pytest.approx(4 / 16)
+
+
 def test_mlvu_is_macro_over_the_tasks_present() -> None:
     plan = [({"task_type": "ego"}, "B")] * 3 + [({"task_type": "count"}, "A")]
     result = aggregate("mlvu", rows_of("mlvu", plan))
