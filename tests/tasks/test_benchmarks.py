@@ -134,6 +134,36 @@ def test_plain_takes_no_letter_where_a_reply_names_several_or_none(
     assert (found.value, found.outcome) == (0, Outcome.UNREADABLE)
 
 
+READINGS = [
+    # Negated letters are no answers, whatever the words of negation.
+    ("The answer can't be A", None), ("The answer cannot be A", None), ("It's hardly B", None),
+    ("The answer can’t be (A)", None), ("It is unlikely to be A", None), ("It's never A", None),
+    ("It can't be A or B", None), ("A can't be right", None), ("A isn't right", None),
+    ("The answer cannot be A; it is C.", "C"), ("It can't be A or B, so C", "C"),
+    ("The answer isn't A or B but D", "D"), ("The answer is B, not A or C", "B"),
+    # One of several is none of them.
+    ("The answer is A or B", None), ("The answer is A and B", None), ("Answer: A/B", None),
+    ("The answer is (A) or (B)", None), ("The answer is A, B or C", None),
+    ("The answer is A, B, and C.", None), ("The answer is B or A", None),
+    ("The answer is A or B. In the end the answer is B.", "B"),
+    ("The answer is A or B. Finally: the answer is C or D.", None),
+    # What follows may be of another sentence.
+    ("The answer is B and A dog is no part of it", "B"), ("The answer is B and I am sure", "B"),
+    ("The answer is A and B shows something else", "A"), ("The answer is A and B is wrong", "A"),
+    # A correction replaces what was stated.
+    ("The answer is A. Correction: D", "D"), ("The answer is A. Correction: (b).", "B"),
+    ("The answer is A. Correction: the answer is D.", "D"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reply", "letter"), READINGS)
+def test_plain_reads_no_negated_letter_no_one_of_several_and_the_correction(
+    reply: str, letter: str | None
+) -> None:
+    for benchmark in ("videomme", "mlvu", "tomato"):
+        assert score(benchmark, DOCS[benchmark], reply, rule="plain").parsed == letter
+
+
 def test_options_in_one_line_are_told_apart() -> None:
     asked = "How do you move?\nOptions: A: Left, while turning, B: Forward, C: Back; D: Up"
     doc = {"question": asked, "answer": "A", "question_type": "MSR"}
@@ -771,7 +801,8 @@ def test_arbitrary_text_never_raises_nor_draws(reply: str, benchmark: str, rule:
 
 
 FILLERS = ["A", "1", "1.", "B ", "(", "answer is ", "\\boxed{", "<answer>", "1:00 ", "1 - ", "a.",
-           "`", ") ", "Answer:", "-1 ", "\t"]  # fmt: skip
+           "`", ") ", "Answer:", "-1 ", "\t", "answer is A, ", "not A or ",
+           "A, ", "A or "]  # fmt: skip
 
 
 @pytest.mark.parametrize("filler", FILLERS)
