@@ -415,6 +415,10 @@ def test_numbers_with_commas_ranges_and_words(
         ("0:12 - 0:20", [12, 20], [12, 20]), ("1:02:03 to 1:02:09.5", [3723, 3729.5],
                                               [3723, 3729.5]),
         ("12.5s to 18s", None, [12.5, 18]), ("12,5 - 20,5", [5, 20], [12.5, 20.5]),
+        ("1,000 - 1,010", [0, 1], [1000, 1010]), ("1,000s to 1,010s.", [1, 1], [1000, 1010]),
+        ("1,000.5 - 1,010.25 seconds", [0.5, 1], [1000.5, 1010.25]),
+        ("0,500 - 0,750", [500, 0], [0.5, 0.75]), ("12,125 - 20,5", [125, 20], [12.125, 20.5]),
+        ("[100,200]", [100, 200], [100, 200]),
         ("1 minute 5 seconds to 1 minute 20 seconds", [1, 5], [65, 80]),
         ("1m5s - 1m20s", None, [65, 80]), ("2 minutes to 3 minutes", [2, 3], [120, 180]),
         ("[12.0,20.0]", [12, 20], [12, 20]), ('{"start": 12, "end": 20}', [12, 20], [12, 20]),
@@ -802,7 +806,7 @@ def test_arbitrary_text_never_raises_nor_draws(reply: str, benchmark: str, rule:
 
 FILLERS = ["A", "1", "1.", "B ", "(", "answer is ", "\\boxed{", "<answer>", "1:00 ", "1 - ", "a.",
            "`", ") ", "Answer:", "-1 ", "\t", "answer is A, ", "not A or ",
-           "A, ", "A or "]  # fmt: skip
+           "A, ", "A or ", "1,000 - ", ",000"]  # fmt: skip
 
 
 @pytest.mark.parametrize("filler", FILLERS)
