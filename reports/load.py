@@ -6,7 +6,7 @@ strict elsewhere. What was tolerated is said in `Run.notes`.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -195,15 +195,22 @@ def _read_lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _unique(rows: list[dict[str, Any]], file: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield the first row of each id; later ones are noted."""
-    seen: set[str] = set()
+def _unique(rows: list[dict[str, Any]], file: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Return the row of each id that counts; that there are others is noted.
+
+    The rule is the run store's, which decides what a resumed run and `score` take: one without an
+    error, of several the last. A retry that is not finished leaves both rows on disk.
+    """
+    kept: dict[str, dict[str, Any]] = {}
     for row in rows:
-        if row.get("id") in seen:
-            notes.append(f"{file.name}: {row['id']} was recorded twice; the first one counts")
-            continue
-        seen.add(str(row.get("id")))
-        yield row
+        name = str(row.get("id"))
+        if name in kept:
+            notes.append(
+                f"{file.name}: {name} was recorded twice; the last one without an error counts"
+            )
+        if name not in kept or kept[name].get("error") or not row.get("error"):
+            kept[name] = row
+    return list(kept.values())
 
 
 def _sample(row: Mapping[str, Any], file: Path) -> Sample:

@@ -5,6 +5,7 @@ the fields that the benchmark's scorer and prompt name. Rows that are documents 
 """
 
 import ast
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from string import ascii_uppercase
@@ -266,10 +267,12 @@ def activitynet(name: str, rows: Any) -> Iterator[Raw]:
 
 
 def dsi_bench(name: str, rows: Any) -> Iterator[Raw]:
-    """A csv for each of the four views."""
-    view = PurePosixPath(name).stem
+    """A csv for each of the four views; a question has one place in all of them."""
+    places = Counter[str]()
     for row in records(name, rows):
-        yield {"aug": view} | row
+        view = str(row.get("aug") or PurePosixPath(name).stem)
+        yield {"row": places[view]} | row | {"aug": view}
+        places[view] += 1
 
 
 def mmsi_video(name: str, rows: Any) -> Iterator[Raw]:

@@ -12,9 +12,9 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from internvideo3.tasks.scoring.choice import letter_index
@@ -90,17 +90,19 @@ def load_local(
             f"{benchmark.title}: no annotations in {folder} "
             f"(looked for {', '.join(benchmark.data.annotations)}). Get them: {benchmark.data.get}."
         )
-    index = MediaIndex(folder / "videos")
-    docs, missing = [], Counter[str]()
     raws = list(_documents(benchmark, files, folder))
     if benchmark.data.complete is not None:
         raws = list(benchmark.data.complete(raws))
     if subtitles and benchmark.subtitles is not None:
         _check_subtitles(benchmark, raws, folder)
-    for number, raw in enumerate(raws):
-        doc = _checked(benchmark, raw, number, folder, preset, subtitles)
-        doc["videos"] = [_place(index, folder, path, missing) for path in doc["videos"]]
-        docs.append(doc)
+    docs = [
+        _checked(benchmark, raw, number, folder, preset, subtitles)
+        for number, raw in enumerate(raws)
+    ]
+    found = find_videos(folder / "videos", (path for doc in docs for path in doc["videos"]))
+    missing = Counter[str]()
+    for doc in docs:
+        doc["videos"] = [_place(found, folder, path, missing) for path in doc["videos"]]
     if not docs:
         raise DataError(f"{benchmark.title}: {files[0]} holds no questions.")
     _check_average(benchmark, docs, folder)
@@ -304,41 +306,72 @@ def _write_image(path: Path, content: bytes) -> None:
         ) from error
 
 
-class MediaIndex:
-    """Finds videos below a folder: at the path named, with another ending, or by name."""
+def find_videos(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """The files of videos below a folder, by the names that the annotations have for them.
+
+    At the path named, else with another ending, else by file name in a folder that `_same_place`
+    allows. A name without a file of its own is absent: what is found by search counts only if no
+    other name means it too.
+    """
+    wanted = {name: str(PurePosixPath(name)) for name in names}
+    index = _MediaIndex(folder)
+    exact = {path: folder / path for path in set(wanted.values()) if (folder / path).is_file()}
+    searched = {
+        path: found
+        for path in set(wanted.values()) - exact.keys()
+        if (found := index.search(path)) is not None
+    }
+    claims = Counter([*exact.values(), *searched.values()])
+    own = exact | {path: found for path, found in searched.items() if claims[found] == 1}
+    return {name: own[path] for name, path in wanted.items() if path in own}
+
+
+class _MediaIndex:
+    """Finds videos that do not lie at the path named: with another ending, or elsewhere."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._by_stem: dict[str, Path] | None = None
+        self._by_stem: dict[str, list[Path]] | None = None
 
-    def find(self, name: str) -> Path | None:
-        """The file of a video, or None."""
+    def search(self, name: str) -> Path | None:
+        """The only file that the name can mean, or None."""
         direct = self.folder / name
-        for path in (direct, *(direct.with_suffix(ending) for ending in VIDEO_ENDINGS)):
+        for path in (direct.with_suffix(ending) for ending in VIDEO_ENDINGS):
             if path.is_file():
                 return path
         if self._by_stem is None:
-            self._by_stem = dict(self._walk())
-        return self._by_stem.get(Path(name).stem)
-
-    def _walk(self) -> Iterator[tuple[str, Path]]:
-        """Name without ending → file; a name that occurs twice stands for none of them."""
+            self._by_stem = self._walk()
         found = [
-            Path(folder) / file
-            for folder, _, files in os.walk(self.folder)
-            for file in files
-            if file.endswith(VIDEO_ENDINGS)
+            path
+            for path in self._by_stem.get(direct.stem, ())
+            if _same_place(PurePosixPath(name).parent, path.parent.relative_to(self.folder))
         ]
-        once = {stem for stem, n in Counter(path.stem for path in found).items() if n == 1}
-        return ((path.stem, path) for path in found if path.stem in once)
+        return found[0] if len(found) == 1 else None
+
+    def _walk(self) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
+        for folder, _, files in os.walk(self.folder):
+            for file in files:
+                if file.endswith(VIDEO_ENDINGS):
+                    found.setdefault(Path(file).stem, []).append(Path(folder) / file)
+        return found
 
 
-def _place(index: MediaIndex, folder: Path, name: str, missing: Counter[str]) -> str:
-    found = index.find(name)
-    if found is None:
+def _same_place(named: PurePath, lies: PurePath) -> bool:
+    """Whether a file in the folder `lies` can be the one that is named in the folder `named`.
+
+    Archives unpack with folders around those named, or without some of the outer ones; then the
+    inner ones are equal as far as both are there. Views, sources and kinds of one benchmark repeat
+    file names in folders of their own, so that another folder means another video.
+    """
+    return all(a == b for a, b in zip(named.parts[::-1], lies.parts[::-1], strict=False))
+
+
+def _place(found: Mapping[str, Path], folder: Path, name: str, missing: Counter[str]) -> str:
+    if name not in found:
         missing[f"videos/{name}"] += 1
         return str((folder / "videos" / name).resolve())
-    return str(found.resolve())
+    return str(found[name].resolve())
 
 
 def _distinct(docs: Sequence[Raw]) -> Iterator[Raw]:

@@ -1,6 +1,7 @@
 """Table 2 of the paper: long video."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -46,11 +47,24 @@ def _words(doc: Doc, folder: Path) -> str | None:
 
 
 def _cues(doc: Doc, folder: Path) -> str | None:
+    """What is said in the video; the file has the subtitles of the whole film it was cut from."""
     path = folder / "subtitles" / str(doc.get("subtitle_path"))
     if not path.is_file():
         return None
-    cues = json.loads(path.read_text(encoding="utf-8"))
-    return "\n".join(str(cue.get("line") or cue.get("text") or "") for cue in cues)
+    from .interleaved import read_cues  # it decodes videos, which a list of suites need not load
+
+    length_s = _seconds(doc)
+    end_s = math.inf if length_s is None else length_s
+    cues = read_cues(path, _subtitles_start_s(doc), end_s)
+    # The loader ends a cue without an end before it starts where the video is not the whole film.
+    return "\n".join(
+        cue.text for cue in cues if cue.start_s < end_s and max(cue.start_s, cue.end_s) > 0
+    )
+
+
+def _subtitles_start_s(doc: Doc) -> float:
+    """Where the video starts in the time of its subtitles."""
+    return float(doc.get("starting_timestamp_for_subtitles") or 0.0)
 
 
 def _seconds(doc: Doc) -> float | None:
@@ -164,7 +178,7 @@ _LVB_OWN = Preset(
 def _lvb_between(doc: Doc) -> Raw:
     return {
         "path": f"subtitles/{doc['subtitle_path']}",
-        "starts_at_s": float(doc.get("starting_timestamp_for_subtitles") or 0.0),
+        "starts_at_s": _subtitles_start_s(doc),
         "length_s": float(doc["duration"]),
     }
 

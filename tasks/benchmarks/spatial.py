@@ -216,7 +216,7 @@ DSI_BENCH = Benchmark(
     ),
     reason="lmms-eval has no such task.",
     not_comparable="the paper names the benchmark and prints no number",
-    kept=("GT", "cate", "options", "aug"),
+    kept=("GT", "cate", "options", "aug", "row", "relative_path", "question"),
     identify=lambda doc: f"{doc['aug']}/{doc['relative_path']}/{doc['question'][:80]}",
     videos=lambda doc: (f"{doc['aug']}/{doc['relative_path']}",),
     family=lambda doc: str(doc["cate"]),

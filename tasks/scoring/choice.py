@@ -9,9 +9,15 @@ from .text import final_answer, fold, unmark
 _LONE = re.compile(r"[(\[<{\"']?\s*([A-Za-z])\s*[)\]>}\"']?\s*[.:,;)]?\s*", re.ASCII)
 _LEAD_BRACKET = re.compile(r"[(\[]\s*([A-Za-z])\s*[)\]]", re.ASCII)
 _LEAD_MARK = re.compile(r"([A-Za-z])\s*[).:](?=\s|$)", re.ASCII)
+_LETTER = r"[(\[]?[A-Z][)\]]?(?!\w)"
 _NEGATED = re.compile(
-    r"\b(?:not|isn't|rather than|instead of|neither|nor)\s+(?:option\s+)?[(\[]?[A-Z][)\]]?(?!\w)"
-    r"|(?<![\w'’])[(\[]?[A-Z][)\]]?\s+is\s+(?:not|wrong|incorrect|false)\b"
+    r"\b(?:not|cannot|(?:is|ca|could|wo|would|should)n['’]t|hardly|scarcely|never|unlikely"
+    r"|rather than|instead of|neither|nor)(?:\s+to)?(?:\s+be)?\s+(?:option\s+)?"
+    + _LETTER
+    # Of "not A or B" both are negated; after a comma the right one may follow.
+    + rf"(?:\s+n?or\s+(?:option\s+)?{_LETTER})*"
+    r"|(?<![\w'’])[(\[]?[A-Z][)\]]?\s+(?:is\s+(?:not|hardly|never|wrong|incorrect|false)"
+    r"|isn['’]t|can(?:not|['’]t|\s+not))\b"
     r"|(?<![\w'’])[(\[]?[A-Z][)\]]?\s*[.:?)]\s*(?:no|wrong|incorrect|false)\b",
     re.ASCII | re.IGNORECASE,
 )
@@ -22,11 +28,18 @@ _LEAD_REASON = re.compile(
 )
 _STATED = re.compile(
     r"(?:\b(?:answer|option|choice|choose|select|pick)(?:\s+(?:is|would be|should be))?\s*[:=]?"
-    r"|\b(?:it is|it's|is)\b)"
+    r"|\bcorrection\s*[:=]?|\b(?:it is|it's|is)\b)"
     r"\s*(?:option\s+|choice\s+)?[\"'“‘]?"
     r"(?:[(\[]\s*([A-Za-z])\s*[)\]]|((?-i:[A-Z]))(?!\w|['’]\w)|([a-z])(?=\s*(?:[.:,;!)\"'”’]|$)))",
     re.ASCII | re.IGNORECASE,
 )
+_ALSO = re.compile(
+    r"[\"'”’]?(?:\s*,\s*[(\[]?[A-Z][)\]]?(?!\w))*\s*,?\s*(?:\b(?:or|and)\b|[&/])\s*[\"'“‘]?"
+    r"(?:option\s+|choice\s+)?(?:[(\[]\s*([A-Za-z])\s*[)\]]|([A-Z])(?![\w]|['’]\w))"
+    r"(?!\s+(?:is|was|shows?|has|does|would|can)\b)",
+    re.ASCII,
+)
+"""What follows a stated letter and makes it one of several: " or B", ", B and C"."""
 _BRACKETED = re.compile(r"[(\[]\s*([A-Z])\s*[)\]]", re.ASCII)
 _STANDALONE = re.compile(r"(?<![\w’])(?<!\w')([A-Z])(?![\w+]|['’]\w|-\w)", re.ASCII)
 _LABEL = re.compile(r"(?<![\w'’])[(\[]?([A-Z])[)\]]?\s*[.:)]", re.ASCII)
@@ -67,7 +80,8 @@ def read_plain(text: str, n_options: int, options: Sequence[str] = ()) -> int | 
     answer ("the answer is B"); a letter and then a reason ("B because"); the only bracketed letter;
     the only option whose text is mentioned after "answer is", or at all; the only standalone
     capital.
-    Articles ("A dog"), pronouns ("I") and negated letters ("not A") are no answers.
+    Articles ("A dog"), pronouns ("I") and negated letters ("not A", "it can't be A") are no
+    answers, nor is one of several ("the answer is A or B"); a correction replaces what was stated.
 
     Args:
         text: The reply without thinking.
@@ -166,7 +180,7 @@ def _letter_with_text(
 
 
 def _stated(text: str, n_options: int) -> int | None:
-    """Return the letter of the last statement such as "the answer is B"."""
+    """Return the letter of the last statement such as "the answer is B"; "A or B" states none."""
     found = None
     for statement in _STATED.finditer(text):
         letter = statement.group(1) or statement.group(2) or statement.group(3)
@@ -174,8 +188,20 @@ def _stated(text: str, n_options: int) -> int | None:
         if bare and _is_article(bare, text, statement.end()):
             continue
         index = letter_index(letter, n_options)
-        found = found if index is None else index
+        if index is not None:
+            found = None if _is_one_of_several(text, statement.end(), index, n_options) else index
     return found
+
+
+def _is_one_of_several(text: str, end: int, index: int, n_options: int) -> bool:
+    """Whether a stated letter that ends at `end` is followed by another one that is as good."""
+    also = _ALSO.match(text, end)
+    if also is None:
+        return False
+    letter = also.group(1) or also.group(2)
+    if also.group(2) and _is_article(letter, text, also.end()):
+        return False
+    return letter_index(letter, n_options) not in (None, index)
 
 
 def _is_article(letter: str, text: str, end: int) -> bool:

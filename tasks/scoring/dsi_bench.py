@@ -1,12 +1,15 @@
 """DSI-Bench: four views of each question; sample-wise and group-wise accuracy.
 
-Document: `GT` (letter), `cate`, `options` (one text, "A. … B. …"), and the view in `aug` (std,
-reverse, hflip, reverse_hflip). Without `aug` the rows with one `relative_path` and `question` are a
-question's views, if there are four of each; else the rows are the four views one after the other.
+Document: `GT` (letter), `cate`, `options` (one text, "A. … B. …"), the view in `aug` (std, reverse,
+hflip, reverse_hflip), and which question it is: `row`, its place in its view's file, by which the
+official code pairs the views; where that is not known, `relative_path` and `question`. Documents of
+older runs tell neither: they are paired by position, in `aug` or in the four quarters of the rows,
+and only where all views are equally long.
 
 Official reading: `<answer>B</answer>` only, case ignored. A reply without it gets the answer "E"
 after ten tries, which is never right: unreadable, 0. Sample-wise accuracy pools all views; a
-question is group-wise right if at least three of its four views are.
+question is group-wise right if at least three of its four views are. Questions of which a view was
+not asked (a limited run) do not count there; their number is in `extra`.
 """
 
 import re
@@ -28,36 +31,47 @@ def _read(text: str, doc: Doc) -> str | None:
 
 
 def _groups(rows: Sequence[Row]) -> list[list[Row]]:
-    """Return the views of each question; incomplete questions of a limited run are left out."""
-    views = _by(rows, "aug")
-    columns = list(views.values())
-    if set(views) == {("None",)}:
-        questions = list(_by(rows, "relative_path", "question").values())
-        if all(len(group) == VIEWS for group in questions):
-            return questions
-        size = len(rows) // VIEWS
-        columns = [list(rows[i * size : (i + 1) * size]) for i in range(VIEWS)]
-    return [list(group) for group in zip(*columns, strict=False) if len(group) == VIEWS]
+    """Return the rows of each question; a limited run's questions may lack views."""
+    for names in (("row",), ("relative_path", "question")):
+        if rows and all(row[0].get(name) is not None for row in rows for name in names):
+            return list(_by(rows, *names).values())
+    views = list(_by(rows, "aug").values())
+    if len(views) == 1 and views[0][0][0].get("aug") is None:
+        size = -(-len(rows) // VIEWS)
+        views = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+    if len({len(view) for view in views}) > 1:
+        # Nothing tells which view of which question is missing.
+        return [[row] for row in max(views, key=len)]
+    return [list(group) for group in zip(*views, strict=True)]
 
 
-def _by(rows: Sequence[Row], *fields: str) -> dict[tuple[str, ...], list[Row]]:
+def _whole(group: Sequence[Row]) -> bool:
+    views = [row[0].get("aug") for row in group]
+    return len(group) == VIEWS and (views == [None] * VIEWS or len(set(views)) == VIEWS)
+
+
+def _by(rows: Sequence[Row], *names: str) -> dict[tuple[str, ...], list[Row]]:
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(tuple(str(row[0].get(name)) for name in fields), []).append(row)
+        found.setdefault(tuple(str(row[0].get(name)) for name in names), []).append(row)
     return found
 
 
 def aggregate(benchmark: str, rows: Sequence[Row], rule: Rule) -> TaskResult:
     """Average over samples; beside it over questions whose views mostly agree with the truth."""
     groups = _groups(rows)
-    robust = [float(sum(score.value or 0.0 for _, score in g) >= ROBUST) for g in groups]
+    whole = [group for group in groups if _whole(group)]
+    robust = [float(sum(score.value or 0.0 for _, score in g) >= ROBUST) for g in whole]
+    extra = {"group-wise accuracy": mean(robust)}
+    if len(whole) < len(groups):
+        extra["incomplete groups"] = float(len(groups) - len(whole))
     return summarise(
         benchmark,
         rows,
         rule,
         metric="sample-wise accuracy",
         families=field("cate"),
-        extra={"group-wise accuracy": mean(robust)},
+        extra=extra,
     )
 
 

@@ -136,12 +136,18 @@ _DURATION = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 """Minutes, with hours before them and seconds behind, as `1 minute 5 seconds` or `1m5s`."""
+_THOUSANDS = re.compile(
+    r"(?<![\w.,:])([1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?\s*(?:s|sec|seconds?)?"
+    r"\s*(?:-|–|—|~|to|bis)\s*[1-9][0-9]{0,2}(?:,[0-9]{3})+)(?![0-9:]|,[0-9])",
+    re.ASCII | re.IGNORECASE,
+)
+"""`1,000 - 1,010`: three digits behind all commas of a range, and no leading 0, are thousands."""
 _DECIMAL_COMMAS = re.compile(
     r"(?<![\w.,:])([0-9]+),([0-9]+)(\s*(?:s|sec|seconds?)?\s*(?:-|–|—|~|to|bis)\s*)"
     r"([0-9]+),([0-9]+)(?![\w,:])",
     re.ASCII | re.IGNORECASE,
 )
-"""`12,5 - 20,5`: commas on both sides of a range can only be decimal ones."""
+"""`12,5 - 20,5`: other commas on both sides of a range can only be decimal ones."""
 
 
 def _duration(match: re.Match[str]) -> str:
@@ -153,7 +159,8 @@ def _duration(match: re.Match[str]) -> str:
 def read_span(text: str) -> tuple[float, float] | None:
     """Read one span of time in seconds: clock times, then "a - b", then the only two numbers.
 
-    Minutes in words are minutes; a comma between digits is a decimal one only in `12,5 - 20,5`.
+    Minutes in words are minutes; a comma between digits is a decimal one only in `12,5 - 20,5`, and
+    one of thousands only in `1,000 - 1,010`.
     """
     spans = read_spans(text)
     return spans[0] if spans else None
@@ -162,6 +169,7 @@ def read_span(text: str) -> tuple[float, float] | None:
 def read_spans(text: str) -> list[tuple[float, float]]:
     """Read all spans of time in seconds, in the order and by the forms of `read_span`."""
     text = _DURATION.sub(_duration, final_answer(text))
+    text = _THOUSANDS.sub(lambda found: found.group().replace(",", ""), text)
     text = _DECIMAL_COMMAS.sub(r"\1.\2\3\4.\5", text)
     clocks = [_clock_seconds(m) for m in _CLOCK.finditer(text)]
     if len(clocks) >= 2:

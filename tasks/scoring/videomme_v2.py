@@ -7,10 +7,11 @@ Document: `options` (one text, "A. …" lines), `answer` (letter), `group_type` 
 A relevance group scores (right / 4)², a logic group by the length of its chain of right answers;
 the benchmark's number is the mean over groups.
 
-Official quirks, copied: a group is four neighbouring rows; an unreadable answer is -1, which is
-true in a logic chain (four of them score 1) and is summed in a relevance group. The plain rule
-groups by video and counts unreadable answers as wrong. Groups of fewer than four rows (a limited
-run) have no score; their number is in `extra`.
+Official quirks, copied: an unreadable answer is -1, which is true in a logic chain (four of them
+score 1) and is summed in a relevance group. The plain rule counts unreadable answers as wrong.
+Officially a group is four neighbouring rows, which are one video's in the complete data; here they
+are four rows of one video also where rows are missing or in another order. Groups of fewer than
+four rows (a limited or unfinished run) have no score; their number is in `extra`.
 """
 
 import ast
@@ -99,13 +100,14 @@ def _mark(row: Row, rule: Rule) -> int:
 
 
 def _groups(rows: Sequence[Row], rule: Rule) -> list[Sequence[int]]:
-    """Return the indices of each group's rows; a limited run's groups may be incomplete."""
-    if rule == "official":
-        return [range(i, min(i + GROUP, len(rows))) for i in range(0, len(rows), GROUP)]
+    """Return the indices of each group's rows; groups of an unfinished run may be incomplete."""
     by_video: dict[str, list[int]] = {}
     for index, (doc, _) in enumerate(rows):
         by_video.setdefault(str(doc["video_id"]), []).append(index)
-    return [sorted(group, key=lambda i: _place(rows[i][0])) for group in by_video.values()]
+    groups = [sorted(group, key=lambda i: _place(rows[i][0])) for group in by_video.values()]
+    if rule != "official":
+        return list(groups)
+    return [group[i : i + GROUP] for group in groups for i in range(0, len(group), GROUP)]
 
 
 def _units(rows: Sequence[Row], rule: Rule) -> list[Unit]:

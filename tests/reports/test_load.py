@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from internvideo3.harness.store import RunStore
 from internvideo3.reports.load import RunError, load_run, load_runs
 from internvideo3.tasks.scoring import Outcome
 
@@ -66,6 +67,30 @@ def test_a_repeated_sample_counts_once(make_run: MakeRun) -> None:
     run = load_run(folder)
     assert len(run.samples["world_long"]) == 9
     assert "twice" in run.notes[0]
+
+
+@pytest.mark.parametrize("order", ["eg", "ge", "egh", "ghe", "ef", "gef"])
+def test_of_a_repeated_sample_the_row_counts_that_the_store_takes(
+    make_run: MakeRun, order: str
+) -> None:
+    """A retry that was not finished: e and f are errors, g and h answers."""
+    folder = make_run()
+    file = folder / "samples" / "world_long.jsonl"
+    first, *rest = (json.loads(line) for line in file.read_text().splitlines())
+    rows = [
+        first
+        | {"prediction": mark, "error": {"type": "E", "message": mark} if mark in "ef" else None}
+        for mark in order
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [rows[0], *rest, *rows[1:]]))
+    taken = RunStore(folder, {}, []).answered("world_long")
+    shown = load_run(folder).samples["world_long"]
+    assert {one.id: one.prediction for one in shown} == {
+        name: row["prediction"] for name, row in taken.items()
+    }
+    assert [one.prediction for one in shown if one.id == first["id"]] == [
+        {"eg": "g", "ge": "g", "egh": "h", "ghe": "h", "ef": "f", "gef": "g"}[order]
+    ]
 
 
 def test_a_failed_sample_is_an_error_with_score_zero(make_run: MakeRun) -> None:

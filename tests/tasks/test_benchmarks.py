@@ -134,6 +134,36 @@ def test_plain_takes_no_letter_where_a_reply_names_several_or_none(
     assert (found.value, found.outcome) == (0, Outcome.UNREADABLE)
 
 
+READINGS = [
+    # Negated letters are no answers, whatever the words of negation.
+    ("The answer can't be A", None), ("The answer cannot be A", None), ("It's hardly B", None),
+    ("The answer can’t be (A)", None), ("It is unlikely to be A", None), ("It's never A", None),
+    ("It can't be A or B", None), ("A can't be right", None), ("A isn't right", None),
+    ("The answer cannot be A; it is C.", "C"), ("It can't be A or B, so C", "C"),
+    ("The answer isn't A or B but D", "D"), ("The answer is B, not A or C", "B"),
+    # One of several is none of them.
+    ("The answer is A or B", None), ("The answer is A and B", None), ("Answer: A/B", None),
+    ("The answer is (A) or (B)", None), ("The answer is A, B or C", None),
+    ("The answer is A, B, and C.", None), ("The answer is B or A", None),
+    ("The answer is A or B. In the end the answer is B.", "B"),
+    ("The answer is A or B. Finally: the answer is C or D.", None),
+    # What follows may be of another sentence.
+    ("The answer is B and A dog is no part of it", "B"), ("The answer is B and I am sure", "B"),
+    ("The answer is A and B shows something else", "A"), ("The answer is A and B is wrong", "A"),
+    # A correction replaces what was stated.
+    ("The answer is A. Correction: D", "D"), ("The answer is A. Correction: (b).", "B"),
+    ("The answer is A. Correction: the answer is D.", "D"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reply", "letter"), READINGS)
+def test_plain_reads_no_negated_letter_no_one_of_several_and_the_correction(
+    reply: str, letter: str | None
+) -> None:
+    for benchmark in ("videomme", "mlvu", "tomato"):
+        assert score(benchmark, DOCS[benchmark], reply, rule="plain").parsed == letter
+
+
 def test_options_in_one_line_are_told_apart() -> None:
     asked = "How do you move?\nOptions: A: Left, while turning, B: Forward, C: Back; D: Up"
     doc = {"question": asked, "answer": "A", "question_type": "MSR"}
@@ -385,6 +415,10 @@ def test_numbers_with_commas_ranges_and_words(
         ("0:12 - 0:20", [12, 20], [12, 20]), ("1:02:03 to 1:02:09.5", [3723, 3729.5],
                                               [3723, 3729.5]),
         ("12.5s to 18s", None, [12.5, 18]), ("12,5 - 20,5", [5, 20], [12.5, 20.5]),
+        ("1,000 - 1,010", [0, 1], [1000, 1010]), ("1,000s to 1,010s.", [1, 1], [1000, 1010]),
+        ("1,000.5 - 1,010.25 seconds", [0.5, 1], [1000.5, 1010.25]),
+        ("0,500 - 0,750", [500, 0], [0.5, 0.75]), ("12,125 - 20,5", [125, 20], [12.125, 20.5]),
+        ("[100,200]", [100, 200], [100, 200]),
         ("1 minute 5 seconds to 1 minute 20 seconds", [1, 5], [65, 80]),
         ("1m5s - 1m20s", None, [65, 80]), ("2 minutes to 3 minutes", [2, 3], [120, 180]),
         ("[12.0,20.0]", [12, 20], [12, 20]), ('{"start": 12, "end": 20}', [12, 20], [12, 20]),
@@ -476,6 +510,38 @@ def test_videomme_v2_limited_runs_and_bad_documents() -> None:
         aggregate("videomme_v2", rows_of("videomme_v2", [({"group_type": "x"}, "B")] * 4))
 
 
+def _videomme_v2_plan() -> list[tuple[dict[str, Any], str]]:
+    """Ten videos, every other one answered rightly."""
+    return [
+        ({"video_id": f"{v:03d}", "question_id": f"{v:03d}-{q}"}, "AB"[v % 2])
+        for v in range(10)
+        for q in (1, 2, 3, 4)
+    ]
+
+
+@pytest.mark.parametrize("rule", ["official", "plain"])
+def test_videomme_v2_groups_never_mix_videos(rule: Any) -> None:
+    plan = _videomme_v2_plan()
+    assert aggregate("videomme_v2", rows_of("videomme_v2", plan), rule).value == 0.5
+    torn = plan[:1] + plan[3:]  # the first video lacks two questions
+    result = aggregate("videomme_v2", rows_of("videomme_v2", torn), rule)
+    assert (result.value, result.extra["incomplete groups"]) == (pytest.approx(5 / 9), 1)
+    # Two shards took turns; a retried question came last.
+    mixed = plan[1::2] + plan[2::2] + plan[:1]
+    result = aggregate("videomme_v2", rows_of("videomme_v2", mixed), rule)
+    assert result.value == 0.5 and "incomplete groups" not in result.extra
+
+
+@pytest.mark.parametrize("rule", ["official", "plain"])
+def test_videomme_v2_chains_follow_the_questions_and_not_the_order_of_answers(rule: Any) -> None:
+    logic = {"group_type": "logic", "group_structure": "[1, 2, 3, 4]"}
+    chain = [(logic | {"question_id": f"001-{q}"}, r) for q, r in zip((1, 2, 3, 4), "BBAB",
+                                                                     strict=True)]  # fmt: skip
+    for order in (chain, chain[::-1], chain[2:] + chain[:2]):
+        found = aggregate("videomme_v2", rows_of("videomme_v2", order), rule)
+        assert found.value == pytest.approx(4 / 16)
+
+
 def test_mlvu_is_macro_over_the_tasks_present() -> None:
     plan = [({"task_type": "ego"}, "B")] * 3 + [({"task_type": "count"}, "A")]
     result = aggregate("mlvu", rows_of("mlvu", plan))
@@ -552,6 +618,35 @@ def test_dsi_bench_groups_views() -> None:
     assert aggregate("dsi_bench", rows_of("dsi_bench", named)).extra["group-wise accuracy"] == 0.5
     one_view = rows_of("dsi_bench", [({"aug": "std"}, right)] * 8)
     assert aggregate("dsi_bench", one_view).extra["group-wise accuracy"] is None
+
+
+@pytest.mark.parametrize("fields", [("row",), ("relative_path", "question")])
+def test_dsi_bench_pairs_only_views_of_one_question(fields: tuple[str, ...]) -> None:
+    """A question without a view counts nowhere, and lends its views to no other question."""
+    right, wrong = "<answer>B</answer>", "<answer>C</answer>"
+    views = ("std", "reverse", "hflip", "reverse_hflip")
+    place = [{"row": i, "relative_path": f"{i}.mp4", "question": f"q{i}"} for i in range(3)]
+    asked = [("std", 0, wrong), *((view, 1, right) for view in views[:3]), (views[3], 1, wrong)]
+    # Question 2 lacks the first view, so that every view has one more or less.
+    asked += [(view, 2, right) for view in views[1:]]
+    plan = [({"aug": v, **{f: place[i][f] for f in fields}}, r) for v, i, r in asked]
+    for order in (plan, plan[::-1], sorted(plan, key=lambda one: views.index(one[0]["aug"]))):
+        extra = aggregate("dsi_bench", rows_of("dsi_bench", order)).extra
+        assert extra == {"group-wise accuracy": 1, "incomplete groups": 2}
+    whole = aggregate("dsi_bench", rows_of("dsi_bench", plan[1:5])).extra
+    assert whole == {"group-wise accuracy": 1}
+
+
+def test_dsi_bench_pairs_by_place_what_names_no_question() -> None:
+    """Documents of older runs: all views equally long, or nobody knows what is missing."""
+    views = ("std", "reverse", "hflip", "reverse_hflip")
+    plan = [({"aug": v}, "<answer>B</answer>") for v in views for _ in range(2)]
+    assert aggregate("dsi_bench", rows_of("dsi_bench", plan)).extra["group-wise accuracy"] == 1
+    extra = aggregate("dsi_bench", rows_of("dsi_bench", plan[1:])).extra
+    assert extra == {"group-wise accuracy": None, "incomplete groups": 2}
+    unnamed = [({"aug": None}, reply) for _, reply in plan[1:]]
+    extra = aggregate("dsi_bench", rows_of("dsi_bench", unnamed)).extra
+    assert extra == {"group-wise accuracy": None, "incomplete groups": 2}
 
 
 def test_qvhighlights_r1_takes_the_first_listed_window() -> None:
@@ -710,7 +805,8 @@ def test_arbitrary_text_never_raises_nor_draws(reply: str, benchmark: str, rule:
 
 
 FILLERS = ["A", "1", "1.", "B ", "(", "answer is ", "\\boxed{", "<answer>", "1:00 ", "1 - ", "a.",
-           "`", ") ", "Answer:", "-1 ", "\t"]  # fmt: skip
+           "`", ") ", "Answer:", "-1 ", "\t", "answer is A, ", "not A or ",
+           "A, ", "A or ", "1,000 - ", ",000"]  # fmt: skip
 
 
 @pytest.mark.parametrize("filler", FILLERS)
