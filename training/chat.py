@@ -31,7 +31,7 @@ from internvideo3.training.acted import Shelf, acted, is_rollout
 from internvideo3.training.curation.budget import FEW, UNUSABLE
 from internvideo3.training.curation.records import DataError, Row, read_rows
 from internvideo3.training.documents import SCORED_AS, Document, Prompt, replied
-from internvideo3.training.mixture import dealt
+from internvideo3.training.mixture import dealt, in_order
 from internvideo3.training.recipe import ChatData, Modality
 
 log = logging.getLogger("internvideo3.training")
@@ -102,7 +102,7 @@ class ChatDocuments:
             if not rows:
                 raise DataError(f"{name} has no rows; leave it out of the recipe")
         self.shelf = Shelf(self._look)
-        self.order = dealt(data.files, BLOCK)
+        self.order = dealt(in_order(data.files), BLOCK)
         self.seen = 0
         self.bad: dict[tuple[str, int], str] = {}
         """File and number of a row (ids may be missing, or repeat) → why it cannot be used."""

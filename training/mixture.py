@@ -7,11 +7,20 @@ sample, so that a short run sees the mixture that a long one sees.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from internvideo3.training.recipe import RecipeError
 
 Kind = TypeVar("Kind", bound=Hashable)
+
+
+def in_order(shares: Mapping[Kind, float]) -> dict[Kind, float]:
+    """Shares sorted by what they are of.
+
+    Which sample comes where depends on the order of the shares; a recipe's mapping has none.
+    """
+    keys: list[Any] = list(shares)
+    return {key: shares[key] for key in sorted(keys)}
 
 
 def check_shares(name: str, shares: Mapping[Kind, float]) -> None:

@@ -20,7 +20,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from internvideo3.model.checkpoint import load_model, resolve_checkpoint, weights_digest
+from internvideo3.model.checkpoint import (
+    load_model,
+    processor_digest,
+    resolve_checkpoint,
+    weights_digest,
+)
 from internvideo3.model.prompt import Prompter
 from internvideo3.training.captions import WorldCaptions
 from internvideo3.training.chat import ChatDocuments, RowLimits, shares_of
@@ -136,7 +141,7 @@ def train(
     folders: list[Path] = []
     stopped = checked = False
     for number, (name, options) in enumerate(stages.items(), start=1):
-        begun = weights_digest(resolve_checkpoint(start))
+        begun = start_digest(start)
         digest = stage_digest(options, recipe.seed, begun, _teacher_digest(options))
         folder = out / place(number, name, digest)
         folders.append(folder)
@@ -153,6 +158,19 @@ def train(
         progress(name, require(total, name), require(total, name))
         start = str(folder / "checkpoint")
     return Trained(Path(start), name, tuple(folders), stopped)
+
+
+def start_digest(name: str | Path) -> str:
+    """Digest of all of a checkpoint that decides what is trained from it.
+
+    Its tokenizer, template and picture sizes decide that as its weights do; digests of runs are of
+    weights alone and stay so.
+
+    Raises:
+        CheckpointError: It is not there, or has no weights.
+    """
+    folder = resolve_checkpoint(name)
+    return f"{weights_digest(folder)} {processor_digest(folder)}"
 
 
 def check_files(stages: Mapping[str, StageOptions | Convert]) -> None:

@@ -394,6 +394,13 @@ def test_a_text_that_forges_a_placeholder_is_a_bad_row(corpus: Path, loaded: Any
     assert "2 video placeholders" in reason
 
 
+def test_the_order_in_which_files_are_named_changes_nothing(corpus: Path, loaded: Any) -> None:
+    shares = {"videos__jsonl": 0.5, "images__jsonl": 0.3, "texts__parquet": 0.2}
+    one = ChatDocuments(data(corpus, **shares), loaded[1], 0)
+    other = ChatDocuments(data(corpus, **dict(reversed(shares.items()))), loaded[1], 0)
+    assert [one._row(n) for n in range(200)] == [other._row(n) for n in range(200)]
+
+
 def test_rollouts_and_rewards_work_on_files(corpus: Path, loaded: Any) -> None:
     model, processor = loaded
     options = Gspo(
