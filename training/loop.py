@@ -144,6 +144,8 @@ class Loop:
                 self.curves.close()
 
     def _save(self, states: Path, step: int) -> None:
+        if not step:
+            return  # nothing is done, and saving would change it (`checkpoints.NOTHING`)
         reached = checkpoints.Progress(step=step, digest=self.digest)
         checkpoints.save(states, self.policy, self.optimizer, reached, self.group)
 

@@ -23,9 +23,10 @@ from safetensors import SafetensorError
 
 from internvideo3.model.checkpoint import load_model
 from internvideo3.training import train as training
-from internvideo3.training.checkpoints import CheckpointMismatchError
+from internvideo3.training.checkpoints import CheckpointMismatchError, newest
+from internvideo3.training.curation.records import DataError
 from internvideo3.training.documents import WorldDocuments
-from internvideo3.training.loop import TrainingError
+from internvideo3.training.loop import Loop, TrainingError
 from internvideo3.training.packing import pack
 from internvideo3.training.policy import Policy
 from internvideo3.training.recipe import (
@@ -165,6 +166,37 @@ def test_stopped_and_resumed_is_bit_identical(plain: Path, tmp_path: Path) -> No
     assert (tmp_path / "1-sft" / "metrics.jsonl").stat().st_mtime_ns == done
 
 
+def test_a_first_step_that_fails_leaves_nothing_that_changes_the_next_try(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch takes a step of an optimiser that has taken none, to tell its state."""
+
+    def unusable(self: WorldDocuments, index: int) -> Any:
+        raise DataError("unusable")
+
+    with monkeypatch.context() as patched, pytest.raises(DataError, match="unusable"):
+        patched.setattr(WorldDocuments, "taught", unusable)
+        train(recipe(), tmp_path)
+    assert newest(tmp_path / "1-sft" / "states") is None
+    train(recipe(), tmp_path)
+    assert weights(tmp_path) == weights(plain)
+
+
+def test_a_state_before_the_first_step_is_not_gone_on_from(plain: Path, tmp_path: Path) -> None:
+    """Earlier versions wrote one."""
+    save = Loop._save
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Loop, "_train", lambda self, step: save(self, self.folder / "states", 0))
+        patched.setattr(Loop, "_save", lambda self, *_: None)
+        patched.setattr(training, "_export", lambda *_: None)
+        train(recipe(), tmp_path)
+    states = tmp_path / "1-sft" / "states"
+    assert [one.name for one in states.iterdir()] == ["step-00000000"]
+    train(recipe(), tmp_path)
+    assert weights(tmp_path) == weights(plain)
+    assert [one.name for one in states.iterdir()] == ["step-00000002"]
+
+
 def test_another_recipes_state_is_refused(tmp_path: Path) -> None:
     train(recipe(), tmp_path, stopped_after(1))
     with pytest.raises(CheckpointMismatchError, match="another recipe, seed or start"):
@@ -249,9 +281,7 @@ def test_two_processes_share_reference_and_teacher_and_learn_what_one_does(tmp_p
 
 
 @pytest.mark.slow
-def test_a_rollout_server_that_is_down_ends_both_processes_with_the_state_saved(
-    tmp_path: Path,
-) -> None:
+def test_a_rollout_server_that_is_down_ends_both_processes(tmp_path: Path) -> None:
     """Only the first process pushes weights; the other one would wait for it for ever."""
     data = WorldData(lengths={2: 1.0}, videos=4, profiles={"main": 1.0})
     gspo = Gspo(
@@ -265,7 +295,7 @@ def test_a_rollout_server_that_is_down_ends_both_processes_with_the_state_saved(
     assert done.returncode != 0
     assert "Connection refused" in done.stderr, done.stderr[-3000:]
     assert "another process cannot go on" in done.stderr, "the other process ended by itself"
-    assert [one.name for one in (tmp_path / "out/1-gspo/states").iterdir()] == ["step-00000000"]
+    assert not (tmp_path / "out/1-gspo/states").exists(), "there is nothing to save yet"
 
 
 @pytest.mark.slow
