@@ -285,9 +285,9 @@ def own_indices(options: StageOptions, step: int, group: Processes) -> range:
     return range(first + own, first + options.documents, count)
 
 
-def describe(options: StageOptions | Convert, seed: int, start: str) -> str:
+def describe(options: StageOptions | Convert, seed: int, start: str, digest: str) -> str:
     """What `stage.json` says of a stage."""
-    told = {"start": start, "seed": seed, "options": asdict(options)}
+    told = {"start": start, "seed": seed, "digest": digest, "options": asdict(options)}
     return json.dumps(told, indent=1, default=str) + "\n"
 
 

@@ -29,7 +29,7 @@ from internvideo3.model.checkpoint import (
 from internvideo3.model.prompt import Prompter
 from internvideo3.training.captions import WorldCaptions
 from internvideo3.training.chat import ChatDocuments, RowLimits, shares_of
-from internvideo3.training.checkpoints import CheckpointMismatchError
+from internvideo3.training.checkpoints import CheckpointMismatchError, newest
 from internvideo3.training.endpoint import Endpoint
 from internvideo3.training.loop import (
     Loop,
@@ -291,10 +291,15 @@ class Job:
         return Ended.FINISHED_AND_STOPPED if loop.stopped else Ended.FINISHED
 
     def _describe(self) -> None:
+        """Say what is trained here, while nothing is that was begun by other options."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "stage.json").exists():
-            told = describe(self.options, self.seed, self.start)
-            (self.folder / "stage.json").write_text(told)
+        path = self.folder / "stage.json"
+        if path.exists() and newest(self.folder / "states") is not None:
+            return  # it is of that state, and whether that is this stage's is told when it is read
+        told = describe(self.options, self.seed, self.start, self.digest)
+        if not path.exists() or path.read_text() != told:
+            (self.folder / "losses.json").unlink(missing_ok=True)
+            path.write_text(told)
 
     def _probe(self, moment: str, policy: Policy, processor: Any, group: Processes) -> None:
         """Losses by modality around continued pretraining."""

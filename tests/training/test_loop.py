@@ -23,13 +23,14 @@ from safetensors import SafetensorError
 
 from internvideo3.model.checkpoint import load_model
 from internvideo3.training import train as training
-from internvideo3.training.checkpoints import CheckpointMismatchError, newest
+from internvideo3.training.checkpoints import CheckpointMismatchError, Progress, newest, save
 from internvideo3.training.curation.records import DataError
 from internvideo3.training.documents import WorldDocuments
 from internvideo3.training.loop import Loop, TrainingError
 from internvideo3.training.packing import pack
 from internvideo3.training.policy import Policy
 from internvideo3.training.recipe import (
+    Cpt,
     Gspo,
     Opd,
     Optimiser,
@@ -184,9 +185,13 @@ def test_a_first_step_that_fails_leaves_nothing_that_changes_the_next_try(
 
 def test_a_state_before_the_first_step_is_not_gone_on_from(plain: Path, tmp_path: Path) -> None:
     """Earlier versions wrote one."""
-    save = Loop._save
+
+    def saves(self: Loop, step: int) -> None:
+        begun = Progress(step=0, digest=self.digest)
+        save(self.folder / "states", self.policy, self.optimizer, begun, self.group)
+
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Loop, "_train", lambda self, step: save(self, self.folder / "states", 0))
+        patched.setattr(Loop, "_train", saves)
         patched.setattr(Loop, "_save", lambda self, *_: None)
         patched.setattr(training, "_export", lambda *_: None)
         train(recipe(), tmp_path)
@@ -202,6 +207,42 @@ def test_another_recipes_state_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointMismatchError, match="another recipe, seed or start"):
         train(recipe(seed=6), tmp_path)
     assert len(metrics(tmp_path)) == 1
+
+
+def test_a_run_without_a_state_that_is_repeated_with_other_options_tells_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of the start, on which the losses before it are measured."""
+    folder, digests = tmp_path / "1-cpt", []
+
+    def cpt(**changed: Any) -> Recipe:
+        stage = Cpt(**{**vars(sft(steps=1, documents=4)), "kind": "cpt", "probe": 1})
+        told = {"start": START, "seed": 5, **changed}
+        return Recipe(about="test", stages={"cpt": stage}, **told)
+
+    def killed(self: Loop) -> bool:
+        digests.append(self.digest)
+        raise KeyboardInterrupt
+
+    def told() -> tuple[dict[str, Any], dict[str, Any]]:
+        stage = json.loads((folder / "stage.json").read_text())
+        return stage, json.loads((folder / "losses.json").read_text())["before CPT"]
+
+    seen = []
+    with monkeypatch.context() as patched:
+        patched.setattr(Loop, "run", killed)
+        for again in (cpt(start="scale:control"), cpt(seed=6)):
+            with pytest.raises(KeyboardInterrupt):
+                train(again, tmp_path)
+            seen.append(told())
+    train(cpt(seed=6), tmp_path)
+    (first, lost), (second, before) = seen
+    assert (first["start"], second["start"], second["seed"]) == ("scale:control", START, 6)
+    assert [first["digest"], second["digest"]] == digests and lost != before
+    assert told() == (second, before)
+    with pytest.raises(CheckpointMismatchError):
+        train(cpt(), tmp_path)
+    assert told() == (second, before), "what is there is that of the checkpoint"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_state(tmp_path: Path) -> None:
