@@ -243,7 +243,7 @@ class Loop:
 
 def rate_at(optimiser: Optimiser, step: int, steps: int) -> float:
     """Learning rate of a step (from 0): linear warm-up, then a cosine to the final rate."""
-    rising = math.ceil(optimiser.warmup * steps)
+    rising = math.ceil(round(optimiser.warmup * steps, 9))  # 0.07 * 100 is a little more than 7
     if step < rising:
         return optimiser.learning_rate * (step + 1) / rising
     done = (step - rising) / max(1, steps - rising)

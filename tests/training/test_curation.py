@@ -184,9 +184,10 @@ class TestFilters:
             row("neither", "cross", "circle"),
             row("fuller", text, "a man fries", reference=text),
             row("no fuller", "a man", "a man cuts onions", reference=text),
+            row("by a tenth", "a man cuts", "a man", reference=text),
         ]  # fmt: skip
         kept = filters.by_gap(rows)
-        assert [one["id"] for one in kept.rows] == ["gap", "fuller"]
+        assert [one["id"] for one in kept.rows] == ["gap", "fuller", "by a tenth"]
         assert kept.dropped["neither"] == "the teacher is wrong"
 
     def test_what_no_rule_scores_is_dropped_with_the_reason(self, tmp_path: Path) -> None:

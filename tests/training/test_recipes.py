@@ -301,6 +301,12 @@ def test_an_option_that_is_added_later_voids_no_finished_stage() -> None:
     assert stage_digest(Later(**told, added=1), 0, "a") != stage_digest(stage, 0, "a")
 
 
+def test_a_warm_up_is_no_step_longer_for_rounding() -> None:
+    rates = [rate_at(Optimiser(learning_rate=1.0, warmup=0.07), step, 100) for step in range(9)]
+    assert rates[:8] == pytest.approx([*(n / 7 for n in range(1, 8)), 1.0])
+    assert rates[7] == 1.0
+
+
 def test_the_rate_rises_then_falls_to_its_end() -> None:
     optimiser = Optimiser(learning_rate=1.0, final_learning_rate=0.1, warmup=0.1)
     rates = [rate_at(optimiser, step, 100) for step in range(100)]
