@@ -437,7 +437,8 @@ def _remote_sampler_of(
         # A server that is down ends all processes; the others would wait for this one for ever.
         together(group, lambda: _push(pushed) if group.first else None)
         barred = vision_ids(policy.model, processor)
-        mine = pushed[group.rank % len(pushed)]
+        # Of the processes that share rows one asks; all shares of rows are dealt to the servers.
+        mine = pushed[group.documents_of_step[0] % len(pushed)]
         return RemoteSampler(mine, prompter, barred, options.max_new_tokens)
 
     return sampler_of

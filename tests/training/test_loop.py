@@ -387,12 +387,11 @@ def test_a_signal_in_the_last_step_of_a_stage_stops_before_the_next(tmp_path: Pa
     assert train(both, tmp_path).checkpoint == tmp_path / "2-two" / "checkpoint"
 
 
-@pytest.mark.slow
-def test_one_process_that_fails_ends_both_with_the_state_saved(tmp_path: Path) -> None:
-    """Its data are unusable at the third step, before the processes add up their weights."""
+def run_by_two(script: str, out: Path) -> tuple[list[int], list[str]]:
+    """What two processes of a script end with, and what they said."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port(), "WORLD_SIZE": "2",
               "OMP_NUM_THREADS": "1"}  # fmt: skip
-    command = [sys.executable, str(Path(__file__).with_name("failing.py")), str(tmp_path)]
+    command = [sys.executable, str(Path(__file__).with_name(script)), str(out)]
     running = [
         subprocess.Popen(
             command, text=True, stderr=subprocess.PIPE,
@@ -401,7 +400,30 @@ def test_one_process_that_fails_ends_both_with_the_state_saved(tmp_path: Path) -
         for rank in "01"
     ]  # fmt: skip
     said = [one.communicate(timeout=240)[1] for one in running]
-    assert [one.returncode for one in running] == [1, 1]
+    return [one.returncode for one in running], said
+
+
+@pytest.mark.slow
+def test_processes_that_share_rows_learn_of_the_same_words(tmp_path: Path) -> None:
+    """One samples for all; where the rows differ nonetheless, nothing is learnt of them."""
+    codes, said = run_by_two("sharing.py", tmp_path)
+    assert codes == [0, 0], said
+    one, two = (
+        (tmp_path / name / "1-a" / "checkpoint" / "model.safetensors").read_bytes()
+        for name in ("one sampler", "two samplers")
+    )
+    assert one == two
+    for rank in "01":
+        told = (tmp_path / f"{rank}.txt").read_text()
+        assert "share their rows (sequence_parallel) and have different ids" in told
+    assert not (tmp_path / "two rows" / "1-a" / "checkpoint").exists()
+
+
+@pytest.mark.slow
+def test_one_process_that_fails_ends_both_with_the_state_saved(tmp_path: Path) -> None:
+    """Its data are unusable at the third step, before the processes add up their weights."""
+    codes, said = run_by_two("failing.py", tmp_path)
+    assert codes == [1, 1]
     assert "another process cannot go on" in said[0] and "this process alone fails" in said[1]
     states = tmp_path / "1-sft" / "states"
     assert [one.name for one in states.iterdir()] == ["step-00000002"]

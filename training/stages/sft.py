@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from internvideo3.training.documents import Document, Source
-from internvideo3.training.loop import Stage, Totals, Work, own_indices, together
+from internvideo3.training.loop import Stage, Totals, Work, check_shared, own_indices, together
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE, linear_cross_entropy
 from internvideo3.training.packing import Pack, pack, packs
 from internvideo3.training.policy import Policy
@@ -50,6 +50,7 @@ def supervised_works(
     rows = together(
         group, lambda: list(packs(taught, options.pack_tokens, options.micro_documents))
     )
+    check_shared(group, taught)
     laid = [pack(row, policy.model) for row in rows]
     weights = [_answer_weights(one) for one in laid]
     mine = torch.tensor([sum(float(w.double().sum()) for w in weights)], dtype=torch.float64)
