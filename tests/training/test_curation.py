@@ -241,6 +241,45 @@ class TestFilters:
         found = filters.without_benchmarks(rows, {"k": ("v",)}, {}, {"b/1": benchmark})
         assert found.dropped == ({"k": "repeats the question b/1"} if repeats else {})
 
+    @pytest.mark.parametrize(
+        "options",
+        [
+            "\nA: red\nB: blue\nC: green\nD: grey", "\nA:red\nB:blue", "\nA.red\nB.blue",
+            "\n(a) red\n(b) blue\n(c) green", "\na. red\nb. blue", "\na) red\nb) blue",
+            "\n1. red\n2. blue\n3. green", "\n(1) red\n(2) blue", "\n1) red\n2) blue",
+            " A. red B. blue", " A. a red one B. a blue one C. a green one", " A: red B: blue",
+            " A) red B) blue", " (a) red (b) blue", " Options: A. red B. blue",
+            " Options: ['a red one', 'a blue one']", '\nChoices: ["red", "blue"]',
+            "\nOptions:\nA. red\nB. blue", "\n".join(["", *(f"{c}. {c}{c}" for c in "ABCDEFGHIJ")]),
+        ],
+    )  # fmt: skip
+    @pytest.mark.parametrize(
+        "question",
+        ["What is red?", "What colour is the ball that the boy kicks first?"],
+        ids=["short", "long"],
+    )
+    def test_options_of_any_form_hide_no_question(self, question: str, options: str) -> None:
+        assert filters.stem(question + options) == question
+        rows = [{"id": "k", "messages": [{"role": "user", "content": question}]}]
+        found = filters.without_benchmarks(rows, {"k": ()}, {}, {"b/1": question + options})
+        assert found.dropped == {"k": "repeats the question b/1"}
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "Did A. Smith meet B. Jones before the race began?",
+            "Watch the video.\n1. What does he cut?\n2. What does he fry?",
+            "At 1. 30 he left. When did he come back?", "Who says 'a' and 'b'?",
+            "Note 3: he left at 2: 15. Why?",
+        ],
+    )  # fmt: skip
+    def test_what_looks_like_options_and_is_none_stays(self, text: str) -> None:
+        assert filters.stem(text) == text
+
+    def test_events_that_letters_put_in_order_are_part_of_the_question(self) -> None:
+        events = "In which order does it happen?\n1. he cuts\n2. he fries\n3. he eats"
+        assert filters.stem(f"{events}\nA. 1-2-3\nB. 3-2-1") == events
+
     def test_long_options_alone_make_no_repeated_question(self) -> None:
         options = tuple(f"the {one} runner who came to the start in a car" for one in "abcd")
         rows = [
