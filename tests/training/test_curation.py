@@ -448,6 +448,49 @@ class TestFingerprints:
         assert same(blank, grey) and not same(blank, shown)
         assert named({"blank": blank, "shown": shown, "grey": grey})["grey"] == "blank"
 
+    def test_a_copy_of_a_benchmarks_second_video_is_found_where_the_first_is_like_that(
+        self, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Likeness does not carry over: what the second is like need not be like the first."""
+        one, other = np.eye(512, dtype=np.float32)[:2]
+        turned = {
+            name: np.float32(np.cos(angle)) * one + np.float32(np.sin(angle)) * other
+            for name, angle in {"v0.mp4": 0.0, "v1.mp4": 0.43, "v2.mp4": 0.6, "v3.mp4": 2.0}.items()
+        }
+        assert same(turned["v0.mp4"], turned["v1.mp4"]) and same(turned["v1.mp4"], turned["v2.mp4"])
+        assert not same(turned["v0.mp4"], turned["v2.mp4"])
+        held = tmp_path / "held"
+        held.mkdir()
+        for name in ("v0.mp4", "v1.mp4"):
+            (held / name).write_bytes(b"")
+        reads = lambda self, path: turned[path.name]  # noqa: E731
+        monkeypatch.setattr("internvideo3.harness.data._Prints._read", reads)
+        asked = Asked(category="Plot Understanding", question="Why?", evidence_s=(0, 1),
+                      options=("a", "b"), answer="a")  # fmt: skip
+        rows = [chat_row(name, replace(STORY, video=str(tmp_path / name)), asked)
+                for name in ("v2.mp4", "v3.mp4")]  # fmt: skip
+        write_rows(tmp_path / "rows.jsonl", rows)
+        kept, dropped = check_rows(tmp_path / "rows.jsonl", tmp_path / "clean.jsonl", held, None)
+        assert kept == 1 and dropped == {"v2.mp4": f"its video is benchmark {held / 'v1.mp4'}"}
+
+    def test_every_video_is_compared_with_every_other_one(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also across blocks, and for blank videos."""
+        monkeypatch.setattr(fingerprints, "BLOCK", 16)
+        monkeypatch.setattr(fingerprints, "COLUMNS", 24)
+        rng = np.random.default_rng(0)
+        held = {f"b{n}": rng.normal(0, 2, 5).astype(np.float32) for n in range(60)}
+        held["blank"] = np.zeros(5, np.float32)
+        mine = {f"v{n}": rng.normal(0, 2, 5).astype(np.float32) for n in range(60)}
+        mine["black"] = np.zeros(5, np.float32)
+        truth = {
+            key: first for key, steps in mine.items()
+            if (first := next((k for k, one in held.items() if same(one, steps)), None))
+        }  # fmt: skip
+        assert fingerprints.shown_in(mine, held) == truth and truth["black"] == "blank"
+        assert 5 < len(truth) < 60 and fingerprints.shown_in(mine, {}) == {}
+
     @pytest.mark.parametrize("width", [8, 64, 512])
     def test_names_are_those_of_comparing_every_pair(
         self, width: int, monkeypatch: pytest.MonkeyPatch

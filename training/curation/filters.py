@@ -190,8 +190,8 @@ def without_benchmarks(
 
     Args:
         rows: Rows in the chat form.
-        prints: id → names of the row's videos by content.
-        benchmark_videos: Such a name → which benchmark video has it.
+        prints: id → names of the row's videos.
+        benchmark_videos: Such a name → which benchmark video shows the same.
         benchmark_questions: Name of a benchmark question → its text, with options or without.
     """
     held = _Questions(benchmark_questions)
