@@ -462,7 +462,8 @@ def test_a_recipe_names_files_and_their_content_is_part_of_the_digest(tmp_path: 
     own = tmp_path / "own.yaml"
     own.write_text(json.dumps({
         "extends": "paper", "start": "scale:m2la",
-        "stages": {"sft_long": {"steps": 3, "data": {"files": {str(rows): 1.0}, "fps": 4.0}}},
+        "stages": {"sft_long": {"steps": 3, "documents": 8,
+                                "data": {"files": {str(rows): 1.0}, "fps": 4.0}}},
     }))  # fmt: skip
     stage: Any = load_recipe(own).stages["sft_long"]
     assert isinstance(stage.data, ChatData) and stage.data.fps == 4.0

@@ -87,6 +87,7 @@ def test_what_nobody_published_is_open_and_told_at_once(name: str) -> None:
     with pytest.raises(RecipeError, match="not set. .*nobody published") as told:
         complete(load_recipe(name))
     for path in ("start", "stages.convert.data", "stages.sft_short.documents",
+                 "stages.sft_long.documents",
                  "stages.sft_long.steps", "stages.gspo.group", "stages.opd.teacher",
                  "stages.gspo.optimiser.learning_rate"):  # fmt: skip
         assert path in str(told.value)
@@ -103,7 +104,7 @@ start: path/to/qwen
 stages:
   convert: {{data: {{files: {{c.jsonl: 1.0}}}}}}
   sft_short: {{steps: 10, documents: 64, data: {{files: {{own.jsonl: 1.0}}}}}}
-  sft_long: {{steps: 10}}
+  sft_long: {{steps: 10, documents: 64}}
   gspo: {post}, group: 8}}
   opd: {post}, teacher: "http://127.0.0.1:1/v1"}}
 """,
