@@ -452,7 +452,7 @@ def stage_digest(
     Args:
         stage: Its options.
         seed: Of the recipe.
-        start: Digest of the weights that it begins from.
+        start: Digest of what it begins from (`train.start_digest`).
         teacher: Digest of the weights that it is taught by.
 
     Raises:
