@@ -24,8 +24,8 @@ from typing import Any
 
 from internvideo3.harness.ablate import AblateOptions, Finished, evaluate_one, recipe_of, train_one
 from internvideo3.harness.ablate import Progress as Told
-from internvideo3.training.recipe import Recipe
-from internvideo3.training.train import Trained
+from internvideo3.training.recipe import Recipe, complete, stage_digest
+from internvideo3.training.train import Trained, start_digest
 
 ALL_WORK = "stages and runs"
 """Name of the progress of the whole."""
@@ -50,18 +50,30 @@ class Work:
 def graph(recipes: Mapping[str, Recipe], seeds: tuple[int, ...]) -> dict[Work, set[Work]]:
     """Each piece of work and what it waits for; a stage that recipes share is there once."""
     found: dict[Work, set[Work]] = {}
-    shared: dict[tuple[int, str | None, str], Work] = {}
+    shared: dict[tuple[str, str], Work] = {}
+    starts = {start: start_digest(start) for start in {str(r.start) for r in recipes.values()}}
     for seed in seeds:
         for name, recipe in recipes.items():
             before: set[Work] = set()
-            stages = list(recipe.stages.items())
-            for count in range(1, len(stages) + 1):
-                key = seed, recipe.start, repr(stages[:count])
+            stages = _digests(recipe, seed, starts[str(recipe.start)])
+            for count, key in enumerate(stages, start=1):
                 work = shared.setdefault(key, Work(name, seed, count))
-                found.setdefault(work, before)
+                found.setdefault(work, set()).update(before)
                 before = {work}
             found[Work(name, seed, len(stages), evaluates=True)] = before
     return found
+
+
+def _digests(recipe: Recipe, seed: int, begun: str) -> list[tuple[str, str]]:
+    """Name and digest of each stage; equal ones are trained in one folder (`train.by_content`).
+
+    The weights of a stage that is not trained yet are known by the digest of the stage.
+    """
+    made = []
+    for name, stage in complete(recipe).items():
+        begun = stage_digest(stage, seed, begun)
+        made.append((name, begun))
+    return made
 
 
 def side_by_side(options: AblateOptions, progress: Told) -> Generator[Finished]:

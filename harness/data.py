@@ -18,7 +18,7 @@ from internvideo3.training.curation.budget import MOST_BAD, UNUSABLE, Budget
 from internvideo3.training.curation.card import data_card
 from internvideo3.training.curation.distribution import distribution, figure5, table1
 from internvideo3.training.curation.filters import Kept
-from internvideo3.training.curation.fingerprints import Steps, fingerprint, named
+from internvideo3.training.curation.fingerprints import Steps, fingerprint, named, shown_in
 from internvideo3.training.curation.mixing import (
     Preset,
     mixed,
@@ -200,10 +200,11 @@ def check_rows(
     asked = {} if benchmark_questions is None else _questions(benchmark_questions)
     benchmark = () if benchmark_videos is None else found_videos((benchmark_videos,))
     usable: list[Row] = []
+    held: dict[str, Steps] = {}
     with closing(IsolatedReader()) as reader:
         prints = _Prints(reader)
         for number, video in enumerate(benchmark, start=1):
-            prints.of_benchmark(video)
+            held[f"{BENCHMARK}{video}"] = prints.of_benchmark(video)
             progress("benchmark", number, len(benchmark))
         for number, (key, row) in enumerate(zip(keys, rows, strict=True), start=1):
             try:
@@ -213,19 +214,17 @@ def check_rows(
                 budget.leave_out(number, key, error)
             progress("rows", number, len(rows))
     names = named(prints.known)
-    by_row = {
-        str(row["id"]): tuple(names[str(one)] for one in _paths(row, path.parent)) for row in usable
-    }
-    unique = filters.without_repeats(usable, by_row)
-    held = {names[f"{BENCHMARK}{video}"]: f"{BENCHMARK}{video}" for video in benchmark}
-    clean = filters.without_benchmarks(unique.rows, by_row, held, asked)
+    by_row = {str(row["id"]): [str(one) for one in _paths(row, path.parent)] for row in usable}
+    contents = {key: [names[video] for video in shown] for key, shown in by_row.items()}
+    unique = filters.without_repeats(usable, contents)
+    clean = filters.without_benchmarks(unique.rows, by_row, shown_in(prints.known, held), asked)
     kept = Kept(clean.rows, budget.bad | unique.dropped | clean.dropped).or_fail("the check")
     _write(path, out, kept)
     return len(kept.rows), kept.dropped
 
 
 BENCHMARK = "benchmark "
-"""Begins the names of a benchmark's videos, which are named first and so give copies their name."""
+"""Begins the names of a benchmark's videos."""
 
 
 class _Prints:
@@ -236,14 +235,14 @@ class _Prints:
         self.known: dict[str, Steps] = {}
         self.broken: dict[str, VideoError] = {}
 
-    def of_benchmark(self, video: Path) -> None:
-        """Take in a benchmark's video.
+    def of_benchmark(self, video: Path) -> Steps:
+        """The fingerprint of a benchmark's video.
 
         Raises:
             DataError: It cannot be read, so that nobody could say what shares it.
         """
         try:
-            self.known[f"{BENCHMARK}{video}"] = self._read(video)
+            return self._read(video)
         except VideoError as error:
             raise DataError(
                 f"the benchmark's video {video} cannot be compared: {error} Repair it, or take it "

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,13 @@ WIDEST_ROW = 1024
 """Columns of a row that the Triton kernels take; wider rows run in plain torch."""
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+PROCESSOR_FILES = (
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt",
+    "preprocessor_config.json", "processor_config.json", "special_tokens_map.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "video_preprocessor_config.json",
+    "vocab.json",
+)  # fmt: skip
+"""What transformers reads a processor from."""
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -226,8 +233,17 @@ def weights_digest(path: Path) -> str:
     Raises:
         CheckpointError: there are no safetensors weights.
     """
+    return _files_digest([path / "config.json", *weight_files(path)])
+
+
+def processor_digest(path: Path) -> str:
+    """SHA-256 over the names and contents of what makes ids and pixels of a prompt, in hex."""
+    return _files_digest([path / name for name in PROCESSOR_FILES if (path / name).is_file()])
+
+
+def _files_digest(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for file in [path / "config.json", *weight_files(path)]:
+    for file in files:
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):

@@ -17,11 +17,9 @@ from internvideo3.tasks.video import Frames
 from internvideo3.tasks.world.questions import narration
 from internvideo3.tasks.world.scenes import VideoSpec
 from internvideo3.training.documents import Branch, Document, WorldDocuments, replied
-from internvideo3.training.mixture import dealt
+from internvideo3.training.mixture import block_of, dealt
 from internvideo3.training.recipe import Modality, WorldData
 
-BLOCK = 1000
-"""Samples after which the shares of a mixture are exact."""
 ASKED: dict[Modality, str] = {"image": "Describe the picture.", "video": "Describe the video."}
 
 
@@ -39,11 +37,11 @@ class WorldCaptions:
         self.world = WorldDocuments(data, processor, seed)
         self.prompter: Prompter = self.world.prompter
         self.end = processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
-        self.order = dealt(shares, BLOCK)
+        self.order = dealt(shares, block_of(shares))
 
     def kind(self, index: int) -> Modality:
         """Which kind of document an index stands for."""
-        return self.order[index % BLOCK]
+        return self.order[index % len(self.order)]
 
     def taught(self, index: int) -> Document:
         """The document of an index."""

@@ -12,10 +12,10 @@ from __future__ import annotations
 import logging
 import random
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
@@ -31,12 +31,10 @@ from internvideo3.training.acted import Shelf, acted, is_rollout
 from internvideo3.training.curation.budget import FEW, UNUSABLE
 from internvideo3.training.curation.records import DataError, Row, read_rows
 from internvideo3.training.documents import SCORED_AS, Document, Prompt, replied
-from internvideo3.training.mixture import dealt
+from internvideo3.training.mixture import block_of, dealt, in_order
 from internvideo3.training.recipe import ChatData, Modality
 
 log = logging.getLogger("internvideo3.training")
-BLOCK = 1000
-"""Samples after which the shares of the files are exact."""
 MARK = "<VIDEO_CONTEXT>"
 """Where the released data put a video into a text (OpenGVLab/InternVideo@3965eef); it is before the
 text here, as Qwen3-VL's template has it."""
@@ -102,7 +100,13 @@ class ChatDocuments:
             if not rows:
                 raise DataError(f"{name} has no rows; leave it out of the recipe")
         self.shelf = Shelf(self._look)
-        self.order = dealt(data.files, BLOCK)
+        shares = in_order(data.files)
+        self.order = tuple(dealt(shares, block_of(shares)))
+        """Each place's file; after all of them the shares are exact, and it begins anew."""
+        self.before = _before(self.order)
+        self.in_block = Counter(self.order)
+        self.shuffled: dict[str, tuple[int, Sequence[int]]] = {}
+        """File → its present epoch and that one's order; to shuffle all rows for each is slow."""
         self.seen = 0
         self.bad: dict[tuple[str, int], str] = {}
         """File and number of a row (ids may be missing, or repeat) → why it cannot be used."""
@@ -138,11 +142,12 @@ class ChatDocuments:
         Raises:
             DataError: There are too many bad rows.
         """
-        for step in range(len(self.rows[self.order[index % BLOCK]])):
+        file = self.order[index % len(self.order)]
+        for step in range(len(self.rows[file])):
             made = self._made(*self._place(index, step), make)
             if made is not None:
                 return made
-        raise DataError(f"no row of {self.order[index % BLOCK]} can be used; see the log")
+        raise DataError(f"no row of {file} can be used; see the log")
 
     def _made(self, name: str, number: int, make: Any) -> Any:
         """What can be made of a row; None if nothing can, which is noted."""
@@ -175,13 +180,20 @@ class ChatDocuments:
 
     def _place(self, index: int, step: int = 0) -> tuple[str, int]:
         """File of an index and number of its row there, from 0; `step` rows on."""
-        block, place = divmod(index, BLOCK)
+        block, place = divmod(index, len(self.order))
         name = self.order[place]
-        before = _before(tuple(self.order))[place] + block * Counter(self.order)[name]
+        before = self.before[place] + block * self.in_block[name]
         count = len(self.rows[name])
         epoch, at = divmod(before, count)
-        chosen = _shuffled(count, self.seed, f"{name}/{epoch}")
-        return name, chosen[(at + step) % count]
+        return name, self._shuffled(name, epoch)[(at + step) % count]
+
+    def _shuffled(self, name: str, epoch: int) -> Sequence[int]:
+        """Numbers of a file's rows in the order of an epoch."""
+        held = self.shuffled.get(name)
+        if held is None or held[0] != epoch:
+            held = epoch, _shuffled(len(self.rows[name]), self.seed, f"{name}/{epoch}")
+            self.shuffled[name] = held
+        return held[1]
 
     def _taught(self, row: Row, folder: Path) -> Document:
         made = self._whole(row, folder)
@@ -243,7 +255,7 @@ class ChatDocuments:
     def _prompt(self, row: Row, folder: Path) -> Prompt:
         if is_rollout(row):
             raise DataError("a rollout by its ids is for supervised stages; give questions here")
-        text, media = self._asked(row["messages"][:-1], folder)
+        text, media = self._asked(asked_of(row["messages"]), folder)
         if len(media.frames) != 1 or media.images:
             raise DataError("a rollout needs exactly one video")
         if self.row.tokens is not None:
@@ -258,17 +270,9 @@ class ChatDocuments:
         """What scores the answer: the row's own document, or one of its fields."""
         if row.get("doc") is not None:
             return dict(row["doc"])
-        answer, options = row.get("answer"), row.get("options")
-        if self.row.scored and answer is None:
+        if self.row.scored and row.get("answer") is None:
             raise DataError("it has no `answer` to score responses by")
-        if answer is not None and options:
-            answer = option_meant(str(answer), options)
-        return {
-            "id": str(row.get("id")), "family": row.get("category", "all"),
-            "options": options, "answer": answer,
-            "answer_type": row.get("answer_type") or ("choice" if options else "span"),
-            "length_s": frames.duration_s,
-        }  # fmt: skip
+        return doc_of(row) | {"length_s": frames.duration_s}
 
     def _asked(self, messages: Sequence[Mapping[str, Any]], folder: Path) -> tuple[str, Media]:
         """The rendered prompt, and its media in order."""
@@ -332,6 +336,27 @@ def _content(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
 
 
+def asked_of(messages: Sequence[Row]) -> Sequence[Row]:
+    """The messages that ask: all but a reply at the end, which is what they ask for."""
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def doc_of(row: Row) -> dict[str, Any]:
+    """What scores the answer to a row that has no document of its own.
+
+    Raises:
+        DataError: Its answer is none of its options.
+    """
+    answer, options = row.get("answer"), row.get("options")
+    if answer is not None and options:
+        answer = option_meant(str(answer), options)
+    return {
+        "id": str(row.get("id")), "family": row.get("category", "all"),
+        "options": options, "answer": answer,
+        "answer_type": row.get("answer_type") or ("choice" if options else "span"),
+    }  # fmt: skip
+
+
 def option_meant(answer: str, options: Sequence[str]) -> str:
     """The option that an answer names by its words or, as most data do, by its letter.
 
@@ -385,7 +410,6 @@ def _text(message: Mapping[str, Any]) -> str:
     return "".join(part["text"] for part in _content(message))
 
 
-@lru_cache(maxsize=4)
 def _before(order: tuple[str, ...]) -> list[int]:
     """How often each place's name stands before it."""
     seen: Counter[str] = Counter()
@@ -396,8 +420,7 @@ def _before(order: tuple[str, ...]) -> list[int]:
     return places
 
 
-@lru_cache(maxsize=16)
-def _shuffled(count: int, seed: int, what: str) -> list[int]:
+def _shuffled(count: int, seed: int, what: str) -> Sequence[int]:
     order = list(range(count))
     random.Random(f"chat/{seed}/{what}").shuffle(order)
-    return order
+    return array("q", order)

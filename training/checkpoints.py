@@ -9,6 +9,7 @@ A state that cannot be written leaves nothing behind, and the one before it wher
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -42,6 +43,12 @@ class Progress:
     """Optimiser steps done."""
     digest: str
     """Of all that decides the weights (`recipe.stage_digest`)."""
+
+
+log = logging.getLogger("internvideo3.training")
+NOTHING = "step-00000000"
+"""A state before the first step, as earlier versions wrote. Beginning again is exact and it is not:
+to tell an optimiser's state, torch takes a step of one that has none."""
 
 
 def save(
@@ -92,10 +99,10 @@ def resume(
         CheckpointMismatchError: Another recipe, seed or start wrote it.
         StateError: It cannot be read.
     """
-    newest = _newest(folder)
-    if newest is None:
+    place = newest(folder)
+    if place is None:
         return 0
-    progress = _progress(newest)
+    progress = _progress(place)
     if progress.digest != digest:
         raise CheckpointMismatchError(
             f"{folder} was written by another recipe, seed or start (see stage.json beside it). "
@@ -104,19 +111,19 @@ def resume(
     model, state = get_state_dict(policy, optimizer)
     held: dict[str, Any] = {"model": model, "optimizer": state}
     try:
-        load_state(held, checkpoint_id=newest, no_dist=group.count == 1)
+        load_state(held, checkpoint_id=place, no_dist=group.count == 1)
     except (OSError, CheckpointException) as error:
-        raise _unread(newest, _reason(error)) from error
+        raise _unread(place, _reason(error)) from error
     set_state_dict(
         policy, optimizer, model_state_dict=held["model"], optim_state_dict=held["optimizer"]
     )
     return progress.step
 
 
-def _newest(folder: Path) -> Path | None:
-    """The newest whole state."""
+def newest(folder: Path) -> Path | None:
+    """The newest whole state of a folder, if there is one."""
     found = sorted(folder.glob("step-????????/progress.json"))
-    return found[-1].parent if found else None
+    return found[-1].parent if found and found[-1].parent.name != NOTHING else None
 
 
 def _progress(place: Path) -> Progress:
@@ -135,9 +142,17 @@ def _note(path: Path, progress: Progress) -> None:
 
 
 def _remove_others(folder: Path, place: Path) -> None:
-    for old in folder.iterdir():
-        if old != place:
+    """Remove older states and halves of states; files of others stay (a desktop's `.DS_Store`).
+
+    The new state is whole by now, so nothing here ends training.
+    """
+    for old in folder.glob("step-*"):
+        if old == place:
+            continue
+        try:
             shutil.rmtree(old)
+        except OSError as error:
+            log.warning("the old state %s cannot be removed: %s", old, _reason(error))
 
 
 def _failure(act: Callable[[], None]) -> OSError | CheckpointException | None:
@@ -151,8 +166,8 @@ def _failure(act: Callable[[], None]) -> OSError | CheckpointException | None:
 
 def _unwritten(place: Path, failure: BaseException | None) -> StateError:
     why = "another process could not" if failure is None else _reason(failure)
-    newest = _newest(place.parent)
-    kept = f"the state {newest.name} stays" if newest else "there is no state yet"
+    held = newest(place.parent)
+    kept = f"the state {held.name} stays" if held else "there is no state yet"
     return StateError(
         f"{place} cannot be written: {why}. Nothing half is left, and {kept}. Free space there, or "
         "make the folder writable, then repeat the command."

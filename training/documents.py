@@ -24,7 +24,7 @@ from internvideo3.tasks.world.difficulty import FILE_FPS, OPTIONS
 from internvideo3.tasks.world.paint import paint
 from internvideo3.tasks.world.questions import Question
 from internvideo3.tasks.world.scenes import VideoSpec, draw_video
-from internvideo3.training.mixture import check_shares
+from internvideo3.training.mixture import check_shares, in_order
 from internvideo3.training.recipe import Modality, RecipeError, WorldData
 from internvideo3.training.scale.batches import (
     PROFILE_FAMILIES,
@@ -115,8 +115,11 @@ class WorldDocuments:
         self.video_end = processor.tokenizer.decode(
             [processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")]
         )
-        check_shares("lengths", data.lengths)
-        check_shares("profiles", data.profiles or PROFILE_SHARES)
+        # A recipe's mappings mean the same in every order, and the digest sees none.
+        self.lengths = in_order(data.lengths)
+        self.profiles = PROFILE_SHARES if not data.profiles else in_order(data.profiles)
+        check_shares("lengths", self.lengths)
+        check_shares("profiles", self.profiles)
 
     def taught(self, index: int) -> Document:
         """A document with questions and right answers."""
@@ -153,8 +156,8 @@ class WorldDocuments:
         chosen = _order(self.data.videos, self.seed, epoch)[place]
         (video_seed,) = seed_stream("train", 10**11 + self.data.first_seed + chosen, 1)
         rng = random.Random(f"document/{video_seed}")
-        length = _pick(rng, self.data.lengths)
-        return draw_video(video_seed, length, _pick(rng, self.data.profiles or PROFILE_SHARES))
+        length = _pick(rng, self.lengths)
+        return draw_video(video_seed, length, _pick(rng, self.profiles))
 
     def _draw(self, index: int) -> tuple[VideoSpec, list[Question]]:
         """The video at a place of the sequence, and questions about it."""

@@ -7,6 +7,7 @@ of an uninterrupted one, bit by bit.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import signal
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from torch import Tensor
 from internvideo3.training import checkpoints
 from internvideo3.training.curation.records import DataError
 from internvideo3.training.curves import Curves
+from internvideo3.training.documents import Document
 from internvideo3.training.endpoint import EndpointError
 from internvideo3.training.packing import Pack
 from internvideo3.training.policy import Policy
@@ -144,6 +146,8 @@ class Loop:
                 self.curves.close()
 
     def _save(self, states: Path, step: int) -> None:
+        if not step:
+            return  # nothing is done, and saving would change it (`checkpoints.NOTHING`)
         reached = checkpoints.Progress(step=step, digest=self.digest)
         checkpoints.save(states, self.policy, self.optimizer, reached, self.group)
 
@@ -241,7 +245,7 @@ class Loop:
 
 def rate_at(optimiser: Optimiser, step: int, steps: int) -> float:
     """Learning rate of a step (from 0): linear warm-up, then a cosine to the final rate."""
-    rising = math.ceil(optimiser.warmup * steps)
+    rising = math.ceil(round(optimiser.warmup * steps, 9))  # 0.07 * 100 is a little more than 7
     if step < rising:
         return optimiser.learning_rate * (step + 1) / rising
     done = (step - rising) / max(1, steps - rising)
@@ -266,6 +270,33 @@ def together(group: Processes, make: Callable[[], Made]) -> Made:
     return made[0]
 
 
+def by_leaders(group: Processes, make: Callable[[], Made]) -> Made:
+    """What one of the processes that share rows makes and the others take over.
+
+    Of what differs from one making to the next: responses and judgements of servers, which answer
+    otherwise by batch, card or version, and whatever is rounded otherwise.
+    """
+    made = together(group, lambda: make() if group.leads_row else None)
+    return cast(Made, group.from_leader(made))
+
+
+def check_shared(group: Processes, documents: Sequence[Document]) -> None:
+    """Processes that share rows hold the same ids in them.
+
+    Raises:
+        TrainingError: They do not; in all processes.
+    """
+    ids = [(one.trunk_ids, [branch.ids for branch in one.branches], one.said) for one in documents]
+    digest = hashlib.sha256(repr(ids).encode()).digest()
+    if group.most(int(not group.alike(int.from_bytes(digest[:7], "big")))):
+        raise TrainingError(
+            f"{group.parts} processes share their rows (sequence_parallel) and have different ids "
+            "in them, so that what they learn would be of no document. A video that only some of "
+            "them could read, or other versions of the code or its libraries, do that; see the "
+            "log of each. The newest state is kept."
+        )
+
+
 def in_step(group: Processes, rows: Sequence[Made]) -> list[tuple[Made, bool]]:
     """This process's rows, and the last one again until all processes have seen as many.
 
@@ -283,9 +314,9 @@ def own_indices(options: StageOptions, step: int, group: Processes) -> range:
     return range(first + own, first + options.documents, count)
 
 
-def describe(options: StageOptions | Convert, seed: int, start: str) -> str:
+def describe(options: StageOptions | Convert, seed: int, start: str, digest: str) -> str:
     """What `stage.json` says of a stage."""
-    told = {"start": start, "seed": seed, "options": asdict(options)}
+    told = {"start": start, "seed": seed, "digest": digest, "options": asdict(options)}
     return json.dumps(told, indent=1, default=str) + "\n"
 
 

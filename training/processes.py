@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from internvideo3.model.device import device_of, use
 from internvideo3.training.attention import Sharing
 
+Made = TypeVar("Made")
 PATIENCE = timedelta(hours=12)
 """Longest wait for another process. One converts or pushes weights while the others stand at a
 barrier, an 8B conversion for hours; NCCL's own limit is ten minutes."""
@@ -121,6 +122,30 @@ class Processes:
         told = [value]
         dist.broadcast_object_list(told, src=0)
         return told[0]
+
+    @property
+    def leads_row(self) -> bool:
+        """Whether this is the first of the processes that share its rows; alone, it is."""
+        return self.sharing is None or self.sharing.rank == 0
+
+    def from_leader(self, value: Made) -> Made:
+        """What the first of the processes that share a row has, on all of them."""
+        if self.sharing is None:
+            return value
+        told: list[Any] = [value]
+        source = self.rank - self.sharing.rank
+        dist.broadcast_object_list(told, src=source, group=self.sharing.group, device=self.device)
+        made: Made = told[0]
+        return made
+
+    def alike(self, number: int) -> bool:
+        """Whether the processes that share a row all have this number, which is below 2**63."""
+        if self.sharing is None:
+            return True
+        ends = torch.tensor([number, -number], device=self.device)
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=self.sharing.group)
+        most, least = ends.tolist()
+        return bool(most == -least)
 
     def leave(self) -> None:
         """Ends the group, if there is one."""

@@ -19,6 +19,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
@@ -435,8 +436,8 @@ def complete(recipe: Recipe) -> dict[str, Stage]:
     return found
 
 
-ELSEWHERE = frozenset({"rollouts", "held_out"})
-"""Options that do not decide the weights: where something is computed, what is measured."""
+ELSEWHERE = frozenset({"rollouts", "held_out", "save_every"})
+"""Options that do not decide the weights: where something is computed, what is measured or kept."""
 SAME_NUMBERS = {"recompute": False, "attention": "segments"}
 """Options that weigh memory against time: a stage goes on under others."""
 
@@ -451,7 +452,7 @@ def stage_digest(
     Args:
         stage: Its options.
         seed: Of the recipe.
-        start: Digest of the weights that it begins from.
+        start: Digest of what it begins from (`train.start_digest`).
         teacher: Digest of the weights that it is taught by.
 
     Raises:
@@ -461,6 +462,8 @@ def stage_digest(
     rows = {name: _file_digest(Path(name)) for name in files}
     options = {key: one for key, one in asdict(stage).items() if key not in ELSEWHERE}
     options |= {key: one for key, one in SAME_NUMBERS.items() if key in options}
+    if isinstance(stage, Opd) and stage.remote:
+        options["teacher"] = "a server"  # `teacher_model` says which one; the address, only where
     decides = [_without_none(options), seed, start, rows, teacher]
     text = json.dumps(decides, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -476,6 +479,13 @@ def _without_none(value: Any) -> Any:
 def _file_digest(path: Path) -> str:
     if not path.is_file():
         raise RecipeError(f"the recipe's file {path} does not exist (from {Path.cwd()})")
+    held = path.stat()
+    return _content_digest(path.resolve(), held.st_size, held.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _content_digest(path: Path, size: int, changed_ns: int) -> str:
+    """Stages, variants and seeds ask of the same, large files."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -20,11 +20,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from internvideo3.model.checkpoint import load_model, resolve_checkpoint, weights_digest
+from internvideo3.model.checkpoint import (
+    load_model,
+    processor_digest,
+    resolve_checkpoint,
+    weights_digest,
+)
 from internvideo3.model.prompt import Prompter
 from internvideo3.training.captions import WorldCaptions
 from internvideo3.training.chat import ChatDocuments, RowLimits, shares_of
-from internvideo3.training.checkpoints import CheckpointMismatchError
+from internvideo3.training.checkpoints import CheckpointMismatchError, newest
 from internvideo3.training.endpoint import Endpoint
 from internvideo3.training.loop import (
     Loop,
@@ -136,7 +141,7 @@ def train(
     folders: list[Path] = []
     stopped = checked = False
     for number, (name, options) in enumerate(stages.items(), start=1):
-        begun = weights_digest(resolve_checkpoint(start))
+        begun = start_digest(start)
         digest = stage_digest(options, recipe.seed, begun, _teacher_digest(options))
         folder = out / place(number, name, digest)
         folders.append(folder)
@@ -153,6 +158,19 @@ def train(
         progress(name, require(total, name), require(total, name))
         start = str(folder / "checkpoint")
     return Trained(Path(start), name, tuple(folders), stopped)
+
+
+def start_digest(name: str | Path) -> str:
+    """Digest of all of a checkpoint that decides what is trained from it.
+
+    Its tokenizer, template and picture sizes decide that as its weights do; digests of runs are of
+    weights alone and stay so.
+
+    Raises:
+        CheckpointError: It is not there, or has no weights.
+    """
+    folder = resolve_checkpoint(name)
+    return f"{weights_digest(folder)} {processor_digest(folder)}"
 
 
 def check_files(stages: Mapping[str, StageOptions | Convert]) -> None:
@@ -273,10 +291,15 @@ class Job:
         return Ended.FINISHED_AND_STOPPED if loop.stopped else Ended.FINISHED
 
     def _describe(self) -> None:
+        """Say what is trained here, while nothing is that was begun by other options."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "stage.json").exists():
-            told = describe(self.options, self.seed, self.start)
-            (self.folder / "stage.json").write_text(told)
+        path = self.folder / "stage.json"
+        if path.exists() and newest(self.folder / "states") is not None:
+            return  # it is of that state, and whether that is this stage's is told when it is read
+        told = describe(self.options, self.seed, self.start, self.digest)
+        if not path.exists() or path.read_text() != told:
+            (self.folder / "losses.json").unlink(missing_ok=True)
+            path.write_text(told)
 
     def _probe(self, moment: str, policy: Policy, processor: Any, group: Processes) -> None:
         """Losses by modality around continued pretraining."""
@@ -414,7 +437,8 @@ def _remote_sampler_of(
         # A server that is down ends all processes; the others would wait for this one for ever.
         together(group, lambda: _push(pushed) if group.first else None)
         barred = vision_ids(policy.model, processor)
-        mine = pushed[group.rank % len(pushed)]
+        # Of the processes that share rows one asks; all shares of rows are dealt to the servers.
+        mine = pushed[group.documents_of_step[0] % len(pushed)]
         return RemoteSampler(mine, prompter, barred, options.max_new_tokens)
 
     return sampler_of

@@ -2,9 +2,10 @@
 
 Only files are written; neither verl nor Ray is imported. Fields are those of volcengine/verl, read
 in `verl/trainer/config/ppo_trainer.yaml` @1acd108 (data, algorithm, rollout, trainer, reward),
-`actor/actor.yaml` @03d67c6 (`policy_loss.loss_mode`, clipping, KL) and `data/legacy_data.yaml`
-@09d3a66; a video is a mapping as `verl/utils/dataset/vision_utils.py` @0709889 takes it. Later
-versions may have moved them, and nothing of it was run with verl here.
+`actor/actor.yaml` @03d67c6 (`policy_loss.loss_mode`, clipping, KL), `optim/fsdp.yaml` @4965d66 (the
+schedule) and `data/legacy_data.yaml` @09d3a66; a video is a mapping as
+`verl/utils/dataset/vision_utils.py` @0709889 takes it. Other versions may have other ones, and
+nothing of it was run with verl here.
 
     OUT/train.parquet   data_source, prompt, videos, ability, reward_model, extra_info
     OUT/gspo.yaml       over verl's own `ppo_trainer`
@@ -23,14 +24,19 @@ import yaml
 
 from internvideo3.model.checkpoint import resolve_checkpoint
 from internvideo3.model.scale.build import SYSTEM_PROMPT
+from internvideo3.tasks.scoring.entry import score
 from internvideo3.training import verl_reward
-from internvideo3.training.chat import MARK
+from internvideo3.training.chat import MARK, asked_of, doc_of
 from internvideo3.training.curation.records import DataError, Row, read_rows
 from internvideo3.training.documents import SCORED_AS
 from internvideo3.training.recipe import ChatData, Gspo, Open, Recipe, RecipeError, require
 
 PLACE = "<video>"
 """Where verl's data set puts a video into a prompt."""
+NOT_CARRIED = """\
+# Of the recipe's stage these are not carried over: shares of the files, total_pixels, gap_cap,
+# train_vision, bfloat16, and that vectors (norms, biases) do not decay.
+"""
 PLACEHOLDERS = re.compile(r"<(video|image)>")
 
 
@@ -73,7 +79,7 @@ def export(recipe: Recipe, name: str, out: Path) -> Exported:
     out.mkdir(parents=True, exist_ok=True)
     _write(kept, rows)
     where = f"--config-path {out.resolve()} --config-name {name}"
-    config.write_text(f"# python -m verl.trainer.main_ppo {where}\n{told}")
+    config.write_text(f"# python -m verl.trainer.main_ppo {where}\n{NOT_CARRIED}{told}")
     return Exported(rows, config, len(kept), dropped)
 
 
@@ -96,24 +102,24 @@ def _rows(data: ChatData) -> tuple[list[Row], dict[str, str]]:
         for number, row in enumerate(read_rows(Path(file)), start=1):
             try:
                 kept.append(_row(row, Path(file).parent, data, len(kept)))
-            except (DataError, LookupError, TypeError) as error:
+            except (ValueError, LookupError, TypeError) as error:
                 dropped[f"{file}, row {number}"] = str(error)
     return kept, dropped
 
 
 def _row(row: Row, folder: Path, data: ChatData, index: int) -> Row:
-    asked = row["messages"][:-1]
+    asked = asked_of(row["messages"])
     videos: list[Row] = []
     prompt = [_message(message, folder, data, videos) for message in asked]
     if len(videos) != 1:
         raise DataError(f"a rollout needs exactly one video, this row has {len(videos)}")
     if prompt[0]["role"] != "system":
         prompt.insert(0, {"role": "system", "content": SYSTEM_PROMPT})
-    doc = row.get("doc") or {
-        "id": str(row.get("id")), "family": row.get("category", "all"),
-        "options": row.get("options"), "answer": row["answer"],
-        "answer_type": row.get("answer_type", "choice" if row.get("options") else "span"),
-    }  # fmt: skip
+    doc = row.get("doc")
+    if doc is None and row.get("answer") is None:
+        raise DataError("it has no `answer` to score responses by")
+    doc = doc_of(row) if doc is None else doc
+    score(row.get("benchmark") or SCORED_AS, doc, "", rule="plain")  # what no rule can score
     return {
         "data_source": row.get("benchmark") or SCORED_AS,
         "prompt": prompt,
@@ -188,7 +194,9 @@ def _config(recipe: Recipe, stage: Gspo, rows: Path, name: str) -> Row:
                 "grad_clip": optimiser.clip_norm,
                 "optim": {
                     "lr": optimiser.learning_rate, "lr_warmup_steps_ratio": optimiser.warmup,
-                    "weight_decay": optimiser.weight_decay,
+                    "weight_decay": optimiser.weight_decay, "betas": list(optimiser.betas),
+                    "lr_scheduler_type": "cosine", "num_cycles": 0.5,
+                    "min_lr_ratio": optimiser.final_learning_rate / optimiser.learning_rate,
                 },
             },
             "rollout": {"n": stage.group, "temperature": 1.0, "top_p": 1.0},

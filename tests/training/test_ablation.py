@@ -286,6 +286,21 @@ def test_what_recipes_share_is_one_piece_of_work() -> None:
     assert all(before in work for waits in work.values() for before in waits)
 
 
+def test_recipes_that_say_the_same_in_another_order_are_one_piece_of_work(tmp_path: Path) -> None:
+    """Two processes would train in one folder; likewise where only `save_every` differs."""
+    base = load_recipe("scale")
+    cpt: Any = base.stages["cpt"]
+    turned = dict(reversed(list(cpt.data.lengths.items())))
+    others = [replace(cpt, data=replace(cpt.data, lengths=turned)), replace(cpt, save_every=7)]
+    recipes = {"a": base} | {
+        name: replace(base, stages={**base.stages, "cpt": stage})
+        for name, stage in zip("bc", others, strict=True)
+    }
+    work = graph(recipes, (0,))
+    assert {one.recipe for one in work if not one.evaluates} == {"a"}
+    assert len(work) == len(base.stages) + 3
+
+
 def test_two_recipes_of_one_name_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
     for folder in "ab":
         (tmp_path / folder).mkdir()

@@ -19,6 +19,7 @@ from internvideo3.tasks.world.media import encode_video
 from internvideo3.tasks.world.paint import paint
 from internvideo3.tasks.world.render import frame_times
 from internvideo3.tasks.world.scenes import draw_video
+from internvideo3.training import chat
 from internvideo3.training.chat import ChatDocuments, RowLimits, kind_of, option_meant
 from internvideo3.training.curation.records import DataError, write_rows
 from internvideo3.training.documents import Document
@@ -394,6 +395,57 @@ def test_a_text_that_forges_a_placeholder_is_a_bad_row(corpus: Path, loaded: Any
     assert "2 video placeholders" in reason
 
 
+def test_a_question_at_the_end_is_asked(corpus: Path, loaded: Any) -> None:
+    """Only a reply at the end is left out of a prompt: it is what is asked for."""
+    source = ChatDocuments(data(corpus, videos__jsonl=1.0), loaded[1], 0)
+    whole = video_row("a", "v0.mp4")
+    asked = {**whole, "messages": [*whole["messages"], {"role": "user", "content": "Which size?"}]}
+    alone = {**whole, "messages": whole["messages"][:1]}
+    texts = [source._prompt(one, corpus).text for one in (whole, asked, alone)]
+    assert "circle" not in texts[0] and texts[2] == texts[0]
+    assert "circle" in texts[1] and "Which size?" in texts[1]
+
+
+def test_many_files_are_shuffled_once_an_epoch(
+    tmp_path: Path, corpus: Path, loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {}
+    for number in range(20):
+        write_rows(tmp_path / f"f{number}.jsonl", [video_row("a", "v0.mp4")] * 50)
+        files[str(tmp_path / f"f{number}.jsonl")] = 0.05
+    done: list[str] = []
+    shuffled = chat._shuffled
+
+    def counted(count: int, seed: int, what: str) -> Any:
+        done.append(what)
+        return shuffled(count, seed, what)
+
+    monkeypatch.setattr(chat, "_shuffled", counted)
+    source = ChatDocuments(ChatData(files=files), loaded[1], 0)
+    places = [source._place(index) for index in range(1000)]
+    assert len(set(places)) == 1000 and len(done) == len(set(done)) == 20
+
+
+def test_a_small_share_is_read_and_one_that_is_too_small_is_refused(
+    corpus: Path, loaded: Any
+) -> None:
+    few = ChatDocuments(data(corpus, videos__jsonl=0.9996, texts__parquet=0.0004), loaded[1], 0)
+    names = Counter(Path(few._place(index)[0]).name for index in range(10_000))
+    assert names == {"videos.jsonl": 9996, "texts.parquet": 4}
+    # What was read of shares that all have their places is what is read.
+    even = ChatDocuments(data(corpus, videos__jsonl=0.999, texts__parquet=0.001), loaded[1], 0)
+    assert len(even.order) == 1000
+    with pytest.raises(RecipeError, match="less than one sample in 1000000"):
+        ChatDocuments(data(corpus, videos__jsonl=1 - 1e-7, texts__parquet=1e-7), loaded[1], 0)
+
+
+def test_the_order_in_which_files_are_named_changes_nothing(corpus: Path, loaded: Any) -> None:
+    shares = {"videos__jsonl": 0.5, "images__jsonl": 0.3, "texts__parquet": 0.2}
+    one = ChatDocuments(data(corpus, **shares), loaded[1], 0)
+    other = ChatDocuments(data(corpus, **dict(reversed(shares.items()))), loaded[1], 0)
+    assert [one._row(n) for n in range(200)] == [other._row(n) for n in range(200)]
+
+
 def test_rollouts_and_rewards_work_on_files(corpus: Path, loaded: Any) -> None:
     model, processor = loaded
     options = Gspo(
@@ -410,7 +462,8 @@ def test_a_recipe_names_files_and_their_content_is_part_of_the_digest(tmp_path: 
     own = tmp_path / "own.yaml"
     own.write_text(json.dumps({
         "extends": "paper", "start": "scale:m2la",
-        "stages": {"sft_long": {"steps": 3, "data": {"files": {str(rows): 1.0}, "fps": 4.0}}},
+        "stages": {"sft_long": {"steps": 3, "documents": 8,
+                                "data": {"files": {str(rows): 1.0}, "fps": 4.0}}},
     }))  # fmt: skip
     stage: Any = load_recipe(own).stages["sft_long"]
     assert isinstance(stage.data, ChatData) and stage.data.fps == 4.0

@@ -88,6 +88,26 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before_it(taught: Taught,
     assert names(taught.folder) == ["step-00000002"]
 
 
+def test_files_of_others_beside_states_stay_and_end_nothing(
+    taught: Taught, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    taught.folder.mkdir()
+    (taught.folder / ".DS_Store").write_text("a desktop's")
+    (taught.folder / "step-00000001.part").mkdir()
+    taught.save(2)
+    assert names(taught.folder) == [".DS_Store", "step-00000002"]
+
+    def held(path: Path, **_: Any) -> None:
+        if not path.name.endswith(".part"):
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", held)
+    with caplog.at_level(logging.WARNING):
+        taught.save(3)
+    assert "step-00000002 cannot be removed" in caplog.text and "Permission denied" in caplog.text
+    assert taught.resume() == 3
+
+
 def test_the_first_state_that_cannot_be_written_says_that_there_is_none(taught: Taught) -> None:
     with files_of_at_most(1000), pytest.raises(StateError, match="there is no state yet"):
         taught.save(1)

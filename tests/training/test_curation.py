@@ -184,9 +184,10 @@ class TestFilters:
             row("neither", "cross", "circle"),
             row("fuller", text, "a man fries", reference=text),
             row("no fuller", "a man", "a man cuts onions", reference=text),
+            row("by a tenth", "a man cuts", "a man", reference=text),
         ]  # fmt: skip
         kept = filters.by_gap(rows)
-        assert [one["id"] for one in kept.rows] == ["gap", "fuller"]
+        assert [one["id"] for one in kept.rows] == ["gap", "fuller", "by a tenth"]
         assert kept.dropped["neither"] == "the teacher is wrong"
 
     def test_what_no_rule_scores_is_dropped_with_the_reason(self, tmp_path: Path) -> None:
@@ -239,6 +240,45 @@ class TestFilters:
         rows = [chat_row("k", STORY, made)]
         found = filters.without_benchmarks(rows, {"k": ("v",)}, {}, {"b/1": benchmark})
         assert found.dropped == ({"k": "repeats the question b/1"} if repeats else {})
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            "\nA: red\nB: blue\nC: green\nD: grey", "\nA:red\nB:blue", "\nA.red\nB.blue",
+            "\n(a) red\n(b) blue\n(c) green", "\na. red\nb. blue", "\na) red\nb) blue",
+            "\n1. red\n2. blue\n3. green", "\n(1) red\n(2) blue", "\n1) red\n2) blue",
+            " A. red B. blue", " A. a red one B. a blue one C. a green one", " A: red B: blue",
+            " A) red B) blue", " (a) red (b) blue", " Options: A. red B. blue",
+            " Options: ['a red one', 'a blue one']", '\nChoices: ["red", "blue"]',
+            "\nOptions:\nA. red\nB. blue", "\n".join(["", *(f"{c}. {c}{c}" for c in "ABCDEFGHIJ")]),
+        ],
+    )  # fmt: skip
+    @pytest.mark.parametrize(
+        "question",
+        ["What is red?", "What colour is the ball that the boy kicks first?"],
+        ids=["short", "long"],
+    )
+    def test_options_of_any_form_hide_no_question(self, question: str, options: str) -> None:
+        assert filters.stem(question + options) == question
+        rows = [{"id": "k", "messages": [{"role": "user", "content": question}]}]
+        found = filters.without_benchmarks(rows, {"k": ()}, {}, {"b/1": question + options})
+        assert found.dropped == {"k": "repeats the question b/1"}
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "Did A. Smith meet B. Jones before the race began?",
+            "Watch the video.\n1. What does he cut?\n2. What does he fry?",
+            "At 1. 30 he left. When did he come back?", "Who says 'a' and 'b'?",
+            "Note 3: he left at 2: 15. Why?",
+        ],
+    )  # fmt: skip
+    def test_what_looks_like_options_and_is_none_stays(self, text: str) -> None:
+        assert filters.stem(text) == text
+
+    def test_events_that_letters_put_in_order_are_part_of_the_question(self) -> None:
+        events = "In which order does it happen?\n1. he cuts\n2. he fries\n3. he eats"
+        assert filters.stem(f"{events}\nA. 1-2-3\nB. 3-2-1") == events
 
     def test_long_options_alone_make_no_repeated_question(self) -> None:
         options = tuple(f"the {one} runner who came to the start in a car" for one in "abcd")
@@ -407,6 +447,49 @@ class TestFingerprints:
         shown = fingerprint(np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3), np.uint8))
         assert same(blank, grey) and not same(blank, shown)
         assert named({"blank": blank, "shown": shown, "grey": grey})["grey"] == "blank"
+
+    def test_a_copy_of_a_benchmarks_second_video_is_found_where_the_first_is_like_that(
+        self, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Likeness does not carry over: what the second is like need not be like the first."""
+        one, other = np.eye(512, dtype=np.float32)[:2]
+        turned = {
+            name: np.float32(np.cos(angle)) * one + np.float32(np.sin(angle)) * other
+            for name, angle in {"v0.mp4": 0.0, "v1.mp4": 0.43, "v2.mp4": 0.6, "v3.mp4": 2.0}.items()
+        }
+        assert same(turned["v0.mp4"], turned["v1.mp4"]) and same(turned["v1.mp4"], turned["v2.mp4"])
+        assert not same(turned["v0.mp4"], turned["v2.mp4"])
+        held = tmp_path / "held"
+        held.mkdir()
+        for name in ("v0.mp4", "v1.mp4"):
+            (held / name).write_bytes(b"")
+        reads = lambda self, path: turned[path.name]  # noqa: E731
+        monkeypatch.setattr("internvideo3.harness.data._Prints._read", reads)
+        asked = Asked(category="Plot Understanding", question="Why?", evidence_s=(0, 1),
+                      options=("a", "b"), answer="a")  # fmt: skip
+        rows = [chat_row(name, replace(STORY, video=str(tmp_path / name)), asked)
+                for name in ("v2.mp4", "v3.mp4")]  # fmt: skip
+        write_rows(tmp_path / "rows.jsonl", rows)
+        kept, dropped = check_rows(tmp_path / "rows.jsonl", tmp_path / "clean.jsonl", held, None)
+        assert kept == 1 and dropped == {"v2.mp4": f"its video is benchmark {held / 'v1.mp4'}"}
+
+    def test_every_video_is_compared_with_every_other_one(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also across blocks, and for blank videos."""
+        monkeypatch.setattr(fingerprints, "BLOCK", 16)
+        monkeypatch.setattr(fingerprints, "COLUMNS", 24)
+        rng = np.random.default_rng(0)
+        held = {f"b{n}": rng.normal(0, 2, 5).astype(np.float32) for n in range(60)}
+        held["blank"] = np.zeros(5, np.float32)
+        mine = {f"v{n}": rng.normal(0, 2, 5).astype(np.float32) for n in range(60)}
+        mine["black"] = np.zeros(5, np.float32)
+        truth = {
+            key: first for key, steps in mine.items()
+            if (first := next((k for k, one in held.items() if same(one, steps)), None))
+        }  # fmt: skip
+        assert fingerprints.shown_in(mine, held) == truth and truth["black"] == "blank"
+        assert 5 < len(truth) < 60 and fingerprints.shown_in(mine, {}) == {}
 
     @pytest.mark.parametrize("width", [8, 64, 512])
     def test_names_are_those_of_comparing_every_pair(

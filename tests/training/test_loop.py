@@ -23,12 +23,14 @@ from safetensors import SafetensorError
 
 from internvideo3.model.checkpoint import load_model
 from internvideo3.training import train as training
-from internvideo3.training.checkpoints import CheckpointMismatchError
+from internvideo3.training.checkpoints import CheckpointMismatchError, Progress, newest, save
+from internvideo3.training.curation.records import DataError
 from internvideo3.training.documents import WorldDocuments
-from internvideo3.training.loop import TrainingError
+from internvideo3.training.loop import Loop, TrainingError
 from internvideo3.training.packing import pack
 from internvideo3.training.policy import Policy
 from internvideo3.training.recipe import (
+    Cpt,
     Gspo,
     Opd,
     Optimiser,
@@ -165,11 +167,82 @@ def test_stopped_and_resumed_is_bit_identical(plain: Path, tmp_path: Path) -> No
     assert (tmp_path / "1-sft" / "metrics.jsonl").stat().st_mtime_ns == done
 
 
+def test_a_first_step_that_fails_leaves_nothing_that_changes_the_next_try(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch takes a step of an optimiser that has taken none, to tell its state."""
+
+    def unusable(self: WorldDocuments, index: int) -> Any:
+        raise DataError("unusable")
+
+    with monkeypatch.context() as patched, pytest.raises(DataError, match="unusable"):
+        patched.setattr(WorldDocuments, "taught", unusable)
+        train(recipe(), tmp_path)
+    assert newest(tmp_path / "1-sft" / "states") is None
+    train(recipe(), tmp_path)
+    assert weights(tmp_path) == weights(plain)
+
+
+def test_a_state_before_the_first_step_is_not_gone_on_from(plain: Path, tmp_path: Path) -> None:
+    """Earlier versions wrote one."""
+
+    def saves(self: Loop, step: int) -> None:
+        begun = Progress(step=0, digest=self.digest)
+        save(self.folder / "states", self.policy, self.optimizer, begun, self.group)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Loop, "_train", saves)
+        patched.setattr(Loop, "_save", lambda self, *_: None)
+        patched.setattr(training, "_export", lambda *_: None)
+        train(recipe(), tmp_path)
+    states = tmp_path / "1-sft" / "states"
+    assert [one.name for one in states.iterdir()] == ["step-00000000"]
+    train(recipe(), tmp_path)
+    assert weights(tmp_path) == weights(plain)
+    assert [one.name for one in states.iterdir()] == ["step-00000002"]
+
+
 def test_another_recipes_state_is_refused(tmp_path: Path) -> None:
     train(recipe(), tmp_path, stopped_after(1))
     with pytest.raises(CheckpointMismatchError, match="another recipe, seed or start"):
         train(recipe(seed=6), tmp_path)
     assert len(metrics(tmp_path)) == 1
+
+
+def test_a_run_without_a_state_that_is_repeated_with_other_options_tells_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of the start, on which the losses before it are measured."""
+    folder, digests = tmp_path / "1-cpt", []
+
+    def cpt(**changed: Any) -> Recipe:
+        stage = Cpt(**{**vars(sft(steps=1, documents=4)), "kind": "cpt", "probe": 1})
+        told = {"start": START, "seed": 5, **changed}
+        return Recipe(about="test", stages={"cpt": stage}, **told)
+
+    def killed(self: Loop) -> bool:
+        digests.append(self.digest)
+        raise KeyboardInterrupt
+
+    def told() -> tuple[dict[str, Any], dict[str, Any]]:
+        stage = json.loads((folder / "stage.json").read_text())
+        return stage, json.loads((folder / "losses.json").read_text())["before CPT"]
+
+    seen = []
+    with monkeypatch.context() as patched:
+        patched.setattr(Loop, "run", killed)
+        for again in (cpt(start="scale:control"), cpt(seed=6)):
+            with pytest.raises(KeyboardInterrupt):
+                train(again, tmp_path)
+            seen.append(told())
+    train(cpt(seed=6), tmp_path)
+    (first, lost), (second, before) = seen
+    assert (first["start"], second["start"], second["seed"]) == ("scale:control", START, 6)
+    assert [first["digest"], second["digest"]] == digests and lost != before
+    assert told() == (second, before)
+    with pytest.raises(CheckpointMismatchError):
+        train(cpt(), tmp_path)
+    assert told() == (second, before), "what is there is that of the checkpoint"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_state(tmp_path: Path) -> None:
@@ -249,9 +322,7 @@ def test_two_processes_share_reference_and_teacher_and_learn_what_one_does(tmp_p
 
 
 @pytest.mark.slow
-def test_a_rollout_server_that_is_down_ends_both_processes_with_the_state_saved(
-    tmp_path: Path,
-) -> None:
+def test_a_rollout_server_that_is_down_ends_both_processes(tmp_path: Path) -> None:
     """Only the first process pushes weights; the other one would wait for it for ever."""
     data = WorldData(lengths={2: 1.0}, videos=4, profiles={"main": 1.0})
     gspo = Gspo(
@@ -265,7 +336,7 @@ def test_a_rollout_server_that_is_down_ends_both_processes_with_the_state_saved(
     assert done.returncode != 0
     assert "Connection refused" in done.stderr, done.stderr[-3000:]
     assert "another process cannot go on" in done.stderr, "the other process ended by itself"
-    assert [one.name for one in (tmp_path / "out/1-gspo/states").iterdir()] == ["step-00000000"]
+    assert not (tmp_path / "out/1-gspo/states").exists(), "there is nothing to save yet"
 
 
 @pytest.mark.slow
@@ -316,12 +387,11 @@ def test_a_signal_in_the_last_step_of_a_stage_stops_before_the_next(tmp_path: Pa
     assert train(both, tmp_path).checkpoint == tmp_path / "2-two" / "checkpoint"
 
 
-@pytest.mark.slow
-def test_one_process_that_fails_ends_both_with_the_state_saved(tmp_path: Path) -> None:
-    """Its data are unusable at the third step, before the processes add up their weights."""
+def run_by_two(script: str, out: Path) -> tuple[list[int], list[str]]:
+    """What two processes of a script end with, and what they said."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port(), "WORLD_SIZE": "2",
               "OMP_NUM_THREADS": "1"}  # fmt: skip
-    command = [sys.executable, str(Path(__file__).with_name("failing.py")), str(tmp_path)]
+    command = [sys.executable, str(Path(__file__).with_name(script)), str(out)]
     running = [
         subprocess.Popen(
             command, text=True, stderr=subprocess.PIPE,
@@ -330,7 +400,30 @@ def test_one_process_that_fails_ends_both_with_the_state_saved(tmp_path: Path) -
         for rank in "01"
     ]  # fmt: skip
     said = [one.communicate(timeout=240)[1] for one in running]
-    assert [one.returncode for one in running] == [1, 1]
+    return [one.returncode for one in running], said
+
+
+@pytest.mark.slow
+def test_processes_that_share_rows_learn_of_the_same_words(tmp_path: Path) -> None:
+    """One samples for all; where the rows differ nonetheless, nothing is learnt of them."""
+    codes, said = run_by_two("sharing.py", tmp_path)
+    assert codes == [0, 0], said
+    one, two = (
+        (tmp_path / name / "1-a" / "checkpoint" / "model.safetensors").read_bytes()
+        for name in ("one sampler", "two samplers")
+    )
+    assert one == two
+    for rank in "01":
+        told = (tmp_path / f"{rank}.txt").read_text()
+        assert "share their rows (sequence_parallel) and have different ids" in told
+    assert not (tmp_path / "two rows" / "1-a" / "checkpoint").exists()
+
+
+@pytest.mark.slow
+def test_one_process_that_fails_ends_both_with_the_state_saved(tmp_path: Path) -> None:
+    """Its data are unusable at the third step, before the processes add up their weights."""
+    codes, said = run_by_two("failing.py", tmp_path)
+    assert codes == [1, 1]
     assert "another process cannot go on" in said[0] and "this process alone fails" in said[1]
     states = tmp_path / "1-sft" / "states"
     assert [one.name for one in states.iterdir()] == ["step-00000002"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from internvideo3.model.checkpoint import load_model
+from internvideo3.model.checkpoint import load_model, resolve_checkpoint, weights_digest
 from internvideo3.training.documents import WorldDocuments
 from internvideo3.training.loop import rate_at
 from internvideo3.training.recipe import (
@@ -29,6 +30,7 @@ from internvideo3.training.recipe import (
     recipe_names,
     stage_digest,
 )
+from internvideo3.training.train import start_digest
 
 
 def written(folder: Path, text: str, name: str = "own.yaml") -> Path:
@@ -85,6 +87,7 @@ def test_what_nobody_published_is_open_and_told_at_once(name: str) -> None:
     with pytest.raises(RecipeError, match="not set. .*nobody published") as told:
         complete(load_recipe(name))
     for path in ("start", "stages.convert.data", "stages.sft_short.documents",
+                 "stages.sft_long.documents",
                  "stages.sft_long.steps", "stages.gspo.group", "stages.opd.teacher",
                  "stages.gspo.optimiser.learning_rate"):  # fmt: skip
         assert path in str(told.value)
@@ -101,7 +104,7 @@ start: path/to/qwen
 stages:
   convert: {{data: {{files: {{c.jsonl: 1.0}}}}}}
   sft_short: {{steps: 10, documents: 64, data: {{files: {{own.jsonl: 1.0}}}}}}
-  sft_long: {{steps: 10}}
+  sft_long: {{steps: 10, documents: 64}}
   gspo: {post}, group: 8}}
   opd: {post}, teacher: "http://127.0.0.1:1/v1"}}
 """,
@@ -299,9 +302,59 @@ def test_an_option_that_is_added_later_voids_no_finished_stage() -> None:
     assert stage_digest(Later(**told, added=1), 0, "a") != stage_digest(stage, 0, "a")
 
 
+def test_a_warm_up_is_no_step_longer_for_rounding() -> None:
+    rates = [rate_at(Optimiser(learning_rate=1.0, warmup=0.07), step, 100) for step in range(9)]
+    assert rates[:8] == pytest.approx([*(n / 7 for n in range(1, 8)), 1.0])
+    assert rates[7] == 1.0
+
+
 def test_the_rate_rises_then_falls_to_its_end() -> None:
     optimiser = Optimiser(learning_rate=1.0, final_learning_rate=0.1, warmup=0.1)
     rates = [rate_at(optimiser, step, 100) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert max(rates) == 1.0 and rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == pytest.approx(0.1, abs=0.001)
+
+
+def test_a_mapping_in_another_order_trains_the_same() -> None:
+    """As its digest says."""
+    _, processor = load_model("scale:m2la", "cpu", torch.float32)
+    lengths, profiles = [(2, 0.5), (4, 0.3), (8, 0.2)], [("ego", 0.5), ("main", 0.5)]
+    seen = []
+    for turn in (1, -1):
+        told: dict[str, Any] = {
+            "lengths": dict(lengths[::turn]),
+            "profiles": dict(profiles[::turn]),
+        }
+        world = WorldDocuments(WorldData(**told, videos=30), processor, 0)
+        seen.append([(one.length_s, one.profile) for one in map(world.video, range(30))])
+    assert seen[0] == seen[1] and len(set(seen[0])) > 3
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_say_lengths_in_order(name: str) -> None:
+    """So that what was trained by them before orders meant nothing is what they train."""
+    for stage in load_recipe(name).stages.values():
+        data = given(stage).get("data") or {}
+        for shares in (data.get("lengths") or {}, data.get("profiles") or {}):
+            assert list(shares) == sorted(shares)
+
+
+def test_where_a_teacher_is_and_when_states_are_kept_decide_no_weights() -> None:
+    stage = complete(load_recipe("scale"))["opd"]
+    assert isinstance(stage, Opd)
+    here, there = (replace(stage, teacher=f"http://{host}:1/v1") for host in "ab")
+    assert stage_digest(here, 0, "a") == stage_digest(there, 0, "a")
+    assert stage_digest(replace(here, teacher_model="x"), 0, "a") != stage_digest(here, 0, "a")
+    assert stage_digest(here, 0, "a") != stage_digest(stage, 0, "a")
+    assert stage_digest(replace(stage, save_every=7), 0, "a") == stage_digest(stage, 0, "a")
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "processor_config.json"])
+def test_the_start_is_its_processor_too(tmp_path: Path, name: str) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(resolve_checkpoint("scale:m2la"), start)
+    weights, before = weights_digest(start), start_digest(start)
+    assert before == start_digest("scale:m2la")
+    (start / name).write_text((start / name).read_text() + " ")
+    assert start_digest(start) != before and weights_digest(start) == weights

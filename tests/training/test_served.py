@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -19,9 +19,11 @@ import torch
 from internvideo3.model.checkpoint import load_model
 from internvideo3.model.prompt import PromptError
 from internvideo3.training import train as training
+from internvideo3.training.attention import Sharing
 from internvideo3.training.documents import WorldDocuments
 from internvideo3.training.endpoint import Endpoint, EndpointError
-from internvideo3.training.policy import vision_ids
+from internvideo3.training.policy import Policy, vision_ids
+from internvideo3.training.processes import Processes
 from internvideo3.training.recipe import (
     Gspo,
     Opd,
@@ -265,6 +267,27 @@ def test_the_option_is_one_of_recipes(tmp_path: Path) -> None:
     (tmp_path / "w.yaml").write_text("extends: scale\nabout: x\nstages:\n  gspo: {rollout: 'x'}\n")
     with pytest.raises(RecipeError, match="did you mean rollouts"):
         load_recipe(tmp_path / "w.yaml")
+
+
+def test_processes_that_share_rows_have_one_server(tmp_path: Path) -> None:
+    """So that every server has work: one process of each row asks."""
+    model, processor = load_model("scale:m2la", "cpu", torch.float32)
+    options = gspo(rollouts="http://a:1/v1, http://b:1/v1")
+    found = []
+    for rank in range(4):
+        group = Processes("cpu")
+        group.rank, group.count = rank, 4
+        group.sharing = Sharing(cast(Any, None), rank % 2, 2)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(training, "_written_weights", lambda *_: {})
+            patched.setattr(training, "_write", lambda *_: None)
+            patched.setattr(training, "weights_digest", lambda *_: "d")
+            patched.setattr(training, "_push", lambda *_: None)
+            patched.setattr(training, "together", lambda group, make: make())
+            patched.setattr(Processes, "from_first", lambda self, value: value)
+            sampler_of = training._remote_sampler_of(options, processor, tmp_path, group)
+            found.append(cast(Any, sampler_of(Policy(model))).weights.endpoint.url)
+    assert found == ["http://a:1/v1"] * 2 + ["http://b:1/v1"] * 2
 
 
 def test_processes_that_train_together_sample_at_a_server_each(

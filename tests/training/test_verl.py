@@ -15,6 +15,7 @@ import yaml
 from internvideo3.training.curation.records import DataError, write_rows
 from internvideo3.training.recipe import ChatData, Gspo, Recipe, RecipeError, load_recipe
 from internvideo3.training.verl import export
+from internvideo3.training.verl_reward import compute_score
 
 
 def row(key: str, url: str, text: str = "<VIDEO_CONTEXT>Which shape is red?") -> dict[str, Any]:
@@ -75,6 +76,41 @@ def test_the_configuration_has_the_stages_values_under_verls_names(
     assert told["trainer"]["total_training_steps"] == stage.steps
     assert told["defaults"] == ["ppo_trainer", "_self_"]
     assert f"--config-path {tmp_path / 'out'} --config-name gspo" in made.config.read_text()
+
+
+def test_the_schedule_is_carried_over_and_what_is_not_is_told(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    """verl's own default keeps the rate constant."""
+    stage = recipe.stages["gspo"]
+    assert isinstance(stage, Gspo)
+    optimiser = replace(stage.optimiser, learning_rate=1e-5, final_learning_rate=1e-6)
+    stages = {"gspo": replace(stage, optimiser=optimiser)}
+    text = export(replace(recipe, stages=stages), "gspo", tmp_path / "out").config.read_text()
+    told = yaml.safe_load(text)["actor_rollout_ref"]["actor"]["optim"]
+    assert (told["lr_scheduler_type"], told["num_cycles"]) == ("cosine", 0.5)
+    assert told["min_lr_ratio"] == pytest.approx(0.1) and told["betas"] == [0.9, 0.95]
+    assert "not carried over: shares of the files, total_pixels" in text
+
+
+def test_a_letter_earns_what_it_earns_in_training_and_a_last_question_is_asked(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    lettered = row("a", "v.mp4") | {"answer": "B"}
+    open_end = row("b", "v.mp4")
+    open_end["messages"].append({"role": "user", "content": "And which is blue?"})
+    bare = row("c", "v.mp4")
+    bare["messages"] = bare["messages"][:1]
+    wrong, silent = row("d", "v.mp4") | {"answer": "F"}, row("e", "v.mp4") | {"answer": None}
+    write_rows(tmp_path / "rl.jsonl", [lettered, open_end, bare, wrong, silent])
+    made = export(recipe, "gspo", tmp_path / "out")
+    first, second, third = pyarrow.parquet.read_table(made.rows).to_pylist()
+    truth = first["reward_model"]["ground_truth"]
+    assert compute_score(first["data_source"], "circle", truth) == 1.0
+    assert second["prompt"][-1] == {"role": "user", "content": "And which is blue?"}
+    assert third["prompt"][-1]["content"] == "<video>Which shape is red?"
+    whys = list(made.dropped.values())
+    assert "'F' is none of its options" in whys[0] and "no `answer`" in whys[1]
 
 
 def test_the_reward_that_verl_loads_by_path_is_the_rule_of_training(

@@ -84,6 +84,27 @@ def named(prints: Mapping[str, Steps]) -> dict[str, str]:
     return {key: keys[first] for key, first in zip(keys, first_of, strict=True)}
 
 
+def shown_in(prints: Mapping[str, Steps], others: Mapping[str, Steps]) -> dict[str, str]:
+    """Each video that shows what one of the others does → the first such other.
+
+    Every pair is compared: that two show the same as a third does not mean that they do.
+    """
+    keys, theirs = list(others), list(others.values())
+    unit_FS = _unit(theirs)
+    blanks = [place for place, steps in enumerate(theirs) if not steps.any()]
+    names, mine = list(prints), list(prints.values())
+    unit_VS = _unit(mine)
+    found: dict[str, str] = {}
+    for start in range(0, len(mine) if keys else 0, BLOCK):
+        near = _near(unit_VS[start : start + BLOCK], unit_FS)
+        for place, steps in enumerate(mine[start : start + BLOCK]):
+            those = near.get(place, []) if steps.any() else blanks
+            twin = next((one for one in those if same(theirs[one], steps)), None)
+            if twin is not None:
+                found[names[start + place]] = keys[twin]
+    return found
+
+
 def _unit(steps: Sequence[Steps]) -> NDArray[np.float32]:
     """Fingerprints of length 1, `[V,S]`; of blank videos 0."""
     if not steps:

@@ -12,7 +12,7 @@ width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from statistics import pstdev
@@ -24,7 +24,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from internvideo3.tasks.scoring.entry import score
 from internvideo3.training.documents import SCORED_AS, Document, Prompt, Source
-from internvideo3.training.loop import Stage, Totals, Work, in_step, own_indices, together
+from internvideo3.training.loop import (
+    Stage,
+    Totals,
+    Work,
+    by_leaders,
+    check_shared,
+    in_step,
+    own_indices,
+    together,
+)
 from internvideo3.training.objectives.gspo import (
     GspoOptions,
     group_advantages,
@@ -80,7 +89,13 @@ class GspoStage(Stage):
         """Sample, score, normalise; then rows of whole groups."""
         sampler = self.sampler_of(policy)
         indices = own_indices(self.options, step, self.group)
-        rows = together(self.group, lambda: self._rows(sampler, indices))
+        prompts = together(self.group, lambda: [self.documents.prompt(i) for i in indices])
+        said = by_leaders(
+            self.group,
+            lambda: sampled(sampler, prompts, indices, self.options.group, self.seed),
+        )
+        rows = together(self.group, lambda: self._rows(prompts, said))
+        check_shared(self.group, [one.document for row in rows for one in row])
         works: list[Work] = []
         self._watched = {}
         for number, (row, counts) in enumerate(in_step(self.group, rows)):
@@ -88,9 +103,11 @@ class GspoStage(Stage):
             works += [made] if counts else []
         return works, _noted([one for row in rows for one in row])
 
-    def _rows(self, sampler: Samples, indices: Iterable[int]) -> list[list[Group]]:
+    def _rows(
+        self, prompts: Sequence[Prompt], said: Sequence[Sequence[Response]]
+    ) -> list[list[Group]]:
         """Groups of responses, as many to a row of training as fit."""
-        groups = [self._rollout(sampler, index) for index in indices]
+        groups = [self._scored(*one) for one in zip(prompts, said, strict=True)]
         left = iter(groups)
         rows = packs(
             [one.document for one in groups],
@@ -108,10 +125,7 @@ class GspoStage(Stage):
             for name in (*WATCHED, "sampler_gap")
         }
 
-    def _rollout(self, sampler: Samples, index: int) -> Group:
-        prompt = self.documents.prompt(index)
-        seed = self.seed * 1_000_003 + index
-        responses = sampler.sample(prompt, self.options.group, seed)
+    def _scored(self, prompt: Prompt, responses: Sequence[Response]) -> Group:
         rewards = tuple(reward(prompt, one) for one in responses)
         document = answered(prompt, responses, self.documents.prompter)
         return Group(document, tuple(responses), rewards)
@@ -161,6 +175,16 @@ class GspoStage(Stage):
         return GspoOptions(
             clip_low=options.clip_low, clip_high=options.clip_high, kl_weight=options.kl_weight
         )
+
+
+def sampled(
+    sampler: Samples, prompts: Sequence[Prompt], indices: Iterable[int], count: int, seed: int
+) -> list[list[Response]]:
+    """So many responses to each prompt; the seed and a prompt's index decide them."""
+    return [
+        sampler.sample(prompt, count, seed * 1_000_003 + index)
+        for prompt, index in zip(prompts, indices, strict=True)
+    ]
 
 
 def reward(prompt: Prompt, response: Response) -> float:

@@ -13,7 +13,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -23,7 +23,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from internvideo3.training.documents import Document, Prompt, Source
-from internvideo3.training.loop import Stage, Totals, Work, in_step, own_indices, together
+from internvideo3.training.loop import (
+    Stage,
+    Totals,
+    Work,
+    by_leaders,
+    check_shared,
+    in_step,
+    own_indices,
+    together,
+)
 from internvideo3.training.objectives.distillation import full_kl, sampled_kl, top_k_kl
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE, chunk_tokens
 from internvideo3.training.packing import Pack, pack, packs
@@ -31,8 +40,8 @@ from internvideo3.training.policy import Policy, logits_of, token_logps
 from internvideo3.training.processes import Processes
 from internvideo3.training.recipe import Opd, RecipeError
 from internvideo3.training.remote import RemoteTeacher
-from internvideo3.training.rollouts import Response, Samples, answered
-from internvideo3.training.stages.gspo import SamplerOf
+from internvideo3.training.rollouts import Response, answered
+from internvideo3.training.stages.gspo import SamplerOf, sampled
 
 
 @dataclass(frozen=True)
@@ -70,55 +79,56 @@ class OpdStage(Stage):
         """Sample; let the teacher read; rows of prompts with their responses."""
         sampler = self.sampler_of(policy)
         indices = own_indices(self.options, step, self.group)
-        rows = together(self.group, lambda: self._rows(sampler, indices))
+        prompts = together(self.group, lambda: [self.documents.prompt(i) for i in indices])
+        said = by_leaders(
+            self.group,
+            lambda: sampled(sampler, prompts, indices, self.options.group, self.seed),
+        )
+        rows = together(self.group, lambda: self._rows(prompts, said))
+        check_shared(self.group, [one.document for row in rows for one in row])
         works: list[Work] = []
-        # A server is asked about what is there; only a model in the processes needs all of them.
-        served = isinstance(self.teacher, RemoteTeacher)
-        passes = [(row, True) for row in rows] if served else in_step(self.group, rows)
-        for row, counts in passes:
-            made = self._work(row, policy, sampler.barred)
-            works += [made] if counts else []
+        if isinstance(self.teacher, RemoteTeacher):
+            # A server is asked about what is there; only a model in the processes needs all.
+            teacher = self.teacher
+            taught = by_leaders(self.group, lambda: [_judged(teacher, row) for row in rows])
+            works = [
+                self._remote_work(*self._laid(row, policy), judged_N, sampler.barred)
+                for row, judged_N in zip(rows, taught, strict=True)
+            ]
+        else:
+            for row, counts in in_step(self.group, rows):
+                made = self._own_work(self.teacher, *self._laid(row, policy), sampler.barred)
+                works += [made] if counts else []
         lengths = [len(one.ids) for row in rows for group in row for one in group.responses]
         return works, {"response_tokens": (sum(lengths), len(lengths))}
 
-    def _rows(self, sampler: Samples, indices: Iterable[int]) -> list[list[Asked]]:
+    def _rows(
+        self, prompts: Sequence[Prompt], said: Sequence[Sequence[Response]]
+    ) -> list[list[Asked]]:
         """Prompts with their responses, as many to a row of training as fit."""
-        asked = [self._asked(sampler, index) for index in indices]
+        asked = [
+            Asked(answered(prompt, responses, self.documents.prompter), prompt, tuple(responses))
+            for prompt, responses in zip(prompts, said, strict=True)
+        ]
         left = iter(asked)
         rows = packs(
             [one.document for one in asked], self.options.pack_tokens, self.options.micro_documents
         )
         return [list(islice(left, len(row))) for row in rows]
 
-    def _asked(self, sampler: Samples, index: int) -> Asked:
-        prompt = self.documents.prompt(index)
-        seed = self.seed * 1_000_003 + index
-        responses = sampler.sample(prompt, self.options.group, seed)
-        document = answered(prompt, responses, self.documents.prompter)
-        return Asked(document, prompt, tuple(responses))
-
-    def _work(self, row: list[Asked], policy: Policy, barred: tuple[int, ...]) -> Work:
+    def _laid(self, row: list[Asked], policy: Policy) -> tuple[Pack, Tensor]:
+        """A row, and the weight of each response token."""
         laid = pack([one.document for one in row], policy.model).to(self.group.device)
         told = laid.labels_T != IGNORE
         responses = self.options.documents * self.options.group
-        weight_N = 1.0 / (laid.said_lengths()[laid.response_T[told]] * responses)
-        if isinstance(self.teacher, RemoteTeacher):
-            return self._remote_work(self.teacher, row, laid, weight_N, barred)
-        return self._own_work(self.teacher, laid, weight_N, barred)
+        return laid, 1.0 / (laid.said_lengths()[laid.response_T[told]] * responses)
 
     def _remote_work(
-        self, teacher: RemoteTeacher, row: list[Asked], laid: Pack, weight_N: Tensor,
-        barred: tuple[int, ...],
-    ) -> Work:  # fmt: skip
+        self, laid: Pack, weight_N: Tensor, judged_N: Tensor, barred: tuple[int, ...]
+    ) -> Work:
         """The sampled form, from the teacher's log-probabilities of the sampled ids."""
         labels_N = laid.labels_T[laid.labels_T != IGNORE]
-        taught_N = torch.cat(
-            [
-                teacher.logps(one.prompt, [*one.document.trunk_ids, branch.ids[0]], response)
-                for one in row
-                for branch, response in zip(one.document.branches, one.responses, strict=True)
-            ]
-        ).to(weight_N)
+        taught_N = judged_N.to(weight_N)
 
         def loss(hidden_NW: Tensor, head_VW: Tensor) -> Tensor:
             size = self._chunk(head_VW)
@@ -163,6 +173,17 @@ class OpdStage(Stage):
     def _chunk(self, head_VW: Tensor) -> int:
         """Response tokens whose logits exist at a time."""
         return min(self.options.chunk, chunk_tokens(len(head_VW)))
+
+
+def _judged(teacher: RemoteTeacher, row: list[Asked]) -> Tensor:
+    """The teacher's log-probabilities of a row's sampled ids, `[N]`."""
+    return torch.cat(
+        [
+            teacher.logps(one.prompt, [*one.document.trunk_ids, branch.ids[0]], response)
+            for one in row
+            for branch, response in zip(one.document.branches, one.responses, strict=True)
+        ]
+    )
 
 
 def check_teacher(student_processor: Any, teacher_processor: Any) -> None:

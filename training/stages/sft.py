@@ -1,8 +1,11 @@
 """Supervised fine-tuning (section 3.3.2): short videos first, then long ones.
 
 The curriculum is a recipe with two stages of this kind: `sft_short`, then `sft_long`. Each answer
-weighs 1/sqrt of its tokens, as in the released SFT (OpenGVLab/InternVideo@3965eef), over all
-documents of a step, however they are divided among passes and processes.
+weighs 1/sqrt of its tokens, over all documents of a step, however they are divided among passes and
+processes. The released SFT (OpenGVLab/InternVideo@3965eef) has this weight by sample: there the
+replies of a conversation are one answer and together weigh the square root of all their tokens.
+Here each reply is one, so that a question weighs the same alone and as one of several about a
+video; of rows with one reply both are the same.
 
 Letters: N supervised tokens, W text width, V vocabulary.
 """
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor
 
 from internvideo3.training.documents import Document, Source
-from internvideo3.training.loop import Stage, Totals, Work, own_indices, together
+from internvideo3.training.loop import Stage, Totals, Work, check_shared, own_indices, together
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE, linear_cross_entropy
 from internvideo3.training.packing import Pack, pack, packs
 from internvideo3.training.policy import Policy
@@ -50,6 +53,7 @@ def supervised_works(
     rows = together(
         group, lambda: list(packs(taught, options.pack_tokens, options.micro_documents))
     )
+    check_shared(group, taught)
     laid = [pack(row, policy.model) for row in rows]
     weights = [_answer_weights(one) for one in laid]
     mine = torch.tensor([sum(float(w.double().sum()) for w in weights)], dtype=torch.float64)
@@ -60,8 +64,9 @@ def supervised_works(
 def _answer_weights(laid: Pack) -> Tensor:
     """1/sqrt(tokens of the answer) at each supervised token, `[N]`.
 
-    The released SFT's `loss_reduction="square"`: between a mean over tokens, where long answers
-    drown short ones, and a mean over answers.
+    The weight of the released SFT's `loss_reduction="square"`, by answer where that has it by
+    sample. It is between a mean over tokens, where long answers drown short ones, and one over
+    answers.
     """
     told = laid.labels_T != IGNORE
     return laid.said_lengths()[laid.response_T[told]].float().rsqrt()
