@@ -1586,7 +1586,8 @@ def convert_command(
         typer.Option(
             min=1,
             help="The budget in bytes instead: most that a token takes in the cache of all layers "
-            "together, in bfloat16, as `inspect` prints it.",
+            "together, in bfloat16, as `inspect` prints it; in the mean of the calibration set's "
+            "tokens where those of videos take fewer (vision_rank_share).",
         ),
     ] = None,
     choices: Annotated[

@@ -6,6 +6,8 @@ the same command continues after an interruption; the output folder appears when
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +38,7 @@ from internvideo3.model.checkpoint import (
     torch_type,
     weight_files,
 )
-from internvideo3.model.conversion.convert import Built, Job, check_fit
+from internvideo3.model.conversion.convert import LOCK, Built, Job, check_fit
 from internvideo3.model.conversion.converted import save_converted
 from internvideo3.model.conversion.divergence import Agreement, Reference
 from internvideo3.model.conversion.memory import give_back
@@ -124,6 +126,18 @@ def convert_checkpoint(given: ConvertCommand, progress: Progress = silent) -> di
     )
     _check_files(given)
     check_fit(options, text, has_norm=config["model_type"] != "llama")
+    with _alone(given.work):
+        return _convert(given, path, config, options, progress)
+
+
+def _convert(
+    given: ConvertCommand,
+    path: Path,
+    config: Mapping[str, Any],
+    options: ConversionOptions,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The conversion itself, in its work folder."""
     source = load_source(path, config, given.dtype)
     reader = _reader(path, source, given.tokens)
     calibration = reader.read(given.calibration) if given.calibration else reader.default()
@@ -156,6 +170,30 @@ def convert_checkpoint(given: ConvertCommand, progress: Progress = silent) -> di
     give_back()
     with _writing_in_words(given.work):
         return _write(given, source, path, built, report)
+
+
+@contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """Holds a work folder for this process, which takes it away again if nothing was kept.
+
+    Raises:
+        ConvertError: another conversion has it.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    lock = work / LOCK
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConvertError(
+                f"another `convert` is writing to {work}. Wait for it, or give another folder."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what is kept is not taken away
+                work.rmdir()
 
 
 def _check_files(given: ConvertCommand) -> None:
@@ -309,9 +347,25 @@ def _report(
         "cache_share": built.cache_share,
         "vision_tokens": built.vision_tokens,
         **{name: _as_row(found) for name, found in agreements.items()},
-        "warnings": [*_unknown(agreements, vocabulary), *warnings_of(built, options)],
+        "warnings": [
+            *_used_twice(given),
+            *_unknown(agreements, vocabulary),
+            *warnings_of(built, options),
+        ],
         "layers": [asdict(layer) for layer in built.reports],
     }
+
+
+def _used_twice(given: ConvertCommand) -> list[str]:
+    """Where the text that judges is one that it was calibrated on."""
+    size, judged = given.held_out.stat().st_size, provenance.file_digest(given.held_out)
+    alike = [file for file in given.calibration if file.stat().st_size == size]
+    if all(provenance.file_digest(file) != judged for file in alike):
+        return []
+    return [
+        f"{given.held_out.name} is among the calibration files: what is said of held-out text is of "
+        "text that the conversion was fitted to. Give --held-out another one."
+    ]
 
 
 def _unknown(agreements: Mapping[str, Agreement | None], vocabulary: int) -> list[str]:

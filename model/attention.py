@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 from internvideo3.model.cache import LatentCache, Part
 from internvideo3.model.config import InternVideo3TextConfig
-from internvideo3.model.folding import Folded, fold, state_of
+from internvideo3.model.folding import Folded, fold, is_plain, state_of
 from internvideo3.model.segments import attend, attend_blocks, goes_by_blocks
 
 
@@ -291,12 +291,21 @@ class LatentAttention(RowAttention):
         return [*latent, self.rope_write, self.rope_read, self.nope_gain, self.k_up, *adapters]
 
     def forget_folded(self) -> None:
-        """Drops the multiplied-out weights; the next pass without gradients makes them anew."""
+        """Drops the multiplied-out weights; the next pass without gradients makes them anew.
+
+        To be called after weights were written by way of `.data`, which leaves no trace; between
+        `train()` and `eval()` it is.
+        """
         self._made = None
 
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; weights may have been written meanwhile."""
+        self.forget_folded()
+        return super().train(mode)
+
     def _folded(self) -> Folded | None:
-        """Multiplied-out weights, as long as no gradient is wanted."""
-        if torch.is_grad_enabled() or self.k_up.is_inference():
+        """Multiplied-out weights, as long as no gradient is wanted and there is no adapter."""
+        if torch.is_grad_enabled() or self.k_up.is_inference() or not is_plain(self.latent_proj):
             return None
         if self._made is None or self._made.state != state_of(self):
             self._made = fold(self)

@@ -30,6 +30,9 @@ SCALE_NAMES = {
 ARCHITECTURES = {"qwen3_vl": "gqa", "internvideo3": "m2la", "internvideo3_text": "m2la"}
 """Attention of each model type that can be loaded."""
 
+TEXT_DEFAULTS = {"head_dim": 128, "num_key_value_heads": 32}
+"""Of transformers' `Qwen3VLTextConfig`, for what a configuration leaves out."""
+
 LONG_BYTES = 2**30
 """Weights that are read with a bar."""
 
@@ -141,13 +144,28 @@ def read_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{path} has no config.json, so it is no checkpoint.")
     config = read_json(file)
-    kind = config.get("model_type")
+    kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in ARCHITECTURES:
         raise CheckpointError(
             f"{path} holds a {kind!r} model. Known are {' and '.join(ARCHITECTURES)}: Qwen3-VL, "
             "and models converted to M²LA by this package (`internvideo3 convert`)."
         )
+    _check_text(file, text_config(config))
     return _as_released(path, config) if kind == "qwen3_vl" else config
+
+
+def _check_text(file: Path, text: object) -> None:
+    """Whether the text part has what everything reads and transformers has no default for.
+
+    Raises:
+        CheckpointError: it does not; names what is missing.
+    """
+    wanted = ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    lacking = [name for name in wanted if not isinstance(text, dict) or name not in text]
+    if lacking:
+        raise CheckpointError(
+            f"{file} says nothing of the text model's {', '.join(lacking)}; copy the file again."
+        )
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -279,9 +297,9 @@ def cache_bytes_per_token(
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The text part of a configuration."""
-    text: Mapping[str, Any] = config.get("text_config", config)
-    return text
+    """The text part of a configuration, with what Qwen3-VL's has by default."""
+    found = config.get("text_config", {} if config["model_type"] == "qwen3_vl" else config)
+    return TEXT_DEFAULTS | found if isinstance(found, dict) else {}
 
 
 def inspect(name: str | Path) -> CheckpointInfo:
@@ -327,6 +345,11 @@ def _latent_rows(config: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int,
     layers = text["num_hidden_layers"]
 
     def each(value: int | list[int]) -> list[int]:
+        if isinstance(value, list) and len(value) != layers:
+            raise CheckpointError(
+                f"a list in config.json is of {len(value)} layers, and the model has {layers}; "
+                "copy the file again."
+            )
         return value if isinstance(value, list) else [value] * layers
 
     ropes = [2 * slots for slots in each(text["rope_slots"])]

@@ -34,6 +34,7 @@ from internvideo3.kernels.latent_token.dispatch import latent_token
 from internvideo3.kernels.latent_token.naive import TokenMaps
 from internvideo3.model.attention import LatentAttention, RowAttention
 from internvideo3.model.cache import Segment, SegmentedLayer
+from internvideo3.model.folding import is_plain
 from internvideo3.model.prerope import PreropeAttention
 
 
@@ -334,6 +335,22 @@ def _lengths(segment: Segment, layer: SegmentedLayer) -> Tensor:
     return torch.full((own.shape[0],), segment.length, dtype=torch.int32, device=own.device)
 
 
+def _check_plain(module: Any) -> None:
+    """Whether a layer's products are those of its weights, which a step reads itself.
+
+    Raises:
+        ValueError: one has an adapter or a hook, which would be left out.
+    """
+    named = dict(module.self_attn.named_children()) | dict(module.mlp.named_children())
+    other = [name for name, one in named.items() if name.endswith("_proj") and not is_plain(one)]
+    if other:
+        raise ValueError(
+            f"{', '.join(other)} have more than their weights (an adapter, a hook), which decoding "
+            "in a session would leave out. Merge it (peft: merge_and_unload) and load the result, "
+            "or call the model's own generate()."
+        )
+
+
 def bind(module: Any, layer: SegmentedLayer, first: SegmentedLayer) -> Layer:
     """A text layer on one layer of a cache, whose tail must have been allocated.
 
@@ -343,6 +360,7 @@ def bind(module: Any, layer: SegmentedLayer, first: SegmentedLayer) -> Layer:
         first: the cache of the first layer, which may hold what all layers need.
     """
     attn = module.self_attn
+    _check_plain(module)
     attend: Attend
     if isinstance(attn, PreropeAttention):
         attend = PreropeAttend(attn, layer, first)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 if TYPE_CHECKING:
@@ -57,8 +57,14 @@ class Folded:
         return flat.view(H, B, T, -1).transpose(0, 1)
 
 
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a linear layer is its weight and bias and nothing else: no adapter, no hook."""
+    hooked = linear._forward_hooks or linear._forward_pre_hooks
+    return type(linear) is nn.Linear and not hooked
+
+
 def state_of(layer: LatentAttention) -> tuple[tuple[int, int], ...]:
-    """Changes when a parameter is replaced or written to."""
+    """Changes when a parameter is replaced or written to; not by way of its `.data`."""
     return tuple((p.data_ptr(), p._version) for p in layer.foldable())
 
 

@@ -142,13 +142,7 @@ class InternVideo3ForConditionalGeneration(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
         """Hands `generate` a `LatentCache` unless the caller brought one."""
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} stores keys and "
-                "values; an InternVideo3 model has its own cache. Leave the option out."
-            )
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = LatentCache(text_layers(self.config))
+        _own_cache(generation_config, model_kwargs, text_layers(self.config))
 
 
 class InternVideo3ForCausalLM(_InitialisesLatentAttention, Qwen3ForCausalLM):
@@ -175,8 +169,24 @@ class InternVideo3ForCausalLM(_InitialisesLatentAttention, Qwen3ForCausalLM):
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
         """Hands `generate` a `LatentCache` unless the caller brought one."""
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = LatentCache(self.config.num_hidden_layers)
+        _own_cache(generation_config, model_kwargs, self.config.num_hidden_layers)
+
+
+def _own_cache(
+    generation_config: GenerationConfig, model_kwargs: dict[str, Any], layers: int
+) -> None:
+    """Puts a `LatentCache` among the arguments of `generate` unless the caller brought a cache.
+
+    Raises:
+        ValueError: another kind of cache is asked for.
+    """
+    if generation_config.cache_implementation not in (None, "dynamic"):
+        raise ValueError(
+            f"cache_implementation={generation_config.cache_implementation!r} stores keys and "
+            "values; an InternVideo3 model has its own cache. Leave the option out."
+        )
+    if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+        model_kwargs["past_key_values"] = LatentCache(layers)
 
 
 def text_layers(config: InternVideo3Config) -> int:

@@ -502,6 +502,10 @@ def read_report(found: dict[str, Any]) -> LayerReport:
     )
 
 
+LOCK = ".lock"
+"""Name of the lock of a command that works in a folder."""
+
+
 def _claim(folder: Path, source: Source, calibration: Sequence[Batch]) -> None:
     """Makes the folder this source's and calibration set's.
 
@@ -509,6 +513,14 @@ def _claim(folder: Path, source: Source, calibration: Sequence[Batch]) -> None:
         ValueError: it is another's.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "inputs.json"
+    others = sorted({one.name for one in folder.iterdir()} - {"inputs.partial", LOCK})
+    if others and not file.is_file():
+        raise ValueError(
+            f"{folder} is where unfinished work is kept, and it holds files of others "
+            f"({', '.join(others[:3])}), which would be deleted at the end. Move them, or give "
+            "another output folder."
+        )
     found_config = source.model.config.to_dict()
     for name in PLACE_FIELDS:  # the same source elsewhere is the same source
         found_config.pop(name, None)
@@ -519,7 +531,6 @@ def _claim(folder: Path, source: Source, calibration: Sequence[Batch]) -> None:
         "weights": _digest(*(_as_bytes(_sample(p)) for p in source.model.parameters())),
         "calibration": _digest(*(_as_bytes(x) for x in inputs if isinstance(x, Tensor))),
     }
-    file = folder / "inputs.json"
     if not file.is_file():
         _write_whole(file, mine)
     found = json.loads(file.read_text(encoding="utf-8"))

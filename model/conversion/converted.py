@@ -165,7 +165,8 @@ def save_converted(
     config.save_pretrained(folder)
     source.model.generation_config.save_pretrained(folder)
     sizes = skeleton.state_dict()
-    if config.get_text_config().tie_word_embeddings:
+    # The whole model's configuration ties, as transformers has it; a text model's own may not say.
+    if getattr(config, "tie_word_embeddings", False):
         del sizes["lm_head.weight"]  # the embeddings'
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
     known = source.model.state_dict()

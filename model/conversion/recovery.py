@@ -28,6 +28,12 @@ from internvideo3.model.conversion.recording import HEAD_TOKENS, Progress, silen
 
 RELATIVE_RATE = 1e-3
 WARMUP_STEPS = 4
+HALF_SCALE = 2.0**12
+"""Of losses in float16 to begin with."""
+
+
+class RecoveryError(ValueError):
+    """A distillation that cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,13 @@ def recover(
     # Copies: an untrained layer's projections are the source's own modules.
     layers = [copy.deepcopy(layer) for layer in layers]
     owned = [parameter for layer in layers for parameter in layer.parameters()]
-    groups = [{"params": [p], "lr": RELATIVE_RATE * _spread(p)} for p in owned]
+    # In float32 whatever the model is in: most steps are smaller than bfloat16's, and squares of
+    # gradients are nothing in float16.
+    masters = [parameter.detach().float().clone() for parameter in owned]
+    groups = [{"params": [p], "lr": RELATIVE_RATE * _spread(p)} for p in masters]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
     rates = [group["lr"] for group in optimiser.param_groups]
+    scale = Scale(HALF_SCALE if owned[0].dtype == torch.float16 else 1.0)
     started, losses = clock(), list[float]()
     with _training(reference, owned):
         while (used := clock() - started) < seconds:
@@ -71,11 +81,48 @@ def recover(
             factor = warm * 0.5 * (1 + math.cos(math.pi * used / seconds))
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
                 group["lr"] = factor * rate
-            losses.append(_step(reference, layers, len(losses) % len(reference.batches)))
-            optimiser.step()
-            optimiser.zero_grad()
+            index = len(losses) % len(reference.batches)
+            losses.append(_step(reference, layers, index, scale.value))
+            if scale.hand_over(owned, masters):
+                optimiser.step()
+            _copy(masters, owned)
             progress("recovery", int(min(seconds, clock() - started)), int(seconds))
     return layers, Recovery(len(losses), clock() - started, losses)
+
+
+class Scale:
+    """What a loss is multiplied by, so that float16 has its gradients."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def hand_over(self, owned: Sequence[nn.Parameter], masters: Sequence[Tensor]) -> bool:
+        """Gives parameters' gradients to their masters; False, and a smaller scale, if too large.
+
+        Raises:
+            RecoveryError: there are none that are finite at any scale.
+        """
+        finite = True
+        for parameter, master in zip(owned, masters, strict=True):
+            if parameter.grad is not None:
+                master.grad = parameter.grad.float() / self.value
+                finite = finite and bool(master.grad.isfinite().all())
+                parameter.grad = None
+        if finite:
+            return True
+        if self.value <= 1:
+            raise RecoveryError(
+                "distillation has gradients that are not finite. Leave --distil-minutes out, or "
+                "give --dtype float32 or bfloat16."
+            )
+        self.value /= 2
+        return False
+
+
+@torch.no_grad()
+def _copy(masters: Sequence[Tensor], owned: Sequence[nn.Parameter]) -> None:
+    for parameter, master in zip(owned, masters, strict=True):
+        parameter.copy_(master)
 
 
 def _spread(parameter: Tensor) -> float:
@@ -100,8 +147,8 @@ def _training(reference: Reference, owned: list[nn.Parameter]) -> Iterator[None]
 
 
 @torch.enable_grad()
-def _step(reference: Reference, layers: Sequence[RowAttention], index: int) -> float:
-    """Gradients of one batch's mean KL; returns it."""
+def _step(reference: Reference, layers: Sequence[RowAttention], index: int, scale: float) -> float:
+    """Gradients of one batch's mean KL, times a scale; returns the KL itself."""
     source, batch, want_NX = reference.source, reference.batches[index], reference.hidden[index]
     with attending(source, layers, batch):
         hidden_BTX = source.hidden(batch)
@@ -113,7 +160,7 @@ def _step(reference: Reference, layers: Sequence[RowAttention], index: int) -> f
         with torch.no_grad():
             p = log_probs(source.head, want)
         kl = (p.exp() * (p - log_probs(source.head, got))).sum() / len(leaf_NX)
-        kl.backward()
+        (kl * scale).backward()
         total += float(kl.detach())
     got_NX.backward(leaf_NX.grad)
     return total

@@ -5,7 +5,9 @@ Run: .venv/bin/python -m pytest tests/harness/test_convert.py -q
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -29,7 +31,12 @@ from internvideo3.harness.calibration import (
     answer_labelled,
 )
 from internvideo3.harness.cli import convert_command
-from internvideo3.harness.convert import ConvertCommand, convert_checkpoint, lines
+from internvideo3.harness.convert import (
+    ConvertCommand,
+    ConvertError,
+    convert_checkpoint,
+    lines,
+)
 from internvideo3.harness.convert_options import choices_help, conversion_options
 from internvideo3.harness.inspection import describe
 from internvideo3.model.checkpoint import (
@@ -455,3 +462,76 @@ def test_calibration_and_held_out_text_share_no_section() -> None:
         for file in (DEFAULT_TEXT, HELD_OUT_TEXT)
     )
     assert not calibration & held_out
+
+
+def tied_as(folder: Path, whole: bool | None, inner: bool | None, *, head: bool) -> Path:
+    """The scale model, its tying said in either place or nowhere, with a head of its own or not."""
+    source = resolve_checkpoint("scale:base")
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for place, said in ((config, whole), (config["text_config"], inner)):
+        place.pop("tie_word_embeddings")
+        place |= {} if said is None else {"tie_word_embeddings": said}
+    (folder / "config.json").write_text(json.dumps(config))
+    if head:
+        tensors = load_file(folder / "model.safetensors")
+        tensors["lm_head.weight"] = -tensors["model.language_model.embed_tokens.weight"]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("whole", "inner", "head"),
+    [(False, None, True), (None, None, True), (False, True, True), (True, None, False),
+     (True, False, False)],
+)  # fmt: skip
+def test_the_whole_models_configuration_says_whether_the_head_is_tied(
+    given: ConvertCommand, tmp_path: Path, whole: bool | None, inner: bool | None, head: bool
+) -> None:
+    """Larger Qwen3-VL say it there alone."""
+    source = tied_as(tmp_path / "source", whole, inner, head=head)
+    convert_checkpoint(replace(given, source=str(source), preset="full"))
+    model, _ = load_model(given.out, "cpu", "float32")
+    other, _ = load_model(source, "cpu", "float32")
+    ids = torch.arange(100, 130)[None]
+    with torch.no_grad():
+        want, got = (one(input_ids=ids).logits for one in (other, model))
+    assert float((want - got).abs().max()) < 1e-3 * float(want.abs().max())
+
+
+def test_files_of_others_where_work_would_be_are_left_alone(given: ConvertCommand) -> None:
+    given.work.mkdir()
+    (given.work / "notes.txt").write_text("precious")
+    with pytest.raises(ValueError, match="holds files of others .notes.txt."):
+        convert_checkpoint(given)
+    assert (given.work / "notes.txt").read_text() == "precious" and not given.out.exists()
+
+
+def test_one_conversion_at_a_time_works_in_a_folder(given: ConvertCommand) -> None:
+    given.work.mkdir()
+    with (given.work / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConvertError, match="another `convert` is writing"):
+            convert_checkpoint(given)
+    assert given.work.is_dir()
+
+
+def test_what_is_calibrated_on_is_not_called_held_out(given: ConvertCommand, text: Path) -> None:
+    copy = text.with_name("copy.txt")
+    copy.write_bytes(text.read_bytes())
+    report = convert_checkpoint(replace(given, held_out=copy))
+    assert any("copy.txt is among the calibration files" in one for one in report["warnings"])
+    assert "is among the calibration files" in (given.out / "conversion.html").read_text()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_recovery_is_computed_in_float32(given: ConvertCommand, text: Path, dtype: str) -> None:
+    """Steps that a half type would round away add up, and none is no number."""
+    convert_checkpoint(replace(given, dtype=dtype))
+    again = replace(given, dtype=dtype, out=given.out.with_name("again"), distil_minutes=0.15)
+    found = convert_checkpoint(again)
+    assert all(math.isfinite(one) for one in found["recovery"]["losses"])
+    name = "model.language_model.layers.0.self_attn.latent_proj.weight"
+    before, after = (load_file(one.out / "model.safetensors")[name] for one in (given, again))
+    # Rounded step by step, a fifth of them moved.
+    assert bool(after.isfinite().all()) and float((before != after).float().mean()) > 0.5

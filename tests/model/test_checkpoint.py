@@ -185,6 +185,37 @@ def test_broken_checkpoints_are_refused(saved: Path, damage: Any) -> None:
         load_model(saved, "cpu")
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ([], "holds a None model"),
+        ({"model_type": "qwen3_vl"}, "num_hidden_layers, num_attention_heads, hidden_size"),
+        ({"model_type": "qwen3_vl", "text_config": 3}, "says nothing of the text model"),
+    ],
+)
+def test_what_is_no_configuration_is_told(saved: Path, config: Any, said: str) -> None:
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=said):
+        inspect(saved)
+
+
+def test_a_list_of_other_layers_is_told_and_defaults_are_known(
+    saved: Path, source: Any, processor: Any, tmp_path: Path
+) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    config["text_config"]["latent_rank"] = [8, 8, 8]
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="a list in config.json is of 3 layers"):
+        inspect(saved)
+    source.save_pretrained(tmp_path / "gqa")
+    file = tmp_path / "gqa/config.json"
+    config = json.loads(file.read_text())
+    del config["text_config"]["head_dim"], config["text_config"]["num_key_value_heads"]
+    file.write_text(json.dumps(config))
+    found = inspect(tmp_path / "gqa")
+    assert (found.head_dim, found.kv_heads) == (128, 32)
+
+
 def test_unknown_types_are_refused(saved: Path) -> None:
     with pytest.raises(CheckpointError, match="float8"):
         load_model(saved, "cpu", "float8")

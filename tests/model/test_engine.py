@@ -26,6 +26,10 @@ from internvideo3.model.engine_layers import MergedLinear
 from internvideo3.model.modeling import InternVideo3ForConditionalGeneration
 from internvideo3.model.session import Limits, Session
 
+PLACE = {
+    "latent_proj": "self_attn.latent_proj", "q_proj": "self_attn.q_proj",
+    "down_proj": "mlp.down_proj",
+}  # fmt: skip
 NEW = 48
 BARRED = (2, 349, 353, 356, 376, 387, 390, 461)
 """What trained models repeat once they have answered, the end of the turn above all: without it
@@ -528,6 +532,43 @@ def test_a_session_that_is_dropped_takes_its_cache_along(loaded: tuple[Any, Any]
         assert not any(ref() is not None for ref in kept)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("module", ["latent_proj", "q_proj", "down_proj"])
+def test_adapters_are_not_left_out_in_inference(module: str) -> None:
+    """They count without gradients too; a step that reads weights itself says that it cannot."""
+    model, processor = load_model("scale:m2la", "cpu", "float32")
+    ids = torch.arange(100, 130)[None]
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+    named = dict(model.named_modules())
+    name = next(name for name in named if name.endswith(f"layers.0.{PLACE[module]}"))
+    linear, parent = named[name], named[name.rpartition(".")[0]]
+    assert isinstance(linear, torch.nn.Linear)
+    gains = torch.linspace(0.5, 1.5, linear.in_features)
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * gains)
+
+    adapted = Adapted(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    adapted.load_state_dict(linear.state_dict())
+    setattr(parent, module, adapted)
+    with torch.enable_grad():
+        want = model(input_ids=ids).logits.detach()
+    with torch.no_grad():
+        got = model(input_ids=ids).logits
+    assert float((got - want).abs().max()) < 1e-3 < float((got - before).abs().max())
+    session = Session(model, processor)
+    session.append_ids(ids[0].tolist())
+    with pytest.raises(ValueError, match=f"{module} have more than their weights"):
+        session.generate(free(4))
+    # Merged by way of `.data`, as peft does.
+    linear.weight.data *= gains
+    setattr(parent, module, linear)
+    model.eval()
+    with torch.no_grad():
+        assert float((model(input_ids=ids).logits - want).abs().max()) < 1e-3
 
 
 @pytest.mark.parametrize("name", ["scale:base", "scale:m2la"])
