@@ -363,8 +363,8 @@ def _used_twice(given: ConvertCommand) -> list[str]:
     if all(provenance.file_digest(file) != judged for file in alike):
         return []
     return [
-        f"{given.held_out.name} is among the calibration files: what is said of held-out text is of "
-        "text that the conversion was fitted to. Give --held-out another one."
+        f"{given.held_out.name} is among the calibration files: what is said of held-out text is "
+        "of text that the conversion was fitted to. Give --held-out another one."
     ]
 
 
