@@ -104,6 +104,7 @@ class Scale:
         """
         finite = True
         for parameter, master in zip(owned, masters, strict=True):
+            master.grad = None  # a batch need not reach every parameter
             if parameter.grad is not None:
                 master.grad = parameter.grad.float() / self.value
                 finite = finite and bool(master.grad.isfinite().all())

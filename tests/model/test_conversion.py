@@ -36,6 +36,7 @@ from internvideo3.model.conversion.options import (
 from internvideo3.model.conversion.options import share as cache_share
 from internvideo3.model.conversion.plan import plan_layer
 from internvideo3.model.conversion.recording import LayerCall, record
+from internvideo3.model.conversion.recovery import RecoveryError, Scale
 from internvideo3.model.conversion.rotary import (
     SlotRule,
     choose_slots,
@@ -552,3 +553,20 @@ def test_positions_that_differ_by_axis_are_exact(
     assert float((source(**case).logits - want).abs().max()) > 1e-3
     apart = float((identity(**case, position_ids=positions).logits - want).abs().max())
     bar("MRoPE exact for any time, height and width", apart, 1e-9)
+
+
+def test_gradients_that_are_too_large_are_tried_smaller_and_none_is_kept() -> None:
+    """As float16 has them; what a batch does not reach has no gradient, not an earlier one."""
+    owned = [torch.nn.Parameter(torch.ones(2, dtype=torch.float16)) for _ in "ab"]
+    masters, scale = [one.detach().float() for one in owned], Scale(4.0)
+    owned[0].grad = torch.tensor([8.0, 4.0], dtype=torch.float16)
+    assert scale.hand_over(owned, masters) and owned[0].grad is None
+    assert masters[0].grad is not None and masters[0].grad.tolist() == [2.0, 1.0]
+    owned[1].grad = torch.tensor([float("inf"), 4.0], dtype=torch.float16)
+    assert not scale.hand_over(owned, masters)
+    assert scale.value == 2.0 and masters[0].grad is None
+    owned[1].grad = torch.tensor([float("nan"), 4.0], dtype=torch.float16)
+    assert not scale.hand_over(owned, masters) and scale.value == 1.0
+    owned[1].grad = torch.tensor([float("nan"), 4.0], dtype=torch.float16)
+    with pytest.raises(RecoveryError, match="not finite"):
+        scale.hand_over(owned, masters)
