@@ -150,8 +150,10 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path} holds a {kind!r} model. Known are {' and '.join(ARCHITECTURES)}: Qwen3-VL, "
             "and models converted to M²LA by this package (`internvideo3 convert`)."
         )
+    if kind != "qwen3_vl":
+        return config
     _check_text(file, text_config(config))
-    return _as_released(path, config) if kind == "qwen3_vl" else config
+    return _as_released(path, config)
 
 
 def _check_text(file: Path, text: object) -> None:
@@ -311,6 +313,7 @@ def inspect(name: str | Path) -> CheckpointInfo:
     path = resolve_checkpoint(name)
     config = read_config(path)
     text = text_config(config)
+    _check_text(path / "config.json", text)
     ranks, ropes = _latent_rows(config)
     of_vision = _vision_ranks(config, ranks)
     widths = [rank + rope for rank, rope in zip(ranks, ropes, strict=True)]
