@@ -488,7 +488,7 @@ def tied_as(folder: Path, whole: bool | None, inner: bool | None, *, head: bool)
 def test_the_whole_models_configuration_says_whether_the_head_is_tied(
     given: ConvertCommand, tmp_path: Path, whole: bool | None, inner: bool | None, head: bool
 ) -> None:
-    """Larger Qwen3-VL say it there alone."""
+    """transformers reads it there; the text's own part need not say, or says something else."""
     source = tied_as(tmp_path / "source", whole, inner, head=head)
     convert_checkpoint(replace(given, source=str(source), preset="full"))
     model, _ = load_model(given.out, "cpu", "float32")
