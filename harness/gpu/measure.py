@@ -273,7 +273,8 @@ def unmark(kept: Path) -> None:
 def kept_aside(path: Path) -> list[Path]:
     """What has the name of something that was moved aside, oldest first."""
     name = re.compile(rf"{re.escape(path.stem)}-(\d+){re.escape(path.suffix)}")
-    found = [(name.fullmatch(one.name), one) for one in path.parent.iterdir()]
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    found = [(name.fullmatch(one.name), one) for one in beside]
     return [one for _, one in sorted((int(match[1]), one) for match, one in found if match)]
 
 

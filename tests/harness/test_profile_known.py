@@ -92,6 +92,15 @@ def figure(monkeypatch: pytest.MonkeyPatch, *given: str) -> None:
     figure6.main()
 
 
+def test_a_folder_that_is_not_there_yet_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of `make gpu` on a bare machine."""
+    out = tmp_path / "runs/gpu/figure6"
+    figure(monkeypatch, "--out", str(out), "--models", GQA, "--contexts", "48")
+    assert (out / "random-tiny-gqa/measurements.jsonl").is_file()
+
+
 def test_another_card_in_the_same_folder_begins_a_run_beside_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
