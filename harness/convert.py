@@ -7,7 +7,6 @@ the same command continues after an interruption; the output folder appears when
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from internvideo3.harness.convert_options import (
     conversion_options,
     parse_choices,
 )
+from internvideo3.harness.locks import lock
 from internvideo3.harness.store import write_json
 from internvideo3.model.attention import RowAttention
 from internvideo3.model.checkpoint import (
@@ -180,18 +180,17 @@ def _alone(work: Path) -> Iterator[None]:
         ConvertError: another conversion has it.
     """
     work.mkdir(parents=True, exist_ok=True)
-    lock = work / LOCK
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConvertError(
-                f"another `convert` is writing to {work}. Wait for it, or give another folder."
-            ) from None
+    try:
+        held = lock(work / LOCK)
+    except BlockingIOError:
+        raise ConvertError(
+            f"another `convert` is writing to {work}. Wait for it, or give another folder."
+        ) from None
+    with held:
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            (work / LOCK).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # what is kept is not taken away
                 work.rmdir()
 

@@ -25,10 +25,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from internvideo3.harness.locks import lock
+
 Row = dict[str, Any]
 
 SCHEMA = 1
 PARTS = "parts"
+LOCK = ".lock"
+"""Held in a run directory by whoever writes there."""
 # What makes two commands the same run. Everything else in run.json is a record of circumstances.
 _IDENTITY = ("mode", "model.digest", "suites", "config")
 _UNUSED = {"absent", "null", "false"}
@@ -123,8 +127,8 @@ class RunStore:
                 _prepare(home)
                 _sweep(root if part is None else home)
             except BaseException:
-                for lock in locks:
-                    lock.close()
+                for held in locks:
+                    held.close()
                 raise
         return cls(root, kept, locks, part)
 
@@ -132,8 +136,8 @@ class RunStore:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for lock in self._locks:
-            lock.close()
+        for held in self._locks:
+            held.close()
 
     def answered(self, suite: str) -> dict[str, Row]:
         """The samples of `suite` that are on disk, parts included, by id.
@@ -358,22 +362,19 @@ def _circumstances(run: Row) -> Row:
 
 
 def _locked(root: Path, *, shared: bool = False) -> IO[str]:
-    lock = (root / ".lock").open("w")
     try:
-        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        return lock(root / LOCK, shared=shared)
     except BlockingIOError:
-        lock.close()
         raise StoreError(
             f"{root} is in use by another process. Wait for it, or give another --out."
         ) from None
-    return lock
 
 
 @contextlib.contextmanager
 def _creating(root: Path) -> Iterator[None]:
     """One process at a time looks whether the run exists, and creates it."""
-    with (root / ".create").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with (root / ".create").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

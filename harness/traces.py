@@ -4,7 +4,6 @@ A file appears when it is whole, and before the sample's record, so that a recor
 clock is in it: equal runs write equal bytes.
 """
 
-import fcntl
 import gzip
 import json
 import os
@@ -14,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+from internvideo3.harness.locks import is_locked, lock
 
 TRACES = "traces"
 ROLLOUT = "trace.json"
@@ -33,46 +34,33 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises:
         TraceError: there is one, which would be lost, or another process is making one.
     """
-    held = [name for name in WRITTEN if (folder / name).exists()]
-    if held:
+    kept = [name for name in WRITTEN if (folder / name).exists()]
+    if kept:
         raise TraceError(
-            f"{folder} already holds a rollout ({', '.join(held)}). Give another --out, or take "
+            f"{folder} already holds a rollout ({', '.join(kept)}). Give another --out, or take "
             "it away."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / LOCK
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TraceError(
-                f"another process is writing a rollout to {folder}. Give another --out."
-            ) from None
+    try:
+        held = lock(folder / LOCK)
+    except BlockingIOError:
+        raise TraceError(
+            f"another process is writing a rollout to {folder}. Give another --out."
+        ) from None
+    with held:
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            (folder / LOCK).unlink(missing_ok=True)
 
 
 def free_folder(name: Path) -> Path:
     """A folder without a rollout: this one, or the first of NAME-2, NAME-3, ..."""
     number, folder = 1, name
-    while any((folder / one).exists() for one in WRITTEN) or _is_held(folder):
+    while any((folder / one).exists() for one in WRITTEN) or is_locked(folder / LOCK):
         number += 1
         folder = name.with_name(f"{name.name}-{number}")
     return folder
-
-
-def _is_held(folder: Path) -> bool:
-    """Whether a process is writing there; one that was killed leaves its lock, but does not."""
-    if not (folder / LOCK).is_file():
-        return False
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def trace_path(run: Path, sample: str) -> Path:

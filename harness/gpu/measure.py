@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import fcntl
 import gc
 import itertools
 import json
@@ -22,6 +21,7 @@ from typing import IO, Any
 import torch
 
 from internvideo3.harness import provenance
+from internvideo3.harness.locks import lock
 from internvideo3.harness.profile import host
 from internvideo3.model.device import DeviceError, device_of, use
 
@@ -284,15 +284,12 @@ def _locked(path: Path) -> IO[str]:
     Raises:
         ResultsError: another process has it.
     """
-    lock = path.with_name(f".{path.name}.lock").open("w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock(path.with_name(f".{path.name}.lock"))
     except BlockingIOError:
-        lock.close()
         raise ResultsError(
             f"{path} is being written by another process. Wait for it, or give another --out."
         ) from None
-    return lock
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,10 +12,11 @@ import torch
 
 from internvideo3.harness import provenance
 from internvideo3.harness.gpu.measure import aside, is_marked, kept_aside, mark_aside, unmark
+from internvideo3.harness.locks import is_locked
 from internvideo3.harness.profile import host
 from internvideo3.harness.profile.subjects import config_of, parameters_of
 from internvideo3.harness.profile.workload import Workload, WorkloadError
-from internvideo3.harness.store import SCHEMA, read_run
+from internvideo3.harness.store import LOCK, SCHEMA, read_run
 from internvideo3.model.device import DeviceError, device_of
 
 Row = dict[str, Any]
@@ -149,14 +149,14 @@ def move_foreign_aside(options: ProfileOptions, tell: Tell) -> None:
         earlier = [path for path in kept_aside(root) if is_marked(path)]
         if (root / "run.json").is_file():
             theirs = _config_of_run(root)
-            if theirs == mine or _is_in_use(root):
+            if theirs == mine or is_locked(root / LOCK):
                 continue
             kept = aside(root, earlier)
             root.rename(kept)
             mark_aside(kept)
             tell(f"{root} is of {theirs.get('card') or 'another device'}; kept as {kept.name}")
         ours = [path for path in earlier if _config_of_run(path) == mine]
-        if ours and not root.exists() and not _is_in_use(ours[-1]):
+        if ours and not root.exists() and not is_locked(ours[-1] / LOCK):
             ours[-1].rename(root)
             unmark(ours[-1])
             tell(f"{ours[-1].name} is of this device, and continued as {root.name}")
@@ -166,16 +166,6 @@ def _config_of_run(root: Path) -> Mapping[str, Any]:
     """Where a run directory's rows were measured; empty where that is not told."""
     found = read_run(root).get("config") if (root / "run.json").is_file() else None
     return found if isinstance(found, dict) else {}
-
-
-def _is_in_use(root: Path) -> bool:
-    """Whether another process has a run directory, which `RunStore.open` will say."""
-    with (root / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def describe(name: str, options: ProfileOptions) -> Row:
