@@ -10,12 +10,18 @@ _LONE = re.compile(r"[(\[<{\"']?\s*([A-Za-z])\s*[)\]>}\"']?\s*[.:,;)]?\s*", re.A
 _LEAD_BRACKET = re.compile(r"[(\[]\s*([A-Za-z])\s*[)\]]", re.ASCII)
 _LEAD_MARK = re.compile(r"([A-Za-z])\s*[).:](?=\s|$)", re.ASCII)
 _LETTER = r"[(\[]?[A-Z][)\]]?(?!\w)"
+# A letter before one of these begins what is said next: "B, and A and C are wrong".
+_SUBJECT = (
+    rf"(?:\s*,?\s(?:or|and)\s+(?:option\s+)?{_LETTER})*\s+(?:is|are|was|were|has|have|does|do|did|would|can|could|will|may|might|must|shows?|seems?"
+    r"|appears?|happens?|comes?|never|cannot|(?:is|are|was|were|do|does|did|has|have|ca|could|wo"
+    r"|would)n['’]t)\b"
+)
 _NEGATED = re.compile(
     r"\b(?:not|cannot|(?:is|ca|could|wo|would|should)n['’]t|hardly|scarcely|never|unlikely"
     r"|rather than|instead of|neither|nor)(?:\s+to)?(?:\s+be)?\s+(?:option\s+)?"
     + _LETTER
     # Of "not A or B" both are negated; after a comma the right one may follow.
-    + rf"(?:\s+n?or\s+(?:option\s+)?{_LETTER})*"
+    + rf"(?:\s+(?:n?or|and)\s+(?:option\s+)?{_LETTER}(?!{_SUBJECT}))*"
     r"|(?<![\w'’])[(\[]?[A-Z][)\]]?\s+(?:is\s+(?:not|hardly|never|wrong|incorrect|false)"
     r"|isn['’]t|can(?:not|['’]t|\s+not))\b"
     r"|(?<![\w'’])[(\[]?[A-Z][)\]]?\s*[.:?)]\s*(?:no|wrong|incorrect|false)\b",
@@ -36,7 +42,7 @@ _STATED = re.compile(
 _ALSO = re.compile(
     r"[\"'”’]?(?:\s*,\s*[(\[]?[A-Z][)\]]?(?!\w))*\s*,?\s*(?:\b(?:or|and)\b|[&/])\s*[\"'“‘]?"
     r"(?:option\s+|choice\s+)?(?:[(\[]\s*([A-Za-z])\s*[)\]]|([A-Z])(?![\w]|['’]\w))"
-    r"(?!\s+(?:is|was|shows?|has|does|would|can)\b)",
+    rf"(?!{_SUBJECT})",
     re.ASCII,
 )
 """What follows a stated letter and makes it one of several: " or B", ", B and C"."""

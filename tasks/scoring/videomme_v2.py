@@ -9,6 +9,7 @@ the benchmark's number is the mean over groups.
 
 Official quirks, copied: an unreadable answer is -1, which is true in a logic chain (four of them
 score 1) and is summed in a relevance group. The plain rule counts unreadable answers as wrong.
+A question that was not answered at all, its video damaged say, is wrong by both rules.
 Officially a group is four neighbouring rows, which are one video's in the complete data; here they
 are four rows of one video also where rows are missing or in another order. Groups of fewer than
 four rows (a limited or unfinished run) have no score; their number is in `extra`.
@@ -94,7 +95,7 @@ def _group_score(rows: Sequence[Row], rule: Rule) -> float:
 
 def _mark(row: Row, rule: Rule) -> int:
     score = row[1]
-    if rule == "official" and score.outcome in (Outcome.UNREADABLE, Outcome.ERROR):
+    if rule == "official" and score.outcome is Outcome.UNREADABLE:
         return -1
     return int(bool(score.value))
 

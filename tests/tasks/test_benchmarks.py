@@ -150,6 +150,11 @@ READINGS = [
     # What follows may be of another sentence.
     ("The answer is B and A dog is no part of it", "B"), ("The answer is B and I am sure", "B"),
     ("The answer is A and B shows something else", "A"), ("The answer is A and B is wrong", "A"),
+    ("The answer is B, and A and C are wrong.", "B"), ("The answer is B, C and D are wrong.", "B"),
+    ("The answer is B and C are shown earlier.", "B"), ("The answer is B, not A and C", "B"),
+    ("The correct answer is B, A and D never appear in the video.", "B"),
+    ("The answer is B and C. They are shown.", None), ("It is not A and B is right", "B"),
+    ("The answer is B and A or C don't fit", "B"), ("The answer is B or C, A is wrong.", None),
     # A correction replaces what was stated.
     ("The answer is A. Correction: D", "D"), ("The answer is A. Correction: (b).", "B"),
     ("The answer is A. Correction: the answer is D.", "D"),
@@ -494,6 +499,8 @@ def test_videomme_v2_official_quirk_about_unreadable_answers() -> None:
     unread = rows_of("videomme_v2", [(logic, "?")] * 4)
     assert aggregate("videomme_v2", unread).value == 1
     assert aggregate("videomme_v2", unread, rule="plain").value == 0
+    failed = rows_of("videomme_v2", [(logic, None)] * 4)
+    assert aggregate("videomme_v2", failed).value == 0
     three = rows_of("videomme_v2", [({}, "B")] * 3 + [({}, "?")])
     assert aggregate("videomme_v2", three).value == pytest.approx(4 / 16)
     assert aggregate("videomme_v2", three, rule="plain").value == pytest.approx(9 / 16)
