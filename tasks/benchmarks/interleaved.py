@@ -26,7 +26,9 @@ class Cue(NamedTuple):
     text: str
 
 
-def read_cues(path: Path, starts_at_s: float, length_s: float) -> list[Cue]:
+def read_cues(
+    path: Path, starts_at_s: float, length_s: float, *, whole: bool = False
+) -> list[Cue]:
     """The subtitles of a file in either of the two published layouts.
 
     Args:
@@ -34,6 +36,7 @@ def read_cues(path: Path, starts_at_s: float, length_s: float) -> list[Cue]:
             seconds.
         starts_at_s: where the video starts in the time of its subtitles.
         length_s: the video's length, which ends a cue without an end.
+        whole: whether ends that are whole numbers count; officially they are none.
 
     Raises:
         ValueError: the file is in another layout.
@@ -41,16 +44,17 @@ def read_cues(path: Path, starts_at_s: float, length_s: float) -> list[Cue]:
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        return [_cue(row, starts_at_s, length_s) for row in rows]
+        return [_cue(row, starts_at_s, length_s, (float, int) if whole else float) for row in rows]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no subtitles in a published layout: {error!r}") from error
 
 
-def _cue(row: Mapping[str, Any], starts_at_s: float, length_s: float) -> Cue:
+def _cue(
+    row: Mapping[str, Any], starts_at_s: float, length_s: float, ends: type | tuple[type, ...]
+) -> Cue:
     if "timestamp" in row:
         start_s, end_s = row["timestamp"]
-        # Officially an end that is no float is none.
-        end_s = end_s if isinstance(end_s, float) else length_s
+        end_s = end_s if isinstance(end_s, ends) else length_s
         text = row["text"]
     else:
         start_s, end_s, text = _clock_s(row["start"]), _clock_s(row["end"]), row["line"]

@@ -55,7 +55,7 @@ def _cues(doc: Doc, folder: Path) -> str | None:
 
     length_s = _seconds(doc)
     end_s = math.inf if length_s is None else length_s
-    cues = read_cues(path, _subtitles_start_s(doc), end_s)
+    cues = read_cues(path, _subtitles_start_s(doc), end_s, whole=True)
     # The loader ends a cue without an end before it starts where the video is not the whole film.
     return "\n".join(
         cue.text for cue in cues if cue.start_s < end_s and max(cue.start_s, cue.end_s) > 0

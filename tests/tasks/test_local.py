@@ -171,8 +171,8 @@ CLOCK = [
 ]
 SECONDS = [
     {"timestamp": [5.0, 8.0], "text": "long before"},
-    {"timestamp": [98.0, 102.0], "text": "into it"},
-    {"timestamp": [105.0, 108.0], "text": "in it"},
+    {"timestamp": [98.0, 102], "text": "into it"},
+    {"timestamp": [105.0, 108], "text": "in it"},
     {"timestamp": [114.0, None], "text": "out of it"},
     {"timestamp": [540.0, 545.0], "text": "long after"},
 ]
