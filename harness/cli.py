@@ -436,12 +436,12 @@ def ask_command(
 
         from internvideo3.harness.ask import AskOptions, ask
         from internvideo3.harness.ask_live import live_view
-        from internvideo3.harness.traces import free_folder
 
         options = AskOptions(
             video=video,
             question=question,
-            out=out or free_folder(Path("ask")),
+            out=out or Path("ask"),
+            numbered=out is None,
             model=model,
             mode=_one_of("--mode", mode, ("direct", "agentic")),
             policy=_one_of("--policy", policy, POLICIES),
@@ -625,12 +625,11 @@ def trace_replay_command(
     with _errors_in_words():
         from internvideo3.harness.ask import AskOptions
         from internvideo3.harness.replay import replay
-        from internvideo3.harness.traces import free_folder
 
         live = _one_of("--tools", tools, ("recorded", "live")) == "live"
         options = AskOptions(
-            video=video, question="", out=out or free_folder(Path("replay")), model=model,
-            device=device,
+            video=video, question="", out=out or Path("replay"), numbered=out is None,
+            model=model, device=device,
             dtype=_one_of("--dtype", dtype, ("auto", "float32", "bfloat16")), threads=threads,
         )  # fmt: skip
         done = replay(trace, options, live=live)
