@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from internvideo3.harness.agent.environment import SUBTITLE_SUFFIXES
+from internvideo3.harness.serving.containers import HEAD_BYTES, problem, problem_of
 from internvideo3.harness.serving.wire import ApiError
 
 SHOWN_CHARS = 120
@@ -33,7 +34,8 @@ class Shelf:
             url: `data:video/…;base64,…`, `file://…`, or a path, relative to the folder.
 
         Raises:
-            ApiError: it is no such URL, lies outside the folder, or is not there.
+            ApiError: it is no such URL, lies outside the folder, is not there, or is no file of
+                pictures of its own.
         """
         scheme = url[:SHOWN_CHARS].partition(":")[0].lower()
         if scheme == "data":
@@ -60,6 +62,7 @@ class Shelf:
             raise _refused(f"the data URL of a video is not base64 ({error}).") from None
         if not content:
             raise _refused("the data URL of a video is empty.")
+        _check("of the data URL", problem(content[:HEAD_BYTES]))
         with tempfile.NamedTemporaryFile(dir=self.uploads, suffix=".video", delete=False) as file:
             file.write(content)
         return Path(file.name)
@@ -83,6 +86,12 @@ class Shelf:
             raise _refused(f"{shown!r} lies outside the folder that this server reads.", 403)
         if not there:
             raise _refused(f"there is no file {shown!r} in the server's folder.", 404)
+        try:
+            # Like a link, a list in the folder could lead out of it.
+            why = problem_of(found)
+        except OSError as error:
+            raise _refused(f"the file {shown!r} cannot be read: {error.strerror}.") from None
+        _check(repr(shown), why)
         self._check_subtitles(found)
         return found
 
@@ -96,6 +105,11 @@ class Shelf:
                     f"the subtitles {beside.name!r} link to a file outside the server's folder.",
                     403,
                 )
+
+
+def _check(shown: str, why: str | None) -> None:
+    if why is not None:
+        raise _refused(f"cannot read the video {shown}: {why}.")
 
 
 def _refused(message: str, status: int = 400) -> ApiError:
