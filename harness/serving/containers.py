@@ -37,11 +37,10 @@ _SYNC, _PACKETS = 0x47, 5
 _LIST = re.compile(rb"\A(?:ID3|#EXTM3U|ffconcat)|(?:\A|\n)\r?c=IN IP")
 # XML is looked for up to the first zero, as in a text.
 _XML_LIST = re.compile(rb"\A[^\0]*?(?:<MPD|<CompositionPlaylist)", re.IGNORECASE)
-_SUFFIXES = frozenset(
-    ".mp4 .m4v .mov .qt .3gp .3g2 .mkv .webm .avi .flv .ts .m2ts .mts .mpg .mpeg .m1v .m2v .vob "
-    ".ogv .ogg .wmv .asf".split()
+_NAMED_A_FILM = re.compile(
+    r"\.(mp4|m4v|mov|qt|3gp|3g2|mkv|webm|avi|flv|m?ts|m2ts|mpe?g|m1v|m2v|vob|og[vg]|wmv|asf)\Z",
+    re.IGNORECASE,
 )
-"""Of files that FFmpeg takes for one file by any name."""
 
 
 def problem(head: bytes) -> str | None:
@@ -63,7 +62,7 @@ def problem_of(file: Path) -> str | None:
     Raises:
         OSError: it cannot be read.
     """
-    if "%" in str(file) and file.suffix.lower() not in _SUFFIXES:
+    if "%" in str(file) and not _NAMED_A_FILM.search(file.name):
         # `a%03d.gif` would stand for a000.gif, a001.gif, …
         return "its path has a %, by which a picture stands for a series. Rename it"
     with file.open("rb") as opened:

@@ -19,7 +19,7 @@ from internvideo3.tasks.video import VideoError, read_frames
 
 HLS = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10.0,\n/somewhere/film.ts\n#EXT-X-ENDLIST\n"
 SDP = b"v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\nc=IN IP4 127.0.0.1\r\nm=video 5000 RTP/AVP 96\r\n"
-DASH = b'<?xml version="1.0"?><mpd xmlns="urn:mpeg:dash:schema:mpd:2011"><BaseURL>/x</BaseURL></mpd>'
+DASH = b'<?xml version="1.0"?><mpd xmlns="urn:mpeg:dash:schema"><BaseURL>/x</BaseURL></mpd>'
 TAG = b"ID3\x04\x47\x00\x00\x00\x00\x20" + b"\0" * 32
 """An ID3 tag, which FFmpeg skips, with a transport stream's byte where one would have it."""
 PACKETS = (b"G" + b"\xff" * 187) * 8
