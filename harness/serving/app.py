@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -25,6 +26,7 @@ from internvideo3.harness.serving.wire import (
     AGENTIC,
     ALIVE,
     DONE,
+    SEEDS,
     ApiError,
     ChatRequest,
     Message,
@@ -192,10 +194,12 @@ class Serving:
     def _limits(self, asked: ChatRequest) -> Limits:
         # Below the least temperature a draw is the likeliest token all the same.
         drawn = (asked.temperature or 0.0) >= LEAST_TEMPERATURE
+        # Who asks for draws without a seed wants others the next time.
+        seed = secrets.randbelow(SEEDS) if drawn and asked.seed is None else asked.seed or 0
         return Limits(
             max_new_tokens=asked.most_tokens or self.new_tokens,
             temperature=asked.temperature if drawn and asked.temperature else 0.0,
-            seed=asked.seed or 0,
+            seed=seed,
         )
 
 

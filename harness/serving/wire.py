@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 AGENTIC = "-agentic"
 """Ends the name of the model that answers by the agent."""
+SEEDS = 2**63
+"""How many seeds there are, from 0."""
 
 
 class ApiError(Exception):
@@ -82,6 +84,15 @@ class Message(_Form):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[tuple[Part, ...], Field(min_length=1)]
+    reasoning_content: str | None = None
+    """Of the assistant: what an answer had beside its content, sent back with it. It is not shown
+    to the model, as no turn of the agent is in the next answer's context."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Message:
+        if self.reasoning_content is not None and self.role != "assistant":
+            raise ValueError(f"reasoning_content is the assistant's, not the {self.role}'s")
+        return self
 
     def parts(self) -> tuple[TextPart | VideoPart, ...]:
         """The content in its long form."""
@@ -106,7 +117,7 @@ class ChatRequest(_Form):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=SEEDS)] | None = None
     user: str | None = None
     # What clients send with the value that changes nothing.
     n: Literal[1] | None = None

@@ -174,6 +174,20 @@ def test_a_conversation_goes_on(served: Served) -> None:
     assert done.usage is not None and done.usage.completion_tokens <= 3
 
 
+def test_a_seed_decides_what_is_drawn(served: Served) -> None:
+    talk: list[Any] = [{"role": "user", "content": "Say something."}]
+
+    def said(**given: Any) -> str | None:
+        done = served.client.chat.completions.create(
+            model=MODEL, messages=talk, temperature=2, max_tokens=8, **given
+        )
+        return done.choices[0].message.content
+
+    assert said(seed=1) == said(seed=1)
+    assert len({said(seed=seed) for seed in range(4)}) > 1
+    assert len({said() for _ in range(4)}) > 1
+
+
 @pytest.mark.parametrize(
     ("url", "status", "said"),
     [

@@ -16,6 +16,7 @@ import httpx
 import pytest
 import uvicorn
 
+from internvideo3.harness.serving import app
 from internvideo3.harness.serving.app import Serving
 from internvideo3.harness.serving.hosts import of_this_machine
 from internvideo3.harness.serving.jobs import Line
@@ -33,8 +34,10 @@ class Puppet:
     ended: list[str] = field(default_factory=list)
     interrupted: int = 0
     line: Line | None = None
+    asked: list[tuple[Sequence[Turn], Limits]] = field(default_factory=list)
 
     def answer(self, turns: Sequence[Turn], limits: Limits, say: Say, *, agentic: bool) -> Told:
+        self.asked.append((turns, limits))
         asked = turns[-1].text
         if asked == "fail":
             raise RuntimeError("a secret of the machine")
@@ -67,8 +70,8 @@ def serving(**options: Any) -> Iterator[tuple[Puppet, httpx.Client]]:
     """A real server on a real socket, and a client of it."""
     puppet = Puppet()
     puppet.line = line = Line(options.pop("waiting", 1), puppet.interrupt)
-    app = Serving(studio=puppet, line=line, name="puppet", **options).app()
-    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="critical"))
+    served = Serving(studio=puppet, line=line, name="puppet", **options).app()
+    server = uvicorn.Server(uvicorn.Config(served, lifespan="off", log_level="critical"))
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
@@ -129,6 +132,63 @@ def test_a_whole_answer_and_a_stream_have_the_same_words() -> None:
             {"content": "two "}, {"content": "words"}, {},
         ]  # fmt: skip
         assert len({one["id"] for one in events(stream)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "limits"),
+    [
+        ({}, Limits(max_new_tokens=99)),
+        ({"seed": 7}, Limits(max_new_tokens=99, seed=7)),
+        ({"temperature": 0, "max_tokens": 5}, Limits(max_new_tokens=5)),
+        (
+            {"temperature": 0.7, "seed": 7, "max_tokens": 5, "max_completion_tokens": 6},
+            Limits(max_new_tokens=6, temperature=0.7, seed=7),
+        ),
+        ({"temperature": 2, "seed": 0}, Limits(max_new_tokens=99, temperature=2.0, seed=0)),
+        ({"temperature": 1e-9, "seed": 2**63 - 1}, Limits(max_new_tokens=99, seed=2**63 - 1)),
+    ],
+)
+def test_what_a_client_says_of_draws_and_length_is_what_the_model_is_told(
+    given: dict[str, Any], limits: Limits
+) -> None:
+    with serving(new_tokens=99) as (puppet, client):
+        for stream in (False, True):
+            assert post(client, "hello", stream=stream, **given).status_code == 200
+        assert [told for _, told in puppet.asked] == [limits, limits]
+
+
+def test_draws_without_a_seed_are_others_each_time() -> None:
+    with serving() as (puppet, client):
+        for _ in range(3):
+            post(client, "hello", temperature=1.5)
+        assert {told.temperature for _, told in puppet.asked} == {1.5}
+        assert len({told.seed for _, told in puppet.asked}) == 3
+        assert all(0 <= told.seed < 2**63 for _, told in puppet.asked)
+
+
+def test_an_answer_can_be_sent_back_as_it_came() -> None:
+    with serving() as (puppet, client):
+        answer = post(client, "hello").json()["choices"][0]["message"]
+        assert answer["reasoning_content"] == "hm. "
+        question = {"role": "user", "content": "hello"}
+        again = body("", messages=[question, answer, question])
+        assert client.post("/v1/chat/completions", json=again).status_code == 200
+        turns, _ = puppet.asked[-1]
+        assert [turn.text for turn in turns] == ["hello", "two words", "hello"]
+        wrong = body("", messages=[question | {"reasoning_content": "hm."}])
+        refused = client.post("/v1/chat/completions", json=wrong)
+        assert refused.status_code == 400
+        assert "the assistant's, not the user's" in refused.json()["error"]["message"]
+
+
+def test_a_silent_stream_shows_that_it_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "ALIVE_EVERY_S", 0.0)
+    with (
+        serving() as (_, client),
+        client.stream("POST", "/v1/chat/completions", json=body("be quiet", stream=True)) as reply,
+    ):
+        lines = (line for line in reply.iter_lines() if line and not line.startswith("data: "))
+        assert [next(lines), next(lines)] == [": working"] * 2
 
 
 def test_turns_can_be_kept_back() -> None:
