@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from internvideo3.harness.serving.studio import Say, Told
@@ -41,11 +41,13 @@ class Job:
     work: Work
     loop: asyncio.AbstractEventLoop
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
-    _left: threading.Event = field(default_factory=threading.Event)
+    left: bool = False
+    """Whether nobody waits any more. A plain flag: an `Event` has a lock, which a signal that comes
+    while it is set would wait for."""
 
     def leave(self) -> None:
         """Nobody waits any more: the answer ends at its next step."""
-        self._left.set()
+        self.left = True
 
     def say(self, name: str, text: str) -> None:
         """Hands words on.
@@ -53,14 +55,15 @@ class Job:
         Raises:
             Gone: nobody waits for them.
         """
-        if self._left.is_set():
+        if self.left:
             raise Gone
         if text:
             self.tell(Words(name, text))
 
     def tell(self, event: Event) -> None:
         """Hands an event to those who wait."""
-        if not self.loop.is_closed():
+        # The loop may be closed, with all who waited.
+        with suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
 
@@ -77,7 +80,8 @@ class Line:
         self._interrupt = interrupt
         self.inside = 0
         """Requests that have a place."""
-        self._jobs: queue.Queue[Job | None] = queue.Queue()
+        # Simple, since a signal may call `close` in the middle of its thread's own `put`.
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._current: Job | None = None
         # Reentrant: a signal may call `close` while its thread holds it.
         self._lock = threading.RLock()
@@ -110,10 +114,17 @@ class Line:
 
     @contextmanager
     def job(self, work: Work) -> Iterator[Job]:
-        """Puts work in the line; leaving the block gives it up."""
+        """Puts work in the line; leaving the block gives it up.
+
+        Raises:
+            ApiError: the line is closed.
+        """
         job = Job(work, asyncio.get_running_loop())
         self._jobs.put(job)
         try:
+            # Only behind the `put` is it certain that the end of the line comes after the job.
+            if self._closed:
+                raise _stopping()
             yield job
         finally:
             self._give_up(job)
@@ -122,8 +133,9 @@ class Line:
         """Ends the answer in progress and those that wait; new ones are refused."""
         self._closed = True
         self._jobs.put(None)
-        if self._current is not None:
-            self._give_up(self._current)
+        current = self._current
+        if current is not None:
+            self._give_up(current)
 
     def join(self, seconds: float) -> None:
         """Waits until the thread has ended."""

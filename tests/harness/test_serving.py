@@ -3,13 +3,17 @@
 pytest tests/harness/test_serving.py
 """
 
+import asyncio
+import itertools
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import httpx
@@ -19,7 +23,7 @@ import uvicorn
 from internvideo3.harness.serving import app
 from internvideo3.harness.serving.app import Serving
 from internvideo3.harness.serving.hosts import of_this_machine
-from internvideo3.harness.serving.jobs import Line
+from internvideo3.harness.serving.jobs import Line, Words
 from internvideo3.harness.serving.studio import Say, Told, Turn
 from internvideo3.harness.serving.wire import ApiError, Usage
 from internvideo3.model.session import Limits
@@ -270,10 +274,7 @@ def test_a_client_that_leaves_ends_its_answer(said: str, stream: bool) -> None:
     with serving() as (puppet, client):
         request = json.dumps(body(said, stream=stream)).encode()
         with socket.create_connection((client.base_url.host, client.base_url.port or 0)) as raw:
-            raw.sendall(
-                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
-                b"application/json\r\nContent-Length: %d\r\n\r\n" % len(request) + request
-            )
+            raw.sendall(head(len(request)) + request)
             assert puppet.begun.wait(10)
         until(lambda: puppet.ended == [said])
         assert puppet.interrupted == 1, "and what it waits for"
@@ -296,6 +297,86 @@ def test_a_full_line_is_told_and_empties_again() -> None:
         waits.join(20)
         assert puppet.ended == ["go on", "hello"]
         assert post(client, "hello").status_code == 200
+
+
+def head(length: int) -> bytes:
+    """The head of a request, as raw bytes."""
+    return (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+        b"application/json\r\nContent-Length: %d\r\n\r\n" % length
+    )
+
+
+def test_a_body_that_arrives_after_the_end_is_told_so_at_once() -> None:
+    with serving() as (puppet, client):
+        line, request = puppet.line, json.dumps(body("hello")).encode()
+        assert line is not None
+        with socket.create_connection((client.base_url.host, client.base_url.port or 0)) as raw:
+            raw.settimeout(5)
+            raw.sendall(head(len(request)) + request[:9])
+            until(lambda: line.inside == 1)
+            line.close()
+            line.join(5)
+            raw.sendall(request[9:])
+            told = b""
+            while b"the server is stopping" not in told:
+                assert (piece := raw.recv(1 << 16)), told
+                told += piece
+        assert b" 503 " in told and b"application/json" in told, told
+        assert post(client, "hello").status_code == 503
+
+
+def go_on(say: Say) -> Told:
+    while True:
+        say("content", "word")
+        time.sleep(0.001)
+
+
+async def job_of_a_line_closed_at(moment: int) -> str | None:
+    """What comes of a job where a signal comes at a line of Python; None if it has not so many."""
+    line = Line(1, lambda: None)
+    passed = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal passed
+        passed += event == "line"
+        if event == "line" and passed == moment:
+            line.close()
+        return trace
+
+    sys.settrace(trace)
+    try:
+        with line.job(go_on) as job:
+            sys.settrace(None)
+            told: Any = None
+            while not isinstance(told, ApiError if passed >= moment else Words):
+                told = await asyncio.wait_for(job.events.get(), 5)
+            sys.settrace(trace)
+    except ApiError as error:
+        told = error
+    finally:
+        sys.settrace(None)
+        line.close()
+    line.join(5)
+    return type(told).__name__ if passed >= moment else None
+
+
+def test_a_signal_at_any_line_of_a_job_neither_hangs_it_nor_loses_it() -> None:
+    """A handler runs in the loop's own thread, between any two lines of it."""
+    ends: list[str] = []
+
+    async def at_every_moment() -> None:
+        for moment in itertools.count(1):
+            told = await job_of_a_line_closed_at(moment)
+            if told is None:
+                return
+            ends.append(told)
+
+    thread = threading.Thread(target=asyncio.run, args=(at_every_moment(),), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive(), f"a signal at line {len(ends) + 1} hangs"
+    assert {*ends} == {"ApiError", "Words"}, "before it has begun, and while it is left"
 
 
 def test_bodies_have_a_greatest_length() -> None:
