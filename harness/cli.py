@@ -10,7 +10,7 @@ import re
 import select
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -570,7 +570,8 @@ def serve_command(
             token_variable=token_variable, upload_mb=upload_mb, waiting=waiting,
             reasoning=reasoning,
         )  # fmt: skip
-        serve(options, lambda line: print(line, flush=True))
+        if not serve(options, lambda line: print(line, flush=True)):
+            _leave_at_once()
 
 
 @trace_app.command("show")
@@ -763,7 +764,8 @@ def serve_policy_command(
             upload_mb=upload_mb, device=_device(device),
             dtype=_one_of("--dtype", dtype, ("auto", "float32", "bfloat16")), threads=threads,
         )  # fmt: skip
-        serve_policy(options, lambda line: print(line, flush=True))
+        if not serve_policy(options, lambda line: print(line, flush=True)):
+            _leave_at_once()
 
 
 @app.command("judge")
@@ -1796,6 +1798,14 @@ def _leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     raise typer.Exit(status)
+
+
+def _leave_at_once() -> NoReturn:
+    """Ends a server whose thread still computes: at Python's own end torch would abort."""
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(0)
 
 
 def _evaluate_with_bars(options: "EvalOptions") -> "EvalSummary":

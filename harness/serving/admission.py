@@ -16,6 +16,8 @@ from internvideo3.harness.serving.wire import ApiError
 
 BODY_SECONDS = 120.0
 """Time in which a body must arrive."""
+LOOK_EVERY_S = 0.25
+"""Time between two looks at whether the client is still there."""
 
 
 def admit(request: Request, token: str | None) -> None:
@@ -82,7 +84,18 @@ def _too_large(most: int) -> ApiError:
     )
 
 
-def _told(request: Request, error: Exception) -> Response:
+def left() -> ApiError:
+    """Nobody reads it; it ends the request."""
+    return ApiError(499, "the client has left.")
+
+
+def stopping() -> ApiError:
+    """What is told to those who are not answered any more."""
+    return ApiError(503, "the server is stopping.", kind="server_error")
+
+
+# Coroutines: anything else runs in a thread, for which nobody waits when the server ends.
+async def _told(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "5"}}
     # A body that was not read to its end cannot be followed by another request.
@@ -92,16 +105,17 @@ def _told(request: Request, error: Exception) -> Response:
     )
 
 
-def _told_http(request: Request, error: Exception) -> Response:
+async def _told_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = json.dumps(request.url.path)[:120]
     said = {404: f"there is nothing at {path}.", 405: f"{path} takes no {request.method}."}
-    return _told(request, ApiError(error.status_code, said.get(error.status_code, error.detail)))
+    message = said.get(error.status_code, error.detail)
+    return await _told(request, ApiError(error.status_code, message))
 
 
-def _told_any(request: Request, error: Exception) -> Response:
+async def _told_any(request: Request, error: Exception) -> Response:
     message = "the request failed; the server's log says where."
-    return _told(request, ApiError(500, message, kind="server_error"))
+    return await _told(request, ApiError(500, message, kind="server_error"))
 
 
 HANDLERS = {ApiError: _told, HTTPException: _told_http, Exception: _told_any}

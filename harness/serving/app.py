@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from internvideo3.harness.serving.admission import HANDLERS, admit, json_body
+from internvideo3.harness.serving.admission import HANDLERS, LOOK_EVERY_S, admit, json_body, left
 from internvideo3.harness.serving.jobs import Event, Job, Line, Words
 from internvideo3.harness.serving.studio import Say, Told, Turn
 from internvideo3.harness.serving.videos import Shelf
@@ -40,8 +40,6 @@ from internvideo3.harness.serving.wire import (
 from internvideo3.model.decoding import LEAST_TEMPERATURE
 from internvideo3.model.session import Limits
 
-LOOK_EVERY_S = 0.25
-"""Time between two looks at whether the client is still there."""
 ALIVE_EVERY_S = 15.0
 """Time between two signs of life in a stream."""
 
@@ -89,9 +87,9 @@ class Serving:
         """Ends the answer in progress and those that wait."""
         self.line.close()
 
-    def join(self, seconds: float) -> None:
-        """Waits until nothing is answered any more."""
-        self.line.join(seconds)
+    def join(self, seconds: float) -> bool:
+        """Waits until nothing is answered any more; whether that is so."""
+        return self.line.join(seconds)
 
     async def health(self, request: Request) -> Response:
         """Whether the server is up."""
@@ -142,7 +140,7 @@ class Serving:
                 return JSONResponse(
                     Writer(asked.model).whole(text, thoughts, one.finish, one.usage)
                 )
-        raise _left()
+        raise left()
 
     async def _stream(
         self, asked: ChatRequest, first: Event, events: AsyncIterator[Event | None]
@@ -257,9 +255,4 @@ async def _first(events: AsyncIterator[Event | None]) -> Event:
             raise one
         if one is not None:
             return one
-    raise _left()
-
-
-def _left() -> ApiError:
-    """Nobody reads it; it ends the request."""
-    return ApiError(499, "the client has left.")
+    raise left()

@@ -61,12 +61,15 @@ class PolicyOptions:
     """CPU threads of torch."""
 
 
-def serve_policy(options: PolicyOptions, tell: Callable[[str], None]) -> None:
+def serve_policy(options: PolicyOptions, tell: Callable[[str], None]) -> bool:
     """Serves a policy to trainers until it is told to stop.
 
     Args:
         options: what to serve.
         tell: told where it listens.
+
+    Returns:
+        Whether nothing is computed any more, see `Server.run_until_told`.
 
     Raises:
         ValueError: the options do not fit together, a package is missing, or the model cannot be
@@ -89,15 +92,19 @@ def serve_policy(options: PolicyOptions, tell: Callable[[str], None]) -> None:
             upload_bytes=options.upload_mb << 20,
         )  # fmt: skip
         tell(f"Serving the policy {serving.name} at {_address(listening)}/v1")
-        Server(serving).run_until_told(listening)
+        return Server(serving).run_until_told(listening)
+    return True
 
 
-def serve(options: ServeOptions, tell: Callable[[str], None]) -> None:
+def serve(options: ServeOptions, tell: Callable[[str], None]) -> bool:
     """Serves until it is told to stop.
 
     Args:
         options: what to serve.
         tell: told where it listens.
+
+    Returns:
+        Whether nothing is computed any more, see `Server.run_until_told`.
 
     Raises:
         ValueError: the options do not fit together, a package is missing, or the model cannot be
@@ -108,12 +115,13 @@ def serve(options: ServeOptions, tell: Callable[[str], None]) -> None:
     _check(options.host, options.folder, "--folder", token)
     # Before it serves, nothing is there to be ended but itself.
     with suppress(KeyboardInterrupt), closing(_listen(options.host, options.port)) as listening:
-        _serve(options, token, listening, tell)
+        return _serve(options, token, listening, tell)
+    return True
 
 
 def _serve(
     options: ServeOptions, token: str | None, listening: socket.socket, tell: Callable[[str], None]
-) -> None:
+) -> bool:
     from internvideo3.harness.agent.tools.catalogue import TOOLS, cache_folder
     from internvideo3.harness.agent.tools.desk import Desk
     from internvideo3.harness.serving.app import Serving
@@ -136,7 +144,7 @@ def _serve(
             new_tokens=asking.max_new_tokens, reasoning=options.reasoning,
         )  # fmt: skip
         tell(f"Serving {serving.name} at {_address(listening)}/v1")
-        Server(serving).run_until_told(listening)
+        return Server(serving).run_until_told(listening)
 
 
 def _address(listening: socket.socket) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
+from internvideo3.harness.serving.admission import stopping
 from internvideo3.harness.serving.studio import Say, Told
 from internvideo3.harness.serving.wire import ApiError
 
@@ -97,7 +98,7 @@ class Line:
             ApiError: the line is full, or closed.
         """
         if self._closed:
-            raise _stopping()
+            raise stopping()
         if self.inside > self.waiting:
             raise ApiError(
                 429,
@@ -124,7 +125,7 @@ class Line:
         try:
             # Only behind the `put` is it certain that the end of the line comes after the job.
             if self._closed:
-                raise _stopping()
+                raise stopping()
             yield job
         finally:
             self._give_up(job)
@@ -137,9 +138,10 @@ class Line:
         if current is not None:
             self._give_up(current)
 
-    def join(self, seconds: float) -> None:
-        """Waits until the thread has ended."""
+    def join(self, seconds: float) -> bool:
+        """Waits until the thread has ended; whether it has."""
         self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _give_up(self, job: Job) -> None:
         job.leave()
@@ -151,14 +153,14 @@ class Line:
         while (job := self._jobs.get()) is not None:
             with self._lock:
                 self._current = job
-            outcome = _stopping() if self._closed else _outcome(job)
+            outcome = stopping() if self._closed else _outcome(job)
             with self._lock:
                 self._current = None
             job.tell(outcome)
         while not self._jobs.empty():
             late = self._jobs.get()
             if late is not None:
-                late.tell(_stopping())
+                late.tell(stopping())
 
 
 def _outcome(job: Job) -> Event:
@@ -168,14 +170,10 @@ def _outcome(job: Job) -> Event:
     except ApiError as error:
         return error
     except Gone:
-        return _stopping()
+        return stopping()
     except ValueError as error:  # what is wrong with the video or the question
         return ApiError(400, str(error), param="messages")
     except Exception:  # the thread serves the next request; the log has what happened
         LOG.exception("an answer failed")
         message = "the answer failed; the server's log says where."
         return ApiError(500, message, kind="server_error")
-
-
-def _stopping() -> ApiError:
-    return ApiError(503, "the server is stopping.", kind="server_error")

@@ -6,8 +6,6 @@ SGLang's `update_weights_from_disk`. A field that is not served is refused by na
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from internvideo3.harness.serving.admission import HANDLERS, admit, json_body
+from internvideo3.harness.serving.turns import Turns
 from internvideo3.harness.serving.wire import ApiError, in_words
 from internvideo3.model.checkpoint import CheckpointError
 from internvideo3.training import rollouts
@@ -85,7 +84,7 @@ class PolicyServing:
     """What a client must bring; None for clients of this machine only."""
     upload_bytes: int = 1 << 30
     """Most bytes of a body."""
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    turns: Turns = field(default_factory=Turns)
     """One request computes at a time."""
 
     def app(self) -> Starlette:
@@ -101,12 +100,12 @@ class PolicyServing:
         )
 
     def close(self) -> None:
-        """What computes runs to its end; requests that come now are cut with their connection."""
+        """What computes goes on; those who wait and those who come are refused."""
+        self.turns.close()
 
-    def join(self, seconds: float) -> None:
-        """Waits until nothing computes."""
-        if self.lock.acquire(timeout=seconds):
-            self.lock.release()
+    def join(self, seconds: float) -> bool:
+        """Whether nothing computes; it is not waited for, as nobody would be told of it."""
+        return self.turns.join(min(seconds, 1.0))
 
     async def health(self, request: Request) -> Response:
         """Whether the server is up."""
@@ -122,27 +121,24 @@ class PolicyServing:
         """Samples, or with `echo` scores, ids."""
         admit(request, self.token)
         asked = _read(Completion, await json_body(request, self.upload_bytes))
-        return JSONResponse(await asyncio.to_thread(self._completed, asked))
+        return JSONResponse(await self.turns.take(lambda: self._completed(asked), request))
 
     async def update(self, request: Request) -> Response:
         """Takes the weights of a folder."""
         admit(request, self.token)
         asked = _read(Weights, await json_body(request, 1 << 20))
-        await asyncio.to_thread(self._take, Path(asked.model_path))
-        return JSONResponse(
-            {"success": True, "message": "the weights are read.", "digest": self.policy.digest}
-        )
+        digest = await self.turns.take(lambda: self._take(Path(asked.model_path)), request)
+        return JSONResponse({"success": True, "message": "the weights are read.", "digest": digest})
 
     def _completed(self, asked: Completion) -> dict[str, Any]:
-        with self.lock:
-            try:
-                choices = self._scored(asked) if asked.echo else self._sampled(asked)
-            except ValueError as error:
-                raise ApiError(400, str(error), param="prompt") from error
-            digest = self.policy.digest
+        try:
+            choices = self._scored(asked) if asked.echo else self._sampled(asked)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="prompt") from error
         return {
             "id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion",
-            "created": int(time.time()), "model": self.name, "system_fingerprint": digest,
+            "created": int(time.time()), "model": self.name,
+            "system_fingerprint": self.policy.digest,
             "choices": choices,
             "usage": _usage(asked, choices),
         }  # fmt: skip
@@ -194,18 +190,18 @@ class PolicyServing:
         spelt: list[str] = self.policy.processor.tokenizer.convert_ids_to_tokens(list(ids))
         return spelt
 
-    def _take(self, folder: Path) -> None:
+    def _take(self, folder: Path) -> str:
         if self.weights is None:
             raise ApiError(403, "this server keeps its weights; start it with --weights FOLDER.")
         real = folder.resolve()
         if not real.is_relative_to(self.weights.resolve()):
             said = f"weights are read below {self.weights} only, and not from {folder}."
             raise ApiError(403, said, kind="permission_error", param="model_path")
-        with self.lock:
-            try:
-                self.policy.take(real)
-            except (CheckpointError, ValueError, OSError) as error:
-                raise ApiError(400, str(error), param="model_path") from error
+        try:
+            self.policy.take(real)
+        except (CheckpointError, ValueError, OSError) as error:
+            raise ApiError(400, str(error), param="model_path") from error
+        return self.policy.digest
 
 
 def _usage(asked: Completion, choices: list[dict[str, Any]]) -> dict[str, int]:

@@ -23,8 +23,8 @@ class Served(Protocol):
     def close(self) -> None:
         """Ends what is in progress; nothing new is begun."""
 
-    def join(self, seconds: float) -> None:
-        """Waits until it has ended."""
+    def join(self, seconds: float) -> bool:
+        """Waits until it has ended; whether it has."""
 
 
 class Server(uvicorn.Server):
@@ -50,16 +50,22 @@ class Server(uvicorn.Server):
         self.serving.close()
         super().handle_exit(sig, frame)
 
-    def run_until_told(self, listening: socket.socket) -> None:
-        """Serves on an open socket; returns after a signal, when all connections have ended."""
+    def run_until_told(self, listening: socket.socket) -> bool:
+        """Serves on an open socket; returns after a signal, when all connections have ended.
+
+        Returns:
+            Whether nothing is computed any more. Else the process is to end by `os._exit`: where
+            Python ends while a thread is in torch, the thread comes back to nothing, and aborts.
+        """
         # uvicorn raises the signal again at its end, and SIGTERM would take our cleaning with it.
         before = signal.signal(signal.SIGTERM, _end)
         try:
             self.run([listening])
         except (KeyboardInterrupt, _Ended):
-            self.serving.join(LAST_SECONDS)
+            pass
         finally:
             signal.signal(signal.SIGTERM, before)
+        return self.serving.join(LAST_SECONDS)
 
 
 class _Ended(BaseException):
