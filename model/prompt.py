@@ -171,3 +171,24 @@ def _split(kind: str, batch: Mapping[str, Any], pixels: str, grid: str) -> list[
     grids = batch[grid]
     rows = torch.split(batch[pixels], grids.prod(-1).tolist())
     return [Medium(kind, p, g, "") for p, g in zip(rows, grids, strict=True)]
+
+
+def check_places(piece: Piece, config: Any) -> None:
+    """Whether ids have as many vision tokens as their media.
+
+    Args:
+        piece: ids and media.
+        config: the model's.
+
+    Raises:
+        PromptError: they have not.
+    """
+    merged = config.vision_config.spatial_merge_size**2
+    for kind, token in (("image", config.image_token_id), ("video", config.video_token_id)):
+        places = piece.ids.count(token)
+        seen = sum(int(m.grid_thw.prod()) // merged for m in piece.media if m.kind == kind)
+        if places != seen:
+            raise PromptError(
+                f"the ids have {places} {kind} tokens, and their media make {seen}; tokenise "
+                "the prompt with the processor of this model, at the same frame size."
+            )

@@ -25,7 +25,15 @@ from internvideo3.model.decoding import Limits as Limits
 from internvideo3.model.decoding import StopReason as StopReason
 from internvideo3.model.decoding import wait_for
 from internvideo3.model.forward import Tokens, logits, new_cache, run
-from internvideo3.model.prompt import Frames, Medium, Message, Piece, Prompter, PromptError
+from internvideo3.model.prompt import (
+    Frames,
+    Medium,
+    Message,
+    Piece,
+    Prompter,
+    PromptError,
+    check_places,
+)
 from internvideo3.model.vision import Encoded, FeatureCache
 
 CHUNK = {"cpu": 2048, "cuda": 65536}
@@ -206,15 +214,7 @@ class Session:
         Raises:
             PromptError: the vision tokens are not as many as the media have.
         """
-        config, merged = self.model.config, self.model.config.vision_config.spatial_merge_size**2
-        for kind, token in (("image", config.image_token_id), ("video", config.video_token_id)):
-            places = piece.ids.count(token)
-            seen = sum(int(m.grid_thw.prod()) // merged for m in piece.media if m.kind == kind)
-            if places != seen:
-                raise PromptError(
-                    f"the ids have {places} {kind} tokens, and their media make {seen}; tokenise "
-                    "the prompt with the processor of this model, at the same frame size."
-                )
+        check_places(piece, self.model.config)
         self._append_raw(piece.ids, piece.media)
         return len(piece.ids)
 

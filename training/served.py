@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from internvideo3.model.checkpoint import load_model, resolve_checkpoint, weights_digest
-from internvideo3.model.prompt import Frames, Piece, Prompter, PromptError
+from internvideo3.model.prompt import Frames, Piece, Prompter, PromptError, check_places
 from internvideo3.training.documents import Branch, Document
 from internvideo3.training.packing import pack
 from internvideo3.training.policy import Policy, token_logps
@@ -73,20 +73,25 @@ class ServedPolicy:
     def logps(self, ids: Sequence[int], videos: Sequence[Frames]) -> list[float | None]:
         """How likely each id is after those before it, over the whole vocabulary.
 
-        None for the ids up to the last vision token and the one after it, which nothing said.
+        None for the ids up to the last vision token and the one after it, which nothing said; of
+        words alone, for the first.
 
         Raises:
-            PromptError: The vision tokens are not those of the videos, or no words follow them.
+            PromptError: The vision tokens are not those of the videos, or no words follow them or
+                the first id.
         """
         piece = self._piece(ids, videos)
         config = self.model.config
+        check_places(piece, config)
         seen = {config.image_token_id, config.video_token_id}
         first = max((n for n, one in enumerate(ids) if one in seen), default=-1) + 1
         trunk, words = ids[: first + 1], ids[first + 1 :]
         if not words:
-            raise PromptError("the prompt ends with its video; give the ids that follow it.")
-        branch = Branch((trunk[-1], *words), len(words))
-        laid = pack([Document(tuple(trunk[:-1]), tuple(piece.media), (branch,))], self.model)
+            what = (
+                "ends with its video" if piece.media else "is one id, before which nothing stands"
+            )
+            raise PromptError(f"the prompt {what}; give the ids that follow it.")
+        laid = pack([_document(trunk, words, piece)], self.model)
         laid = laid.to(self.model.device)
         labels_N = torch.tensor(words, device=self.model.device)
         found_N = self.policy(laid, lambda h, w: token_logps(h, w, labels_N, ()))
@@ -98,3 +103,11 @@ class ServedPolicy:
         prompter = Prompter(self.processor, {"do_resize": False})
         media = [prompter.piece(opening, [one]).media[0] for one in videos]
         return Piece(list(ids), media)
+
+
+def _document(trunk: Sequence[int], words: Sequence[int], piece: Piece) -> Document:
+    """Words behind a prompt; behind a single id they are a trunk, which cannot be empty."""
+    if len(trunk) == 1:
+        return Document((*trunk, *words), (), (), ((1, 1 + len(words)),))
+    branch = Branch((trunk[-1], *words), len(words))
+    return Document(tuple(trunk[:-1]), tuple(piece.media), (branch,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -200,9 +201,29 @@ def test_ids_that_do_not_fit_their_videos_are_refused() -> None:
     ids = WorldDocuments(DATA, policy.processor, 0).prompter.piece(prompt.text, [prompt.frames]).ids
     with pytest.raises(PromptError, match="the ids have 8 video tokens, and their media make 0"):
         policy.sample(ids, [], count=1, seed=0, barred=(), max_new_tokens=1)
+    for videos, made in (([], 0), ([prompt.frames] * 2, 16)):
+        with pytest.raises(PromptError, match=f"8 video tokens, and their media make {made}"):
+            policy.logps(ids, videos)
+    with pytest.raises(PromptError, match="0 video tokens, and their media make 8"):
+        policy.logps([40, 41], [prompt.frames])
     with pytest.raises(PromptError, match="ends with its video"):
         last = max(n for n, one in enumerate(ids) if one == policy.model.config.video_token_id)
         policy.logps(ids[: last + 1], [prompt.frames])
+
+
+def test_words_alone_are_scored_as_a_session_scores_them() -> None:
+    policy = ServedPolicy("scale:m2la", "cpu", "float32")
+    ids = [40, 41, 300, 12, 41]
+    session = Sampler(policy.model, policy.processor, (), 1).session()
+    expected = []
+    for one, following in itertools.pairwise(ids):
+        session.append_ids([one])
+        expected.append(float(session.logits_last.log_softmax(-1)[following]))
+    first, *found = policy.logps(ids, [])
+    assert first is None
+    assert torch.allclose(torch.tensor(found), torch.tensor(expected), atol=2e-4)
+    with pytest.raises(PromptError, match="is one id"):
+        policy.logps(ids[:1], [])
 
 
 def test_the_server_refuses_in_words(serve: Callable[..., Served], tmp_path: Path) -> None:
