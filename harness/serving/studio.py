@@ -14,7 +14,7 @@ from internvideo3.harness.agent.episode import Place, answer
 from internvideo3.harness.agent.heard import HeardSession, Listener
 from internvideo3.harness.agent.perception import Eye, Sight
 from internvideo3.harness.agent.quoting import LONGEST_CHARS
-from internvideo3.harness.agent.rollout import Earlier, State
+from internvideo3.harness.agent.rollout import Earlier, Outcome, State
 from internvideo3.harness.agent.setting import AgentSettings
 from internvideo3.harness.ask_live import line
 from internvideo3.harness.serving.wire import ApiError, Usage
@@ -163,7 +163,15 @@ class Studio:
             earlier=[Earlier(turn.role, turn.text) for turn in earlier if turn.text],
         )
         say("content", ended.answer)
-        return Told(finish="stop", usage=_usage(state.context))
+        return Told(finish=_finish(state, ended), usage=_usage(state.context))
+
+
+def _finish(state: State, ended: Outcome) -> str:
+    """Length where the answer was cut: it is no option, and its reply was not whole."""
+    replies = [entry for entry in state.context.entries if entry.kind is Kind.REASONING]
+    its = [entry for entry in replies if entry.text.strip() == ended.answer] or replies
+    cut = bool(its) and its[-1].data["stop"] == StopReason.LENGTH
+    return "length" if cut and ended.answer not in state.options else "stop"
 
 
 def _usage(context: Context) -> Usage:

@@ -174,6 +174,18 @@ def test_a_conversation_goes_on(served: Served) -> None:
     assert done.usage is not None and done.usage.completion_tokens <= 3
 
 
+def test_an_answer_of_the_agent_that_was_cut_says_so(served: Served) -> None:
+    for question, most, finish in (
+        ("Describe the whole scene.", 1, "length"),
+        ("Describe the whole scene.", 200, "stop"),
+        (QUESTION, 1, "stop"),  # the answer is one of the options, whole
+    ):
+        done = served.client.chat.completions.create(
+            model=AGENT, messages=asked("inner/a film.mp4", question), max_tokens=most
+        )
+        assert done.choices[0].finish_reason == finish, (question, most, done.choices[0])
+
+
 def test_a_seed_decides_what_is_drawn(served: Served) -> None:
     talk: list[Any] = [{"role": "user", "content": "Say something."}]
 
