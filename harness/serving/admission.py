@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
 import json
 import re
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from internvideo3.harness.serving.hosts import of_this_machine
 from internvideo3.harness.serving.wire import ApiError
+
+S = TypeVar("S")
+Endpoint = Callable[[S, Request], Awaitable[Response]]
 
 BODY_SECONDS = 120.0
 """Time in which a body must arrive."""
@@ -82,6 +88,21 @@ def _too_large(most: int) -> ApiError:
         "it into the server's folder.",
         code="request_too_large",
     )
+
+
+def told_if_cut(endpoint: Endpoint[S]) -> Endpoint[S]:
+    """An endpoint whose end by the server's or the client's is an error like any other."""
+
+    @functools.wraps(endpoint)
+    async def told(serving: S, request: Request) -> Response:
+        try:
+            return await endpoint(serving, request)
+        except asyncio.CancelledError:  # only the server's end cancels a request
+            raise stopping() from None
+        except ClientDisconnect:
+            raise left() from None
+
+    return told
 
 
 def left() -> ApiError:

@@ -18,7 +18,14 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from internvideo3.harness.serving.admission import HANDLERS, LOOK_EVERY_S, admit, json_body, left
+from internvideo3.harness.serving.admission import (
+    HANDLERS,
+    LOOK_EVERY_S,
+    admit,
+    json_body,
+    left,
+    told_if_cut,
+)
 from internvideo3.harness.serving.jobs import Event, Job, Line, Words
 from internvideo3.harness.serving.studio import Say, Told, Turn
 from internvideo3.harness.serving.videos import Shelf
@@ -106,6 +113,7 @@ class Serving:
         admit(request, self.token)
         return JSONResponse(self._listed(self._known(request.path_params["name"])))
 
+    @told_if_cut
     async def complete(self, request: Request) -> Response:
         """Answers a conversation."""
         admit(request, self.token)

@@ -185,5 +185,6 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
         raise OSError(
-            f"cannot listen at {host} port {port}: {error}. Give another --port."
+            f"cannot listen at {host} port {port}: {error}. Give another --port, or for --host an "
+            "address of this machine."
         ) from None

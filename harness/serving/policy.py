@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from internvideo3.harness.serving.admission import HANDLERS, admit, json_body
+from internvideo3.harness.serving.admission import HANDLERS, admit, json_body, told_if_cut
 from internvideo3.harness.serving.turns import Turns
 from internvideo3.harness.serving.wire import ApiError, in_words
 from internvideo3.model.checkpoint import CheckpointError
@@ -117,12 +117,14 @@ class PolicyServing:
         listed = {"id": self.name, "object": "model", "owned_by": "internvideo3"}
         return JSONResponse({"object": "list", "data": [listed]})
 
+    @told_if_cut
     async def complete(self, request: Request) -> Response:
         """Samples, or with `echo` scores, ids."""
         admit(request, self.token)
         asked = _read(Completion, await json_body(request, self.upload_bytes))
         return JSONResponse(await self.turns.take(lambda: self._completed(asked), request))
 
+    @told_if_cut
     async def update(self, request: Request) -> Response:
         """Takes the weights of a folder."""
         admit(request, self.token)

@@ -80,11 +80,6 @@ class Turns:
                 if not task.outcome.done() and await request.is_disconnected():
                     raise left()
             return task.outcome.result()
-        except asyncio.CancelledError:
-            if not self._closed:
-                raise
-            # The server has waited for as long as it does.
-            raise stopping() from None
         finally:
             task.left = True
 

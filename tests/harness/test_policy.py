@@ -144,12 +144,18 @@ def test_sigterm_ends_the_process_while_it_computes() -> None:
         target=lambda: replies.append(httpx.post(f"{url}/v1/completions", json=endless, timeout=60))
     )
     asks.start()
-    time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    try:
-        _, said = process.communicate(timeout=20)
-    finally:
-        process.kill()
+    address = httpx.URL(url)
+    with socket.create_connection((address.host, address.port or 0)) as half:
+        half.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+            b"application/json\r\nContent-Length: 99\r\n\r\n{"
+        )
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        try:
+            _, said = process.communicate(timeout=20)
+        finally:
+            process.kill()
     asks.join(20)
     assert process.returncode == 0 and "Traceback" not in said, said
     assert [one.status_code for one in replies] == [503]

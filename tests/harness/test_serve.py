@@ -293,10 +293,12 @@ def test_a_taken_port_is_told(served: Served) -> None:
 
 def test_a_token_is_asked_for_and_sigterm_ends_an_answer(world: Path, tmp_path: Path) -> None:
     film = max((world / "test/videos").glob("*.mp4"), key=lambda path: path.stat().st_size)
+    uploads = tmp_path / "tmp"
+    uploads.mkdir()
     process, url = start(
         film.parent, "--cache", str(tmp_path), "--host", "0.0.0.0", "--token-variable", "IV3_T",
         "--turns", "90", "--tool-calls", "90", "--max-frames", "4", "--zoom-frames", "2",
-        "--tokens", "60000", IV3_T="päss",
+        "--tokens", "60000", IV3_T="päss", TMPDIR=str(uploads),
     )  # fmt: skip
     url = url.replace("0.0.0.0", "127.0.0.1")
     for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": "Basic päss"}):
@@ -310,8 +312,10 @@ def test_a_token_is_asked_for_and_sigterm_ends_an_answer(world: Path, tmp_path: 
     ) as reply:  # fmt: skip
         lines = reply.iter_lines()
         assert reply.status_code == 200 and '"role": "assistant"' in next(lines)
+        assert any(uploads.glob("iv3-upload-*"))
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert any("the server is stopping" in line for line in lines)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and time.monotonic() - began < 15, out
+    assert not any(uploads.glob("iv3-upload-*"))

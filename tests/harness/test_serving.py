@@ -4,15 +4,18 @@ pytest tests/harness/test_serving.py
 """
 
 import asyncio
+import base64
 import itertools
 import json
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -377,6 +380,28 @@ def test_a_signal_at_any_line_of_a_job_neither_hangs_it_nor_loses_it() -> None:
     thread.join(30)
     assert not thread.is_alive(), f"a signal at line {len(ends) + 1} hangs"
     assert {*ends} == {"ApiError", "Words"}, "before it has begun, and while it is left"
+
+
+@pytest.mark.parametrize("asked", ["hello", "fail", "break", "go on"])
+def test_uploads_go_with_their_request_however_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    film = base64.b64encode(b"\0\0\0\x18ftypmp42").decode()
+    parts = [
+        {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{film}"}},
+        {"type": "text", "text": asked},
+    ]
+    request = body("", messages=[{"role": "user", "content": parts}])
+    with serving() as (puppet, client):
+        if asked == "go on":
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/v1/chat/completions", json=request, timeout=1)
+        else:
+            client.post("/v1/chat/completions", json=request)
+        (video,) = puppet.asked[0][0][0].videos
+        assert video.is_relative_to(tmp_path)
+        until(lambda: not any(tmp_path.iterdir()))
 
 
 def test_bodies_have_a_greatest_length() -> None:
