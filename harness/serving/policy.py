@@ -6,6 +6,7 @@ SGLang's `update_weights_from_disk`. A field that is not served is refused by na
 
 from __future__ import annotations
 
+import hashlib
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -121,15 +122,20 @@ class PolicyServing:
     async def complete(self, request: Request) -> Response:
         """Samples, or with `echo` scores, ids."""
         admit(request, self.token)
-        asked = _read(Completion, await json_body(request, self.upload_bytes))
-        return JSONResponse(await self.turns.take(lambda: self._completed(asked), request))
+        body = await json_body(request, self.upload_bytes)
+        asked = _read(Completion, body)
+        # Equal requests have equal answers: the seed decides what is drawn.
+        key = hashlib.sha256(body).digest()
+        return JSONResponse(await self.turns.take(key, lambda: self._completed(asked), request))
 
     @told_if_cut
     async def update(self, request: Request) -> Response:
         """Takes the weights of a folder."""
         admit(request, self.token)
         asked = _read(Weights, await json_body(request, 1 << 20))
-        digest = await self.turns.take(lambda: self._take(Path(asked.model_path)), request)
+        # No two are equal: the folder may have been written again.
+        key, folder = object(), Path(asked.model_path)
+        digest = await self.turns.take(key, lambda: self._take(folder), request)
         return JSONResponse({"success": True, "message": "the weights are read.", "digest": digest})
 
     def _completed(self, asked: Completion) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import uvicorn
 
 from internvideo3.harness.serving.policy import PolicyServing
 
+JSON = {"Content-Type": "application/json"}
 PROMPT = {"model": "m", "prompt": [1], "max_tokens": 1}
 
 
@@ -72,9 +73,14 @@ def until(true: Any) -> None:
         time.sleep(0.01)
 
 
+def body(seed: int) -> bytes:
+    return json.dumps(PROMPT | {"seed": seed}).encode()
+
+
 def asking(client: httpx.Client, seed: int, replies: dict[int, int]) -> threading.Thread:
     def ask() -> None:
-        replies[seed] = client.post("/v1/completions", json=PROMPT | {"seed": seed}).status_code
+        reply = client.post("/v1/completions", content=body(seed), headers=JSON)
+        replies[seed] = reply.status_code
 
     thread = threading.Thread(target=ask)
     thread.start()
@@ -82,7 +88,7 @@ def asking(client: httpx.Client, seed: int, replies: dict[int, int]) -> threadin
 
 
 def ask_and_leave(client: httpx.Client, seed: int) -> None:
-    request = json.dumps(PROMPT | {"seed": seed}).encode()
+    request = body(seed)
     with socket.create_connection((client.base_url.host, client.base_url.port or 0)) as raw:
         raw.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
@@ -106,6 +112,23 @@ def test_nothing_is_computed_for_clients_that_left_while_they_waited() -> None:
         for thread in threads:
             thread.join(20)
         assert puppet.seeds == [1, 5] and replies == {1: 200, 5: 200}
+
+
+def test_who_asks_again_gets_what_is_computed_already() -> None:
+    """As a trainer does after its timeout: else a slow answer is computed for nobody, again."""
+    replies: dict[int, int] = {}
+    with serving() as (puppet, _, client):
+        for _ in range(2):
+            ask_and_leave(client, 1)
+        until(lambda: puppet.seeds == [1])
+        time.sleep(0.5)
+        again = asking(client, 1, replies)
+        time.sleep(0.2)
+        puppet.may.set()
+        again.join(20)
+        assert puppet.seeds == [1] and replies == {1: 200}
+        asking(client, 1, replies).join(20)
+        assert puppet.seeds == [1, 1], "and nothing of it is kept"
 
 
 def test_at_the_end_those_who_wait_are_told_and_what_has_begun_is_answered() -> None:
