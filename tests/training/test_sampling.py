@@ -174,6 +174,23 @@ def test_rows_that_cannot_be_used_are_told_within_a_budget(videos: Path, tmp_pat
         write_samples(options(tmp_path / "nameless.jsonl", tmp_path / "none.jsonl"), quiet)
 
 
+def test_another_teacher_that_nobody_named_does_not_go_on_with_the_first_ones_answers(
+    videos: Path, tmp_path: Path, teacher: Any
+) -> None:
+    rows = write_asked(videos, "two.jsonl", "needle")
+
+    def stop(name: str, done: int, total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    first = options(rows, tmp_path / "out.jsonl", teacher=teacher.url)
+    with pytest.raises(KeyboardInterrupt):
+        write_samples(first, stop)
+    with pytest.raises(DataError, match="What differs:\n  teacher: .*http://b:1/v1"):
+        write_samples(replace(first, teacher="http://b:1/v1"), quiet)
+    assert write_samples(first, quiet).kept == 1
+
+
 def test_a_served_teacher_sees_the_video_and_describes_it_better(
     videos: Path, tmp_path: Path, teacher: Any
 ) -> None:
