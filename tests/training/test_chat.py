@@ -446,6 +446,34 @@ def test_the_order_in_which_files_are_named_changes_nothing(corpus: Path, loaded
     assert [one._row(n) for n in range(200)] == [other._row(n) for n in range(200)]
 
 
+def test_rows_on_which_no_response_can_earn_are_no_prompts_of_gspo(
+    corpus: Path, loaded: Any
+) -> None:
+    """Every response to one would have a reward of 0, and the group teach nothing."""
+    docs: dict[str, dict[str, Any]] = {
+        "egoschema": {"option": ["A. x", "B. y", "C. z", "D. w", "E. v"], "answer": None},
+        "motionbench": {"answer": "NA", "options": ["x", "y"], "question_type": "t"},
+        "tempcompass": {"qtype": "captioning", "question": "q", "answer": "x", "dim": "d"},
+    }
+    rows = [video_row(name, "v0.mp4") | {"benchmark": name, "doc": doc}
+            for name, doc in docs.items()]  # fmt: skip
+    write_rows(corpus / "no_truth.jsonl", [*rows, video_row("good", "v0.mp4")])
+    files = data(corpus, no_truth__jsonl=1.0)
+    source = ChatDocuments(files, loaded[1], 0, RowLimits(2048))
+    assert {source.prompt(index).doc["id"] for index in range(4)} == {"good"}
+    why = {source.rows[name][number]["id"]: told for (name, number), told in source.bad.items()}
+    assert why == {
+        "egoschema": "it has no right answer, which egoschema does not publish; give one, or leave "
+        "the row out",
+        "motionbench": "it has no right answer, which motionbench does not publish; give one, or "
+        "leave the row out",
+        "tempcompass": "only a judge could score it by the rules of tempcompass; give one that a "
+        "rule can, or leave the row out",
+    }
+    unscored = ChatDocuments(files, loaded[1], 0, RowLimits(2048, scored=False))
+    assert len({unscored.prompt(index).benchmark for index in range(4)}) == 4 and not unscored.bad
+
+
 def test_rollouts_and_rewards_work_on_files(corpus: Path, loaded: Any) -> None:
     model, processor = loaded
     options = Gspo(

@@ -159,13 +159,16 @@ def test_rows_that_cannot_be_used_are_told_within_a_budget(videos: Path, tmp_pat
     rows = [
         about("broken", "broken.mp4"), about("good", str(videos / "v0.mp4")),
         {"id": "silent"}, about("unruled", str(videos / "v0.mp4"), benchmark="vidomme"),
+        about("hidden", str(videos / "v0.mp4"), benchmark="motionbench",
+              doc={"answer": "NA", "options": ["x", "y"]}),
     ]  # fmt: skip
     write_rows(tmp_path / "rows.jsonl", rows)
     made = write_samples(options(tmp_path / "rows.jsonl", tmp_path / "out.jsonl"), quiet)
-    assert (made.rows, made.dropped) == (1, 3)
+    assert (made.rows, made.dropped) == (1, 4)
     why = {row["id"]: row["reason"] for row in read_rows(tmp_path / "out.dropped.jsonl")}
     assert "broken.mp4" in why["broken"] and why["silent"] == "cannot be used: has no 'messages'"
     assert "did you mean videomme" in why["unruled"]
+    assert "no right answer, which motionbench does not publish" in why["hidden"]
     write_rows(tmp_path / "many.jsonl", [about(f"b{n}", "broken.mp4") for n in range(30)])
     with pytest.raises(DataError, match="11 of 30 rows of .* more than 1%"):
         write_samples(options(tmp_path / "many.jsonl", tmp_path / "none.jsonl"), quiet)
