@@ -461,7 +461,7 @@ def stage_digest(
         RecipeError: A file is not there.
     """
     files = stage.data.files if isinstance(stage.data, ChatData) else {}
-    rows = {name: _file_digest(Path(name)) for name in files}
+    rows = {name: file_digest(Path(name)) for name in files}
     options = {key: one for key, one in asdict(stage).items() if key not in ELSEWHERE}
     options |= {key: one for key, one in SAME_NUMBERS.items() if key in options}
     if isinstance(stage, Opd) and stage.remote:
@@ -487,7 +487,12 @@ def _without_none(value: Any) -> Any:
     return {key: _without_none(one) for key, one in value.items() if one is not None}
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Digest of a file of rows.
+
+    Raises:
+        RecipeError: It is not there.
+    """
     if not path.is_file():
         raise RecipeError(f"the recipe's file {path} does not exist (from {Path.cwd()})")
     held = path.stat()
