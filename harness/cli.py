@@ -1210,7 +1210,7 @@ def data_sample_command(
     ] = None,
     teacher_model: Annotated[
         str,
-        typer.Option(help="The teacher's name there; without one its address tells it from others."),
+        typer.Option(help="The teacher's name there; by default it is known by its address."),
     ] = "teacher",
     fps: Annotated[float, typer.Option(min=0.01, help="Frames from a second of video.")] = 2.0,
     max_frames: Annotated[int, typer.Option(min=1, help="Most frames of a video.")] = 512,

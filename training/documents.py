@@ -42,8 +42,8 @@ from internvideo3.training.scale.pixels import NOISE, SAMPLE_FPS, SIDE_PX, sampl
 SCORED_AS = "world_manyq"
 """The suite by whose rules answers are rewarded; all suites of the world share one scorer."""
 WITHOUT_SCORE = {
-    Outcome.NO_TRUTH: "it has no right answer, which {} does not publish; give one",
-    Outcome.JUDGE_NEEDED: "only a judge could score it by the rules of {}; give one that a rule can",
+    Outcome.NO_TRUTH: "it has no right answer that {} could score responses by; give one",
+    Outcome.JUDGE_NEEDED: "of {} only a judge could score responses to it; give one that rules can",
 }
 """Outcome → why no response can earn anything, and what to do."""
 

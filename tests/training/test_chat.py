@@ -28,8 +28,8 @@ from internvideo3.training.curation.records import DataError, write_rows
 from internvideo3.training.documents import Document
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE
 from internvideo3.training.packing import pack
-from internvideo3.training.probe import note_losses
 from internvideo3.training.policy import Policy
+from internvideo3.training.probe import note_losses
 from internvideo3.training.processes import Processes
 from internvideo3.training.recipe import (
     ChatData,
@@ -520,12 +520,12 @@ def test_rows_on_which_no_response_can_earn_are_no_prompts_of_gspo(
     assert {source.prompt(index).doc["id"] for index in range(4)} == {"good"}
     why = {source.rows[name][number]["id"]: told for (name, number), told in source.bad.items()}
     assert why == {
-        "egoschema": "it has no right answer, which egoschema does not publish; give one, or leave "
-        "the row out",
-        "motionbench": "it has no right answer, which motionbench does not publish; give one, or "
+        "egoschema": "it has no right answer that egoschema could score responses by; give one, or "
         "leave the row out",
-        "tempcompass": "only a judge could score it by the rules of tempcompass; give one that a "
-        "rule can, or leave the row out",
+        "motionbench": "it has no right answer that motionbench could score responses by; give "
+        "one, or leave the row out",
+        "tempcompass": "of tempcompass only a judge could score responses to it; give one that "
+        "rules can, or leave the row out",
     }
     unscored = ChatDocuments(files, loaded[1], 0, RowLimits(2048, scored=False))
     assert len({unscored.prompt(index).benchmark for index in range(4)}) == 4 and not unscored.bad

@@ -168,7 +168,7 @@ def test_rows_that_cannot_be_used_are_told_within_a_budget(videos: Path, tmp_pat
     why = {row["id"]: row["reason"] for row in read_rows(tmp_path / "out.dropped.jsonl")}
     assert "broken.mp4" in why["broken"] and why["silent"] == "cannot be used: has no 'messages'"
     assert "did you mean videomme" in why["unruled"]
-    assert "no right answer, which motionbench does not publish" in why["hidden"]
+    assert "no right answer that motionbench could score responses by" in why["hidden"]
     write_rows(tmp_path / "many.jsonl", [about(f"b{n}", "broken.mp4") for n in range(30)])
     with pytest.raises(DataError, match="11 of 30 rows of .* more than 1%"):
         write_samples(options(tmp_path / "many.jsonl", tmp_path / "none.jsonl"), quiet)

@@ -123,7 +123,7 @@ def test_a_row_on_which_no_response_can_earn_is_not_exported(
     made = export(recipe, "gspo", tmp_path / "out")
     (why,) = made.dropped.items()
     assert made.kept == 1 and why[0].endswith("rl.jsonl, row 1")
-    assert why[1].startswith("it has no right answer, which motionbench does not publish; give one")
+    assert why[1].startswith("it has no right answer that motionbench could score responses by")
 
 
 def test_the_reward_that_verl_loads_by_path_is_the_rule_of_training(
