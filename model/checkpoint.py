@@ -13,7 +13,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -458,25 +459,34 @@ def read_weights(kind: Any, path: Path, **given: Any) -> Any:
         CheckpointError: they are not there, damaged, or do not fit the configuration.
     """
     from safetensors import SafetensorError
-    from transformers.utils import logging
 
     size = sum(file.stat().st_size for file in weight_files(path))
+    try:
+        with bars_for(size):
+            model, report = kind.from_pretrained(
+                path, use_safetensors=True, local_files_only=True, output_loading_info=True, **given
+            )
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    check_complete(path, report)
+    return model
+
+
+@contextmanager
+def bars_for(size: int) -> Iterator[None]:
+    """Bars of transformers while so many bytes are read or written: only where it takes a while."""
+    from transformers.utils import logging
+
     # Where the environment decides, it cannot be overruled but with a warning.
     decided = "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ
     hidden = size < LONG_BYTES and logging.is_progress_bar_enabled() and not decided
     if hidden:
         logging.disable_progress_bar()
     try:
-        model, report = kind.from_pretrained(
-            path, use_safetensors=True, local_files_only=True, output_loading_info=True, **given
-        )
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+        yield
     finally:
         if hidden:
             logging.enable_progress_bar()
-    check_complete(path, report)
-    return model
 
 
 def torch_type(dtype: str | torch.dtype) -> torch.dtype:

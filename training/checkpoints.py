@@ -13,7 +13,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,8 @@ def save(
             part.mkdir(parents=True)
 
     def write() -> None:
-        save_state(held, checkpoint_id=part, no_dist=group.count == 1)
+        with _unwarned():
+            save_state(held, checkpoint_id=part, no_dist=group.count == 1)
 
     def finish() -> None:
         if group.first:
@@ -115,7 +118,8 @@ def resume(
     model, state = get_state_dict(policy, optimizer)
     held: dict[str, Any] = {"model": model, "optimizer": state}
     try:
-        load_state(held, checkpoint_id=place, no_dist=group.count == 1)
+        with _unwarned():
+            load_state(held, checkpoint_id=place, no_dist=group.count == 1)
     except (OSError, CheckpointException) as error:
         raise _unread(place, _reason(error)) from error
     set_state_dict(
@@ -158,6 +162,14 @@ def _remove_others(folder: Path, place: Path) -> None:
             shutil.rmtree(old)
         except OSError as error:
             log.warning("the old state %s cannot be removed: %s", old, _reason(error))
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without torch's warning that there is one process only, which was asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _failure(act: Callable[[], None]) -> OSError | CheckpointException | None:

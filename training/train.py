@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from internvideo3.model.checkpoint import (
+    bars_for,
     load_model,
     processor_digest,
     resolve_checkpoint,
@@ -490,7 +491,8 @@ def _write_part(part: Path, model: Any, weights: Any, processor: Any, digest: st
     named = {key.removeprefix("model."): value.cpu() for key, value in weights.items()}
     if model.config.tie_word_embeddings:
         named.pop("lm_head.weight", None)
-    model.save_pretrained(part, state_dict=named)
+    with bars_for(sum(value.nbytes for value in named.values())):
+        model.save_pretrained(part, state_dict=named)
     processor.save_pretrained(part)
     (part / "trained.txt").write_text(digest + "\n")
     os.sync()
