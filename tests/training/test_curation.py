@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from internvideo3.harness.data import (
     CurateOptions,
@@ -448,6 +449,37 @@ class TestFingerprints:
         assert same(blank, grey) and not same(blank, shown)
         assert named({"blank": blank, "shown": shown, "grey": grey})["grey"] == "blank"
 
+    def test_clips_of_one_fixed_camera_are_different_videos(self) -> None:
+        """What stands still is most of them; a copy of one is found all the same."""
+        rng = np.random.default_rng(0)
+        coarse = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8))
+        room_HWC = np.asarray(coarse.resize((320, 180), Image.Resampling.BICUBIC))
+
+        def clip(seed: int, later_s: float = 0.0, noise: float = 0.0) -> Any:
+            rng = np.random.default_rng(seed)
+            (x, y), speed = rng.integers(0, (280, 120)), rng.integers(-15, 15, 2)
+            colour = rng.integers(0, 255, 3)
+            pixels_THWC = np.repeat(room_HWC[None], 16, 0)
+            for second, frame_HWC in enumerate(pixels_THWC):
+                at = np.clip((x, y) + speed * (second + later_s), 0, (280, 120)).astype(int)
+                frame_HWC[at[1] : at[1] + 60, at[0] : at[0] + 40] = colour
+            noisy = pixels_THWC + rng.normal(0, noise, pixels_THWC.shape)
+            return fingerprint(np.clip(noisy, 0, 255).astype(np.uint8))
+
+        clips = {str(seed): clip(seed) for seed in range(12)}
+        alike = [fingerprints.likeness(a, b) for a in clips.values() for b in clips.values()]
+        assert float(np.median(alike)) > fingerprints.ALIKE
+        names = named(clips)
+        assert len(set(names.values())) >= 11
+        copies = {f"copy of {n}": clip(int(n), later_s=0.25, noise=8) for n in clips}
+        assert fingerprints.shown_in(copies, clips) == {
+            f"copy of {n}": name for n, name in names.items()
+        }
+        still = np.repeat(room_HWC[None], 16, 0)
+        shaken = [np.clip(still + rng.normal(0, 8, still.shape), 0, 255) for _ in "ab"]
+        one, other = (fingerprint(frames.astype(np.uint8)) for frames in shaken)
+        assert same(one, other), "noise is no motion"
+
     def test_a_copy_of_a_benchmarks_second_video_is_found_where_the_first_is_like_that(
         self, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -480,10 +512,11 @@ class TestFingerprints:
         monkeypatch.setattr(fingerprints, "BLOCK", 16)
         monkeypatch.setattr(fingerprints, "COLUMNS", 24)
         rng = np.random.default_rng(0)
-        held = {f"b{n}": rng.normal(0, 2, 5).astype(np.float32) for n in range(60)}
-        held["blank"] = np.zeros(5, np.float32)
-        mine = {f"v{n}": rng.normal(0, 2, 5).astype(np.float32) for n in range(60)}
-        mine["black"] = np.zeros(5, np.float32)
+        held = {f"b{n}": rng.normal(0, 2, 8).astype(np.float32) for n in range(60)}
+        held["blank"] = np.zeros(8, np.float32)
+        mine = {f"v{n}": steps + rng.normal(0, 1, 8).astype(np.float32)
+                for n, steps in enumerate(list(held.values())[:60])}  # fmt: skip
+        mine["black"] = np.zeros(8, np.float32)
         truth = {
             key: first for key, steps in mine.items()
             if (first := next((k for k, one in held.items() if same(one, steps)), None))
