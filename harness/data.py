@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -11,6 +12,7 @@ from typing import Any
 
 from internvideo3.harness import provenance
 from internvideo3.harness.agent.tools import segmentation
+from internvideo3.harness.provenance import file_digest
 from internvideo3.tasks.decoder import IsolatedReader
 from internvideo3.tasks.video import VideoError
 from internvideo3.training.curation import filters
@@ -32,7 +34,9 @@ from internvideo3.training.curation.pipeline import Changes, Curation
 from internvideo3.training.curation.records import (
     DataError,
     Row,
+    is_address,
     keys_of,
+    media_of,
     moved,
     read_rows,
     user_text,
@@ -215,7 +219,13 @@ def check_rows(
             progress("rows", number, len(rows))
     names = named(prints.known)
     by_row = {str(row["id"]): [str(one) for one in _paths(row, path.parent)] for row in usable}
-    contents = {key: [names[video] for video in shown] for key, shown in by_row.items()}
+    contents = {
+        str(row["id"]): [
+            names[str(path.parent / where)] if kind == "video" else prints.others[kind, where]
+            for kind, where in media_of(row)
+        ]
+        for row in usable
+    }
     unique = filters.without_repeats(usable, contents)
     clean = filters.without_benchmarks(unique.rows, by_row, shown_in(prints.known, held), asked)
     kept = Kept(clean.rows, budget.bad | unique.dropped | clean.dropped).or_fail("the check")
@@ -234,6 +244,8 @@ class _Prints:
         self.reader = reader
         self.known: dict[str, Steps] = {}
         self.broken: dict[str, VideoError] = {}
+        self.others: dict[tuple[str, str], str] = {}
+        """Kind and place of a picture or of anything else → a digest of its content."""
 
     def of_benchmark(self, video: Path) -> Steps:
         """The fingerprint of a benchmark's video.
@@ -250,13 +262,17 @@ class _Prints:
             ) from error
 
     def of_row(self, row: Row, folder: Path) -> None:
-        """Take in a row's videos.
+        """Take in a row's videos and pictures.
 
         Raises:
             VideoError: One cannot be read.
+            OSError: A picture is not there.
             LookupError, TypeError: The row is of another form.
         """
         user_text(row)
+        for kind, where in media_of(row):
+            if kind != "video" and (kind, where) not in self.others:
+                self.others[kind, where] = _digest(kind, where, folder)
         for path in _paths(row, folder):
             key = str(path)
             if key in self.broken:
@@ -271,6 +287,13 @@ class _Prints:
 
     def _read(self, path: Path) -> Steps:
         return fingerprint(self.reader.read(path, fps=1.0, max_frames=64).pixels_THWC)
+
+
+def _digest(kind: str, where: str, folder: Path) -> str:
+    """A picture's by its file; of what is no file here, by what is said of it."""
+    if kind == "picture" and not is_address(where):
+        return f"{kind} {file_digest(folder / where)}"
+    return f"{kind} {hashlib.sha256(where.encode(errors='surrogatepass')).hexdigest()}"
 
 
 def mix_rows(

@@ -773,6 +773,35 @@ class TestCommands:
         assert dropped["copied"] == "repeats the question videomme/7"
         assert {r["id"] for r in read_rows(tmp_path / "clean.dropped.jsonl")} == set(dropped)
 
+    def test_rows_of_different_pictures_are_no_repeats(self, tmp_path: Path) -> None:
+        def row(key: str, *shown: str, kind: str = "image_url") -> Any:
+            parts = [{"type": kind, kind: {"url": one}} for one in shown]
+            said = {"type": "text", "text": "What is seen here?"}
+            return {"id": key, "messages": [{"role": "user", "content": [*parts, said]}]}
+
+        for n in range(4):
+            Image.new("RGB", (8, 8), (40 * n, 0, 0)).save(tmp_path / f"{n}.png")
+        (tmp_path / "copy.png").write_bytes((tmp_path / "0.png").read_bytes())
+        web = "https://host/a.png"
+        rows = [
+            *(row(str(n), f"{n}.png") for n in range(4)), row("copied", "copy.png"),
+            row("pair", "0.png", "1.png"), row("turned", "1.png", "0.png"),
+            row("pair again", "copy.png", "1.png"), row("web", web), row("web again", web),
+            row("lost", "none.png"), row("text"), row("text again"),
+            row("heard", "a.wav", kind="audio_url"), row("heard else", "b.wav", kind="audio_url"),
+        ]  # fmt: skip
+        write_rows(tmp_path / "rows.jsonl", rows)
+        _, dropped = check_rows(tmp_path / "rows.jsonl", tmp_path / "clean.jsonl", None, None)
+        assert "none.png" in dropped.pop("lost")
+        assert dropped == {
+            "copied": "asks what 0 asks of the same picture",
+            "pair again": "asks what pair asks of the same pictures",
+            "web again": "asks what web asks of the same picture",
+            "text again": "asks what text asks",
+        }
+        unnamed = filters.without_repeats(rows[:2], {"0": (), "1": ()})
+        assert not unnamed.dropped, "rows with media of which nothing is known are no repeats"
+
     def test_the_command_line_tells_a_mistake_in_a_sentence(self, tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "internvideo3.harness.cli", "data", "curate", str(tmp_path),

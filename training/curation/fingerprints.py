@@ -58,7 +58,7 @@ def likeness(a_S: Steps, b_S: Steps) -> float:
 
 
 def same(a_S: Steps, b_S: Steps) -> bool:
-    """Whether two fingerprints are of one video: alike in all, and in what moves if there is much."""
+    """Whether two fingerprints are of one video: alike in all, and in what moves if much does."""
     if likeness(a_S, b_S) < ALIKE:
         return False
     moving_a, moving_b = _moving(a_S), _moving(b_S)
