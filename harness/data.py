@@ -13,6 +13,7 @@ from typing import Any
 from internvideo3.harness import provenance
 from internvideo3.harness.agent.tools import segmentation
 from internvideo3.harness.provenance import file_digest
+from internvideo3.harness.video_files import candidates, found_videos, is_named_video
 from internvideo3.tasks.decoder import IsolatedReader
 from internvideo3.tasks.video import VideoError
 from internvideo3.training.curation import filters
@@ -46,7 +47,7 @@ from internvideo3.training.curation.records import (
 from internvideo3.training.endpoint import Endpoint
 
 Progress = Callable[[str, int, int], None]
-VIDEO_NAMES = frozenset({".mp4", ".mkv", ".webm", ".mov", ".avi"})
+Tell = Callable[[str], None]
 FILTERS: dict[str, Callable[[Sequence[Row]], Kept]] = {
     "iou": filters.by_iou, "mixed": filters.by_mixed_answers, "gap": filters.by_gap,
 }  # fmt: skip
@@ -54,6 +55,10 @@ FILTERS: dict[str, Callable[[Sequence[Row]], Kept]] = {
 
 def _unwatched(name: str, done: int, total: int) -> None:
     """Nobody watches."""
+
+
+def _unheard(said: str) -> None:
+    """Nobody listens."""
 
 
 def scene_changes(video: Path) -> list[float]:
@@ -189,10 +194,12 @@ def check_rows(
     benchmark_questions: Path | None,
     most_bad: float = MOST_BAD,
     progress: Progress = _unwatched,
+    tell: Tell = _unheard,
 ) -> tuple[int, dict[str, str]]:
     """Write rows without repeats and without what benchmarks hold; kept and drops.
 
-    A row that cannot be used is among the drops, up to a budget.
+    A row that cannot be used is among the drops, up to a budget. What of a benchmark was compared,
+    and what was not, is told in words.
 
     Raises:
         DataError: A file is missing or no video, too many rows cannot be used, a row has no id, a
@@ -202,14 +209,10 @@ def check_rows(
     keys = keys_of(path, rows)
     budget = Budget(str(path), len(rows), most_bad)
     asked = {} if benchmark_questions is None else _questions(benchmark_questions)
-    benchmark = () if benchmark_videos is None else found_videos((benchmark_videos,))
     usable: list[Row] = []
-    held: dict[str, Steps] = {}
     with closing(IsolatedReader()) as reader:
         prints = _Prints(reader)
-        for number, video in enumerate(benchmark, start=1):
-            held[f"{BENCHMARK}{video}"] = prints.of_benchmark(video)
-            progress("benchmark", number, len(benchmark))
+        held = {} if benchmark_videos is None else prints.held(benchmark_videos, progress, tell)
         for number, (key, row) in enumerate(zip(keys, rows, strict=True), start=1):
             try:
                 prints.of_row(row, path.parent)
@@ -247,19 +250,35 @@ class _Prints:
         self.others: dict[tuple[str, str], str] = {}
         """Kind and place of a picture or of anything else → a digest of its content."""
 
-    def of_benchmark(self, video: Path) -> Steps:
-        """The fingerprint of a benchmark's video.
+    def held(self, folder: Path, progress: Progress, tell: Tell) -> dict[str, Steps]:
+        """A benchmark's videos: every file is tried that is not by its name something else.
 
         Raises:
-            DataError: It cannot be read, so that nobody could say what shares it.
+            DataError: There is none, or what is by its name a video cannot be read, so that nobody
+                could say what shares it.
         """
-        try:
-            return self._read(video)
-        except VideoError as error:
-            raise DataError(
-                f"the benchmark's video {video} cannot be compared: {error} Repair it, or take it "
-                "out of the folder."
-            ) from error
+        found = candidates(folder)
+        held: dict[str, Steps] = {}
+        unread: list[str] = []
+        for number, file in enumerate(found.tried, start=1):
+            try:
+                held[f"{BENCHMARK}{file}"] = self._read(file)
+            except VideoError as error:
+                if is_named_video(file):
+                    raise DataError(
+                        f"the benchmark's video {file} cannot be compared: {error} Repair it, or "
+                        "take it out of the folder."
+                    ) from error
+                unread.append(file.name)
+            progress("benchmark", number, len(found.tried))
+        others = len(found.others)
+        if not held:
+            raise DataError(f"none of the {len(found.tried) + others} files in {folder} is a video")
+        tell(
+            f"{folder}: compared with {len(held)} of its files; not with {len(unread)} that no "
+            f"decoder reads{_few(unread)}, nor with {others} texts, pictures and the like."
+        )
+        return held
 
     def of_row(self, row: Row, folder: Path) -> None:
         """Take in a row's videos and pictures.
@@ -287,6 +306,11 @@ class _Prints:
 
     def _read(self, path: Path) -> Steps:
         return fingerprint(self.reader.read(path, fps=1.0, max_frames=64).pixels_THWC)
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first of some names, in brackets."""
+    return f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
 
 
 def _digest(kind: str, where: str, folder: Path) -> str:
@@ -367,23 +391,6 @@ def _moved_rows(path: Path, out: Path) -> list[Row]:
         except (LookupError, TypeError) as error:
             raise DataError(f"{path}, row {number}, is not in the chat form: {error!r}") from error
     return rows
-
-
-def found_videos(paths: Sequence[Path]) -> list[Path]:
-    """Videos among files and folders, in the order of their names.
-
-    Raises:
-        DataError: There is none.
-    """
-    found = [
-        one
-        for path in paths
-        for one in (sorted(path.rglob("*")) if path.is_dir() else [path])
-        if one.suffix.lower() in VIDEO_NAMES
-    ]
-    if not found:
-        raise DataError(f"no video among {', '.join(map(str, paths))} ({', '.join(VIDEO_NAMES)})")
-    return found
 
 
 def _paths(row: Row, folder: Path) -> list[Path]:

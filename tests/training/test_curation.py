@@ -24,6 +24,7 @@ from internvideo3.harness.data import (
     mix_rows,
     scene_changes,
 )
+from internvideo3.harness.video_files import found_videos
 from internvideo3.tasks.video import read_frames
 from internvideo3.training.curation import filters, fingerprints, synthesis
 from internvideo3.training.curation.distribution import distribution, figure5, table1
@@ -772,6 +773,49 @@ class TestCommands:
         assert "other-name.mp4" in dropped["seen"] and "other-name.mp4" in dropped["pair"]
         assert dropped["copied"] == "repeats the question videomme/7"
         assert {r["id"] for r in read_rows(tmp_path / "clean.dropped.jsonl")} == set(dropped)
+
+    def test_a_benchmarks_videos_are_found_whatever_they_are_called_and_linked(
+        self, videos: Path, tmp_path: Path
+    ) -> None:
+        def row(number: int) -> Any:
+            asked = Asked(category="Plot Understanding", question=f"What of {number}?",
+                          options=("a", "b"), answer="a", evidence_s=(0, 1))  # fmt: skip
+            story = replace(STORY, video=str(videos / f"v{number}.mp4"))
+            return chat_row(str(number), story, asked)
+
+        write_rows(tmp_path / "rows.jsonl", [row(n) for n in range(4)])
+        held, away = tmp_path / "held", tmp_path / "away"
+        for folder in (held, away):
+            folder.mkdir()
+        names = held / "a.M4V", held / "b1946ac9", away / "c.ts"
+        for number, name in enumerate(names):
+            name.write_bytes((videos / f"v{number}.mp4").read_bytes())
+        moving = [Image.new("L", (32, 32), shade) for shade in (0, 90, 30, 200, 10)]
+        moving[0].save(held / "d.gif", save_all=True, append_images=moving[1:], duration=400)
+        (held / "linked").symlink_to(away)
+        (away / "round").symlink_to(held)
+        (held / "notes.txt").write_text("no video")
+        (held / "parts.zip").write_bytes(b"no video")
+        told: list[str] = []
+        kept, dropped = check_rows(
+            tmp_path / "rows.jsonl", tmp_path / "clean.jsonl", held, None, tell=told.append
+        )
+        assert kept == 1 and dropped.keys() == {"0", "1", "2"}
+        assert told == [
+            f"{held}: compared with 4 of its files; not with 1 that no decoder reads (parts.zip), "
+            "nor with 1 texts, pictures and the like."
+        ]
+
+    def test_videos_are_found_once(self, videos: Path, tmp_path: Path) -> None:
+        """Named and in the folder, by a link, in another writing; a named one by any ending."""
+        (tmp_path / "again.mp4").symlink_to(videos / "v0.mp4")
+        (tmp_path / "all").symlink_to(videos)
+        (tmp_path / "clip.dat").write_bytes(b"")
+        found = found_videos((videos / "v1.mp4", videos, tmp_path, videos / ".." / videos.name))
+        assert [path.name for path in found] == ["v1.mp4", "v0.mp4", "v2.mp4", "v3.mp4"]
+        assert found_videos((tmp_path / "clip.dat",)) == [tmp_path / "clip.dat"]
+        with pytest.raises(DataError, match="vidoes is not there"):
+            found_videos((videos, tmp_path / "vidoes"))
 
     def test_rows_of_different_pictures_are_no_repeats(self, tmp_path: Path) -> None:
         def row(key: str, *shown: str, kind: str = "image_url") -> Any:
