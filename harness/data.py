@@ -12,6 +12,7 @@ from typing import Any
 
 from internvideo3.harness import provenance
 from internvideo3.harness.agent.tools import segmentation
+from internvideo3.harness.outputs import alone, make_ready
 from internvideo3.harness.provenance import file_digest
 from internvideo3.harness.video_files import candidates, found_videos, is_named_video
 from internvideo3.tasks.decoder import IsolatedReader
@@ -93,7 +94,8 @@ def curate(options: CurateOptions, progress: Progress) -> dict[str, Any]:
     """Videos to questions, Table 1, Figure 5 and a card; goes on where it was stopped.
 
     Raises:
-        DataError: There is no video, too many fail, or the folder holds what other options made.
+        DataError: There is no video, too many fail, the folder holds what other options made, or
+            another command is writing to it.
         EndpointError: The server does not answer; what is finished is kept.
     """
     reader = IsolatedReader()
@@ -108,14 +110,14 @@ def curate(options: CurateOptions, progress: Progress) -> dict[str, Any]:
         most_failures=options.most_failures,
     )
     videos = found_videos(options.videos)
-    claim(options.out, _decides(options, curation), _revision(), ("narratives/*", "asked/*"))
-    try:
+    options.out.mkdir(parents=True, exist_ok=True)
+    with closing(reader), alone(options.out):
+        claim(options.out, _decides(options, curation), _revision(), ("narratives/*", "asked/*"))
         rows = curation.run(videos, progress)
-    finally:
-        reader.close()
-    if not rows:
-        raise DataError(f"no question passed the checks; {options.out / 'dropped.jsonl'} says why")
-    return describe(options.out / "questions.jsonl", options.out, options.command)
+        if not rows:
+            why = options.out / "dropped.jsonl"
+            raise DataError(f"no question passed the checks; {why} says why")
+        return describe(options.out / "questions.jsonl", options.out, options.command)
 
 
 def _decides(options: CurateOptions, curation: Curation) -> dict[str, Any]:
@@ -177,6 +179,7 @@ def filter_rows(
     """
     if kind not in FILTERS:
         raise DataError(f"no filter {kind!r}; known: {', '.join(FILTERS)}")
+    make_ready(out)
     rows = read_rows(path)
     keys_of(path, rows)
     kept = FILTERS[kind](rows).or_fail(f"the filter {kind}")
@@ -205,6 +208,7 @@ def check_rows(
         DataError: A file is missing or no video, too many rows cannot be used, a row has no id, a
             benchmark's video cannot be read, or nothing is left.
     """
+    make_ready(out)
     rows = read_rows(path)
     keys = keys_of(path, rows)
     budget = Budget(str(path), len(rows), most_bad)
@@ -337,6 +341,7 @@ def mix_rows(
             file is given twice.
         RecipeError: The shares do not sum to 1.
     """
+    make_ready(out)
     if preset is None:
         shares = _own_shares(sources)
         read = _read_sources([Path(name) for name in shares], out)

@@ -24,6 +24,9 @@ from internvideo3.harness.data import (
     mix_rows,
     scene_changes,
 )
+from internvideo3.harness.locks import lock
+from internvideo3.harness.rollouts import RolloutsOptions, write_rollouts
+from internvideo3.harness.sample import SampleOptions, write_samples
 from internvideo3.harness.video_files import found_videos
 from internvideo3.tasks.video import read_frames
 from internvideo3.training.curation import filters, fingerprints, synthesis
@@ -816,6 +819,46 @@ class TestCommands:
         assert found_videos((tmp_path / "clip.dat",)) == [tmp_path / "clip.dat"]
         with pytest.raises(DataError, match="vidoes is not there"):
             found_videos((videos, tmp_path / "vidoes"))
+
+    def test_the_place_of_results_is_made_before_the_work(self, tmp_path: Path) -> None:
+        commands: dict[str, Any] = {
+            "check": lambda rows, out: check_rows(rows, out, None, None),
+            "filter": lambda rows, out: filter_rows("iou", rows, out, None, 0),
+            "mix": lambda rows, out: mix_rows([f"{rows}=1"], out, 1, 0),
+        }
+        rows = tmp_path / "rows.jsonl"
+        (tmp_path / "folder.jsonl").mkdir()
+        for name, command in commands.items():
+            with pytest.raises(DataError, match=r"out\.csv must end in \.jsonl or \.parquet"):
+                command(rows, tmp_path / "out.csv")
+            with pytest.raises(DataError, match=r"folder\.jsonl is a folder; give a file"):
+                command(rows, tmp_path / "folder.jsonl")
+            with pytest.raises(DataError, match=r"rows\.jsonl does not exist"):
+                command(rows, tmp_path / "new" / name / "out.jsonl")
+            assert (tmp_path / "new" / name).is_dir()
+        write_rows(rows, [TestFilters.rollout("half", "10 - 15")])
+        commands["filter"](rows, tmp_path / "newer" / "kept.jsonl")
+        assert len(read_rows(tmp_path / "newer" / "kept.jsonl")) == 1
+
+    def test_two_commands_do_not_write_to_one_place(self, videos: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out.jsonl"
+        nobody = Endpoint(url="http://127.0.0.1:9/v1", model="m", attempts=1)
+        rows, asking = tmp_path / "rows.jsonl", Any
+        curated = self.options(videos, tmp_path, nobody, writer=nobody, guesser=None)
+        sampled = SampleOptions(rows=rows, out=out, model="none")
+        rollouts = RolloutsOptions(rows=rows, out=out, asking=asking)  # type: ignore[arg-type]
+        commands: dict[str, Any] = {
+            "curate": lambda: curate(curated, lambda *_: None),
+            "sample": lambda: write_samples(sampled, lambda *_: None),
+            "rollouts": lambda: write_rollouts(rollouts, lambda *_: None),
+        }
+        for name, command in commands.items():
+            path = tmp_path / (".lock" if name == "curate" else ".out.jsonl.lock")
+            with lock(path), pytest.raises(DataError, match="another command is writing to"):
+                command()
+            with pytest.raises(ValueError, match=r"did not answer|does not exist|no checkpoint"):
+                command()
+            assert not path.exists()
 
     def test_rows_of_different_pictures_are_no_repeats(self, tmp_path: Path) -> None:
         def row(key: str, *shown: str, kind: str = "image_url") -> Any:

@@ -102,6 +102,16 @@ def read_rows(path: Path) -> list[Row]:
     return list(_lines(path))
 
 
+def check_ending(path: Path) -> None:
+    """Make sure that rows can be written to a file of this name.
+
+    Raises:
+        DataError: It ends in neither `.jsonl` nor `.parquet`.
+    """
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise DataError(f"{path} must end in .jsonl or .parquet")
+
+
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows, all or nothing.
 
@@ -111,8 +121,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         DataError: The name ends in neither `.jsonl` nor `.parquet`, or JSON has no form of a value.
     """
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise DataError(f"{path} must end in .jsonl or .parquet")
+    check_ending(path)
     part = path.with_suffix(f"{path.suffix}.part")
     if path.suffix == ".parquet":
         _write_parquet(path, part, list(rows))
