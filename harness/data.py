@@ -163,9 +163,9 @@ def describe(path: Path, out: Path, command: Sequence[str]) -> dict[str, Any]:
     known = {"command": " ".join(command), "commit": _revision()}
     if origin["revisions"]:
         known["curated at"] = ", then ".join(origin["revisions"])
-    (out / "card.md").write_text(
-        data_card(path.stem, path, rows, dropped, known | origin["options"]), encoding="utf-8"
-    )
+    card = data_card(path.stem, path, rows, dropped, known | origin["options"])
+    # The command may name files whose names are no text.
+    (out / "card.md").write_text(card, encoding="utf-8", errors="backslashreplace")
     return told
 
 

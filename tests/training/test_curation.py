@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -28,18 +29,20 @@ from internvideo3.harness.locks import lock
 from internvideo3.harness.rollouts import RolloutsOptions, write_rollouts
 from internvideo3.harness.sample import SampleOptions, write_samples
 from internvideo3.harness.video_files import found_videos
-from internvideo3.tasks.video import read_frames
+from internvideo3.tasks.video import Frames, read_frames
 from internvideo3.training.curation import filters, fingerprints, synthesis
 from internvideo3.training.curation.distribution import distribution, figure5, table1
 from internvideo3.training.curation.fingerprints import fingerprint, named, same
 from internvideo3.training.curation.mixing import told_apart
 from internvideo3.training.curation.narrative import entity_fault, order_fault
+from internvideo3.training.curation.pipeline import Curation
 from internvideo3.training.curation.records import (
     Asked,
     Clip,
     DataError,
     Narrative,
     chat_row,
+    keys_of,
     moved,
     read_rows,
     write_rows,
@@ -552,6 +555,94 @@ class TestFingerprints:
         assert named({}) == {}
 
 
+class TestPipeline:
+    """With a reader and a writer that know nothing of videos."""
+
+    @staticmethod
+    def curate(out: Path, videos: Any, question: str = json.dumps(GOOD), **more: Any) -> Any:
+        def write(prompt: str, pictures: Any) -> str:
+            if "Write [n]" in prompt:
+                return "A man cooks [1]."
+            return question if "Reply with JSON" in prompt else "A man cooks."
+
+        def read(path: Path, **_: Any) -> Frames:
+            return Frames(pixels_THWC=np.zeros((2, 8, 8, 3), np.uint8), indices=(0, 1),
+                          source_fps=1.0, total_frames=20, duration_s=20.0, digest="x")  # fmt: skip
+
+        told = Curation(out=out, changes=lambda video: [], read=read, write=write, per_video=1)
+        return replace(told, **more).run(videos, lambda *_: None)
+
+    @staticmethod
+    def files(folder: Path, *names: str) -> list[Path]:
+        for name in names:
+            (folder / name).write_bytes(name.encode(errors="surrogateescape"))
+        return sorted(folder.iterdir())
+
+    def test_videos_of_odd_names_end_no_run(self, tmp_path: Path) -> None:
+        """A name may be as long as a file's, and of bytes that are no text."""
+        (tmp_path / "in").mkdir()
+        long = "é" * 125 + ".mp4"
+        videos = self.files(tmp_path / "in", "a.mp4", long, "caf\udce9.mp4")
+        rows = self.curate(tmp_path / "out", videos, most_failures=0.5)
+        shown = [row["messages"][0]["content"][0]["video_url"]["url"] for row in rows]
+        assert [Path(one).name for one in shown] == ["a.mp4", long]
+        keys_of(tmp_path / "out" / "questions.jsonl", rows)
+        (drop,) = read_rows(tmp_path / "out" / "dropped.jsonl")
+        assert r"caf\udce9.mp4': that is no UTF-8; rename it" in drop["reason"]
+        usual = tmp_path / "in" / "a.mp4"
+        digest = hashlib.sha256(str(usual.resolve()).encode()).hexdigest()[:8]
+        assert rows[0]["id"] == f"a-{digest}/0", "folders of earlier versions have these names"
+
+    @pytest.mark.parametrize(
+        "reply",
+        [
+            '{"question": ' + "[" * 20_000,
+            json.dumps(GOOD).replace('"start_s": 2', '"start_s": 2' + "0" * 400),
+            json.dumps(GOOD | {"question": "What is \ud83d cut?"}),
+            json.dumps(GOOD | {"distractors": ["a \udc00 leek", "a green pepper", "a carrot"]}),
+        ],
+        ids=["brackets", "digits", "half a character", "half a character in an option"],
+    )
+    def test_a_degenerate_reply_costs_one_question(self, reply: str, tmp_path: Path) -> None:
+        (tmp_path / "in").mkdir()
+        assert self.curate(tmp_path / "out", self.files(tmp_path / "in", "a.mp4"), reply) == []
+        (drop,) = read_rows(tmp_path / "out" / "dropped.jsonl")
+        assert "the reply is not the JSON that was asked for" in drop["reason"]
+
+    def test_videos_that_are_added_are_dealt_the_next_categories(self, tmp_path: Path) -> None:
+        """Whatever their names are; also where an earlier version wrote down no places."""
+        (tmp_path / "in").mkdir()
+        out = tmp_path / "out"
+        self.curate(out, self.files(tmp_path / "in", *(f"{name}.mp4" for name in "klmnop")))
+        for path in (out / "asked").iterdir():
+            kept = json.loads(path.read_text())
+            path.write_text(json.dumps({"rows": kept["rows"], "dropped": kept["dropped"]}))
+        self.curate(out, self.files(tmp_path / "in", "a.mp4", "z.mp4"))
+        rows = self.curate(out, self.files(tmp_path / "in", "b.mp4", "c.mp4"))
+        wanted = Counter(synthesis.category_at(n) for n in range(10))
+        assert Counter(row["category"] for row in rows) == wanted
+        # One that is gone leaves its place to the next one.
+        (tmp_path / "in" / "a.mp4").unlink()
+        rows = self.curate(out, self.files(tmp_path / "in", "d.mp4"))
+        assert Counter(row["category"] for row in rows) == wanted
+
+    def test_a_video_that_was_replaced_is_curated_anew(self, tmp_path: Path) -> None:
+        (tmp_path / "in").mkdir()
+        videos = self.files(tmp_path / "in", "a.mp4", "b.mp4")
+        self.curate(tmp_path / "out", videos)
+        other = json.dumps(GOOD | {"question": "What does he cut last?"})
+        videos[0].touch()
+        asked = self.asked(self.curate(tmp_path / "out", videos, other))
+        assert asked == [GOOD["question"]] * 2, "the same file with another time is no other one"
+        videos[0].write_bytes(b"b.mp4")  # as long as before
+        asked = self.asked(self.curate(tmp_path / "out", videos, other))
+        assert asked == ["What does he cut last?", GOOD["question"]]
+
+    @staticmethod
+    def asked(rows: Any) -> list[str]:
+        return [row["messages"][0]["content"][1]["text"].split("\n")[0] for row in rows]
+
+
 class TestCommands:
     def options(self, videos: Path, out: Path, teacher: Any, **changed: Any) -> CurateOptions:
         made = CurateOptions(
@@ -913,6 +1004,10 @@ class TestEndpoint:
         teacher.missing = [10_000, 0]
         assert patient(teacher).write("x") == "I cannot know."
         assert not teacher.missing and len(teacher.requests) == 2
+
+    def test_half_a_character_becomes_one_that_can_be_written(self, teacher: Any) -> None:
+        teacher.answer = lambda prompt, pictures: "A man \ud83d"
+        assert patient(teacher).write("x") == "A man ?"
 
     def test_a_refusal_is_final_and_silence_ends(self, teacher: Any) -> None:
         teacher.failures = [400]

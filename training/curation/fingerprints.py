@@ -72,7 +72,8 @@ def same(a_S: Steps, b_S: Steps) -> bool:
 def _moving(steps_S: Steps) -> Steps:
     """Steps of each frame without those of the mean frame."""
     frames_TS = steps_S.reshape(FRAMES, -1)
-    return (frames_TS - frames_TS.mean(0)).ravel()
+    moving_TS: Steps = frames_TS - frames_TS.mean(0)
+    return moving_TS.ravel()
 
 
 def named(prints: Mapping[str, Steps]) -> dict[str, str]:
