@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from internvideo3.harness import provenance
-from internvideo3.harness.agent.tools import segmentation
 from internvideo3.harness.outputs import alone, make_ready
 from internvideo3.harness.provenance import file_digest
+from internvideo3.harness.scenes import SceneFinder
 from internvideo3.harness.video_files import candidates, found_videos, is_named_video
 from internvideo3.tasks.decoder import IsolatedReader
 from internvideo3.tasks.video import VideoError
@@ -32,7 +32,7 @@ from internvideo3.training.curation.mixing import (
     told_apart,
 )
 from internvideo3.training.curation.origin import claim, origin_of
-from internvideo3.training.curation.pipeline import Changes, Curation
+from internvideo3.training.curation.pipeline import Changes, Curation, Guesser
 from internvideo3.training.curation.records import (
     DataError,
     Row,
@@ -62,16 +62,6 @@ def _unheard(said: str) -> None:
     """Nobody listens."""
 
 
-def scene_changes(video: Path) -> list[float]:
-    """Times at which scenes change, hard cuts and dissolves, by TransNetV2.
-
-    Raises:
-        ValueError: The file has no picture, or is too long for one call.
-    """
-    changes: list[float] = segmentation.run(str(video))["changes"]
-    return changes
-
-
 @dataclass(frozen=True, kw_only=True)
 class CurateOptions:
     """One `data curate` command."""
@@ -83,8 +73,8 @@ class CurateOptions:
     """Captions clips, summarises, writes questions."""
     guesser: Endpoint | None
     """Answers without the video; None: not checked."""
-    changes: Changes = scene_changes
-    """Finds the scenes."""
+    changes: Changes | None = None
+    """Finds the scenes; None: TransNetV2 in a process of its own."""
     per_video: int = 3
     most_failures: float = 0.1
     command: tuple[str, ...] = ()
@@ -98,26 +88,32 @@ def curate(options: CurateOptions, progress: Progress) -> dict[str, Any]:
             another command is writing to it.
         EndpointError: The server does not answer; what is finished is kept.
     """
-    reader = IsolatedReader()
     guesser = options.guesser
-    curation = Curation(
-        out=options.out,
-        changes=options.changes,
-        read=reader.read,
-        write=options.writer.write,
-        guess=None if guesser is None else lambda p, n: guesser.write(p, temperature=1.0, seed=n),
-        per_video=options.per_video,
-        most_failures=options.most_failures,
-    )
-    videos = found_videos(options.videos)
-    options.out.mkdir(parents=True, exist_ok=True)
-    with closing(reader), alone(options.out):
+    with ExitStack() as stack:
+        reader = stack.enter_context(closing(IsolatedReader()))
+        changes = options.changes or stack.enter_context(closing(SceneFinder(reader)))
+        curation = Curation(
+            out=options.out,
+            changes=changes,
+            read=reader.read,
+            write=options.writer.write,
+            guess=None if guesser is None else _guessing(guesser),
+            per_video=options.per_video,
+            most_failures=options.most_failures,
+        )
+        videos = found_videos(options.videos)
+        options.out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(alone(options.out))
         claim(options.out, _decides(options, curation), _revision(), ("narratives/*", "asked/*"))
         rows = curation.run(videos, progress)
         if not rows:
             why = options.out / "dropped.jsonl"
             raise DataError(f"no question passed the checks; {why} says why")
         return describe(options.out / "questions.jsonl", options.out, options.command)
+
+
+def _guessing(endpoint: Endpoint) -> Guesser:
+    return lambda prompt, number: endpoint.write(prompt, temperature=1.0, seed=number)
 
 
 def _decides(options: CurateOptions, curation: Curation) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from internvideo3.harness.data import (
     describe,
     filter_rows,
     mix_rows,
-    scene_changes,
 )
 from internvideo3.harness.locks import lock
 from internvideo3.harness.rollouts import RolloutsOptions, write_rollouts
@@ -717,7 +716,7 @@ class TestCommands:
         (tmp_path / "in").mkdir()
         spec = make_video(tmp_path / "in" / "v.mp4", 1, 16)
         cuts = [scene.start_s for scene in spec.scenes[1:]]
-        made = self.options(tmp_path / "in", tmp_path / "out", teacher, changes=scene_changes)
+        made = self.options(tmp_path / "in", tmp_path / "out", teacher, changes=None)
         curate(made, lambda *_: None)
         (path,) = (tmp_path / "out" / "narratives").glob("*.json")
         ends = [clip["end_s"] for clip in json.loads(path.read_text())["clips"]][:-1]
@@ -781,6 +780,37 @@ class TestCommands:
         assert drop["id"].startswith("bad-") and "bad.mp4" in drop["reason"]
         with pytest.raises(DataError, match="1 of 3 videos failed, more than 10%"):
             curate(replace(options, out=tmp_path / "strict", most_failures=0.1), lambda *_: None)
+
+    def test_a_video_in_which_no_scenes_can_be_found_is_dropped(
+        self, tmp_path: Path, teacher: Any
+    ) -> None:
+        """Its first and last pictures can be read, and one in the middle cannot."""
+        import av
+
+        path = tmp_path / "in" / "damaged.mp4"
+        path.parent.mkdir()
+        with av.open(str(path), "w") as container:
+            stream: Any = container.add_stream("libx264", rate=10)
+            stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 64, "yuv420p", 10
+            for number in range(400):
+                frame = av.VideoFrame.from_ndarray(
+                    np.full((64, 64, 3), number % 200, np.uint8), format="rgb24"
+                )
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        with av.open(str(path)) as container:
+            at = [packet.pos for packet in container.demux(video=0) if packet.size][206]
+        damaged = bytearray(path.read_bytes())
+        damaged[at : at + 4] = b"\xff" * 4
+        path.write_bytes(bytes(damaged))
+        options = CurateOptions(
+            videos=(path,), out=tmp_path / "out", writer=patient(teacher), guesser=None,
+            most_failures=1.0,
+        )  # fmt: skip
+        with pytest.raises(DataError, match="no question passed the checks"):
+            curate(options, lambda *_: None)
+        (drop,) = read_rows(tmp_path / "out" / "dropped.jsonl")
+        assert "damaged.mp4 cannot be found: video_segmentation: " in drop["reason"]
 
     def test_rows_with_broken_videos_are_dropped_within_a_budget(
         self, videos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

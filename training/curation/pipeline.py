@@ -53,7 +53,7 @@ from internvideo3.training.curation.synthesis import (
 
 log = logging.getLogger("internvideo3.curation")
 Changes = Callable[[Path], Sequence[float]]
-"""Path of a video → times of its scene changes."""
+"""Path of a video → times of its scene changes; raises VideoError or DataError."""
 Guesser = Callable[[str, int], str]
 """(prompt, number of the guess) → text; each number is another sample."""
 Progress = Callable[[str, int, int], None]
@@ -241,7 +241,7 @@ def _is_replaced(video: Path, told: Mapping[str, Any]) -> bool:
         state = video.stat()
         if (state.st_size, state.st_mtime_ns) == (told["size"], told["modified_ns"]):
             return False
-        return state.st_size != told["size"] or _digest(video) != told["sha256"]
+        return bool(state.st_size != told["size"] or _digest(video) != told["sha256"])
     except OSError:  # what is there of it stays
         return False
 
