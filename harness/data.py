@@ -285,7 +285,7 @@ class _Prints:
 
         Raises:
             VideoError: One cannot be read.
-            OSError: A picture is not there.
+            DataError: A picture cannot be read.
             LookupError, TypeError: The row is of another form.
         """
         user_text(row)
@@ -316,7 +316,11 @@ def _few(names: Sequence[str]) -> str:
 def _digest(kind: str, where: str, folder: Path) -> str:
     """A picture's by its file; of what is no file here, by what is said of it."""
     if kind == "picture" and not is_address(where):
-        return f"{kind} {file_digest(folder / where)}"
+        try:
+            return f"{kind} {file_digest(folder / where)}"
+        except OSError as error:
+            said = f"cannot read the picture {folder / where}: {error.strerror}"
+            raise DataError(said) from error
     return f"{kind} {hashlib.sha256(where.encode(errors='surrogatepass')).hexdigest()}"
 
 
