@@ -1207,7 +1207,10 @@ def data_sample_command(
         str | None,
         typer.Option(help="For gap: a checkpoint, or a server such as http://localhost:8000/v1."),
     ] = None,
-    teacher_model: Annotated[str, typer.Option(help="The teacher's name there.")] = "teacher",
+    teacher_model: Annotated[
+        str,
+        typer.Option(help="The teacher's name there; by default it is known by its address."),
+    ] = "teacher",
     fps: Annotated[float, typer.Option(min=0.01, help="Frames from a second of video.")] = 2.0,
     max_frames: Annotated[int, typer.Option(min=1, help="Most frames of a video.")] = 512,
     min_pixels: Annotated[
