@@ -1306,16 +1306,18 @@ def data_check_command(
 ) -> None:
     """Drop repeated questions, and what shares a video or a question with a benchmark.
 
-    A row that cannot be used, such as one with a broken video, is dropped too, up to a budget.
+    A row that cannot be used, such as one with a broken video, is dropped too, up to a budget. Of
+    a benchmark's folder every file is tried that is no text or picture by its name.
     """
     with _errors_in_words(out):
         from internvideo3.harness.data import check_rows
 
+        notes: list[str] = []
         with _bars() as advance:
             kept, dropped = check_rows(
-                rows, out, benchmark_videos, benchmark_questions, most_bad, advance
+                rows, out, benchmark_videos, benchmark_questions, most_bad, advance, notes.append
             )
-        print(f"{kept} kept, {len(dropped)} dropped: {out}")
+        print(*notes, f"{kept} kept, {len(dropped)} dropped: {out}", sep="\n")
 
 
 @data_app.command("mix")

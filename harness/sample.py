@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from internvideo3.harness.outputs import alone, make_ready
 from internvideo3.harness.provenance import file_digest
 from internvideo3.harness.settings import pixel_range
 from internvideo3.harness.store import append_rows, repair_rows
@@ -110,13 +111,19 @@ def write_samples(options: SampleOptions, progress: Callable[[str, int, int], No
     """Sample responses to all rows; goes on where it was stopped.
 
     Raises:
-        DataError: A file is not as it must be, too many rows cannot be used, or the responses so
-            far are of other options.
+        DataError: A file is not as it must be, too many rows cannot be used, the responses so far
+            are of other options, or another command is writing to the file.
         CheckpointError: A model cannot be used.
         EndpointError: The teacher's server does not answer; what is finished is kept.
         StoreError: The disk is full.
     """
-    _check(options)
+    make_ready(options.out)
+    with alone(options.out):
+        _check(options)
+        return _sampled(options, progress)
+
+
+def _sampled(options: SampleOptions, progress: Callable[[str, int, int], None]) -> Written:
     rows = read_rows(options.rows)[: options.limit]
     keys = keys_of(options.rows, rows)
     begun = options.out.with_suffix(".begun.jsonl")

@@ -17,7 +17,7 @@ from typing import Any
 
 from internvideo3.tasks.scoring.entry import score
 from internvideo3.tasks.scoring.result import ScoringError
-from internvideo3.training.curation.records import DataError, Row, user_text
+from internvideo3.training.curation.records import DataError, Row, media_of, user_text
 from internvideo3.training.curation.synthesis import plain
 
 LOW_IOU, HIGH_IOU = 0.1, 0.7
@@ -158,29 +158,39 @@ def sampled(rows: Sequence[Row], count: int, seed: int) -> Kept:
 
 
 def without_repeats(rows: Sequence[Row], prints: Mapping[str, Sequence[str]]) -> Kept:
-    """The first of each group of rows that ask the same of the same videos.
+    """The first of each group of rows that ask the same of the same videos and pictures.
 
     The questions must be alike, and so must all that is said with them: options alone, which may be
     longer than the questions, make no repeat.
 
     Args:
         rows: Rows in the chat form.
-        prints: id → names of the row's videos by content (`fingerprints.py`).
+        prints: id → names of what the row shows, by content: of videos by `fingerprints.py`.
     """
     asked: dict[tuple[str, ...], list[tuple[str, tuple[frozenset[str], ...]]]] = {}
 
     def reason(row: Row) -> str | None:
+        shown, names = _media_words(row), tuple(prints[str(row["id"])])
+        if shown and not names:  # nobody knows of what it asks
+            return None
         text = user_text(row)
         mine = (shingles(stem(text)), shingles(text))
-        seen = asked.setdefault(tuple(prints[str(row["id"])]), [])
+        seen = asked.setdefault(names, [])
         for other, theirs in seen:
             pairs = zip(mine, theirs, strict=True)
             if all(len(a & b) >= NEAR * len(a | b) for a, b in pairs):
-                return f"asks what {other} asks of the same video"
+                return f"asks what {other} asks{shown}"
         seen.append((str(row["id"]), mine))
         return None
 
     return _filtered(rows, reason)
+
+
+def _media_words(row: Row) -> str:
+    """What a row shows, in words; empty where it is text alone."""
+    kinds = Counter(kind for kind, _ in media_of(row))
+    words = [f"{kind}{'s' if count > 1 else ''}" for kind, count in kinds.items()]
+    return f" of the same {' and '.join(words)}" if words else ""
 
 
 def without_benchmarks(
