@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 from playwright.sync_api import Browser, Error, Page, sync_playwright
 
+from internvideo3.reports import figures
 from internvideo3.reports.browser import collect
 from internvideo3.reports.page import build_report
 from internvideo3.reports.summary import summarise_paths
@@ -104,6 +105,34 @@ def test_the_files_beside_the_page(report: Path) -> None:
 def test_building_twice_gives_the_same_bytes(report: Path, runs: list[Path]) -> None:
     before = report.read_bytes()
     assert build_report(runs, report.parent, title="Runs <i>& more</i>").read_bytes() == before
+
+
+def test_a_report_in_a_used_folder_leaves_nothing_of_the_former_one(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    """Its tables and drawings would be taken for those of the runs that the page shows."""
+    out, folder = tmp_path / "page", make_run()
+    shutil.copy(folder / "samples/world_long.jsonl", folder / "samples/videomme.jsonl")
+    build_report([folder], out, title="with a benchmark")
+    drawn = {path.stem for path in (out / "plots").iterdir()}
+    assert "family-videomme" in drawn and all(map(figures.NAMES.fullmatch, drawn))
+    assert {path.suffix for path in out.glob("tables.*")} == {".md", ".tex", ".csv"}
+    others = {
+        out / "notes.txt": "mine",
+        out / "plots/thesis.svg": "<svg/>",
+        out / "plots/family-photo.svg": "<svg/>",
+        out / "plots/length-notes.txt": "x",
+    }
+    for path, text in others.items():
+        path.write_text(text)
+
+    (folder / "samples/videomme.jsonl").unlink()
+    build_report([folder], out, title="without")
+    alone = build_report([folder], tmp_path / "alone", title="without").parent
+    left = {path.relative_to(out) for path in out.rglob("*.*")}
+    fresh = {path.relative_to(alone) for path in alone.rglob("*.*")}
+    assert left == fresh | {path.relative_to(out) for path in others}
+    assert {path: path.read_text() for path in others} == others
 
 
 def test_it_loads_alone_and_without_trouble(visit: Callable[..., Visit], report: Path) -> None:
