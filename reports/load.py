@@ -53,6 +53,8 @@ class Sample:
     """Tokens of prompt and reply."""
     agent: Mapping[str, Any] | None = None
     """How a rollout ended and what it cost; None for a direct answer."""
+    sampling: Mapping[str, Any] | None = None
+    """What decides its frames beside the suite's settings: `fps`, `steps_over_s`."""
     judge: str | None = None
     """The model that gave the score, or rated the reasoning beside it; None where none did."""
 
@@ -277,6 +279,7 @@ def _sample(row: Mapping[str, Any], file: Path) -> Sample:
             doc=row.get("doc"),
             tokens=sum(int(n) for n in _mapping(row.get("tokens")).values()),
             agent=row.get("agent"),
+            sampling=row.get("sampling"),
             judge=str(row["judge"]) if row.get("judge") else None,
         )
     except (KeyError, TypeError, ValueError, OverflowError) as problem:

@@ -135,6 +135,7 @@ def render(summary: Summary, plots: _Plots, title: str) -> str:
         pair_looks=plots.pair_looks,
         profile=plots.profile,
         browser=shown,
+        agentic=any(s.run.meta.get("mode") == "agentic" for s in summary.systems),
         tables=leaderboard.tables(summary),
         paper_source=leaderboard.source(),
         data=_json(shown.payload),
