@@ -60,7 +60,7 @@ def render(trace: Mapping[str, Any], video: Path | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["cut"] = cut
+    environment.filters |= {"cut": cut, "plain": plain}
     style = "".join((TEMPLATES / name).read_text("utf-8") for name in ("report.css", "trace.css"))
     length_s = duration_s(trace)
     with closing(Thumbnailer(IMAGE_BUDGET_BYTES)) as camera:
@@ -81,6 +81,24 @@ def render(trace: Mapping[str, Any], video: Path | None = None) -> str:
 def cut(text: str) -> str:
     """A text as the page shows it, no longer than `LONGEST_TEXT`."""
     return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " … (cut)"
+
+
+def plain(value: Any) -> str:
+    """A setting in words: `turns 8, tool calls 12`, and `–` for what is not set."""
+    if isinstance(value, Mapping):
+        return ", ".join(
+            f"{str(name).replace('_', ' ')} {f'({plain(one)})' if _is_group(one) else plain(one)}"
+            for name, one in value.items()
+        )
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value)) or "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "–" if value in (None, "") else str(value)
+
+
+def _is_group(value: Any) -> bool:
+    return bool(value) and isinstance(value, Mapping | list | tuple)
 
 
 def by_turn(trace: Mapping[str, Any]) -> list[dict[str, Any]]:

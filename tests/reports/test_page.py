@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 from playwright.sync_api import Browser, Error, Page, sync_playwright
 
-from internvideo3.reports import figures, thumbnails
+from internvideo3.reports import figures, table6, thumbnails
 from internvideo3.reports.browser import collect
 from internvideo3.reports.page import build_report
 from internvideo3.reports.summary import summarise_paths
@@ -269,6 +269,27 @@ def test_a_phone_needs_no_horizontal_scroll(visit: Callable[..., Visit], scheme:
     page.locator("#next").click()
     assert page.locator(".step small").inner_text().startswith("2 /")
     assert seen.trouble == []
+
+
+def test_a_phone_shows_all_of_table_6(browser: Browser, tmp_path: Path) -> None:
+    """Each system with its numbers below it; of a wide table most was beyond the edge."""
+    file = tmp_path / "table6.html"
+    run = {"run": "r", "command": "internvideo3 eval --mode agentic", "commit": "a", "dirty": True}
+    file.write_text(table6.html([], [run]))
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto(file.as_uri())
+    wide = page.evaluate(
+        "[...document.querySelectorAll('main *')].filter(e => "
+        "e.getBoundingClientRect().right > 391 && !e.closest('thead')).length"
+    )
+    assert (page.evaluate("document.documentElement.scrollWidth"), wide) == (390, 0)
+    number = page.locator("td", has_text="+2.7")
+    assert number.get_attribute("data-label") == "− direct" and number.is_visible()
+    assert page.locator("td", has_text="–").first.is_hidden()
+    # A command is not broken within an option.
+    tops = page.locator(".word").evaluate_all("words => words.map(word => word.offsetHeight)")
+    assert len(tops) == 4 and len(set(tops)) == 1
+    page.close()
 
 
 @pytest.mark.parametrize("systems", [2, 6])
