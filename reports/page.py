@@ -31,12 +31,14 @@ from internvideo3.reports.summary import (
 )
 
 TEMPLATES = Path(__file__).parent / "templates"
+PLOTS = "plots"
 
 
 def build_report(runs: Sequence[Path], out: Path, *, title: str) -> Path:
     """Write report.html, report.md, leaderboard.csv and plots/*.svg from runs.
 
-    Where runs have columns of the paper's tables, also tables.md, tables.tex and tables.csv.
+    Where runs have columns of the paper's tables, also tables.md, tables.tex and tables.csv. Of a
+    former report there, what this one does not have is taken away.
 
     Args:
         runs: Run folders, the reference first.
@@ -50,21 +52,37 @@ def build_report(runs: Sequence[Path], out: Path, *, title: str) -> Path:
         RunError: A folder that cannot be read as a run.
     """
     summary = summarise_paths(runs)
-    out.mkdir(parents=True, exist_ok=True)
     plots = _Plots(summary)
-    folder = out / "plots"
-    folder.mkdir(exist_ok=True)
-    for plot in plots.all:
-        (folder / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
-    (out / "report.md").write_text(markdown.render(summary, title), encoding="utf-8")
-    (out / "leaderboard.csv").write_text(export.render(summary), encoding="utf-8")
     beside = leaderboard.tables(summary)
+    texts = {f"{PLOTS}/{plot.name}.svg": plot.svg for plot in plots.all}
+    texts["report.md"] = markdown.render(summary, title)
+    texts["leaderboard.csv"] = export.render(summary)
     if beside:
-        for name, form in leaderboard_formats.FORMS.items():
-            (out / f"tables.{name}").write_text(form(beside), encoding="utf-8")
-    page = out / "report.html"
-    page.write_text(render(summary, plots, title), encoding="utf-8", errors="replace")
-    return page
+        texts |= {
+            f"tables.{name}": form(beside) for name, form in leaderboard_formats.FORMS.items()
+        }
+    texts["report.html"] = render(summary, plots, title)
+    (out / PLOTS).mkdir(parents=True, exist_ok=True)
+    for name in _former(out) - texts.keys():
+        (out / name).unlink()
+    for name, text in texts.items():
+        (out / name).write_text(text, encoding="utf-8", errors="replace")
+    return out / "report.html"
+
+
+def _former(out: Path) -> set[str]:
+    """What a report of other runs may have left in a folder; a file of another kind is not in it.
+
+    A drawing is a report's if it has the name of one, and an id that begins with it.
+    """
+    tables = {f"tables.{name}" for name in leaderboard_formats.FORMS}
+    drawn = {
+        f"{PLOTS}/{path.name}"
+        for path in (out / PLOTS).glob("*.svg")
+        if figures.NAMES.fullmatch(path.stem)
+        and f'id="{path.stem}-' in path.read_text(encoding="utf-8", errors="replace")
+    }
+    return {name for name in tables if (out / name).is_file()} | drawn
 
 
 class _Plots:
@@ -117,6 +135,7 @@ def render(summary: Summary, plots: _Plots, title: str) -> str:
         pair_looks=plots.pair_looks,
         profile=plots.profile,
         browser=shown,
+        agentic=any(s.run.meta.get("mode") == "agentic" for s in summary.systems),
         tables=leaderboard.tables(summary),
         paper_source=leaderboard.source(),
         data=_json(shown.payload),

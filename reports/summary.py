@@ -94,6 +94,8 @@ class Cell:
     errors: int
     no_value: int
     """Answers without a score: their truth is not public, or only a judge could tell."""
+    judge_needed: int = 0
+    """Verdicts and ratings of a suite that are still missing."""
     judges: tuple[str, ...] = ()
     """Who judged answers that have no other score."""
     caveat: str = ""
@@ -242,13 +244,12 @@ def readings(summary: Summary) -> list[Reading]:
 def _reading(summary: Summary, system: System) -> Reading:
     cells = [s.cells[system.name] for s in summary.suites if system.name in s.cells]
     shifts = [c.plain - c.value for c in cells if c.plain is not None and c.value is not None]
-    waiting = [one.get("judge_needed") for one in system.run.results.values()]
     return Reading(
         system=system,
         n=sum(c.n for c in cells),
         unreadable=sum(c.unreadable for c in cells),
         errors=sum(c.errors for c in cells),
-        judge_needed=sum(int(number or 0) for number in waiting),
+        judge_needed=sum(c.judge_needed for c in cells),
         incomplete=sum(not c.complete for c in cells),
         shift=sum(shifts) / len(shifts) if shifts else 0.0,
     )
@@ -477,6 +478,7 @@ def _cell(
         unreadable=sum(x.unread for x in samples),
         errors=outcomes[Outcome.ERROR],
         no_value=outcomes[Outcome.NO_TRUTH] + outcomes[Outcome.JUDGE_NEEDED],
+        judge_needed=_int(recorded.get("judge_needed")) or 0,
         judges=tuple(sorted({x.judge for x in samples if x.judge})),
         caveat=_caveat(samples) if whole and value is not None else "",
         partial=_partial(samples) if whole and value is not None else "",

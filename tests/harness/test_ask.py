@@ -24,7 +24,7 @@ from rich.console import Console
 
 from internvideo3.harness.ask import Asked, AskOptions, ask
 from internvideo3.harness.ask_live import live_view, printable
-from internvideo3.reports.trace import render
+from internvideo3.reports.trace import _spread, plain, render
 
 CHROMIUM = (
     os.environ.get("IV3_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -192,6 +192,22 @@ def hostile_trace(real: dict[str, Any]) -> dict[str, Any]:
 
     spoiled: dict[str, Any] = spoil(real)
     return spoiled
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 6, 7, 11, 32])
+def test_pictures_of_a_look_are_from_its_first_frame_to_its_last(count: int) -> None:
+    times_s = [float(number) for number in range(count)]
+    chosen = _spread(times_s)
+    assert (chosen[0], chosen[-1], len(set(chosen))) == (0.0, count - 1.0, min(6, count))
+
+
+def test_settings_are_in_words() -> None:
+    agent = {"policy": "model", "budget": {"turns": 8, "tool_calls": 12}, "verifies": True,
+             "tools": ["asr", "ocr"], "captions": "", "route": None, "parts": []}  # fmt: skip
+    assert plain(agent) == (
+        "policy model, budget (turns 8, tool calls 12), verifies yes, tools (asr, ocr), "
+        "captions –, route –, parts –"
+    )
 
 
 def test_hostile_text_does_nothing_on_the_page(run: Ask, tmp_path: Path) -> None:
