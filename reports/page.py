@@ -287,7 +287,7 @@ def _facts(system: System) -> list[tuple[str, str]]:
         ("Weights", model.get("digest")),
         ("Parameters", wording.count(system.parameters)),
         ("Attention", system.attention),
-        ("Cache", _per_token(system.cache_bytes_per_token)),
+        ("Cache", _per_token(system)),
         ("Settings", _flat(system.run.config)),
         ("Data", _flat({k: v.get("data_digest") for k, v in meta.get("suites", {}).items()})),
         ("Packages", _flat(meta.get("packages", {}))),
@@ -298,8 +298,9 @@ def _facts(system: System) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in facts if value not in (None, "", "–")]
 
 
-def _per_token(size: int | None) -> str | None:
-    return None if size is None else f"{wording.count(size)} bytes per token"
+def _per_token(system: System) -> str | None:
+    size = system.cache_bytes_per_token
+    return None if size is None else f"{wording.count(size)} bytes per token{system.in_dtype}"
 
 
 def _flat(values: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from internvideo3.reports import wording
 from internvideo3.reports.export import inert
-from internvideo3.reports.leaderboard_formats import tex
+from internvideo3.reports.leaderboard_formats import FIT, tex
 from internvideo3.reports.load import Run, Sample
 from internvideo3.reports.markdown import escape
 from internvideo3.reports.markdown import table as markdown_table
@@ -324,14 +324,15 @@ def markdown(found: Sequence[Line]) -> str:
 
 
 def latex(found: Sequence[Line]) -> str:
-    """The table for a document that loads booktabs."""
+    """The table for a document that loads booktabs and graphicx."""
 
     def across(text: str) -> str:
         return rf"\multicolumn{{{len(HEAD)}}}{{l}}{{{tex(text)}}} \\"
 
     out = [
-        r"\begin{table}\centering\small",
+        r"\begin{table}\centering",
         rf"\caption{{Direct and agentic (the paper's table 6, and ours). {tex(NOTE)}}}",
+        FIT,
         rf"\begin{{tabular}}{{l{'r' * (len(HEAD) - 1)}}}",
         r"\toprule",
         " & ".join(map(tex, HEAD)) + r" \\",
@@ -340,7 +341,7 @@ def latex(found: Sequence[Line]) -> str:
         out += [r"\midrule", across(title)]
         out += [" & ".join(map(tex, row)) + r" \\" for row in rows]
         out += [across(note)] if note else []
-    return "\n".join([*out, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+    return "\n".join([*out, r"\bottomrule", r"\end{tabular}}", r"\end{table}", ""])
 
 
 def rows(found: Sequence[Line]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from internvideo3.reports import export, markdown, page, wording
 from internvideo3.reports.load import load_run
 from internvideo3.reports.profile import collect
 from internvideo3.reports.summary import Summary, readings, summarise, summarise_paths
-from internvideo3.reports.terminal import print_report
+from internvideo3.reports.terminal import footnotes, print_report
 
 MakeRun = Callable[..., Path]
 
@@ -98,6 +98,23 @@ def test_a_system_without_a_suite_has_no_mean(make_run: MakeRun, runs: list[Path
     got = summarise([load_run(runs[0]), load_run(folder)])
     assert got.mean("M²LA") is None
     assert "M²LA" not in got.suites[1].cells
+
+
+def test_a_run_that_was_stopped_has_no_mean_and_says_what_is_left(make_run: MakeRun) -> None:
+    run = make_run()
+    samples = run / "samples"
+    whole = summarise_paths([run])
+    (name,) = (one.name for one in whole.systems)
+    assert whole.mean(name) is not None and "begun" not in " ".join(footnotes(whole))
+    (run / "results.json").unlink()
+    (samples / "world_grounding.jsonl").unlink()
+    begun = summarise_paths([run])
+    assert begun.mean(name) is None
+    assert "failed; 1 not begun" in footnotes(begun)[1]
+    assert any("not begun: world_grounding" in note for note in begun.notes)
+    lines = (samples / "world_long.jsonl").read_text().splitlines()
+    (samples / "world_long.jsonl").write_text("\n".join(lines[:4]) + "\n")
+    assert "; 1 suite incomplete, 1 not begun" in footnotes(summarise_paths([run]))[1]
 
 
 def test_an_unfinished_suite_is_marked_and_its_stale_result_unused(make_run: MakeRun) -> None:
