@@ -164,7 +164,7 @@ def _documents(benchmark: Benchmark, files: Sequence[Path], folder: Path) -> Ite
             yield from read(path.relative_to(folder).as_posix(), read_rows(path))
         except LayoutError as error:
             raise DataError(f"{benchmark.title}: {folder}/{error}") from error
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, csv.Error) as error:
             raise DataError(
                 f"{benchmark.title}: {path} is in another layout than published: "
                 f"{type(error).__name__}: {error}. Get it again: {benchmark.data.get}."
@@ -181,12 +181,16 @@ def read_rows(path: Path) -> Any:
         import pyarrow.parquet
 
         return pyarrow.parquet.read_table(path).to_pylist()
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    if path.suffix == ".csv":
-        return list(csv.DictReader(text.splitlines(keepends=True)))
-    return text.splitlines() if path.suffix == ".txt" else json.loads(text)
+    # Lines end at line feeds alone: questions hold U+2028, U+0085 and others at which `splitlines`
+    # would cut them in two. A csv's own line ends are the csv module's to read.
+    with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in file if line.strip()]
+        if path.suffix == ".csv":
+            return list(csv.DictReader(file))
+        if path.suffix == ".txt":
+            return [line.rstrip("\n") for line in file]
+        return json.load(file)
 
 
 def _checked(

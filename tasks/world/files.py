@@ -125,7 +125,7 @@ class Journal:
     def read(self, key: str) -> dict[str, Record]:
         """Finished videos made with this key: video id → record. A torn last line is no video."""
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = self.path.read_text(encoding="utf-8").split("\n")
         except FileNotFoundError:
             return {}
         records = (_record(line) for line in lines)
