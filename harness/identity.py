@@ -19,7 +19,7 @@ _ANSWERING = (
 _DIGITS = 16
 
 
-def weights_in_memory(model: torch.nn.Module) -> str:
+def weights_in_memory(model: Any) -> str:
     """Digest of a model's class, configuration and weights; reads all of them.
 
     Args:
