@@ -51,7 +51,9 @@ class View:
 @contextmanager
 def live_view(console: Console) -> Iterator[View]:
     """Shows a rollout while it runs; yields what is told of every step."""
-    with Live(Spinner("dots", "reading the model and the video"), console=console) as live:
+    # In a log the last state would stand at the head of the answer's line.
+    waiting, log = Spinner("dots", "reading the model and the video"), not console.is_terminal
+    with Live(waiting, console=console, transient=log) as live:
         yield View(live)
 
 
