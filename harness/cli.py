@@ -830,11 +830,11 @@ def report_command(
       internvideo3 report runs/base runs/m2la runs/blind --out page
     """
     with _errors_in_words():
-        from internvideo3.reports.page import build_report
+        from internvideo3.reports.page import BESIDE, build_report
 
         page = build_report(runs, out, title=title)
         _print_runs(runs)
-        beside = sorted(path.name for path in out.glob("*.*") if path != page and path.is_file())
+        beside = sorted(name for name in BESIDE if (out / name).is_file())
         print(f"Page: {page}")
         print(f"Beside it: {', '.join(beside)}, plots/*.svg")
 

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from internvideo3.reports import (
     profile,
     wording,
 )
+from internvideo3.reports.load import RunError
 from internvideo3.reports.plots import SERIES, Plot, Style, inline
 from internvideo3.reports.summary import (
     TOLERATED_LOSS,
@@ -31,6 +32,14 @@ from internvideo3.reports.summary import (
 )
 
 TEMPLATES = Path(__file__).parent / "templates"
+PAGE = "report.html"
+BESIDE = (
+    *("report.md", "leaderboard.csv"),
+    *(f"tables.{name}" for name in leaderboard_formats.FORMS),
+)
+"""Files of a report beside its page; `plots/` has the figures."""
+_OURS = b"default-src 'none'; img-src data:; style-src "
+"""In every page that this room made, of any version."""
 
 
 def build_report(runs: Sequence[Path], out: Path, *, title: str) -> Path:
@@ -47,24 +56,53 @@ def build_report(runs: Sequence[Path], out: Path, *, title: str) -> Path:
         Path of report.html.
 
     Raises:
-        RunError: A folder that cannot be read as a run.
+        RunError: A folder that cannot be read as a run, or a file of others where one of the
+            report's would be.
     """
+    check_place(out)
     summary = summarise_paths(runs)
-    out.mkdir(parents=True, exist_ok=True)
     plots = _Plots(summary)
-    folder = out / "plots"
-    folder.mkdir(exist_ok=True)
-    for plot in plots.all:
-        (folder / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
-    (out / "report.md").write_text(markdown.render(summary, title), encoding="utf-8")
-    (out / "leaderboard.csv").write_text(export.render(summary), encoding="utf-8")
+    files = {f"plots/{plot.name}.svg": plot.svg for plot in plots.all}
+    files |= {"report.md": markdown.render(summary, title)}
+    files |= {"leaderboard.csv": export.render(summary)}
     beside = leaderboard.tables(summary)
     if beside:
-        for name, form in leaderboard_formats.FORMS.items():
-            (out / f"tables.{name}").write_text(form(beside), encoding="utf-8")
-    page = out / "report.html"
-    page.write_text(render(summary, plots, title), encoding="utf-8", errors="replace")
-    return page
+        files |= {f"tables.{n}": form(beside) for n, form in leaderboard_formats.FORMS.items()}
+    check_place(out, files)
+    (out / "plots").mkdir(parents=True, exist_ok=True)
+    # The page first: by it the next report knows that the other files are ours.
+    for name, text in {PAGE: render(summary, plots, title), **files}.items():
+        _write(out / name, text)
+    return out / PAGE
+
+
+def check_place(out: Path, names: Iterable[str] = BESIDE) -> None:
+    """Raise if a report in this folder would overwrite what is no report.
+
+    Args:
+        out: The folder; it need not be there.
+        names: Files that would be written beside the page.
+
+    Raises:
+        RunError: With the files.
+    """
+    page = out / PAGE
+    if page.is_file() and _OURS in page.read_bytes():
+        return
+    others = [name for name in (PAGE, *names) if (out / name).exists()]
+    if others:
+        shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        raise RunError(
+            f"{out} holds {shown}, which no report of ours wrote and which would be overwritten. "
+            "Give another --out, or move them away."
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file, all or nothing."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text, encoding="utf-8", errors="replace")
+    aside.replace(path)
 
 
 class _Plots:
