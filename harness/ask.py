@@ -29,6 +29,8 @@ class AskOptions:
     """The question; options on lines of their own as "A. …"."""
     out: Path
     """Folder for trace.json, trace.html and timings.json."""
+    numbered: bool = False
+    """Whether OUT-2, OUT-3, ... is taken where there is a rollout already; else that is refused."""
     model: str = "scale:m2la"
     """Checkpoint folder, or e.g. scale:m2la."""
     mode: str = "agentic"
@@ -114,11 +116,11 @@ def ask(options: AskOptions, watch: Watch = lambda _: None, advance: Advance = _
         eye = Eye(options.video, sight_of(options), reader)
         # What is wrong with the video is told before a folder is made, or weights are read.
         eye.first()
-        with claimed(options.out):
+        with claimed(options.out, numbered=options.numbered) as out:
             trace = _run(options, eye, desk, watch, advance)
-            write_json(options.out / ROLLOUT, trace)
-            write_json(options.out / "timings.json", desk.timings)
-            page = write_page(trace, options.out / "trace.html", video=options.video)
+            write_json(out / ROLLOUT, trace)
+            write_json(out / "timings.json", desk.timings)
+            page = write_page(trace, out / "trace.html", video=options.video)
     return Asked(answer=trace["answer"]["answer"], trace=trace, page=page, notes=_notes(trace))
 
 

@@ -435,12 +435,12 @@ def ask_command(
 
         from internvideo3.harness.ask import AskOptions, ask
         from internvideo3.harness.ask_live import live_view
-        from internvideo3.harness.traces import free_folder
 
         options = AskOptions(
             video=video,
             question=question,
-            out=out or free_folder(Path("ask")),
+            out=out or Path("ask"),
+            numbered=out is None,
             model=model,
             mode=_one_of("--mode", mode, ("direct", "agentic")),
             policy=_one_of("--policy", policy, POLICIES),
@@ -624,12 +624,11 @@ def trace_replay_command(
     with _errors_in_words():
         from internvideo3.harness.ask import AskOptions
         from internvideo3.harness.replay import replay
-        from internvideo3.harness.traces import free_folder
 
         live = _one_of("--tools", tools, ("recorded", "live")) == "live"
         options = AskOptions(
-            video=video, question="", out=out or free_folder(Path("replay")), model=model,
-            device=device,
+            video=video, question="", out=out or Path("replay"), numbered=out is None,
+            model=model, device=device,
             dtype=_one_of("--dtype", dtype, ("auto", "float32", "bfloat16")), threads=threads,
         )  # fmt: skip
         done = replay(trace, options, live=live)
@@ -1207,7 +1206,10 @@ def data_sample_command(
         str | None,
         typer.Option(help="For gap: a checkpoint, or a server such as http://localhost:8000/v1."),
     ] = None,
-    teacher_model: Annotated[str, typer.Option(help="The teacher's name there.")] = "teacher",
+    teacher_model: Annotated[
+        str,
+        typer.Option(help="The teacher's name there; by default it is known by its address."),
+    ] = "teacher",
     fps: Annotated[float, typer.Option(min=0.01, help="Frames from a second of video.")] = 2.0,
     max_frames: Annotated[int, typer.Option(min=1, help="Most frames of a video.")] = 512,
     min_pixels: Annotated[

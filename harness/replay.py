@@ -53,12 +53,13 @@ def replay(path: Path, options: AskOptions, *, live: bool) -> Replayed:
     if not live:
         desk = RecordedDesk(TOOLS, cache, recorded=recorded, absent=old.get("tools", {}))
     named = replace(options, model=options.model or str(old["model"]))
-    with closing(IsolatedReader()) as reader, desk, claimed(options.out):
+    claim = claimed(options.out, numbered=options.numbered)
+    with closing(IsolatedReader()) as reader, desk, claim as out:
         new = again(old, options.video, load_place(named, desk), reader)
-        write_json(options.out / ROLLOUT, new)
-        page = write_page(new, options.out / "trace.html", video=options.video)
-    # Through JSON, as the old one went: tuples and lists are the same there.
-    fresh = read_trace(options.out / ROLLOUT)
+        write_json(out / ROLLOUT, new)
+        page = write_page(new, out / "trace.html", video=options.video)
+        # Through JSON, as the old one went: tuples and lists are the same there.
+        fresh = read_trace(out / ROLLOUT)
     parts = sorted((old.keys() | fresh.keys()) - ENVIRONMENT)
     differing = tuple(part for part in parts if old.get(part) != fresh.get(part))
     return Replayed(trace=fresh, page=page, differing=differing)

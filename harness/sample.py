@@ -30,6 +30,7 @@ from internvideo3.training.curation.records import (
     write_rows,
 )
 from internvideo3.training.endpoint import Endpoint, EndpointError
+from internvideo3.training.recipe import DEFAULT_TEACHER, served_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,8 @@ class SampleOptions:
     """Responses to a question."""
     teacher: str | None = None
     """Checkpoint folder or name, or the address of a server of OpenAI's form; None for none."""
-    teacher_model: str = "teacher"
-    """Name of the teacher at the server."""
+    teacher_model: str = DEFAULT_TEACHER
+    """Name of the teacher at the server; by default its address tells it from others."""
     fps: float = 2.0
     """Frames from a second of video."""
     max_frames: int = 512
@@ -163,7 +164,8 @@ def _decides(options: SampleOptions) -> Row:
     """What of a command decides its responses; where they are computed does not."""
     teacher = options.teacher
     if teacher is not None:
-        teacher = options.teacher_model if options.served else _digest_of(teacher)
+        named = served_teacher(teacher, options.teacher_model)
+        teacher = named if options.served else _digest_of(teacher)
     return options.look | {
         "rows": file_digest(options.rows), "limit": options.limit,
         "model": _digest_of(options.model), "teacher": teacher, "samples": options.samples,

@@ -5,16 +5,17 @@ clock is in it: equal runs write equal bytes.
 """
 
 import gzip
+import itertools
 import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import quote
 
-from internvideo3.harness.locks import is_locked, lock
+from internvideo3.harness.locks import lock
 
 TRACES = "traces"
 ROLLOUT = "trace.json"
@@ -28,18 +29,34 @@ class TraceError(ValueError):
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Hold a folder for a rollout, for this process alone.
+def claimed(folder: Path, *, numbered: bool = False) -> Iterator[Path]:
+    """Hold a folder for a rollout, for this process alone, and say which.
+
+    Args:
+        folder: the folder; made if it is not there.
+        numbered: whether NAME-2, NAME-3, ... is taken where there is a rollout, or is being made.
 
     Raises:
         TraceError: there is one, which would be lost, or another process is making one.
     """
-    kept = [name for name in WRITTEN if (folder / name).exists()]
-    if kept:
-        raise TraceError(
-            f"{folder} already holds a rollout ({', '.join(kept)}). Give another --out, or take "
-            "it away."
-        )
+    names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    for place in itertools.chain([folder], names if numbered else ()):
+        try:
+            held = _take(place)
+            break
+        except TraceError:
+            if not numbered:
+                raise
+    with held:
+        try:
+            yield place
+        finally:
+            (place / LOCK).unlink(missing_ok=True)
+
+
+def _take(folder: Path) -> IO[str]:
+    """The lock of a folder without a rollout."""
+    _check_free(folder)  # before anything is made
     folder.mkdir(parents=True, exist_ok=True)
     try:
         held = lock(folder / LOCK)
@@ -47,20 +64,22 @@ def claimed(folder: Path) -> Iterator[None]:
         raise TraceError(
             f"another process is writing a rollout to {folder}. Give another --out."
         ) from None
-    with held:
-        try:
-            yield
-        finally:
-            (folder / LOCK).unlink(missing_ok=True)
+    try:
+        _check_free(folder)  # who had it before may have written one since
+    except TraceError:
+        (folder / LOCK).unlink()
+        held.close()
+        raise
+    return held
 
 
-def free_folder(name: Path) -> Path:
-    """A folder without a rollout: this one, or the first of NAME-2, NAME-3, ..."""
-    number, folder = 1, name
-    while any((folder / one).exists() for one in WRITTEN) or is_locked(folder / LOCK):
-        number += 1
-        folder = name.with_name(f"{name.name}-{number}")
-    return folder
+def _check_free(folder: Path) -> None:
+    kept = [name for name in WRITTEN if (folder / name).exists()]
+    if kept:
+        raise TraceError(
+            f"{folder} already holds a rollout ({', '.join(kept)}). Give another --out, or take "
+            "it away."
+        )
 
 
 def trace_path(run: Path, sample: str) -> Path:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -46,6 +47,9 @@ class Progress:
 
 
 log = logging.getLogger("internvideo3.training")
+STATE = re.compile(r"step-[0-9]{8}")
+OWN = re.compile(rf"{STATE.pattern}(\.part)?")
+"""Names that are written here, whole states and halves; `step-00000100-keep` is somebody's copy."""
 NOTHING = "step-00000000"
 """A state before the first step, as earlier versions wrote. Beginning again is exact and it is not:
 to tell an optimiser's state, torch takes a step of one that has none."""
@@ -122,8 +126,9 @@ def resume(
 
 def newest(folder: Path) -> Path | None:
     """The newest whole state of a folder, if there is one."""
-    found = sorted(folder.glob("step-????????/progress.json"))
-    return found[-1].parent if found and found[-1].parent.name != NOTHING else None
+    found = sorted(path.parent for path in folder.glob("step-*/progress.json"))
+    whole = [place for place in found if STATE.fullmatch(place.name) and place.name != NOTHING]
+    return whole[-1] if whole else None
 
 
 def _progress(place: Path) -> Progress:
@@ -142,12 +147,12 @@ def _note(path: Path, progress: Progress) -> None:
 
 
 def _remove_others(folder: Path, place: Path) -> None:
-    """Remove older states and halves of states; files of others stay (a desktop's `.DS_Store`).
+    """Remove older states and halves of states; what others put here stays (`.DS_Store`, a copy).
 
     The new state is whole by now, so nothing here ends training.
     """
     for old in folder.glob("step-*"):
-        if old == place:
+        if old == place or not OWN.fullmatch(old.name):
             continue
         try:
             shutil.rmtree(old)

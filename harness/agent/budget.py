@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 RESERVE = 256
-"""Tokens kept for the end of a turn: belief, call, what is left, and the question put again."""
+"""Tokens kept for the end of a turn: belief, call and what is left. The question is put again where
+as many remain after it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,10 @@ from internvideo3.harness.agent.chronicle import Advance, Chronicler
 from internvideo3.harness.agent.compression import compress
 from internvideo3.harness.agent.context import Context, Span
 from internvideo3.harness.agent.environment import NAMED_TOOLS, Environment
-from internvideo3.harness.agent.judging import options_of
 from internvideo3.harness.agent.memory import Item, Known, Memory
 from internvideo3.harness.agent.perception import Eye, Sight, seen_span
 from internvideo3.harness.agent.policies import Controller, Direct, ModelPolicy, clips
-from internvideo3.harness.agent.quoting import gist
+from internvideo3.harness.agent.question import gist, options_of
 from internvideo3.harness.agent.rollout import (
     Earlier,
     Outcome,

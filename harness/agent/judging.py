@@ -6,20 +6,17 @@ Axes: Y vocabulary.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from internvideo3.harness.agent.context import END, Context, Span
+from internvideo3.harness.agent.question import LETTERS
 from internvideo3.model.session import Session
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 NEGLIGIBLE = 7.0
 """Difference of log-probabilities from which a way to say it counts for nothing: e^-7 is 0.001."""
-_NAMED = re.compile(r"\(?([A-Za-z])\)?(?:[.:)]|$)\s*(.*)", re.DOTALL)
-_OPTION = re.compile(r"^\s*\(?([A-Z])[.):]\s+(\S.*?)\s*$", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,27 +49,6 @@ class Judgement:
         if answer == self.answer:
             return self.support
         return dict(zip(self.options, self.shares, strict=True)).get(answer, 0.0)
-
-
-def options_of(question: str) -> tuple[str, ...]:
-    """The texts of lettered options in a question, if at least two stand in order."""
-    found = _OPTION.findall(question)
-    in_order = [letter for letter, _ in found] == list(LETTERS[: len(found)])
-    return tuple(text for _, text in found) if in_order and len(found) > 1 else ()
-
-
-def option_of(answer: str, options: Sequence[str]) -> int | None:
-    """The place of the option that an answer names: by its text, its letter, or both; else None."""
-    plain = answer.strip().rstrip(".").casefold()
-    texts = [option.strip().rstrip(".").casefold() for option in options]
-    if plain in texts:
-        return texts.index(plain)
-    named = _NAMED.fullmatch(answer.strip())
-    place = LETTERS.find(named[1].upper()) if named else -1
-    if named is None or not 0 <= place < len(options):
-        return None
-    rest = (named[2] or "").strip().rstrip(".").casefold()
-    return place if rest in ("", texts[place]) else None
 
 
 @dataclass(frozen=True, kw_only=True)

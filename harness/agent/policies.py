@@ -32,7 +32,7 @@ from internvideo3.harness.agent.album import Album
 from internvideo3.harness.agent.belief import Belief, believe
 from internvideo3.harness.agent.context import Entry, Kind, Quoted, Span
 from internvideo3.harness.agent.memory import overlap_s
-from internvideo3.harness.agent.quoting import TAIL_CHARS, gist
+from internvideo3.harness.agent.question import TAIL_CHARS, gist
 from internvideo3.harness.agent.rollout import State, View, write_call
 from internvideo3.harness.agent.setting import Looks
 from internvideo3.harness.settings import SYSTEM_PROMPT

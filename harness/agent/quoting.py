@@ -14,9 +14,6 @@ from typing import Any
 LONGEST_CHARS = 4_000
 """Characters of one quotation; the rest is dropped, and the quotation says so."""
 
-HEAD_CHARS, TAIL_CHARS = 1_000, 2_000
-"""Of a longer question what is put again and searched for: its beginning and its end."""
-
 
 class Quoter:
     """Tokenises text of unknown origin for one tokenizer."""
@@ -56,13 +53,6 @@ class Quoter:
         # A normalising tokenizer may still build a token; no added token is one character long.
         alone = [self.control(character) for character in text]
         return [token for ids_ in alone for token in ids_ if token not in self._control_ids]
-
-
-def gist(question: str) -> str:
-    """A question whose middle is left out where it is long: subtitles or a summary stand there."""
-    if len(question) <= LONGEST_CHARS:
-        return question
-    return f"{question[:HEAD_CHARS]}\n[…]\n{question[-TAIL_CHARS:]}"
 
 
 def shorten(text: str, longest: int = LONGEST_CHARS) -> str:

@@ -24,10 +24,10 @@ from internvideo3.harness.agent.belief import Belief, believe, tally
 from internvideo3.harness.agent.budget import RESERVE, Spending
 from internvideo3.harness.agent.context import CALL, Context, Control, Entry, Kind, Quoted, Span
 from internvideo3.harness.agent.environment import Environment, Feedback
-from internvideo3.harness.agent.judging import Judgement, Weighed, option_of, shares
+from internvideo3.harness.agent.judging import Judgement, Weighed, shares
 from internvideo3.harness.agent.memory import Known
 from internvideo3.harness.agent.perception import Eye, interval_s, seen_span
-from internvideo3.harness.agent.quoting import gist
+from internvideo3.harness.agent.question import gist, option_of
 from internvideo3.harness.agent.verification import Check, check, told, weigh_alone
 from internvideo3.model.session import Limits
 from internvideo3.tasks.video import Frames, joined
@@ -35,6 +35,7 @@ from internvideo3.tasks.video import Frames, joined
 SUPPORTED = 0.5
 """Probability of an answer, given the evidence alone, from which the evidence supports it."""
 STORY = "The whole video, as it was captioned:\n"
+UNNAMED = "it names none of the options, or several; name one"
 MOST_REFUSALS = 2
 """Answers that verification may send back; one more is taken as it is."""
 
@@ -182,12 +183,20 @@ def turn(state: State, policy: Policy, watch: Watch) -> Outcome | None:
     if not isinstance(action, Answer):
         take(action, state)
     if policy.restates:
-        again = Quoted(gist(state.question), whole=True)
-        state.context.add(Kind.INSTRUCTION, "loop", [again])
+        _restate(state)
     state.compress(state)
     state.count()
     watch(state)
     return best(state, "budget") if state.spending.spent() else None
+
+
+def _restate(state: State) -> None:
+    """Puts the question again, where a whole turn can follow it."""
+    again = Quoted(gist(state.question), whole=True)
+    state.count()
+    cost = len(state.context.quoter.quote(again.text, whole=True))
+    if cost <= state.spending.tokens_left - RESERVE:
+        state.context.add(Kind.INSTRUCTION, "loop", [again])
 
 
 def begin(state: State, policy: Policy, first: Frames) -> None:
@@ -376,9 +385,11 @@ def _supported(found: Check, state: State) -> tuple[list[Check], str]:
     where there is nothing to ask about, or not the tokens to ask.
     """
     views = sorted(state.views[1:], key=lambda view: view.span)
-    place = option_of(found.claim, state.options)
-    if not views or place is None:
+    if not views or not state.options:
         return [found], "checked"
+    place = option_of(found.claim, state.options)
+    if place is None:
+        return [replace(found, ok=False, problems=(UNNAMED,))], "unverified"
     looks = [view.frames for view in views if view.frames is not None]
     quoted = state.context.quoter.quote(gist(state.question), whole=True)
     if sum(map(state.eye.tokens, looks)) + len(quoted) > state.spending.tokens_left - RESERVE:

@@ -14,7 +14,7 @@ from internvideo3.harness.agent.actions import Claim
 from internvideo3.harness.agent.context import Context, Control, Entry, Kind, Quoted
 from internvideo3.harness.agent.judging import Weighed, shares
 from internvideo3.harness.agent.memory import overlap_s
-from internvideo3.harness.agent.quoting import gist
+from internvideo3.harness.agent.question import gist
 from internvideo3.harness.settings import SYSTEM_PROMPT
 from internvideo3.model.session import Session
 from internvideo3.tasks.video import Frames, joined

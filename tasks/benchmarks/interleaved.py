@@ -26,9 +26,7 @@ class Cue(NamedTuple):
     text: str
 
 
-def read_cues(
-    path: Path, starts_at_s: float, length_s: float, *, whole: bool = False
-) -> list[Cue]:
+def read_cues(path: Path, starts_at_s: float, length_s: float, *, whole: bool = False) -> list[Cue]:
     """The subtitles of a file in either of the two published layouts.
 
     Args:

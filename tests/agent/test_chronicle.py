@@ -35,7 +35,6 @@ from internvideo3.harness.agent.setting import AgentSettings
 from internvideo3.harness.agent.tools.catalogue import TOOLS
 from internvideo3.harness.agent.tools.desk import Desk
 from internvideo3.harness.ask import Asked, AskOptions, ask
-from internvideo3.harness.traces import free_folder
 from internvideo3.reports.trace import render
 from internvideo3.tasks.decoder import IsolatedReader
 from internvideo3.training.curation.records import Clip
@@ -146,7 +145,7 @@ def run(film: Path, warm: Path, tmp_path: Path) -> Ask:
     shutil.copytree(warm, tmp_path / "cache")
 
     def go(**options: Any) -> Asked:
-        given = {"cache": tmp_path / "cache", "out": free_folder(tmp_path / "out")}
+        given = {"cache": tmp_path / "cache", "out": tmp_path / "out", "numbered": True}
         return ask(AskOptions(video=film, **ASKED | given | options))
 
     return go

@@ -17,11 +17,12 @@ from internvideo3.harness.agent.belief import believe, tally
 from internvideo3.harness.agent.budget import Budget, Spending
 from internvideo3.harness.agent.context import Context, Kind, Quoted
 from internvideo3.harness.agent.environment import Environment
-from internvideo3.harness.agent.judging import Judgement, options_of
+from internvideo3.harness.agent.judging import Judgement
 from internvideo3.harness.agent.memory import Memory
 from internvideo3.harness.agent.perception import Eye, Sight
 from internvideo3.harness.agent.policies import Controller, Direct, ModelPolicy, unseen
-from internvideo3.harness.agent.quoting import LONGEST_CHARS, gist
+from internvideo3.harness.agent.question import gist, option_of, options_of
+from internvideo3.harness.agent.quoting import LONGEST_CHARS
 from internvideo3.harness.agent.rollout import (
     MOST_REFUSALS,
     SUPPORTED,
@@ -194,7 +195,7 @@ def test_what_the_closer_looks_alone_say_is_verified_and_no_other_answer(make: M
         assert supported or f"the closer looks alone say {seen.answer}" in told(tried)
 
 
-@pytest.mark.parametrize("form", ["{letter}", "({letter})", "{letter}. {text}"])
+@pytest.mark.parametrize("form", ["({letter})", "{letter}. {text}", "The answer is {letter}."])
 def test_an_answer_by_its_letter_is_verified_like_its_text(make: Make, form: str) -> None:
     """Most benchmarks ask for the letter."""
     for place, text in enumerate(make().options):
@@ -203,6 +204,28 @@ def test_an_answer_by_its_letter_is_verified_like_its_text(make: Make, form: str
         want, got = (run(state, ModelPolicy(Limits(max_new_tokens=200))) for state in states)
         assert got.reason == want.reason and got.support == pytest.approx(want.support, abs=0.05)
         assert got.reason in ("verified", "unverified") and got.answer == given
+
+
+FORMS = ("{letter}", "({letter})", "{letter}. {text}", "The answer is {letter}.", "**{letter}**",
+         "\\boxed{{{letter}}}", "<answer>{letter}</answer>", "It is the {text}.", "{text}",
+         "Option {letter}", "{letter} because it is first", "{letter} {text}")  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_answer_is_read_as_scoring_reads_it(form: str) -> None:
+    texts = ("a circle", "two squares", "the ring", "no cross")
+    for place, text in enumerate(texts):
+        assert option_of(form.format(letter="ABCD"[place], text=text), texts) == place
+    assert option_of("A or B", texts) is None and option_of("I am certain of it", texts) is None
+
+
+def test_an_answer_that_names_no_option_is_sent_back(make: Make) -> None:
+    """Its wording must not spare it the model's own check."""
+    script = acts("I am certain of it")
+    state = make(Budget(turns=10, tokens=16_384), script)
+    outcome = run(state, ModelPolicy(Limits(max_new_tokens=200)))
+    assert outcome.reason == "unverified" and state.refusals == MOST_REFUSALS
+    assert "it names none of the options" in told(state)
 
 
 def test_what_the_model_was_not_asked_about_is_only_checked(make: Make) -> None:
@@ -238,6 +261,34 @@ def test_a_long_question_is_shown_whole_and_put_again_in_short(make: Make) -> No
     seen = state.context.session.processor.tokenizer.decode(state.context.session.ids)
     assert seen.count("line 399 of") >= 1 and seen.count("line 200 of") == 1
     within_budget(state)
+
+
+LONG = "".join(f"line {n} of the talk at 00:{n % 60:02}\n" for n in range(2000))
+
+
+@pytest.mark.parametrize(("chars", "tokens"), [(1_500, 2_048), (3_500, 2_048), (3_500, 8_192)])
+def test_a_long_question_is_put_again_within_the_budget(
+    make: Make, chars: int, tokens: int
+) -> None:
+    state = make(Budget(turns=8, tokens=tokens), (), LONG[:chars] + "\n" + QUESTION)
+    run(state, Controller(LIMITS))
+    within_budget(state)
+    assert len(state.views) > 1 and state.spending.turns > 1
+
+
+def test_what_bears_repeating_is_the_question_with_all_its_options(make: Make) -> None:
+    asked = "In which order do these things happen?\n"
+    texts = [f"{letter} first, " + "and then the next thing, " * 12 for letter in "ABCDEFGH"]
+    options = "".join(f"{letter}. {text}\n" for letter, text in zip("ABCDEFGH", texts, strict=True))
+    lines = "A. Hello, said the man.\nB. Hello.\n" + LONG
+    for question in (lines + asked + options, asked + options + LONG + "Answer by letter."):
+        assert options_of(question) == tuple(text.strip() for text in texts)
+        short = gist(question)
+        assert asked in short and options.strip() in short and len(short) < 8_000
+        assert options_of(short) == options_of(question)
+        assert short.startswith(question[:900]) and short.endswith(question[-1_900:])
+    without = LONG + asked
+    assert gist(without).endswith(asked) and len(gist(without)) < LONGEST_CHARS
 
 
 def test_an_answer_without_evidence_is_sent_back_and_in_the_end_taken(make: Make) -> None:

@@ -10,7 +10,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from fractions import Fraction
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +217,19 @@ def test_hostile_text_does_nothing_on_the_page(run: Ask, tmp_path: Path) -> None
         browser.close()
     assert trouble == [] and wide <= 1280
     assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+
+
+@pytest.mark.parametrize(
+    ("terminal", "end"),
+    [(False, "an entry\nError: what\n"), (True, "\x1b[?25h\r\x1b[1A\x1b[2KError: what\n")],
+)
+def test_a_line_that_changes_is_gone_in_the_end(*, terminal: bool, end: str) -> None:
+    """And never in a log, where what is said next stood behind the spinner."""
+    log = StringIO()
+    console = Console(file=log, force_terminal=terminal, width=60)
+    with suppress(ValueError), live_view(console) as watch:
+        watch.advance(1, 3)
+        console.print("an entry")
+        raise ValueError
+    log.write("Error: what\n")
+    assert log.getvalue().endswith(end) and ("\u280b" in log.getvalue()) == terminal

@@ -10,13 +10,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
 from internvideo3.harness.ask import AskOptions, ask
+from internvideo3.harness.locks import lock
 from internvideo3.harness.replay import replay, show
-from internvideo3.harness.traces import LOCK, claimed, free_folder
+from internvideo3.harness.traces import LOCK, ROLLOUT, claimed
 
 QUESTION = (
     "What does the man say?\nA. hello\nB. goodbye\nC. nothing\nAnswer with the text of one option."
@@ -94,17 +95,35 @@ def test_a_rollout_is_not_written_over(asked: AskOptions) -> None:
 
 def test_two_rollouts_at_once_have_folders_of_their_own(asked: AskOptions, tmp_path: Path) -> None:
     place = tmp_path / "ask"
-    with claimed(place):
-        assert free_folder(place) == tmp_path / "ask-2"
+    with claimed(place, numbered=True) as one, claimed(place, numbered=True) as other:
+        assert (one, other) == (place, tmp_path / "ask-2")
         with pytest.raises(ValueError, match="another process is writing a rollout to"):
             ask(replace(asked, out=place))
-    assert free_folder(place) == place and not any(place.iterdir())
+    assert not any(place.iterdir()) and not any(other.iterdir())
     (place / LOCK).touch()  # of a process that was killed
-    assert free_folder(place) == place
+    with claimed(place, numbered=True) as again_:
+        assert again_ == place
     (place / "timings.json").write_text("[]")
+    with claimed(place, numbered=True) as beside:
+        assert beside == tmp_path / "ask-2"
     with pytest.raises(ValueError, match=r"already holds a rollout \(timings.json\)"):
         ask(replace(asked, out=place))
     assert (place / "timings.json").read_text() == "[]"
+
+
+def test_a_rollout_that_came_while_waiting_for_the_lock_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "ask"
+
+    def lock_late(path: Path) -> IO[str]:
+        (path.parent / ROLLOUT).write_text("of another process")
+        return lock(path)
+
+    monkeypatch.setattr("internvideo3.harness.traces.lock", lock_late)
+    with pytest.raises(ValueError, match="already holds a rollout"), claimed(place):
+        pytest.fail("two have it")
+    assert [one.name for one in place.iterdir()] == [ROLLOUT]
 
 
 def test_commands_replay_and_show(asked: AskOptions, tmp_path: Path) -> None:

@@ -264,6 +264,82 @@ class TestFilters:
         found = filters.without_benchmarks(rows, {"k": ()}, {}, {"b/1": question + options})
         assert found.dropped == {"k": "repeats the question b/1"}
 
+    @staticmethod
+    def listed(form: str) -> str:
+        """Four options behind a question, each in a form such as `\n[{letter}] {text}`."""
+        texts = ("red like the sea", "blue like a house", "green as the grass", "grey as a star")
+        return "".join(
+            form.format(letter="ABCD"[n], number=n, next=n + 1, text=text)
+            for n, text in enumerate(texts)
+        )
+
+    @pytest.mark.parametrize("tail", ["", "\nAnswer with the option's letter from the list above."])
+    @pytest.mark.parametrize(
+        "form",
+        [
+            " {next}. {text}", " ({next}) {text}", "\n**{letter}.** {text}", "\n[{letter}] {text}",
+            "\n- {text}", "\nOption {letter}: {text}", "\n{letter} - {text}", "\n{letter} {text}",
+            "\n- {letter}. {text}", "\n{letter}\u3001{text}", "\n{number}. {text}", "\n* {text}?",
+            "\n{letter}. {text}", "\n\u2460 {text}", "; {text}",
+        ],
+    )  # fmt: skip
+    def test_a_benchmarks_bare_question_is_found_however_its_options_are_written(
+        self, form: str, tail: str
+    ) -> None:
+        """Also by a row that has options of its own, in whatever form."""
+        question = "What colour is the ring that the man lifts after the second cut of the film?"
+        context = "A man in a red coat enters a kitchen and takes a knife. He cuts two onions. "
+        asked = {
+            "bare": question, "list": f"{question}\n- a\n- b b b b b b b b b",
+            "told": f"Pick the best of the options below by what you see.\n{question}{tail}",
+        }  # fmt: skip
+        rows = [{"id": key, "messages": [{"role": "user", "content": text}]}
+                for key, text in asked.items()]  # fmt: skip
+        benchmark = {"b/1": question + self.listed(form) + tail}
+        found = filters.without_benchmarks(rows, dict.fromkeys(asked, ()), {}, benchmark)
+        assert found.dropped == dict.fromkeys(asked, "repeats the question b/1")
+        benchmark = {"b/1": context + question + self.listed(form) + tail}
+        found = filters.without_benchmarks(rows, dict.fromkeys(asked, ()), {}, benchmark)
+        assert found.dropped == dict.fromkeys(asked, "repeats the question b/1")
+
+    def test_a_benchmarks_request_without_a_question_mark_is_found_before_a_list(self) -> None:
+        text = "Name the colour of the ring that the man lifts after the cut"
+        rows = [{"id": "k", "messages": [{"role": "user", "content": text}]}]
+        for form in ("\n- {text}", "\n[{letter}] {text}", "\nOption {letter}: {text}"):
+            found = filters.without_benchmarks(
+                rows, {"k": ()}, {}, {"b/1": text + self.listed(form)}
+            )
+            assert found.dropped == {"k": "repeats the question b/1"}
+
+    @pytest.mark.parametrize(
+        "asked",
+        [
+            "What is the man doing in the video?",
+            "Watch the video. What is the man doing in the video?\n- he cuts\n- he fries",
+            "Which of the following statements is correct?\n- he cuts\n- he fries",
+            "Who wins it?\n- he\n- she\nAnswer with the option's letter from the list above.",
+            "Describe the video in detail.", "What happens after the second cut of the film?",
+            "What is the man in the red coat doing?", "Pick the best of the options below.",
+        ],
+    )  # fmt: skip
+    @pytest.mark.parametrize("form", ["\n- {text}", "\n[{letter}] {text}", "\n{letter}. {text}"])
+    def test_what_is_part_of_a_longer_question_repeats_none(self, asked: str, form: str) -> None:
+        """Common questions and instructions are in many a benchmark's question, and none of it."""
+        tail = self.listed(form) + "\nAnswer with the option's letter from the list above."
+        questions = [
+            "What is the man doing in the video when the woman in the blue dress opens the door?",
+            "What is the man in the red coat doing while the woman in blue opens the door to the "
+            "garden after the second cut of the film?",
+            "The dog runs out of the house. Which of the following statements is correct?",
+            "The cat stays in the warm kitchen. Which of the following statements is correct?",
+            "Describe the video in detail. Then tell what colour the ring has that he lifts there.",
+            "Describe the video in detail. Then count the onions that the man cuts in the kitchen.",
+            "Pick the best of the options below.\nHow many onions lie on the table at the end?",
+        ]
+        rows = [{"id": "k", "messages": [{"role": "user", "content": asked}]}]
+        benchmark = {f"b/{n}": question + tail for n, question in enumerate(questions)}
+        assert filters.without_benchmarks(rows, {"k": ()}, {}, benchmark).dropped == {}
+
     @pytest.mark.parametrize(
         "text",
         [
