@@ -9,19 +9,18 @@ import os
 import re
 import select
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
     from internvideo3.harness.evaluate import EvalSummary
     from internvideo3.harness.options import EvalOptions
     from internvideo3.harness.profile.workload import Workload
+    from internvideo3.harness.progress import Shown
 
 USER_ERROR = 1
 INTERRUPTED = 130
@@ -830,11 +829,11 @@ def report_command(
       internvideo3 report runs/base runs/m2la runs/blind --out page
     """
     with _errors_in_words():
-        from internvideo3.reports.page import build_report
+        from internvideo3.reports.page import BESIDE, build_report
 
         page = build_report(runs, out, title=title)
         _print_runs(runs)
-        beside = sorted(path.name for path in out.glob("*.*") if path != page and path.is_file())
+        beside = sorted(name for name in BESIDE if (out / name).is_file())
         print(f"Page: {page}")
         print(f"Beside it: {', '.join(beside)}, plots/*.svg")
 
@@ -1812,35 +1811,6 @@ def _evaluate_with_bars(options: "EvalOptions") -> "EvalSummary":
 
 
 _SHOWN_ERRORS = 5
-_FULL_BARS = 5
-"""Most bars of finished work that stay on the screen."""
-
-
-class _Bars:
-    """One progress bar a name, with the time that is left; called with (name, done, total)."""
-
-    def __init__(self, shown: "Progress") -> None:
-        self._shown = shown
-        self._tasks: dict[str, TaskID] = {}
-        self._full: list[str] = []
-
-    def __call__(self, name: str, done: int, total: int) -> None:
-        if name not in self._tasks:
-            # The bar starts where an earlier command stopped: its samples tell nothing
-            # about how fast this command is.
-            self._tasks[name] = self._shown.add_task(name, completed=done, total=total, note="")
-        self._shown.update(self._tasks[name], completed=done, total=total)
-        if done >= total and name not in self._full:
-            self._full.append(name)
-            if len(self._full) > _FULL_BARS:
-                # What moves must stay on the screen, however much there is to do.
-                first = self._full[-1 - _FULL_BARS]
-                self._shown.update(self._tasks[first], visible=False)
-
-    def watch(self, stage: str, row: Mapping[str, float]) -> None:
-        """Show a line of training's metrics behind the stage's bar."""
-        name = "reward" if "reward" in row else "loss"
-        self._shown.update(self._tasks[stage], note=f"{name} {row[name]:.3f}")
 
 
 def _metrics_lines(stages: Sequence[Path]) -> list[str]:
@@ -1849,30 +1819,10 @@ def _metrics_lines(stages: Sequence[Path]) -> list[str]:
     return [f"Metrics: {file}" for file in files if file.is_file()]
 
 
-@contextmanager
-def _bars(*, shown: bool = True, stderr: bool = False) -> Iterator[_Bars]:
-    """Bars of what takes long; yields what moves them."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+def _bars(*, shown: bool = True, stderr: bool = False) -> AbstractContextManager["Shown"]:
+    from internvideo3.harness.progress import progress
 
-    columns = (
-        TextColumn("{task.description:<16}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", style="dim"),
-    )
-    console = Console(stderr=True) if stderr else None
-    with Progress(*columns, console=console, disable=not shown) as bars:
-        yield _Bars(bars)
+    return progress(shown=shown, stderr=stderr)
 
 
 def _print_runs(runs: list[Path]) -> None:

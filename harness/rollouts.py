@@ -139,7 +139,8 @@ def _made(options: RolloutsOptions) -> dict[str, list[Row]]:
     if not path.is_file() or not path.stat().st_size:
         path.write_text(json.dumps(begun) + "\n", encoding="utf-8")
     try:
-        first, *made = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        lines = path.read_text("utf-8").split("\n")
+        first, *made = [json.loads(line) for line in lines if line]
         if first == begun:
             return {one["key"]: one["rows"] for one in made}
     except (ValueError, LookupError, TypeError) as error:

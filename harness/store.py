@@ -21,6 +21,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -270,8 +271,28 @@ def read_run(root: Path) -> Row:
 
 
 def suites_of(root: Path) -> list[str]:
-    """The suites that have samples in a run directory, by name."""
+    """The suites that have samples in a run directory, by name.
+
+    Raises:
+        StoreError: answers of shards or ranks are not merged; without them a suite, or the run,
+            would look finished that is not.
+    """
+    parts = [path for path in root.glob(f"{PARTS}/*/samples/*.jsonl") if path.stat().st_size]
+    if parts:
+        suites = ", ".join(sorted({path.stem for path in parts}))
+        command = shlex.join(_without_shard(read_run(root).get("command") or ()))
+        raise StoreError(
+            f"{root}: answers to {suites} are in parts, of shards or of a launch that did not end. "
+            f"Merge them first by the command that made them, without --shard"
+            + (f": {command}" if command else ".")
+        )
     return sorted(path.stem for path in (root / "samples").glob("*.jsonl"))
+
+
+def _without_shard(command: Sequence[str]) -> list[str]:
+    kept = [one for one in command if not str(one).startswith("--shard=")]
+    at = kept.index("--shard") if "--shard" in kept else len(kept)
+    return [*map(str, kept[:at]), *map(str, kept[at + 2 :])]
 
 
 def append_measurements(root: Path, rows: Sequence[Row]) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -447,8 +448,8 @@ def load_model(
 def read_weights(kind: Any, path: Path, **given: Any) -> Any:
     """A model of a checkpoint's weights, all of them and no others.
 
-    transformers' bar is shown where reading takes long; of a small checkpoint it would bury what
-    the command says.
+    transformers' bar is shown where reading takes long, in a terminal; of a small checkpoint it
+    would bury what the command says, and in a log it would be hundreds of carriage returns.
 
     Args:
         kind: a class with `from_pretrained`.
@@ -479,7 +480,8 @@ def bars_for(size: int) -> Iterator[None]:
 
     # Where the environment decides, it cannot be overruled but with a warning.
     decided = "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ
-    hidden = size < LONG_BYTES and logging.is_progress_bar_enabled() and not decided
+    in_log = not sys.stderr.isatty() and "ipykernel" not in sys.modules
+    hidden = (size < LONG_BYTES or in_log) and logging.is_progress_bar_enabled() and not decided
     if hidden:
         logging.disable_progress_bar()
     try:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def load_run(path: Path) -> Run:
             f"{path / 'run.json'} has schema {meta.get('schema')!r}; this version reads {SCHEMA}. "
             "Use the version that wrote the run."
         )
-    notes: list[str] = []
+    notes: list[str] = list(_unmerged(path))
     samples = {}
     twice: set[str] = set()
     for file in sorted((path / "samples").glob("*.jsonl")):
@@ -155,7 +155,7 @@ def load_run(path: Path) -> Run:
     if not any(samples.values()) and not measured.exists():
         raise RunError(
             f"{path} has no answers and no measurements yet, so there is nothing to report; "
-            "repeat the command that started it"
+            + ("; ".join(notes) or "repeat the command that started it")
         )
     return Run(
         path=path,
@@ -166,6 +166,17 @@ def load_run(path: Path) -> Run:
         timings=timings,
         notes=tuple(notes),
     )
+
+
+def _unmerged(path: Path) -> Iterator[str]:
+    """Say which answers lie in parts, of shards or of a launch that did not end."""
+    files = path.glob("parts/*/samples/*.jsonl")
+    suites = sorted({file.stem for file in files if file.stat().st_size})
+    if suites:
+        yield (
+            f"answers to {', '.join(suites)} are in parts and not counted: merge them by the "
+            "command that made them, without --shard"
+        )
 
 
 def _read_object(file: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from internvideo3.reports import (
     profile,
     wording,
 )
+from internvideo3.reports.load import RunError
 from internvideo3.reports.plots import SERIES, Plot, Style, inline
 from internvideo3.reports.summary import (
     TOLERATED_LOSS,
@@ -32,6 +33,14 @@ from internvideo3.reports.summary import (
 
 TEMPLATES = Path(__file__).parent / "templates"
 PLOTS = "plots"
+PAGE = "report.html"
+BESIDE = (
+    *("report.md", "leaderboard.csv"),
+    *(f"tables.{name}" for name in leaderboard_formats.FORMS),
+)
+"""Files of a report beside its page; `plots/` has the figures."""
+_OURS = b"default-src 'none'; img-src data:; style-src "
+"""In every page that this room made, of any version."""
 
 
 def build_report(runs: Sequence[Path], out: Path, *, title: str) -> Path:
@@ -49,25 +58,56 @@ def build_report(runs: Sequence[Path], out: Path, *, title: str) -> Path:
         Path of report.html.
 
     Raises:
-        RunError: A folder that cannot be read as a run.
+        RunError: A folder that cannot be read as a run, or a file of others where one of the
+            report's would be.
     """
+    check_place(out)
     summary = summarise_paths(runs)
     plots = _Plots(summary)
     beside = leaderboard.tables(summary)
-    texts = {f"{PLOTS}/{plot.name}.svg": plot.svg for plot in plots.all}
-    texts["report.md"] = markdown.render(summary, title)
-    texts["leaderboard.csv"] = export.render(summary)
+    files = {f"{PLOTS}/{plot.name}.svg": plot.svg for plot in plots.all}
+    files |= {"report.md": markdown.render(summary, title)}
+    files |= {"leaderboard.csv": export.render(summary)}
     if beside:
-        texts |= {
-            f"tables.{name}": form(beside) for name, form in leaderboard_formats.FORMS.items()
-        }
-    texts["report.html"] = render(summary, plots, title)
+        files |= {f"tables.{n}": form(beside) for n, form in leaderboard_formats.FORMS.items()}
+    check_place(out, files)
+    # The page first: by it the next report knows that the other files are ours.
+    files = {PAGE: render(summary, plots, title), **files}
     (out / PLOTS).mkdir(parents=True, exist_ok=True)
-    for name in _former(out) - texts.keys():
+    for name, text in files.items():
+        _write(out / name, text)
+    for name in _former(out) - files.keys():
         (out / name).unlink()
-    for name, text in texts.items():
-        (out / name).write_text(text, encoding="utf-8", errors="replace")
-    return out / "report.html"
+    return out / PAGE
+
+
+def check_place(out: Path, names: Iterable[str] = BESIDE) -> None:
+    """Raise if a report in this folder would overwrite what is no report.
+
+    Args:
+        out: The folder; it need not be there.
+        names: Files that would be written beside the page.
+
+    Raises:
+        RunError: With the files.
+    """
+    page = out / PAGE
+    if page.is_file() and _OURS in page.read_bytes():
+        return
+    others = [name for name in (PAGE, *names) if (out / name).exists()]
+    if others:
+        shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        raise RunError(
+            f"{out} holds {shown}, which no report of ours wrote and which would be overwritten. "
+            "Give another --out, or move them away."
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file, all or nothing."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text, encoding="utf-8", errors="replace")
+    aside.replace(path)
 
 
 def _former(out: Path) -> set[str]:

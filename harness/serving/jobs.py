@@ -6,6 +6,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from internvideo3.harness.serving.studio import Say, Told
 from internvideo3.harness.serving.wire import ApiError
 
 LOG = logging.getLogger("uvicorn.error")
+STOPPING_S = 5.0
+"""Seconds after which those who wait are told that the server stops, though a step goes on."""
 
 
 class Gone(Exception):  # noqa: N818 - not an error
@@ -81,7 +84,7 @@ class Line:
         self._current: Job | None = None
         # Reentrant: a signal may call `close` while its thread holds it.
         self._lock = threading.RLock()
-        self._closed = False
+        self._closed_s: float | None = None
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
@@ -92,8 +95,8 @@ class Line:
         Raises:
             ApiError: the line is full, or closed.
         """
-        if self._closed:
-            raise _stopping()
+        if self._closed_s is not None:
+            raise stopping()
         if self.inside > self.waiting:
             raise ApiError(
                 429,
@@ -120,10 +123,14 @@ class Line:
 
     def close(self) -> None:
         """Ends the answer in progress and those that wait; new ones are refused."""
-        self._closed = True
+        self._closed_s = time.monotonic()
         self._jobs.put(None)
         if self._current is not None:
             self._give_up(self._current)
+
+    def is_stuck(self) -> bool:
+        """Whether it was closed, and a step of an answer goes on that cannot be ended."""
+        return self._closed_s is not None and time.monotonic() - self._closed_s > STOPPING_S
 
     def join(self, seconds: float) -> None:
         """Waits until the thread has ended."""
@@ -139,14 +146,14 @@ class Line:
         while (job := self._jobs.get()) is not None:
             with self._lock:
                 self._current = job
-            outcome = _stopping() if self._closed else _outcome(job)
+            outcome = _outcome(job) if self._closed_s is None else stopping()
             with self._lock:
                 self._current = None
             job.tell(outcome)
         while not self._jobs.empty():
             late = self._jobs.get()
             if late is not None:
-                late.tell(_stopping())
+                late.tell(stopping())
 
 
 def _outcome(job: Job) -> Event:
@@ -156,7 +163,7 @@ def _outcome(job: Job) -> Event:
     except ApiError as error:
         return error
     except Gone:
-        return _stopping()
+        return stopping()
     except ValueError as error:  # what is wrong with the video or the question
         return ApiError(400, str(error), param="messages")
     except Exception:  # the thread serves the next request; the log has what happened
@@ -165,5 +172,6 @@ def _outcome(job: Job) -> Event:
         return ApiError(500, message, kind="server_error")
 
 
-def _stopping() -> ApiError:
+def stopping() -> ApiError:
+    """What those are told who wait while the server ends."""
     return ApiError(503, "the server is stopping.", kind="server_error")
