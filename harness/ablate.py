@@ -27,6 +27,7 @@ from internvideo3.harness.evaluate import evaluate, load_benchmarks, settle_envi
 from internvideo3.harness.options import EvalOptions
 from internvideo3.harness.preflight import suite_names
 from internvideo3.harness.store import Row, write_json
+from internvideo3.harness.train import alone_in
 from internvideo3.reports.ablation import MAPPING, write_table5
 from internvideo3.tasks.brief import EVALUABLE
 from internvideo3.training.processes import Processes
@@ -94,9 +95,14 @@ def ablate(options: AblateOptions, progress: Progress) -> Path | None:
         stages = complete(recipe_of(options, name))
         check_files(stages)
         check_mixtures(stages)
-    _check_labels(options)
-    _check_suites(options)
-    options.out.mkdir(parents=True, exist_ok=True)
+    with alone_in(options.out):
+        _check_labels(options)
+        _check_suites(options)
+        return _tabled(options, progress)
+
+
+def _tabled(options: AblateOptions, progress: Progress) -> Path | None:
+    """What is missing, worked on until it is done or a signal comes."""
     plan = _plan(options)
     if options.jobs > 1:
         from internvideo3.harness.ablate_jobs import side_by_side

@@ -50,9 +50,17 @@ class View:
 
 @contextmanager
 def live_view(console: Console) -> Iterator[View]:
-    """Shows a rollout while it runs; yields what is told of every step."""
-    with Live(Spinner("dots", "reading the model and the video"), console=console) as live:
-        yield View(live)
+    """Shows a rollout while it runs; yields what is told of every step.
+
+    Where the console is no terminal, a log has the entries alone: no line that changes.
+    """
+    first = Spinner("dots", "reading the model and the video")
+    with Live(first, console=console, transient=True, auto_refresh=console.is_terminal) as live:
+        try:
+            yield View(live)
+        finally:
+            if not console.is_terminal:
+                live.update("")
 
 
 def line(entry: Entry) -> Text:

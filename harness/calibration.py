@@ -170,6 +170,7 @@ class Reader:
             videos=[torch.from_numpy(pixels_THWC).permute(0, 3, 1, 2)],
             video_metadata=[metadata],
             do_sample_frames=False,
+            cap_pixels_per_frame=False,  # as `model.prompt` has it
             return_tensors="pt",
         )
         return dict(inputs)

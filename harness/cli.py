@@ -9,19 +9,18 @@ import os
 import re
 import select
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
     from internvideo3.harness.evaluate import EvalSummary
     from internvideo3.harness.options import EvalOptions
     from internvideo3.harness.profile.workload import Workload
+    from internvideo3.harness.progress import Shown
 
 USER_ERROR = 1
 INTERRUPTED = 130
@@ -832,11 +831,11 @@ def report_command(
       internvideo3 report runs/base runs/m2la runs/blind --out page
     """
     with _errors_in_words():
-        from internvideo3.reports.page import build_report
+        from internvideo3.reports.page import BESIDE, build_report
 
         page = build_report(runs, out, title=title)
         _print_runs(runs)
-        beside = sorted(path.name for path in out.glob("*.*") if path != page and path.is_file())
+        beside = sorted(name for name in BESIDE if (out / name).is_file())
         print(f"Page: {page}")
         print(f"Beside it: {', '.join(beside)}, plots/*.svg")
 
@@ -1209,7 +1208,10 @@ def data_sample_command(
         str | None,
         typer.Option(help="For gap: a checkpoint, or a server such as http://localhost:8000/v1."),
     ] = None,
-    teacher_model: Annotated[str, typer.Option(help="The teacher's name there.")] = "teacher",
+    teacher_model: Annotated[
+        str,
+        typer.Option(help="The teacher's name there; by default it is known by its address."),
+    ] = "teacher",
     fps: Annotated[float, typer.Option(min=0.01, help="Frames from a second of video.")] = 2.0,
     max_frames: Annotated[int, typer.Option(min=1, help="Most frames of a video.")] = 512,
     min_pixels: Annotated[
@@ -1305,16 +1307,18 @@ def data_check_command(
 ) -> None:
     """Drop repeated questions, and what shares a video or a question with a benchmark.
 
-    A row that cannot be used, such as one with a broken video, is dropped too, up to a budget.
+    A row that cannot be used, such as one with a broken video, is dropped too, up to a budget. Of
+    a benchmark's folder every file is tried that is no text or picture by its name.
     """
     with _errors_in_words(out):
         from internvideo3.harness.data import check_rows
 
+        notes: list[str] = []
         with _bars() as advance:
             kept, dropped = check_rows(
-                rows, out, benchmark_videos, benchmark_questions, most_bad, advance
+                rows, out, benchmark_videos, benchmark_questions, most_bad, advance, notes.append
             )
-        print(f"{kept} kept, {len(dropped)} dropped: {out}")
+        print(*notes, f"{kept} kept, {len(dropped)} dropped: {out}", sep="\n")
 
 
 @data_app.command("mix")
@@ -1817,35 +1821,6 @@ def _evaluate_with_bars(options: "EvalOptions") -> "EvalSummary":
 
 
 _SHOWN_ERRORS = 5
-_FULL_BARS = 5
-"""Most bars of finished work that stay on the screen."""
-
-
-class _Bars:
-    """One progress bar a name, with the time that is left; called with (name, done, total)."""
-
-    def __init__(self, shown: "Progress") -> None:
-        self._shown = shown
-        self._tasks: dict[str, TaskID] = {}
-        self._full: list[str] = []
-
-    def __call__(self, name: str, done: int, total: int) -> None:
-        if name not in self._tasks:
-            # The bar starts where an earlier command stopped: its samples tell nothing
-            # about how fast this command is.
-            self._tasks[name] = self._shown.add_task(name, completed=done, total=total, note="")
-        self._shown.update(self._tasks[name], completed=done, total=total)
-        if done >= total and name not in self._full:
-            self._full.append(name)
-            if len(self._full) > _FULL_BARS:
-                # What moves must stay on the screen, however much there is to do.
-                first = self._full[-1 - _FULL_BARS]
-                self._shown.update(self._tasks[first], visible=False)
-
-    def watch(self, stage: str, row: Mapping[str, float]) -> None:
-        """Show a line of training's metrics behind the stage's bar."""
-        name = "reward" if "reward" in row else "loss"
-        self._shown.update(self._tasks[stage], note=f"{name} {row[name]:.3f}")
 
 
 def _metrics_lines(stages: Sequence[Path]) -> list[str]:
@@ -1854,30 +1829,10 @@ def _metrics_lines(stages: Sequence[Path]) -> list[str]:
     return [f"Metrics: {file}" for file in files if file.is_file()]
 
 
-@contextmanager
-def _bars(*, shown: bool = True, stderr: bool = False) -> Iterator[_Bars]:
-    """Bars of what takes long; yields what moves them."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+def _bars(*, shown: bool = True, stderr: bool = False) -> AbstractContextManager["Shown"]:
+    from internvideo3.harness.progress import progress
 
-    columns = (
-        TextColumn("{task.description:<16}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", style="dim"),
-    )
-    console = Console(stderr=True) if stderr else None
-    with Progress(*columns, console=console, disable=not shown) as bars:
-        yield _Bars(bars)
+    return progress(shown=shown, stderr=stderr)
 
 
 def _print_runs(runs: list[Path]) -> None:

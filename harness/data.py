@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from internvideo3.harness import provenance
-from internvideo3.harness.agent.tools import segmentation
+from internvideo3.harness.outputs import alone, make_ready
+from internvideo3.harness.provenance import file_digest
+from internvideo3.harness.scenes import SceneFinder
+from internvideo3.harness.video_files import candidates, found_videos, is_named_video
 from internvideo3.tasks.decoder import IsolatedReader
 from internvideo3.tasks.video import VideoError
 from internvideo3.training.curation import filters
@@ -28,11 +32,13 @@ from internvideo3.training.curation.mixing import (
     told_apart,
 )
 from internvideo3.training.curation.origin import claim, origin_of
-from internvideo3.training.curation.pipeline import Changes, Curation
+from internvideo3.training.curation.pipeline import Changes, Curation, Guesser
 from internvideo3.training.curation.records import (
     DataError,
     Row,
+    is_address,
     keys_of,
+    media_of,
     moved,
     read_rows,
     user_text,
@@ -42,7 +48,7 @@ from internvideo3.training.curation.records import (
 from internvideo3.training.endpoint import Endpoint
 
 Progress = Callable[[str, int, int], None]
-VIDEO_NAMES = frozenset({".mp4", ".mkv", ".webm", ".mov", ".avi"})
+Tell = Callable[[str], None]
 FILTERS: dict[str, Callable[[Sequence[Row]], Kept]] = {
     "iou": filters.by_iou, "mixed": filters.by_mixed_answers, "gap": filters.by_gap,
 }  # fmt: skip
@@ -52,14 +58,8 @@ def _unwatched(name: str, done: int, total: int) -> None:
     """Nobody watches."""
 
 
-def scene_changes(video: Path) -> list[float]:
-    """Times at which scenes change, hard cuts and dissolves, by TransNetV2.
-
-    Raises:
-        ValueError: The file has no picture, or is too long for one call.
-    """
-    changes: list[float] = segmentation.run(str(video))["changes"]
-    return changes
+def _unheard(said: str) -> None:
+    """Nobody listens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,8 @@ class CurateOptions:
     """Captions clips, summarises, writes questions."""
     guesser: Endpoint | None
     """Answers without the video; None: not checked."""
-    changes: Changes = scene_changes
-    """Finds the scenes."""
+    changes: Changes | None = None
+    """Finds the scenes; None: TransNetV2 in a process of its own."""
     per_video: int = 3
     most_failures: float = 0.1
     command: tuple[str, ...] = ()
@@ -84,29 +84,36 @@ def curate(options: CurateOptions, progress: Progress) -> dict[str, Any]:
     """Videos to questions, Table 1, Figure 5 and a card; goes on where it was stopped.
 
     Raises:
-        DataError: There is no video, too many fail, or the folder holds what other options made.
+        DataError: There is no video, too many fail, the folder holds what other options made, or
+            another command is writing to it.
         EndpointError: The server does not answer; what is finished is kept.
     """
-    reader = IsolatedReader()
     guesser = options.guesser
-    curation = Curation(
-        out=options.out,
-        changes=options.changes,
-        read=reader.read,
-        write=options.writer.write,
-        guess=None if guesser is None else lambda p, n: guesser.write(p, temperature=1.0, seed=n),
-        per_video=options.per_video,
-        most_failures=options.most_failures,
-    )
-    videos = found_videos(options.videos)
-    claim(options.out, _decides(options, curation), _revision(), ("narratives/*", "asked/*"))
-    try:
+    with ExitStack() as stack:
+        reader = stack.enter_context(closing(IsolatedReader()))
+        changes = options.changes or stack.enter_context(closing(SceneFinder(reader)))
+        curation = Curation(
+            out=options.out,
+            changes=changes,
+            read=reader.read,
+            write=options.writer.write,
+            guess=None if guesser is None else _guessing(guesser),
+            per_video=options.per_video,
+            most_failures=options.most_failures,
+        )
+        videos = found_videos(options.videos)
+        options.out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(alone(options.out))
+        claim(options.out, _decides(options, curation), _revision(), ("narratives/*", "asked/*"))
         rows = curation.run(videos, progress)
-    finally:
-        reader.close()
-    if not rows:
-        raise DataError(f"no question passed the checks; {options.out / 'dropped.jsonl'} says why")
-    return describe(options.out / "questions.jsonl", options.out, options.command)
+        if not rows:
+            why = options.out / "dropped.jsonl"
+            raise DataError(f"no question passed the checks; {why} says why")
+        return describe(options.out / "questions.jsonl", options.out, options.command)
+
+
+def _guessing(endpoint: Endpoint) -> Guesser:
+    return lambda prompt, number: endpoint.write(prompt, temperature=1.0, seed=number)
 
 
 def _decides(options: CurateOptions, curation: Curation) -> dict[str, Any]:
@@ -152,9 +159,9 @@ def describe(path: Path, out: Path, command: Sequence[str]) -> dict[str, Any]:
     known = {"command": " ".join(command), "commit": _revision()}
     if origin["revisions"]:
         known["curated at"] = ", then ".join(origin["revisions"])
-    (out / "card.md").write_text(
-        data_card(path.stem, path, rows, dropped, known | origin["options"]), encoding="utf-8"
-    )
+    card = data_card(path.stem, path, rows, dropped, known | origin["options"])
+    # The command may name files whose names are no text.
+    (out / "card.md").write_text(card, encoding="utf-8", errors="backslashreplace")
     return told
 
 
@@ -168,6 +175,7 @@ def filter_rows(
     """
     if kind not in FILTERS:
         raise DataError(f"no filter {kind!r}; known: {', '.join(FILTERS)}")
+    make_ready(out)
     rows = read_rows(path)
     keys_of(path, rows)
     kept = FILTERS[kind](rows).or_fail(f"the filter {kind}")
@@ -185,27 +193,26 @@ def check_rows(
     benchmark_questions: Path | None,
     most_bad: float = MOST_BAD,
     progress: Progress = _unwatched,
+    tell: Tell = _unheard,
 ) -> tuple[int, dict[str, str]]:
     """Write rows without repeats and without what benchmarks hold; kept and drops.
 
-    A row that cannot be used is among the drops, up to a budget.
+    A row that cannot be used is among the drops, up to a budget. What of a benchmark was compared,
+    and what was not, is told in words.
 
     Raises:
         DataError: A file is missing or no video, too many rows cannot be used, a row has no id, a
             benchmark's video cannot be read, or nothing is left.
     """
+    make_ready(out)
     rows = read_rows(path)
     keys = keys_of(path, rows)
     budget = Budget(str(path), len(rows), most_bad)
     asked = {} if benchmark_questions is None else _questions(benchmark_questions)
-    benchmark = () if benchmark_videos is None else found_videos((benchmark_videos,))
     usable: list[Row] = []
-    held: dict[str, Steps] = {}
     with closing(IsolatedReader()) as reader:
         prints = _Prints(reader)
-        for number, video in enumerate(benchmark, start=1):
-            held[f"{BENCHMARK}{video}"] = prints.of_benchmark(video)
-            progress("benchmark", number, len(benchmark))
+        held = {} if benchmark_videos is None else prints.held(benchmark_videos, progress, tell)
         for number, (key, row) in enumerate(zip(keys, rows, strict=True), start=1):
             try:
                 prints.of_row(row, path.parent)
@@ -215,7 +222,13 @@ def check_rows(
             progress("rows", number, len(rows))
     names = named(prints.known)
     by_row = {str(row["id"]): [str(one) for one in _paths(row, path.parent)] for row in usable}
-    contents = {key: [names[video] for video in shown] for key, shown in by_row.items()}
+    contents = {
+        str(row["id"]): [
+            names[str(path.parent / where)] if kind == "video" else prints.others[kind, where]
+            for kind, where in media_of(row)
+        ]
+        for row in usable
+    }
     unique = filters.without_repeats(usable, contents)
     clean = filters.without_benchmarks(unique.rows, by_row, shown_in(prints.known, held), asked)
     kept = Kept(clean.rows, budget.bad | unique.dropped | clean.dropped).or_fail("the check")
@@ -234,29 +247,51 @@ class _Prints:
         self.reader = reader
         self.known: dict[str, Steps] = {}
         self.broken: dict[str, VideoError] = {}
+        self.others: dict[tuple[str, str], str] = {}
+        """Kind and place of a picture or of anything else → a digest of its content."""
 
-    def of_benchmark(self, video: Path) -> Steps:
-        """The fingerprint of a benchmark's video.
+    def held(self, folder: Path, progress: Progress, tell: Tell) -> dict[str, Steps]:
+        """A benchmark's videos: every file is tried that is not by its name something else.
 
         Raises:
-            DataError: It cannot be read, so that nobody could say what shares it.
+            DataError: There is none, or what is by its name a video cannot be read, so that nobody
+                could say what shares it.
         """
-        try:
-            return self._read(video)
-        except VideoError as error:
-            raise DataError(
-                f"the benchmark's video {video} cannot be compared: {error} Repair it, or take it "
-                "out of the folder."
-            ) from error
+        found = candidates(folder)
+        held: dict[str, Steps] = {}
+        unread: list[str] = []
+        for number, file in enumerate(found.tried, start=1):
+            try:
+                held[f"{BENCHMARK}{file}"] = self._read(file)
+            except VideoError as error:
+                if is_named_video(file):
+                    raise DataError(
+                        f"the benchmark's video {file} cannot be compared: {error} Repair it, or "
+                        "take it out of the folder."
+                    ) from error
+                unread.append(file.name)
+            progress("benchmark", number, len(found.tried))
+        others = len(found.others)
+        if not held:
+            raise DataError(f"none of the {len(found.tried) + others} files in {folder} is a video")
+        tell(
+            f"{folder}: compared with {len(held)} of its files; not with {len(unread)} that no "
+            f"decoder reads{_few(unread)}, nor with {others} texts, pictures and the like."
+        )
+        return held
 
     def of_row(self, row: Row, folder: Path) -> None:
-        """Take in a row's videos.
+        """Take in a row's videos and pictures.
 
         Raises:
             VideoError: One cannot be read.
+            DataError: A picture cannot be read.
             LookupError, TypeError: The row is of another form.
         """
         user_text(row)
+        for kind, where in media_of(row):
+            if kind != "video" and (kind, where) not in self.others:
+                self.others[kind, where] = _digest(kind, where, folder)
         for path in _paths(row, folder):
             key = str(path)
             if key in self.broken:
@@ -271,6 +306,22 @@ class _Prints:
 
     def _read(self, path: Path) -> Steps:
         return fingerprint(self.reader.read(path, fps=1.0, max_frames=64).pixels_THWC)
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first of some names, in brackets."""
+    return f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
+
+
+def _digest(kind: str, where: str, folder: Path) -> str:
+    """A picture's by its file; of what is no file here, by what is said of it."""
+    if kind == "picture" and not is_address(where):
+        try:
+            return f"{kind} {file_digest(folder / where)}"
+        except OSError as error:
+            said = f"cannot read the picture {folder / where}: {error.strerror}"
+            raise DataError(said) from error
+    return f"{kind} {hashlib.sha256(where.encode(errors='surrogatepass')).hexdigest()}"
 
 
 def mix_rows(
@@ -290,6 +341,7 @@ def mix_rows(
             file is given twice.
         RecipeError: The shares do not sum to 1.
     """
+    make_ready(out)
     if preset is None:
         shares = _own_shares(sources)
         read = _read_sources([Path(name) for name in shares], out)
@@ -344,23 +396,6 @@ def _moved_rows(path: Path, out: Path) -> list[Row]:
         except (LookupError, TypeError) as error:
             raise DataError(f"{path}, row {number}, is not in the chat form: {error!r}") from error
     return rows
-
-
-def found_videos(paths: Sequence[Path]) -> list[Path]:
-    """Videos among files and folders, in the order of their names.
-
-    Raises:
-        DataError: There is none.
-    """
-    found = [
-        one
-        for path in paths
-        for one in (sorted(path.rglob("*")) if path.is_dir() else [path])
-        if one.suffix.lower() in VIDEO_NAMES
-    ]
-    if not found:
-        raise DataError(f"no video among {', '.join(map(str, paths))} ({', '.join(VIDEO_NAMES)})")
-    return found
 
 
 def _paths(row: Row, folder: Path) -> list[Path]:

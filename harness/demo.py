@@ -65,10 +65,14 @@ def demo(options: DemoOptions, tell: Tell, run_eval: EvalWithBars) -> Shown:
         The page and its runs.
 
     Raises:
-        ValueError: whole suites and a number of videos were both asked for.
+        ValueError: whole suites and a number of videos were both asked for, or the page would
+            overwrite files of others.
     """
+    from internvideo3.reports.page import check_place
+
     if options.full and options.videos:
         raise ValueError("--full and --videos exclude each other; leave one of them out.")
+    check_place(options.out)  # now, and not after minutes of work
     # A subset has a root of its own: a suite's file lists all that is built of it, and a run
     # belongs to one such list.
     root = world_root(options.root)

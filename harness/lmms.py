@@ -10,6 +10,7 @@ chat model's request is `(context, doc_to_messages, gen_kwargs, doc_id, task, sp
 """
 
 import argparse
+import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 from loguru import logger
 from PIL import Image
 
+from internvideo3.harness import identity
 from internvideo3.harness.direct import (
     Answerer,
     Clip,
@@ -79,7 +81,7 @@ class InternVideo3(lmms):  # type: ignore[misc]  # lmms_eval has no types
             by video, see `question_batch`.
         max_batch_size: as `batch_size`.
         answerer: an answerer that is already built, instead of everything above.
-        name: what `repr` and lmms-eval's cache know the answerer as.
+        name: what `repr` calls the answerer; the checkpoint by default.
         recorder: keeps answers and knows earlier ones.
         control: `text` to show no video or image, `shuffled` to show frames in another order.
     """
@@ -130,8 +132,29 @@ class InternVideo3(lmms):  # type: ignore[misc]  # lmms_eval has no types
         self.batch_size = answerer.settings.batch
 
     def __repr__(self) -> str:
-        """Stable from one process to the next: lmms-eval's cache hashes it."""
-        return f"InternVideo3({self.name}, {self.answerer.settings})"
+        """All that decides an answer, beside the question; equal in every process.
+
+        lmms-eval's cache hashes it: what it leaves out is served to a model that it is not of.
+        (Of a model that is given by name lmms-eval hashes that name and its arguments alone.)
+        """
+        answerer = self.answerer
+        told = {
+            "settings": answerer.settings,
+            "control": self.control,
+            "fps_of_documents": self.fps_of_documents,
+            "agent": getattr(answerer, "agent", None),
+            "device": self.device.type,
+            "dtype": answerer.model.dtype,
+            "weights": self._weights,
+            "processor": identity.processor_in_memory(answerer.processor),
+            "code": identity.code(),
+        }
+        return f"InternVideo3({self.name}, {', '.join(f'{k}={v}' for k, v in told.items())})"
+
+    @functools.cached_property
+    def _weights(self) -> str:
+        # Reading them takes seconds for a large model, and inference does not change them.
+        return identity.weights_in_memory(self.answerer.model)
 
     @property
     def device(self) -> torch.device:

@@ -47,6 +47,7 @@ class SuiteRecorder:
         self._store = store
         self._blind = blind
         self._most_errors = options.max_errors
+        self._asked = options.fps is not None or options.max_frames is not None
         self.beside: Sequence[SuiteRecorder] = ()
         """The command's other suites, whose failures count too."""
         self._progress = progress
@@ -127,8 +128,17 @@ class SuiteRecorder:
         if outcome.agent is not None:
             row["agent"] = outcome.agent
         if self.benchmark.local is not None:
-            row |= {"benchmark": self.benchmark.scorer, "doc": doc["doc"]}
+            row |= {"benchmark": self.benchmark.scorer, "doc": doc["doc"], **self._sampling(doc)}
         return row
+
+    def _sampling(self, doc: Doc) -> Row:
+        """What decides this document's frames, where that is not the suite's settings alone."""
+        local, preset, asked = self.benchmark.local, self.benchmark.preset, self._asked
+        if local is not None and local.benchmark.between is not None:
+            return {"sampling": {"steps_over_s": doc["between"]["length_s"]}}
+        if preset is not None and preset.question_frames is not None:
+            return {"sampling": {"fps": None if asked else doc["fps"]}}
+        return {}
 
 
 def _key(doc: Doc) -> str:

@@ -19,7 +19,8 @@ def rescore(root: Path) -> Row:
         The results by suite.
 
     Raises:
-        StoreError: not a run directory, no samples in it, or it cannot be written.
+        StoreError: not a run directory, no samples in it, answers in parts that are not merged, or
+            it cannot be written.
     """
     run = read_run(root)
     suites = suites_of(root)

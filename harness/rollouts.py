@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from internvideo3.harness.ask import AskOptions, agent_of, load_place, sight_of
+from internvideo3.harness.outputs import alone, make_ready
 from internvideo3.harness.provenance import file_digest
 from internvideo3.tasks.world.files import write_whole
 from internvideo3.training.curation.records import (
@@ -56,9 +57,16 @@ def write_rollouts(options: RolloutsOptions, progress: Callable[[int, int], None
     """Rolls every question out and writes what can be learnt; goes on where it was stopped.
 
     Raises:
-        DataError: a row is no question about one video, or nothing can be learnt.
+        DataError: a row is no question about one video, nothing can be learnt, or another command
+            is writing to the file.
         ValueError: the model cannot be read.
     """
+    make_ready(options.out)
+    with alone(options.out):
+        return _written(options, progress)
+
+
+def _written(options: RolloutsOptions, progress: Callable[[int, int], None]) -> Written:
     if options.out.suffix != ".jsonl":
         raise DataError(f"{options.out} must end in .jsonl")
     if options.out.exists():
@@ -124,7 +132,6 @@ def _made(options: RolloutsOptions) -> dict[str, list[Row]]:
         DataError: it was another command.
     """
     path, begun = _part(options.out), {"settings": _settings(options)}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file():
         content = path.read_bytes()
         # Cut in place: what is finished stays, also where the disk is full.
@@ -132,7 +139,8 @@ def _made(options: RolloutsOptions) -> dict[str, list[Row]]:
     if not path.is_file() or not path.stat().st_size:
         path.write_text(json.dumps(begun) + "\n", encoding="utf-8")
     try:
-        first, *made = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        lines = path.read_text("utf-8").split("\n")
+        first, *made = [json.loads(line) for line in lines if line]
         if first == begun:
             return {one["key"]: one["rows"] for one in made}
     except (ValueError, LookupError, TypeError) as error:

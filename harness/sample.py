@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from internvideo3.harness.outputs import alone, make_ready
 from internvideo3.harness.provenance import file_digest
 from internvideo3.harness.settings import pixel_range
 from internvideo3.harness.store import append_rows, repair_rows
@@ -30,6 +31,7 @@ from internvideo3.training.curation.records import (
     write_rows,
 )
 from internvideo3.training.endpoint import Endpoint, EndpointError
+from internvideo3.training.recipe import DEFAULT_TEACHER, served_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +48,8 @@ class SampleOptions:
     """Responses to a question."""
     teacher: str | None = None
     """Checkpoint folder or name, or the address of a server of OpenAI's form; None for none."""
-    teacher_model: str = "teacher"
-    """Name of the teacher at the server."""
+    teacher_model: str = DEFAULT_TEACHER
+    """Name of the teacher at the server; by default its address tells it from others."""
     fps: float = 2.0
     """Frames from a second of video."""
     max_frames: int = 512
@@ -109,13 +111,19 @@ def write_samples(options: SampleOptions, progress: Callable[[str, int, int], No
     """Sample responses to all rows; goes on where it was stopped.
 
     Raises:
-        DataError: A file is not as it must be, too many rows cannot be used, or the responses so
-            far are of other options.
+        DataError: A file is not as it must be, too many rows cannot be used, the responses so far
+            are of other options, or another command is writing to the file.
         CheckpointError: A model cannot be used.
         EndpointError: The teacher's server does not answer; what is finished is kept.
         StoreError: The disk is full.
     """
-    _check(options)
+    make_ready(options.out)
+    with alone(options.out):
+        _check(options)
+        return _sampled(options, progress)
+
+
+def _sampled(options: SampleOptions, progress: Callable[[str, int, int], None]) -> Written:
     rows = read_rows(options.rows)[: options.limit]
     keys = keys_of(options.rows, rows)
     begun = options.out.with_suffix(".begun.jsonl")
@@ -163,7 +171,8 @@ def _decides(options: SampleOptions) -> Row:
     """What of a command decides its responses; where they are computed does not."""
     teacher = options.teacher
     if teacher is not None:
-        teacher = options.teacher_model if options.served else _digest_of(teacher)
+        named = served_teacher(teacher, options.teacher_model)
+        teacher = named if options.served else _digest_of(teacher)
     return options.look | {
         "rows": file_digest(options.rows), "limit": options.limit,
         "model": _digest_of(options.model), "teacher": teacher, "samples": options.samples,

@@ -5,6 +5,7 @@
     runs/<id>/timings/<suite>.jsonl    seconds of each sample; apart, so that equal runs are
                                        byte-equal
     runs/<id>/results.json             one TaskResult a suite, written when the suite is complete
+    runs/<id>/traces/<sample>.json.gz  the rollout of an agentic answer; see `traces`
     runs/<id>/measurements.jsonl       what the profiler measured
     runs/<id>/parts/<part>/...         samples and timings of a process that works on a part only,
                                        until a process that works on all merges them
@@ -17,8 +18,10 @@ torn last line is cut off at the next start and its sample is answered again.
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,11 +34,14 @@ Row = dict[str, Any]
 
 SCHEMA = 1
 PARTS = "parts"
+TRACES = "traces"
 LOCK = ".lock"
 """Held in a run directory by whoever writes there."""
 # What makes two commands the same run. Everything else in run.json is a record of circumstances.
 _IDENTITY = ("mode", "model.digest", "suites", "config")
 _UNUSED = {"absent", "null", "false"}
+SAMPLES_DIGEST = "samples_sha256"
+"""Field of a result: which samples file it was made from (`reports.load` reads it)."""
 _UNFINISHED = ".part"
 """Ending of a file that takes another's name when it is whole; a killed process leaves it."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -56,7 +62,8 @@ def write_json(path: Path, value: object) -> None:
     Raises:
         StoreError: no space left, or the directory cannot be written.
     """
-    _replace(path, [json.dumps(value, ensure_ascii=False, indent=2), "\n"])
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    _replace(path, [text.encode(), b"\n"])
 
 
 def write_text(path: Path, text: str) -> None:
@@ -69,7 +76,18 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             return
-    _replace(path, [text])
+    _replace(path, [text.encode()])
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file, all or nothing; its folder is made if missing.
+
+    Raises:
+        StoreError: no space left, or the directory cannot be written.
+    """
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, [data])
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -170,10 +188,13 @@ class RunStore:
         Raises:
             StoreError: no space left; the old samples stay.
         """
-        _replace(self._samples(suite), (dumps(row) + "\n" for row in rows))
+        _replace(self._samples(suite), _blocks(dumps(row) + "\n" for row in rows))
 
     def finish(self, suite: str, order: Sequence[str], result: Row) -> None:
         """Sort the suite's files into the data set's order and record its result.
+
+        With the result goes a digest of the samples file that it is of: a retry or another scoring
+        that was interrupted leaves other samples beside it, and a reader can tell.
 
         Args:
             suite: the suite, all of whose samples are on disk.
@@ -184,9 +205,10 @@ class RunStore:
             StoreError: no space left; the unsorted files stay as they were.
         """
         samples, timings = self.answered(suite), self._times(suite)
-        for path, rows in ((self._timings(suite), timings), (self._samples(suite), samples)):
-            _replace(path, [dumps(rows[key]) + "\n" for key in order if key in rows])
-        results = self.results() | {suite: result}
+        digest = hashlib.sha256()
+        _replace(self._timings(suite), _blocks(_sorted(timings, order)))
+        _replace(self._samples(suite), _digested(_blocks(_sorted(samples, order)), digest))
+        results = self.results() | {suite: {**result, SAMPLES_DIGEST: digest.hexdigest()}}
         write_json(self.root / "results.json", dict(sorted(results.items())))
         self._drop_parts(suite)
 
@@ -249,8 +271,28 @@ def read_run(root: Path) -> Row:
 
 
 def suites_of(root: Path) -> list[str]:
-    """The suites that have samples in a run directory, by name."""
+    """The suites that have samples in a run directory, by name.
+
+    Raises:
+        StoreError: answers of shards or ranks are not merged; without them a suite, or the run,
+            would look finished that is not.
+    """
+    parts = [path for path in root.glob(f"{PARTS}/*/samples/*.jsonl") if path.stat().st_size]
+    if parts:
+        suites = ", ".join(sorted({path.stem for path in parts}))
+        command = shlex.join(_without_shard(read_run(root).get("command") or ()))
+        raise StoreError(
+            f"{root}: answers to {suites} are in parts, of shards or of a launch that did not end. "
+            f"Merge them first by the command that made them, without --shard"
+            + (f": {command}" if command else ".")
+        )
     return sorted(path.stem for path in (root / "samples").glob("*.jsonl"))
+
+
+def _without_shard(command: Sequence[str]) -> list[str]:
+    kept = [one for one in command if not str(one).startswith("--shard=")]
+    at = kept.index("--shard") if "--shard" in kept else len(kept)
+    return [*map(str, kept[:at]), *map(str, kept[at + 2 :])]
 
 
 def append_measurements(root: Path, rows: Sequence[Row]) -> None:
@@ -355,6 +397,10 @@ def _sweep(folder: Path) -> None:
     for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
         for path in place.glob(f".*{_UNFINISHED}"):
             path.unlink()
+    # Traces lie in folders of folders, and former versions left tmp*.part there.
+    for path in (folder / TRACES).rglob(f"*{_UNFINISHED}"):
+        if path.is_file():
+            path.unlink()
 
 
 def _circumstances(run: Row) -> Row:
@@ -453,24 +499,36 @@ def _blocks(pieces: Iterable[str]) -> Iterator[bytes]:
     yield bytes(block)
 
 
-def _write_pieces(descriptor: int, pieces: Iterable[str]) -> None:
+def _sorted(rows: Mapping[str, Row], order: Sequence[str]) -> Iterator[str]:
+    """Rows as lines, in the order of the data set."""
+    return (dumps(rows[key]) + "\n" for key in order if key in rows)
+
+
+def _digested(blocks: Iterable[bytes], digest: "hashlib._Hash") -> Iterator[bytes]:
+    """The same blocks, which the digest has seen when they are used up."""
+    for block in blocks:
+        digest.update(block)
+        yield block
+
+
+def _write_blocks(descriptor: int, blocks: Iterable[bytes]) -> None:
     """Write, sync and close."""
     try:
-        for block in _blocks(pieces):
+        for block in blocks:
             _write_all(descriptor, block)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _replace(path: Path, pieces: Iterable[str]) -> None:
-    """Write a file from its pieces, all or nothing, without holding the whole of it."""
+def _replace(path: Path, blocks: Iterable[bytes]) -> None:
+    """Write a file from its blocks, all or nothing, without holding the whole of it."""
+    # The file's own name may be as long as names can be.
+    prefix = f".{path.name[:32]}."
     with _explained(path):
-        descriptor, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED
-        )
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=_UNFINISHED)
         try:
-            _write_pieces(descriptor, pieces)
+            _write_blocks(descriptor, blocks)
             Path(name).chmod(0o644)
             Path(name).replace(path)
         except BaseException:

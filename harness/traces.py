@@ -5,10 +5,10 @@ clock is in it: equal runs write equal bytes.
 """
 
 import gzip
+import hashlib
 import itertools
 import json
-import os
-import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +16,16 @@ from typing import IO, Any
 from urllib.parse import quote
 
 from internvideo3.harness.locks import lock
+from internvideo3.harness.store import TRACES, write_bytes
 
-TRACES = "traces"
 ROLLOUT = "trace.json"
 """A single rollout's file in the folder of `ask` or `trace replay`."""
 WRITTEN = (ROLLOUT, "trace.html", "timings.json")
 LOCK = ".rollout.lock"
+_ENDING = ".json.gz"
+_LONGEST_NAME = 255
+"""Bytes that file systems take for a name."""
+_KEPT_OF_A_NAME = 150
 
 
 class TraceError(ValueError):
@@ -83,24 +87,31 @@ def _check_free(folder: Path) -> None:
 
 
 def trace_path(run: Path, sample: str) -> Path:
-    """Where a sample's trace is; what a file name cannot hold is escaped."""
-    parts = [quote(part, safe=" ()+,=@") for part in sample.split("/")]
-    safe = [part.replace(".", "%2E") if set(part) == {"."} else part for part in parts]
-    return (run / TRACES).joinpath(*safe[:-1], f"{safe[-1]}.json.gz")
+    """Where a sample's trace is; what a file name cannot hold is escaped, or told by a digest."""
+    *folders, last = sample.split("/")
+    return (run / TRACES).joinpath(*map(_file_name, folders), _file_name(last, _ENDING))
+
+
+def _file_name(part: str, ending: str = "") -> str:
+    """A part of an id as a name; only one that is too long loses its end, for a digest of all."""
+    quoted = quote(part, safe=" ()+,=@")
+    if set(part) == {"."}:
+        quoted = quoted.replace(".", "%2E")
+    if len(quoted) + len(ending) > _LONGEST_NAME:
+        digest = hashlib.sha256(part.encode()).hexdigest()[:16]
+        quoted = f"{quoted[:_KEPT_OF_A_NAME]}-{digest}"
+    return quoted + ending
 
 
 def write_trace(run: Path, sample: str, trace: Mapping[str, Any]) -> None:
-    """Write a sample's trace, all or nothing.
+    """Write a sample's trace, all or nothing; when this returns it survives a crash.
 
     Raises:
-        OSError: the disk is full or refuses.
+        StoreError: the disk is full or refuses.
     """
-    path = trace_path(run, sample)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(trace, sort_keys=True, ensure_ascii=True, default=str)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False, suffix=".part") as file:
-        file.write(gzip.compress(text.encode(), compresslevel=6, mtime=0))
-    os.replace(file.name, path)  # noqa: PTH105
+    packed = gzip.compress(text.encode(), compresslevel=6, mtime=0)
+    write_bytes(trace_path(run, sample), packed)
 
 
 def read_trace(path: Path) -> dict[str, Any]:
@@ -115,7 +126,7 @@ def read_trace(path: Path) -> dict[str, Any]:
         trace = json.loads(text)
     except FileNotFoundError:
         raise TraceError(f"there is no trace at {path}; `ask` and `eval` write them.") from None
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, RecursionError) as error:
         raise TraceError(f"{path} is no trace ({error}).") from None
     if not isinstance(trace, dict) or "entries" not in trace:
         raise TraceError(f"{path} is JSON, but no trace of a rollout.")

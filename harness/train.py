@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from transformers import Qwen3VLConfig
 
+from internvideo3.harness.locks import lock
+from internvideo3.harness.ranks import is_first
 from internvideo3.model.checkpoint import read_config, resolve_checkpoint
 from internvideo3.model.config import InternVideo3Config
 from internvideo3.training.follow import Row
-from internvideo3.training.loop import Watch
+from internvideo3.training.loop import TrainingError, Watch
 from internvideo3.training.plan import (
     FLOAT_BYTES,
     GIB,
@@ -27,6 +30,8 @@ from internvideo3.training.processes import Processes
 from internvideo3.training.recipe import KINDS, Open, Stage, load_recipe
 from internvideo3.training.train import Trained, quiet, train, unwatched
 
+LOCK = ".train.lock"
+"""File in a folder while a command trains in it."""
 RELEASED = "8b"
 """Name of the released shape, which is no checkpoint."""
 WHOLE_TOKENS = 65536
@@ -51,9 +56,61 @@ def run_training(
     torch.set_num_threads(threads)
     group = Processes(device)
     try:
-        return train(read, out, progress if group.first else quiet, group, watch=watch)
+        with alone_in(out, lambda refused: bool(group.most(int(refused)))):
+            return train(read, out, progress if group.first else quiet, group, watch=watch)
     finally:
         group.leave()
+
+
+@contextmanager
+def alone_in(out: Path, any_of: Callable[[bool], bool] = bool) -> Iterator[None]:
+    """No other command trains in a folder until this ends, or its process does.
+
+    Two would write one state, and each take away what the other reads. The first process of a
+    launch has the folder for all.
+
+    Args:
+        out: The folder; made if missing.
+        any_of: Whether what a process says is true of any process of the launch, which then all
+            end together: one alone would leave the others waiting.
+
+    Raises:
+        TrainingError: Another command does, or the folder cannot be written.
+    """
+    made = not out.exists()
+    held, failure = _claimed(out) if is_first() else (None, None)
+    if any_of(failure is not None):
+        raise _refused(out, failure) from failure
+    try:
+        yield
+    finally:
+        if held is not None:
+            _let_go(out, held, made)
+
+
+def _claimed(out: Path) -> tuple[IO[str] | None, OSError | None]:
+    """A folder's lock, or why it is not to be had."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return lock(out / LOCK), None
+    except OSError as error:
+        return None, error
+
+
+def _let_go(out: Path, held: IO[str], made: bool) -> None:
+    (out / LOCK).unlink(missing_ok=True)
+    held.close()
+    if made:
+        with suppress(OSError):  # what is kept is not taken away
+            out.rmdir()
+
+
+def _refused(out: Path, failure: OSError | None) -> TrainingError:
+    if failure is None or isinstance(failure, BlockingIOError):
+        return TrainingError(
+            f"another command trains in {out}. Wait for it, or give another --out."
+        )
+    return TrainingError(f"{out} cannot be written: {failure.strerror}. Give another --out.")
 
 
 def plan_lines(

@@ -304,9 +304,18 @@ class LatentAttention(RowAttention):
         return super().train(mode)
 
     def _folded(self) -> Folded | None:
-        """Multiplied-out weights, as long as no gradient is wanted and there is no adapter."""
-        if torch.is_grad_enabled() or self.k_up.is_inference() or not is_plain(self.latent_proj):
+        """Multiplied-out weights, as long as no gradient is wanted and there is no adapter.
+
+        A pass with gradients, and gradients that are there, foretell steps of an optimiser, which
+        may leave no trace: torch's fused ones do not count versions up.
+        """
+        if torch.is_grad_enabled():
+            self.forget_folded()
             return None
+        if self.k_up.is_inference() or not is_plain(self.latent_proj):
+            return None
+        if any(parameter.grad is not None for parameter in self.foldable()):
+            return fold(self)
         if self._made is None or self._made.state != state_of(self):
             self._made = fold(self)
         return self._made

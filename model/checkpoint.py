@@ -13,7 +13,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -446,8 +448,8 @@ def load_model(
 def read_weights(kind: Any, path: Path, **given: Any) -> Any:
     """A model of a checkpoint's weights, all of them and no others.
 
-    transformers' bar is shown where reading takes long; of a small checkpoint it would bury what
-    the command says.
+    transformers' bar is shown where reading takes long, in a terminal; of a small checkpoint it
+    would bury what the command says, and in a log it would be hundreds of carriage returns.
 
     Args:
         kind: a class with `from_pretrained`.
@@ -458,25 +460,35 @@ def read_weights(kind: Any, path: Path, **given: Any) -> Any:
         CheckpointError: they are not there, damaged, or do not fit the configuration.
     """
     from safetensors import SafetensorError
-    from transformers.utils import logging
 
     size = sum(file.stat().st_size for file in weight_files(path))
+    try:
+        with bars_for(size):
+            model, report = kind.from_pretrained(
+                path, use_safetensors=True, local_files_only=True, output_loading_info=True, **given
+            )
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    check_complete(path, report)
+    return model
+
+
+@contextmanager
+def bars_for(size: int) -> Iterator[None]:
+    """Bars of transformers while so many bytes are read or written: only where it takes a while."""
+    from transformers.utils import logging
+
     # Where the environment decides, it cannot be overruled but with a warning.
     decided = "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ
-    hidden = size < LONG_BYTES and logging.is_progress_bar_enabled() and not decided
+    in_log = not sys.stderr.isatty() and "ipykernel" not in sys.modules
+    hidden = (size < LONG_BYTES or in_log) and logging.is_progress_bar_enabled() and not decided
     if hidden:
         logging.disable_progress_bar()
     try:
-        model, report = kind.from_pretrained(
-            path, use_safetensors=True, local_files_only=True, output_loading_info=True, **given
-        )
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+        yield
     finally:
         if hidden:
             logging.enable_progress_bar()
-    check_complete(path, report)
-    return model
 
 
 def torch_type(dtype: str | torch.dtype) -> torch.dtype:

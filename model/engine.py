@@ -21,7 +21,7 @@ from torch import Tensor
 
 from internvideo3.kernels.decode_linear.dispatch import decode_linear
 from internvideo3.model.cache import SegmentedCache
-from internvideo3.model.engine_layers import Where, bind
+from internvideo3.model.engine_layers import Where, bind, check_plain
 
 LOOK_EVERY = {"cpu": 1, "cuda": 16}
 """Steps between two looks at whether all replies have ended, by device: each look waits for it,
@@ -123,6 +123,7 @@ class Engine:
 
     def bind(self, cache: SegmentedCache) -> None:
         """Decodes on this cache from now on; its tails need room for the steps to come."""
+        check_plain(self.model)
         layers = self.model.model.language_model.layers
         first = cache.segmented(0)
         self._layers = [bind(m, cache.segmented(i), first) for i, m in enumerate(layers)]

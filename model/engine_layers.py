@@ -34,7 +34,7 @@ from internvideo3.kernels.latent_token.dispatch import latent_token
 from internvideo3.kernels.latent_token.naive import TokenMaps
 from internvideo3.model.attention import LatentAttention, RowAttention
 from internvideo3.model.cache import Segment, SegmentedLayer
-from internvideo3.model.folding import is_plain
+from internvideo3.model.folding import fold, is_hooked, is_plain
 from internvideo3.model.prerope import PreropeAttention
 
 
@@ -203,8 +203,7 @@ class FusedRowAttend(RowAttend):
     def __init__(self, attn: LatentAttention, layer: SegmentedLayer) -> None:
         super().__init__(attn, layer)
         self.qkv = MergedLinear([attn.q_proj, attn.k_proj, attn.v_proj])
-        folded = attn._folded()
-        assert folded is not None, "decoding runs without gradients"
+        folded = attn._folded() or fold(attn)
         q_norm: Any = attn.q_norm
         k_norm: Any = attn.k_norm
         self.maps = TokenMaps(
@@ -335,19 +334,35 @@ def _lengths(segment: Segment, layer: SegmentedLayer) -> Tensor:
     return torch.full((own.shape[0],), segment.length, dtype=torch.int32, device=own.device)
 
 
-def _check_plain(module: Any) -> None:
-    """Whether a layer's products are those of its weights, which a step reads itself.
+LINEAR = ("_proj", "lm_head")
+CALLED = ("embed_tokens", "rotary_emb")
+"""Parts of a text model that a step calls as they are."""
+
+
+def check_plain(model: Any) -> None:
+    """Whether a text model's products are those of its weights, which a step reads itself.
+
+    Args:
+        model: a Qwen3-VL for conditional generation.
 
     Raises:
-        ValueError: one has an adapter or a hook, which would be left out.
+        ValueError: a part has an adapter or a hook, which would be left out.
     """
-    named = dict(module.self_attn.named_children()) | dict(module.mlp.named_children())
-    other = [name for name, one in named.items() if name.endswith("_proj") and not is_plain(one)]
+    text = model.model.language_model
+    other = [
+        name or "the model"
+        for name, one in [("lm_head", model.lm_head), *text.named_modules()]
+        # An adapter's own parts are told by the layer that it is on.
+        if (is_hooked(one) and name not in CALLED) or (name.endswith(LINEAR) and not is_plain(one))
+    ]
     if other:
+        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+        other = [", ".join(other[:3]) + more]
         raise ValueError(
-            f"{', '.join(other)} have more than their weights (an adapter, a hook), which decoding "
-            "in a session would leave out. Merge it (peft: merge_and_unload) and load the result, "
-            "or call the model's own generate()."
+            f"{other[0]} have more than their weights (an adapter, a hook, weights kept elsewhere "
+            "by accelerate), which decoding in a session would leave out. Merge an adapter (peft: "
+            "merge_and_unload) and load the result, take hooks away, load the model onto one "
+            "device, or call its own generate()."
         )
 
 
@@ -360,7 +375,6 @@ def bind(module: Any, layer: SegmentedLayer, first: SegmentedLayer) -> Layer:
         first: the cache of the first layer, which may hold what all layers need.
     """
     attn = module.self_attn
-    _check_plain(module)
     attend: Attend
     if isinstance(attn, PreropeAttention):
         attend = PreropeAttend(attn, layer, first)

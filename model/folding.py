@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from internvideo3.model.attention import LatentAttention
 
 
+CAPTURING = "transformers.utils.output_capturing"
+
+
 @dataclass(frozen=True)
 class RowMap:
     """`[k; v] -> [c | k_rope before rotation]` for one modality."""
@@ -59,13 +62,26 @@ class Folded:
 
 def is_plain(linear: nn.Module) -> bool:
     """Whether a linear layer is its weight and bias and nothing else: no adapter, no hook."""
-    hooked = linear._forward_hooks or linear._forward_pre_hooks
-    return type(linear) is nn.Linear and not hooked
+    return type(linear) is nn.Linear and not is_hooked(linear)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether more happens in a module than its own forward, which a step does not call.
+
+    Hooks of transformers, which stay once hidden states were asked for, change nothing. accelerate
+    replaces `forward` to bring weights from elsewhere.
+    """
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    own = [one for one in hooks if getattr(one, "__module__", "") != CAPTURING]
+    return bool(own) or "_hf_hook" in vars(module)
 
 
 def state_of(layer: LatentAttention) -> tuple[tuple[int, int], ...]:
-    """Changes when a parameter is replaced or written to; not by way of its `.data`."""
-    return tuple((p.data_ptr(), p._version) for p in layer.foldable())
+    """Changes when a parameter is replaced or written to; not by way of its `.data`.
+
+    Nor by a fused optimiser, nor where a parameter was made in inference mode: it has no version.
+    """
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in layer.foldable())
 
 
 @torch.no_grad()

@@ -74,7 +74,7 @@ class Session:
             `{"do_resize": False}`.
 
     Raises:
-        ValueError: the chunk is not at least one token.
+        ValueError: the chunk is not at least one token, or the model's weights are elsewhere.
     """
 
     def __init__(
@@ -92,6 +92,11 @@ class Session:
         self.model = model
         self.processor = processor
         self.device = torch.device(device or model.device)
+        if self.device.type == "meta":
+            raise ValueError(
+                "the model's weights are on no device (kept elsewhere by accelerate, or not "
+                "loaded). A session needs them on one device; or call the model's own generate()."
+            )
         self.chunk = chunk or CHUNK.get(self.device.type, CHUNK["cpu"])
         self.features = FeatureCache() if features is None else features
         self.encode_s = 0.0

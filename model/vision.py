@@ -45,7 +45,12 @@ class Encoded:
 
 
 class FeatureCache:
-    """Least-recently-used store of encoded media, so that no frames are encoded twice."""
+    """Least-recently-used store of encoded media, so that no frames are encoded twice.
+
+    Args:
+        max_bytes: of all that is kept; what is larger alone is not kept, and the others stay. A
+            vision token of an 8B model has 32 KB in bfloat16, the default 32K tokens of that.
+    """
 
     def __init__(self, max_bytes: int = 1 << 30) -> None:
         self.max_bytes = max_bytes
@@ -70,6 +75,8 @@ class FeatureCache:
             return self._items[key]
         self.misses += 1
         encoded = encode(model, kind, pixels, grid_thw)
+        if encoded.nbytes() > self.max_bytes:
+            return encoded  # it would push out everything, itself at last
         self._items[key] = encoded
         while sum(e.nbytes() for e in self._items.values()) > self.max_bytes:
             self._items.popitem(last=False)

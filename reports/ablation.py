@@ -5,7 +5,8 @@ for one. The latter are scale numbers: signs may be compared with the paper's, s
 
 Two intervals of each difference to the full recipe. Over questions: paired on the same questions,
 each question's difference averaged over seeds, resampled by video. Over seeds: Student's t of the
-seeds' own differences. A drop is called significant only if both exclude zero.
+seeds' own differences, of at least three that are not all alike: two that agree say nothing of how
+others would spread. A drop is called significant only if both exclude zero.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ WHY = {
 HARD_FAMILIES, HARD_S = frozenset({"order", "attime", "ground_flash"}), 32.0
 ENOUGH_QUESTIONS, ENOUGH_SEEDS, NARROW = 2000, 3, 0.02
 """What issue and README ask of a measurement: questions a suite, seeds, half-width."""
+FEWEST_SEEDS = 3
+"""Seeds below which a spread over seeds is not told."""
 MOMENTS = {
     "full": ("before conversion", "after conversion", "after CPT"),
     "no_m2la": ("before CPT", "after CPT"),
@@ -63,13 +66,13 @@ class Change:
     mean: float
     over_questions: tuple[float, float]
     over_seeds: tuple[float, float] | None
-    """None for a single seed."""
+    """None for fewer than `FEWEST_SEEDS`, and where all of them differ by the same."""
     questions: int
     seeds: int
 
     @property
     def significant(self) -> bool:
-        """Whether both intervals exclude zero; never with one seed."""
+        """Whether both intervals exclude zero; never where there is none over seeds."""
         both = (self.over_questions, self.over_seeds)
         return all(one is not None and (one[0] > 0 or one[1] < 0) for one in both)
 
@@ -204,9 +207,9 @@ def change(
 
 
 def _over_seeds(differences: Sequence[float]) -> tuple[float, float] | None:
-    """Student's 95 % interval of a mean over seeds."""
+    """Student's 95 % interval of a mean over seeds; None where their spread is not known."""
     count = len(differences)
-    if count < 2:
+    if count < FEWEST_SEEDS or np.ptp(differences) < 1e-12:
         return None
     mean, spread = float(np.mean(differences)), float(np.std(differences, ddof=1))
     half = float(-stdtrit(count - 1, 0.025)) * spread / math.sqrt(count)
@@ -373,7 +376,13 @@ def _changes_table(made: Mapping[str, Any]) -> str:
         [name, *(_change_text(changes[suite]) for suite in made["questions"])]
         for name, changes in made["changes"].items()
     ]
-    return _table(head, lines) + "\n\n`[over questions] {over seeds}`, 95 %; * both exclude zero."
+    note = "`[over questions] {over seeds}`, 95 %; * both exclude zero."
+    told = [one for changes in made["changes"].values() for one in changes.values() if one]
+    if any(one["over_seeds"] is None and one["seeds"] > 1 for one in told):
+        note += (
+            f" None over seeds where there are fewer than {FEWEST_SEEDS} or all differ by the same."
+        )
+    return _table(head, lines) + f"\n\n{note}"
 
 
 def _steps_table(made: Mapping[str, Any]) -> str:

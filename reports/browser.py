@@ -1,15 +1,17 @@
 """The samples that the page's browser shows: which, with which pictures, as JSON data."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
 from internvideo3.reports import wording
-from internvideo3.reports.load import Sample
+from internvideo3.reports.load import Run, Sample
 from internvideo3.reports.summary import SuiteSummary, Summary, System
-from internvideo3.reports.thumbnails import Thumbnailer, Wanted, moments
+from internvideo3.reports.thumbnails import Sampling, Thumbnailer, Wanted, moments
+from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS, SUBTITLED
+from internvideo3.tasks.benchmarks.protocol import Benchmark
 from internvideo3.tasks.scoring.numeric import read_span
 
 SAMPLES_PER_SUITE = 36
@@ -17,6 +19,8 @@ VIDEOS_PER_SUITE = 10
 FRAMES_PER_SAMPLE = 5
 IMAGE_BUDGET_BYTES = 3_500_000
 LONGEST_TEXT = 2_000
+FPS, MAX_FRAMES = 2.0, 768
+"""What is sampled where a run does not say: the harness's defaults."""
 RIGHT_FROM = 0.5
 """Graded answers (spans, distances) count as right from this score on."""
 
@@ -57,7 +61,7 @@ def collect(summary: Summary) -> Browser:
         "images": list(images),
         "rightFrom": RIGHT_FROM,
     }
-    return Browser(payload, len(rows), total, _notes(camera))
+    return Browser(payload, len(rows), total, (*_unknown(summary), *_notes(camera)))
 
 
 def _pairs(summary: Summary) -> list[list[int]]:
@@ -148,15 +152,11 @@ def _row(
 def _frames(
     system: System, sample: Sample, camera: Thumbnailer, images: dict[str, int]
 ) -> list[dict[str, Any]]:
-    if sample.video is None:
+    if sample.video is None or system.control == "text":
         return []
-    run = system.run
-    # Benchmarks have settings of their own; elsewhere the run's count.
-    settings = run.meta.get("suites", {}).get(sample.suite, {}).get("settings") or run.config
-    fps = float(settings.get("fps") or 2.0)
     length_s = sample.length_s if sample.length_s else camera.length_s(sample.video)
-    wanted = Wanted(tuple(moments(sample.evidence, length_s)), FRAMES_PER_SAMPLE, fps, length_s)
-    taken = camera.take(sample.video, wanted)
+    times_s = tuple(moments(sample.evidence, length_s))
+    taken = camera.take(sample.video, Wanted(times_s, FRAMES_PER_SAMPLE, _sampling(system, sample)))
     return [
         {
             "t": picture.time_s,
@@ -165,6 +165,39 @@ def _frames(
         }
         for picture in taken
     ]
+
+
+def _sampling(system: System, sample: Sample) -> Sampling:
+    """How the frames of a question were taken: of an agentic answer, those of its first look."""
+    run = system.run
+    # Benchmarks have settings of their own; elsewhere the run's count.
+    settings = run.meta.get("suites", {}).get(sample.suite, {}).get("settings") or run.config
+    own = sample.sampling or {}
+    return Sampling(
+        fps=float(own.get("fps") or settings.get("fps") or FPS),
+        max_frames=int(settings.get("max_frames") or MAX_FRAMES),
+        steps_over_s=own.get("steps_over_s"),
+    )
+
+
+def _unknown(summary: Summary) -> Iterator[str]:
+    """Say of which suites the frames are not known: runs of earlier versions do not tell."""
+    for suite in summary.suites:
+        benchmark = BENCHMARKS.get(suite.name.removesuffix(SUBTITLED))
+        runs = [s.run for s in summary.systems if s.run.samples.get(suite.name)]
+        if benchmark is not None and any(_untold(benchmark, run, suite.name) for run in runs):
+            yield (
+                f"{benchmark.title}: how frames were taken depends on the question, and a run of "
+                "an earlier version does not tell; the pictures are by its settings"
+            )
+
+
+def _untold(benchmark: Benchmark, run: Run, suite: str) -> bool:
+    """Whether a question decides its frames, and the run does not say how."""
+    protocol = run.meta.get("suites", {}).get(suite, {}).get("protocol") or {}
+    preset = benchmark.official if protocol.get("preset") == "official" else benchmark.paper
+    decides = benchmark.between is not None or preset.question_frames is not None
+    return decides and any(sample.sampling is None for sample in run.samples[suite])
 
 
 def _answer(sample: Sample | None) -> dict[str, Any] | None:

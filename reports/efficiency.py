@@ -166,8 +166,19 @@ def decode_figure(data: Efficiency) -> Figure:
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
+    _show_two_ticks(axes)
     _legend(axes)
     return figure
+
+
+def _show_two_ticks(axes: Axes) -> None:
+    """Makes room for the next ticks of a log axis where values that are close show one or none."""
+    low, high = axes.get_ylim()
+    ticks = axes.yaxis.get_major_locator().tick_values(low, high)
+    if sum(low <= tick <= high for tick in ticks) < 2:
+        below = [tick for tick in ticks if tick <= low]
+        above = [tick for tick in ticks if tick >= high]
+        axes.set_ylim(min(low, 0.97 * max(below)), max(high, 1.03 * min(above)))
 
 
 def latency_figure(data: Efficiency) -> Figure:

@@ -1,5 +1,6 @@
 """Which figures a report has, made from its summary."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 from internvideo3.reports import wording
@@ -23,6 +24,9 @@ from internvideo3.reports.summary import (
     SuiteSummary,
     Summary,
 )
+
+NAMES = re.compile("family-.+|length-.+|differences|profile-(?:prefill|decode|cache)")
+"""What the figures below are called."""
 
 
 def looks(summary: Summary) -> dict[str, Style]:

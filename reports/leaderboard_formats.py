@@ -74,8 +74,12 @@ def _details(table: Table) -> str:
     return markdown_table(head, rows)
 
 
+FIT = r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%"
+"""Before a tabular: as it is, or as wide as the text; a brace ends it."""
+
+
 def latex(tables: Sequence[Table]) -> str:
-    """The tables for a document that loads booktabs; our rows stand below the paper's."""
+    """The tables for a document that loads booktabs and graphicx; our rows below the paper's."""
     return "\n".join(line for table in tables for line in _latex_table(table))
 
 
@@ -83,6 +87,7 @@ def _latex_table(table: Table) -> Iterator[str]:
     yield f"% Rows of the paper: {source()}."
     yield r"\begin{table}\centering"
     yield rf"\caption{{{tex(table.title)} (the paper's table {table.number}, and ours)}}"
+    yield FIT
     yield rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}"
     yield r"\toprule"
     yield " & ".join(map(tex, _head(table))) + r" \\"
@@ -99,7 +104,7 @@ def _latex_table(table: Table) -> Iterator[str]:
         ]
         yield " & ".join([name, *cells]) + r" \\"
     yield r"\bottomrule"
-    yield r"\end{tabular}"
+    yield r"\end{tabular}}"
     if table.reasons:
         foot = "; ".join(f"({n}) {tex(why)}" for why, n in table.reasons.items())
         yield rf"\par\footnotesize Not comparable with the paper: {foot}."

@@ -1,12 +1,15 @@
 """Reading runs from disk: `runs/<id>/` with run.json, samples, timings, results, measurements.
 
-Tolerant where a run that was killed may be damaged (a torn last line, a missing results.json), and
-strict elsewhere. What was tolerated is said in `Run.notes`.
+Tolerant where a run that was killed may be damaged (a torn last line, a missing results.json, one
+of other answers than those on disk), and strict elsewhere. What was tolerated is said in
+`Run.notes`.
 """
 
+import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,8 @@ from typing import Any
 from internvideo3.tasks.scoring import Outcome, Score
 
 SCHEMA = 1
+SAMPLES_DIGEST = "samples_sha256"
+"""Field of a result: digest of the samples file that it is of; runs of older versions lack it."""
 
 
 class RunError(ValueError):
@@ -48,6 +53,8 @@ class Sample:
     """Tokens of prompt and reply."""
     agent: Mapping[str, Any] | None = None
     """How a rollout ended and what it cost; None for a direct answer."""
+    sampling: Mapping[str, Any] | None = None
+    """What decides its frames beside the suite's settings: `fps`, `steps_over_s`."""
     judge: str | None = None
     """The model that gave the score, or rated the reasoning beside it; None where none did."""
 
@@ -77,7 +84,7 @@ class Run:
     samples: Mapping[str, tuple[Sample, ...]]
     """Samples of each suite in dataset order."""
     results: Mapping[str, Mapping[str, Any]]
-    """results.json: the TaskResult of each finished suite."""
+    """results.json: the TaskResult of each finished suite, unless it is of other answers."""
     measurements: tuple[Mapping[str, Any], ...]
     timings: Mapping[str, tuple[Mapping[str, Any], ...]]
     notes: tuple[str, ...] = field(default=())
@@ -129,10 +136,14 @@ def load_run(path: Path) -> Run:
             f"{path / 'run.json'} has schema {meta.get('schema')!r}; this version reads {SCHEMA}. "
             "Use the version that wrote the run."
         )
-    notes: list[str] = []
+    notes: list[str] = list(_unmerged(path))
     samples = {}
+    twice: set[str] = set()
     for file in sorted((path / "samples").glob("*.jsonl")):
-        rows = _unique(_read_lines(file, notes), file, notes)
+        lines = _read_lines(file, notes)
+        rows = _unique(lines, file, notes)
+        if len(rows) < len(lines):
+            twice.add(file.stem)
         read = [_sample(row, file) for row in rows]
         samples[file.stem] = tuple(sorted(read, key=lambda s: _natural(s.id)))
     timings = {
@@ -144,17 +155,28 @@ def load_run(path: Path) -> Run:
     if not any(samples.values()) and not measured.exists():
         raise RunError(
             f"{path} has no answers and no measurements yet, so there is nothing to report; "
-            "repeat the command that started it"
+            + ("; ".join(notes) or "repeat the command that started it")
         )
     return Run(
         path=path,
         meta=meta,
         samples=samples,
-        results=_read_object(results) if results.exists() else {},
+        results=_fresh(_read_object(results), path, twice, notes) if results.exists() else {},
         measurements=tuple(_read_lines(measured, notes)) if measured.exists() else (),
         timings=timings,
         notes=tuple(notes),
     )
+
+
+def _unmerged(path: Path) -> Iterator[str]:
+    """Say which answers lie in parts, of shards or of a launch that did not end."""
+    files = path.glob("parts/*/samples/*.jsonl")
+    suites = sorted({file.stem for file in files if file.stat().st_size})
+    if suites:
+        yield (
+            f"answers to {', '.join(suites)} are in parts and not counted: merge them by the "
+            "command that made them, without --shard"
+        )
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -170,6 +192,38 @@ def _read_object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RunError(f"{file} holds a {type(value).__name__}, expected a JSON object")
     return value
+
+
+def _fresh(
+    results: Mapping[str, Any], folder: Path, twice: set[str], notes: list[str]
+) -> dict[str, Any]:
+    """The results that are of the samples on disk.
+
+    A retry or a scoring that was interrupted leaves those of other samples. Where a result has no
+    digest, a sample that was recorded twice tells of a retry.
+    """
+    fresh = {}
+    for suite, result in results.items():
+        file = folder / "samples" / f"{suite}.jsonl"
+        recorded = _mapping(result).get(SAMPLES_DIGEST)
+        if recorded is not None and file.exists():
+            stale = _digest(file) != recorded
+        else:
+            stale = suite in twice
+        if stale:
+            notes.append(
+                f"{suite}: results.json is of other answers than those on disk (a retry or a "
+                "scoring has not ended), so its numbers were taken anew; "
+                f"`internvideo3 score {folder}` records them"
+            )
+        else:
+            fresh[suite] = result
+    return fresh
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _read_lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
@@ -215,36 +269,62 @@ def _unique(rows: list[dict[str, Any]], file: Path, notes: list[str]) -> list[di
 
 def _sample(row: Mapping[str, Any], file: Path) -> Sample:
     try:
-        error = _mapping(row.get("error"))
+        error, length_s = _mapping(row.get("error")), row.get("length_s")
         return Sample(
             id=str(row["id"]),
             suite=file.stem,
             video_id=str(row["video_id"]),
             family=str(row.get("family") or "all"),
-            length_s=None if row.get("length_s") is None else float(row["length_s"]),
+            length_s=None if length_s is None else _finite("length_s", length_s),
             question=str(row.get("question") or ""),
             options=tuple(map(str, row.get("options") or ())),
             answer=str(row["answer"]),
             answer_type=str(row.get("answer_type") or "choice"),
-            evidence=tuple((float(a), float(b)) for a, b in row.get("evidence") or ()),
+            evidence=tuple(_span(span) for span in row.get("evidence") or ()),
             video=Path(row["video"]) if row.get("video") else None,
             prediction=None if row.get("prediction") is None else str(row["prediction"]),
-            official=_score(row.get("official")),
-            plain=_score(row.get("plain")),
+            official=_score("official", row.get("official")),
+            plain=_score("plain", row.get("plain")),
             error=f"{error.get('type')}: {error.get('message')}" if error else None,
             benchmark=str(row.get("benchmark") or file.stem),
             doc=row.get("doc"),
             tokens=sum(int(n) for n in _mapping(row.get("tokens")).values()),
             agent=row.get("agent"),
+            sampling=row.get("sampling"),
             judge=str(row["judge"]) if row.get("judge") else None,
         )
-    except (KeyError, TypeError, ValueError) as problem:
-        raise RunError(f"{file}: sample {row.get('id')!r} cannot be read: {problem!r}") from problem
+    except (KeyError, TypeError, ValueError, OverflowError) as problem:
+        raise RunError(
+            f"{file}: sample {row.get('id')!r} cannot be read: {problem!r}; repair its line, or "
+            "delete it, and the sample will be answered again"
+        ) from problem
 
 
-def _score(data: Any) -> Score:
+def _finite(name: str, value: Any) -> float:
+    """A number that averages, axes and the page can hold.
+
+    Raises:
+        ValueError: it is infinite or NaN.
+    """
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {number}, expected a finite number")
+    return number
+
+
+def _span(ends: Any) -> tuple[float, float]:
+    start_s, end_s = (_finite("evidence", end) for end in ends)
+    return start_s, end_s
+
+
+def _score(rule: str, data: Any) -> Score:
     """Read a recorded score; none was recorded for a sample that failed."""
-    return Score.from_dict(data) if data else Score(0.0, None, Outcome.ERROR)
+    if not data:
+        return Score(0.0, None, Outcome.ERROR)
+    score = Score.from_dict(data)
+    if score.value is not None:
+        _finite(f"{rule}.value", score.value)
+    return score
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

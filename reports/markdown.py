@@ -32,9 +32,9 @@ def escape(text: str) -> str:
     return _SPECIAL.sub(r"\\\1", shown).replace("&", "&amp;")
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table; the first column is left-aligned, the others right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
+    """Return a Markdown table; the first columns are left-aligned, the others right."""
+    lines = [head, [*["---"] * words, *["---:"] * (len(head) - words)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -67,7 +67,11 @@ def _comparisons(summary: Summary) -> str:
     ]
     head = ["systems", "suite", "difference", "95 % interval", "won", "lost", "McNemar p", "n"]
     title = "## Paired differences, percentage points\n\n"
-    return title + table(head, rows) if rows else ""
+    for pair in dict.fromkeys(c.name for suite in summary.suites for c in suite.comparisons):
+        if mean := summary.mean_difference(pair):
+            numbers = wording.points(mean.mean), wording.signed_span(mean)
+            rows.append([escape(pair), "**mean of suites**", *numbers, "", "", "", str(mean.n)])
+    return title + table(head, rows, words=2) if rows else ""
 
 
 def _groups(
@@ -76,7 +80,8 @@ def _groups(
     systems = [s for s in summary.systems if s.name in suite.cells]
     rows = []
     for name in names:
-        shown = wording.length(name) if what == "video length" else escape(name)
+        told = wording.length(name) if what == "video length" else wording.family(name)
+        shown = escape(told)
         chance = suite.family_chance.get(name)
         rows.append(
             [shown, *(_cell(cells.get((s.name, name))) for s in systems), wording.percent(chance)]

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from internvideo3.reports import (
     profile,
     wording,
 )
+from internvideo3.reports.load import RunError
 from internvideo3.reports.plots import SERIES, Plot, Style, inline
 from internvideo3.reports.summary import (
     TOLERATED_LOSS,
@@ -31,12 +32,22 @@ from internvideo3.reports.summary import (
 )
 
 TEMPLATES = Path(__file__).parent / "templates"
+PLOTS = "plots"
+PAGE = "report.html"
+BESIDE = (
+    *("report.md", "leaderboard.csv"),
+    *(f"tables.{name}" for name in leaderboard_formats.FORMS),
+)
+"""Files of a report beside its page; `plots/` has the figures."""
+_OURS = b"default-src 'none'; img-src data:; style-src "
+"""In every page that this room made, of any version."""
 
 
 def build_report(runs: Sequence[Path], out: Path, *, title: str) -> Path:
     """Write report.html, report.md, leaderboard.csv and plots/*.svg from runs.
 
-    Where runs have columns of the paper's tables, also tables.md, tables.tex and tables.csv.
+    Where runs have columns of the paper's tables, also tables.md, tables.tex and tables.csv. Of a
+    former report there, what this one does not have is taken away.
 
     Args:
         runs: Run folders, the reference first.
@@ -47,24 +58,71 @@ def build_report(runs: Sequence[Path], out: Path, *, title: str) -> Path:
         Path of report.html.
 
     Raises:
-        RunError: A folder that cannot be read as a run.
+        RunError: A folder that cannot be read as a run, or a file of others where one of the
+            report's would be.
     """
+    check_place(out)
     summary = summarise_paths(runs)
-    out.mkdir(parents=True, exist_ok=True)
     plots = _Plots(summary)
-    folder = out / "plots"
-    folder.mkdir(exist_ok=True)
-    for plot in plots.all:
-        (folder / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
-    (out / "report.md").write_text(markdown.render(summary, title), encoding="utf-8")
-    (out / "leaderboard.csv").write_text(export.render(summary), encoding="utf-8")
     beside = leaderboard.tables(summary)
+    files = {f"{PLOTS}/{plot.name}.svg": plot.svg for plot in plots.all}
+    files |= {"report.md": markdown.render(summary, title)}
+    files |= {"leaderboard.csv": export.render(summary)}
     if beside:
-        for name, form in leaderboard_formats.FORMS.items():
-            (out / f"tables.{name}").write_text(form(beside), encoding="utf-8")
-    page = out / "report.html"
-    page.write_text(render(summary, plots, title), encoding="utf-8", errors="replace")
-    return page
+        files |= {f"tables.{n}": form(beside) for n, form in leaderboard_formats.FORMS.items()}
+    check_place(out, files)
+    # The page first: by it the next report knows that the other files are ours.
+    files = {PAGE: render(summary, plots, title), **files}
+    (out / PLOTS).mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        _write(out / name, text)
+    for name in _former(out) - files.keys():
+        (out / name).unlink()
+    return out / PAGE
+
+
+def check_place(out: Path, names: Iterable[str] = BESIDE) -> None:
+    """Raise if a report in this folder would overwrite what is no report.
+
+    Args:
+        out: The folder; it need not be there.
+        names: Files that would be written beside the page.
+
+    Raises:
+        RunError: With the files.
+    """
+    page = out / PAGE
+    if page.is_file() and _OURS in page.read_bytes():
+        return
+    others = [name for name in (PAGE, *names) if (out / name).exists()]
+    if others:
+        shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        raise RunError(
+            f"{out} holds {shown}, which no report of ours wrote and which would be overwritten. "
+            "Give another --out, or move them away."
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file, all or nothing."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text, encoding="utf-8", errors="replace")
+    aside.replace(path)
+
+
+def _former(out: Path) -> set[str]:
+    """What a report of other runs may have left in a folder; a file of another kind is not in it.
+
+    A drawing is a report's if it has the name of one, and an id that begins with it.
+    """
+    tables = {f"tables.{name}" for name in leaderboard_formats.FORMS}
+    drawn = {
+        f"{PLOTS}/{path.name}"
+        for path in (out / PLOTS).glob("*.svg")
+        if figures.NAMES.fullmatch(path.stem)
+        and f'id="{path.stem}-' in path.read_text(encoding="utf-8", errors="replace")
+    }
+    return {name for name in tables if (out / name).is_file()} | drawn
 
 
 class _Plots:
@@ -117,6 +175,7 @@ def render(summary: Summary, plots: _Plots, title: str) -> str:
         pair_looks=plots.pair_looks,
         profile=plots.profile,
         browser=shown,
+        agentic=any(s.run.meta.get("mode") == "agentic" for s in summary.systems),
         tables=leaderboard.tables(summary),
         paper_source=leaderboard.source(),
         data=_json(shown.payload),
@@ -268,7 +327,7 @@ def _facts(system: System) -> list[tuple[str, str]]:
         ("Weights", model.get("digest")),
         ("Parameters", wording.count(system.parameters)),
         ("Attention", system.attention),
-        ("Cache", _per_token(system.cache_bytes_per_token)),
+        ("Cache", _per_token(system)),
         ("Settings", _flat(system.run.config)),
         ("Data", _flat({k: v.get("data_digest") for k, v in meta.get("suites", {}).items()})),
         ("Packages", _flat(meta.get("packages", {}))),
@@ -279,8 +338,9 @@ def _facts(system: System) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in facts if value not in (None, "", "–")]
 
 
-def _per_token(size: int | None) -> str | None:
-    return None if size is None else f"{wording.count(size)} bytes per token"
+def _per_token(system: System) -> str | None:
+    size = system.cache_bytes_per_token
+    return None if size is None else f"{wording.count(size)} bytes per token{system.in_dtype}"
 
 
 def _flat(values: Mapping[str, Any]) -> str:

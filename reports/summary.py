@@ -65,6 +65,12 @@ class System:
     run: Run
 
     @property
+    def in_dtype(self) -> str:
+        """Of which number type its cache is, as " in float32"; empty where it is not told."""
+        dtype = str(self.run.config.get("dtype") or "")
+        return f" in {dtype}" if dtype else ""
+
+    @property
     def is_control(self) -> bool:
         """Whether the run is a control, not a system."""
         return self.control is not None
@@ -94,6 +100,8 @@ class Cell:
     errors: int
     no_value: int
     """Answers without a score: their truth is not public, or only a judge could tell."""
+    judge_needed: int = 0
+    """Verdicts and ratings of a suite that are still missing."""
     judges: tuple[str, ...] = ()
     """Who judged answers that have no other score."""
     caveat: str = ""
@@ -203,9 +211,15 @@ class Summary:
         )
 
     def mean(self, system: str) -> Interval | None:
-        """Return a system's mean over suites, each with the same weight, if it ran them all."""
+        """Return a system's mean over suites, each with the same weight, if it ran them all.
+
+        A suite that was begun, or only named by the command, is not one that it ran.
+        """
+        if any(_not_begun(one.run) for one in self.systems if one.name == system):
+            return None
         cells = [suite.cells.get(system) for suite in self.averaged]
-        present = [cell.interval for cell in cells if cell is not None and cell.interval]
+        whole = [cell for cell in cells if cell is not None and cell.complete]
+        present = [cell.interval for cell in whole if cell.interval]
         if not present or len(present) < len(cells):
             return None
         return _mean_of(present)
@@ -229,7 +243,9 @@ class Reading:
     judge_needed: int
     """Verdicts and ratings that are still missing."""
     incomplete: int
-    """Suites that are not answered to their end."""
+    """Suites that are not answered to their end, though begun."""
+    not_begun: int
+    """Suites of its command without an answer."""
     shift: float
     """What a plain reader would change, as a mean over suites; a fraction."""
 
@@ -242,14 +258,14 @@ def readings(summary: Summary) -> list[Reading]:
 def _reading(summary: Summary, system: System) -> Reading:
     cells = [s.cells[system.name] for s in summary.suites if system.name in s.cells]
     shifts = [c.plain - c.value for c in cells if c.plain is not None and c.value is not None]
-    waiting = [one.get("judge_needed") for one in system.run.results.values()]
     return Reading(
         system=system,
         n=sum(c.n for c in cells),
         unreadable=sum(c.unreadable for c in cells),
         errors=sum(c.errors for c in cells),
-        judge_needed=sum(int(number or 0) for number in waiting),
+        judge_needed=sum(c.judge_needed for c in cells),
         incomplete=sum(not c.complete for c in cells),
+        not_begun=len(_not_begun(system.run)),
         shift=sum(shifts) / len(shifts) if shifts else 0.0,
     )
 
@@ -287,6 +303,11 @@ def summarise(runs: Sequence[Run]) -> Summary:
     ordered = [s for s in known if s in names] + sorted(names - set(known))
     notes = [f"{run.id}: {note}" for run in runs for note in run.notes]
     notes += [f"{run.id}: without {suite}: {why}" for run in runs for suite, why in _absent(run)]
+    notes += [
+        f"{run.id}: not begun: {', '.join(left)}; the same `eval` goes on with them"
+        for run in runs
+        if (left := _not_begun(run))
+    ]
     notes += [note for name in ordered for note in _data_notes(name, systems)]
     notes += [note for run in runs for note in _unscored_notes(run)]
     notes += [f"{run.id}: {suite}: {note}" for run in runs for suite, note in _oddities(run)]
@@ -304,6 +325,12 @@ def summarise(runs: Sequence[Run]) -> Summary:
 def _absent(run: Run) -> Iterable[tuple[str, str]]:
     """Suites that the command named and the run leaves out, with the reason."""
     return dict(run.meta.get("left_out") or {}).items()
+
+
+def _not_begun(run: Run) -> list[str]:
+    """Suites that the command named and nothing was answered of."""
+    named = run.meta.get("suites", {})
+    return [suite for suite in named if not run.samples.get(suite)]
 
 
 def _oddities(run: Run) -> Iterator[tuple[str, str]]:
@@ -477,6 +504,7 @@ def _cell(
         unreadable=sum(x.unread for x in samples),
         errors=outcomes[Outcome.ERROR],
         no_value=outcomes[Outcome.NO_TRUTH] + outcomes[Outcome.JUDGE_NEEDED],
+        judge_needed=_int(recorded.get("judge_needed")) or 0,
         judges=tuple(sorted({x.judge for x in samples if x.judge})),
         caveat=_caveat(samples) if whole and value is not None else "",
         partial=_partial(samples) if whole and value is not None else "",

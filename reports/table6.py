@@ -14,14 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from internvideo3.reports import wording
 from internvideo3.reports.export import inert
-from internvideo3.reports.leaderboard_formats import tex
+from internvideo3.reports.leaderboard_formats import FIT, tex
 from internvideo3.reports.load import Run, Sample
 from internvideo3.reports.markdown import escape
 from internvideo3.reports.markdown import table as markdown_table
@@ -62,14 +62,16 @@ class Line:
     score: Standing
     """By the benchmark's own rule."""
     n: int
+    failed: int
+    """Questions of these without an answer; they are in the score, and in no cost."""
     videos: int
     difference: Difference | None
     """To the direct run; None for that run itself."""
     over_random: Difference | None
     """To the run whose looks are at random; None for that run, the direct one, and without it."""
-    tokens: float
-    """Mean of a question."""
-    seconds: float
+    tokens: float | None
+    """Mean of a question that was answered; None where none was."""
+    seconds: float | None
     calls: float | None
     without_tools: float | None
     """Share of rollouts that ended without a call."""
@@ -183,16 +185,19 @@ def _line(
     both = [sample for sample in samples if sample.id in before]
     if not both:
         raise Table6Error(f"{run.path} shares no sample of {suite} with the direct run.")
-    agents = [sample.agent for sample in both if sample.agent is not None]
+    answered = [sample for sample in both if sample.error is None]
+    agents = [sample.agent for sample in answered if sample.agent is not None]
     costs = [agent["cost"] for agent in agents]
     changes = [change for sample in both if (change := _change(sample)) is not None]
     label = " ".join(filter(None, [run.model.get("label"), _open_web(run)]))
     return Line(
         name=system_name(run), suite=suite, label=label,
-        score=standing(both), n=len(both), videos=len({sample.video_id for sample in both}),
+        score=standing(both), n=len(both), failed=len(both) - len(answered),
+        videos=len({sample.video_id for sample in both}),
         difference=difference_of(base, both) if base else None,
         over_random=difference_of(chance, both) if chance else None,
-        tokens=fmean(_tokens(sample) for sample in both), seconds=_seconds(run, suite, both),
+        tokens=fmean(map(_tokens, answered)) if answered else None,
+        seconds=_seconds(run, suite, answered) if answered else None,
         calls=fmean(cost["tool_calls"] for cost in costs) if costs else None,
         without_tools=fmean(cost["tool_calls"] == 0 for cost in costs) if costs else None,
         spoilt=sum(change < 0 for change in changes) / len(both) if agents else None,
@@ -230,10 +235,11 @@ def _tokens(sample: Sample) -> float:
 
 
 def _seconds(run: Run, suite: str, samples: Sequence[Sample]) -> float:
-    wanted = {sample.id for sample in samples}
     parts = ("decode_s", "encode_s", "prefill_s", "generate_s")
-    rows = [row for row in run.timings.get(suite, ()) if row.get("id") in wanted]
-    return sum(float(row.get(part, 0.0)) for row in rows for part in parts) / max(1, len(rows))
+    # A retry that has not ended leaves two rows; the later one is of the answer.
+    rows = {row.get("id"): row for row in run.timings.get(suite, ())}
+    taken = [rows[sample.id] for sample in samples if sample.id in rows]
+    return sum(float(row.get(part, 0.0)) for row in taken for part in parts) / max(1, len(taken))
 
 
 def _change(sample: Sample) -> float | None:
@@ -269,8 +275,8 @@ def cells(line: Line) -> list[str]:
         if above
         else "–",
         wording.count(line.n),
-        wording.count(round(line.tokens)),
-        f"{line.seconds:.2f}",
+        "–" if line.tokens is None else wording.count(round(line.tokens)),
+        "–" if line.seconds is None else f"{line.seconds:.2f}",
         "–" if line.calls is None else f"{line.calls:.1f}",
         *(wording.percent(one) for one in (line.without_tools, line.spoilt, line.mended)),
     ]
@@ -285,35 +291,57 @@ def _paper_cells() -> list[list[str]]:
     ]
 
 
-def _by_suite(found: Sequence[Line]) -> Iterator[tuple[str, list[list[str]]]]:
+class Section(NamedTuple):
+    """The rows of one suite."""
+
+    title: str
+    rows: list[list[str]]
+    note: str = ""
+    """What failed; empty where nothing did."""
+
+
+def _sections(found: Sequence[Line]) -> Iterator[Section]:
+    """The suites, then the paper's row."""
     for suite in dict.fromkeys(line.suite for line in found):
         mine = [one for one in found if one.suite == suite]
         title = f"{wording.suite_title(suite)}, {mine[0].score.metric}"
-        yield title, [cells(one) for one in mine]
+        yield Section(title, [cells(one) for one in mine], _failures(mine))
+    yield Section("The paper's row", _paper_cells())
+
+
+def _failures(found: Sequence[Line]) -> str:
+    told = [f"{one.name}, {one.failed} of {one.n}" for one in found if one.failed]
+    return f"Failed, and in no mean of cost: {'; '.join(told)}." if told else ""
 
 
 def markdown(found: Sequence[Line]) -> str:
     """The table as Markdown."""
     parts = ["# Direct and agentic (the paper's table 6)", NOTE]
-    for title, rows in (*_by_suite(found), ("The paper's row", _paper_cells())):
+    for title, rows, note in _sections(found):
         texts = [[escape(cell) for cell in row] for row in rows]
-        parts += [f"## {title}", markdown_table(list(HEAD), texts)]
+        parts += [f"## {title}", markdown_table(list(HEAD), texts), *filter(None, [escape(note)])]
     return "\n\n".join(parts) + "\n"
 
 
 def latex(found: Sequence[Line]) -> str:
-    """The table for a document that loads booktabs."""
+    """The table for a document that loads booktabs and graphicx."""
+
+    def across(text: str) -> str:
+        return rf"\multicolumn{{{len(HEAD)}}}{{l}}{{{tex(text)}}} \\"
+
     out = [
-        r"\begin{table}\centering\small",
+        r"\begin{table}\centering",
         rf"\caption{{Direct and agentic (the paper's table 6, and ours). {tex(NOTE)}}}",
+        FIT,
         rf"\begin{{tabular}}{{l{'r' * (len(HEAD) - 1)}}}",
         r"\toprule",
         " & ".join(map(tex, HEAD)) + r" \\",
     ]
-    for title, rows in (*_by_suite(found), ("The paper's row", _paper_cells())):
-        out += [r"\midrule", rf"\multicolumn{{{len(HEAD)}}}{{l}}{{{tex(title)}}} \\"]
+    for title, rows, note in _sections(found):
+        out += [r"\midrule", across(title)]
         out += [" & ".join(map(tex, row)) + r" \\" for row in rows]
-    return "\n".join([*out, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+        out += [across(note)] if note else []
+    return "\n".join([*out, r"\bottomrule", r"\end{tabular}}", r"\end{table}", ""])
 
 
 def rows(found: Sequence[Line]) -> list[dict[str, Any]]:
@@ -340,7 +368,7 @@ def _row(line: Line) -> dict[str, Any]:
         "over_random_high": above.interval.high if above else None,
         "tokens": line.tokens, "seconds": line.seconds, "calls": line.calls,
         "without_tools": line.without_tools, "right_to_wrong": line.spoilt,
-        "wrong_to_right": line.mended,
+        "wrong_to_right": line.mended, "failed": line.failed,
     }  # fmt: skip
 
 
@@ -366,7 +394,7 @@ def html(found: Sequence[Line], provenance: Sequence[Mapping[str, Any]]) -> str:
     style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     return environment.get_template("table6.html.jinja").render(
         style=Markup(style), head=HEAD, note=NOTE, runs=provenance,
-        tables=[*_by_suite(found), ("The paper's row", _paper_cells())],
+        tables=list(_sections(found)),
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from internvideo3.reports import wording
 from internvideo3.reports.summary import (
     Cell,
     Comparison,
+    Reading,
     Summary,
     System,
     readings,
@@ -154,8 +155,18 @@ def footnotes(summary: Summary) -> list[str]:
         line += f", {one.errors} failed"
         judge = f"; judge needed: {one.judge_needed} (`internvideo3 judge`)"
         line += judge if one.judge_needed else ""
-        lines.append(line + (f"; {one.incomplete} suites incomplete" if one.incomplete else ""))
+        lines.append(line + _unanswered(one))
     return lines + list(summary.notes)
+
+
+def _unanswered(reading: Reading) -> str:
+    """What of a command is left, e.g. "; 1 suite incomplete, 5 not begun"."""
+    count, kinds = reading.incomplete, []
+    if count:
+        kinds.append(f"{count} suite{'s' * (count > 1)} incomplete")
+    if reading.not_begun:
+        kinds.append(f"{reading.not_begun} not begun")
+    return f"; {', '.join(kinds)}" if kinds else ""
 
 
 def _title(summary: Summary) -> str:

@@ -1,9 +1,9 @@
-"""Small pictures of the moments that a question is about, as the model's sampler saw them."""
+"""Small pictures of the moments that a question is about, of frames that the model was given."""
 
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from internvideo3.tasks.decoder import IsolatedReader
-from internvideo3.tasks.video import Frames, VideoError
+from internvideo3.tasks.video import Frames, frame_indices, step_indices
 
 MAX_SIDE_PX = 160
 JPEG_QUALITY = 78
 WHOLE_VIDEO_S = 180.0
-"""Longer videos are decoded around the wanted moments only."""
+"""Of longer videos only the wanted frames are decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +30,50 @@ class Thumbnail:
 
 
 @dataclass(frozen=True, slots=True)
+class Sampling:
+    """Which frames of a video a model was given, as `tasks.video.read_frames` takes them."""
+
+    fps: float
+    max_frames: int
+    steps_over_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Wanted:
     """Which pictures of a video to take."""
 
     times_s: tuple[float, ...]
     """Moments, the most wanted first."""
     count: int
-    """Pictures to take; moments that fall on the same sampled frame give one."""
+    """Pictures to take; moments that fall on the same frame give one."""
+    sampling: Sampling | None = None
+    """The frames to choose from; None for all frames of the video."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """What of a video decides which frames are taken."""
+
+    frames: int
     fps: float
-    """Frames per second that the model's sampler took."""
-    length_s: float | None
+
+    @property
+    def length_s(self) -> float:
+        return self.frames / self.fps
+
+    def chosen(self, sampling: Sampling | None) -> Sequence[int]:
+        """Frame numbers that the sampler takes.
+
+        Raises:
+            ValueError: it takes none.
+        """
+        if sampling is None:
+            return range(self.frames)
+        if sampling.steps_over_s is not None:
+            most, length_s = sampling.max_frames, sampling.steps_over_s
+            return step_indices(self.frames, self.fps, max_frames=most, length_s=length_s)
+        most = sampling.max_frames
+        return frame_indices(self.frames, self.fps, fps=sampling.fps, max_frames=most)
 
 
 class Thumbnailer:
@@ -49,9 +83,9 @@ class Thumbnailer:
         self.left = budget_bytes
         self.failed: dict[str, str] = {}
         """Videos that could not be read, with the reason."""
-        self._known: dict[tuple[str, float], Thumbnail] = {}
-        self._last: tuple[tuple[Path, float], Frames] | None = None
-        self._lengths: dict[Path, float] = {}
+        self._known: dict[tuple[str, int], Thumbnail] = {}
+        self._last: tuple[tuple[Path, Sampling], Frames] | None = None
+        self._sizes: dict[Path, _Size] = {}
         # A file that crashed the decoder in the run must not end the report.
         self._reader = IsolatedReader()
 
@@ -61,52 +95,71 @@ class Thumbnailer:
 
     def length_s(self, video: Path) -> float | None:
         """Return a video's length, for annotations that do not tell it; `None` if unreadable."""
-        if video not in self._lengths and str(video) not in self.failed:
-            try:
-                self._lengths[video] = self._reader.read(video, fps=1.0, max_frames=2).duration_s
-            except (VideoError, OSError) as error:
-                self.failed[str(video)] = str(error)
-        return self._lengths.get(video)
+        if str(video) in self.failed:
+            return None
+        try:
+            return self._size(video).length_s
+        except (ValueError, OSError) as error:
+            self.failed[str(video)] = str(error)
+            return None
 
     def take(self, video: Path, wanted: Wanted) -> list[Thumbnail]:
-        """Return pictures of the sampled frames nearest to the wanted moments, in order of time.
+        """Return pictures of the frames nearest to the wanted moments, in order of time.
 
         Fewer or none if the budget is spent or the video cannot be read (see `failed`).
         """
         if self.left <= 0 or str(video) in self.failed:
             return []
-        found: dict[float, NDArray[np.uint8]] = {}
         try:
-            for at_s in wanted.times_s:
-                if len(found) < wanted.count:
-                    time_s, pixels_HWC = _nearest(self._clip(video, wanted, at_s), at_s)
-                    found.setdefault(time_s, pixels_HWC)
-        except (VideoError, OSError) as error:
+            size = self._size(video)
+            found = {}
+            for number in _nearest(size, wanted):
+                picture = self._known.get((str(video), number))
+                if picture is None:
+                    pixels_HWC = self._frame(video, size, number, wanted.sampling)
+                    picture = self._picture(video, number, number / size.fps, pixels_HWC)
+                found[number] = picture
+        except (ValueError, OSError) as error:
             self.failed[str(video)] = str(error)
             return []
-        return [self._picture(str(video), time_s, found[time_s]) for time_s in sorted(found)]
+        return [found[number] for number in sorted(found)]
 
-    def _clip(self, video: Path, wanted: Wanted, at_s: float) -> Frames:
-        if wanted.length_s is None or wanted.length_s > WHOLE_VIDEO_S:
-            start_s = max(0.0, at_s - 2.0)
-            return self._reader.read(video, fps=wanted.fps, start_s=start_s, end_s=at_s + 2.0)
-        if self._last is None or self._last[0] != (video, wanted.fps):
-            self._last = (video, wanted.fps), self._reader.read(video, fps=wanted.fps)
-        return self._last[1]
+    def _size(self, video: Path) -> _Size:
+        if video not in self._sizes:
+            ends = self._reader.read(video, fps=1.0, max_frames=2)
+            self._sizes[video] = _Size(ends.total_frames, ends.source_fps)
+        return self._sizes[video]
 
-    def _picture(self, video: str, time_s: float, pixels_HWC: NDArray[np.uint8]) -> Thumbnail:
-        known = self._known.get((video, time_s))
-        if known is None:
-            known = Thumbnail(time_s, encode(pixels_HWC))
-            self._known[video, time_s] = known
-            self.left -= len(known.uri)
-        return known
+    def _frame(
+        self, video: Path, size: _Size, number: int, sampling: Sampling | None
+    ) -> NDArray[np.uint8]:
+        """One frame: out of all that the sampler takes of a short video, else read alone."""
+        if sampling is None or size.length_s > WHOLE_VIDEO_S:
+            # The reader takes two frames at least; a quarter of a frame keeps clear of rounding.
+            first = min(number, size.frames - 2)
+            start_s, end_s = (first - 0.25) / size.fps, (first + 1.25) / size.fps
+            frames = self._reader.read(video, max_frames=2, start_s=start_s, end_s=end_s)
+        else:
+            if self._last is None or self._last[0] != (video, sampling):
+                self._last = (video, sampling), self._reader.read(video, **asdict(sampling))
+            frames = self._last[1]
+        pixels_HWC: NDArray[np.uint8] = frames.pixels_THWC[frames.indices.index(number)]
+        return pixels_HWC
+
+    def _picture(
+        self, video: Path, number: int, time_s: float, pixels_HWC: NDArray[np.uint8]
+    ) -> Thumbnail:
+        made = Thumbnail(round(time_s, 3), encode(pixels_HWC))
+        self._known[str(video), number] = made
+        self.left -= len(made.uri)
+        return made
 
 
-def _nearest(clip: Frames, at_s: float) -> tuple[float, NDArray[np.uint8]]:
-    times_T = np.asarray(clip.indices) / clip.source_fps
-    index = int(np.abs(times_T - at_s).argmin())
-    return round(float(times_T[index]), 3), clip.pixels_THWC[index]
+def _nearest(size: _Size, wanted: Wanted) -> list[int]:
+    """Numbers of the frames nearest to the moments, no more than are wanted."""
+    numbers_T = np.asarray(size.chosen(wanted.sampling))
+    nearest = (numbers_T[np.abs(numbers_T / size.fps - at_s).argmin()] for at_s in wanted.times_s)
+    return list(dict.fromkeys(map(int, nearest)))[: wanted.count]
 
 
 def encode(pixels_HWC: NDArray[np.uint8]) -> str:

@@ -6,7 +6,7 @@ escaped here and nothing on the page can run.
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,11 +60,11 @@ def render(trace: Mapping[str, Any], video: Path | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["cut"] = cut
+    environment.filters |= {"cut": cut, "plain": plain}
     style = "".join((TEMPLATES / name).read_text("utf-8") for name in ("report.css", "trace.css"))
     length_s = duration_s(trace)
     with closing(Thumbnailer(IMAGE_BUDGET_BYTES)) as camera:
-        pictures = _pictures(trace, video, camera, length_s)
+        pictures = _pictures(trace, video, camera)
     return environment.get_template("trace.html.jinja").render(
         trace=trace,
         style=Markup(style),
@@ -81,6 +81,24 @@ def render(trace: Mapping[str, Any], video: Path | None = None) -> str:
 def cut(text: str) -> str:
     """A text as the page shows it, no longer than `LONGEST_TEXT`."""
     return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " … (cut)"
+
+
+def plain(value: Any) -> str:
+    """A setting in words: `turns 8, tool calls 12`, and `–` for what is not set."""
+    if isinstance(value, Mapping):
+        return ", ".join(
+            f"{str(name).replace('_', ' ')} {f'({plain(one)})' if _is_group(one) else plain(one)}"
+            for name, one in value.items()
+        )
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value)) or "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "–" if value in (None, "") else str(value)
+
+
+def _is_group(value: Any) -> bool:
+    return bool(value) and isinstance(value, Mapping | list | tuple)
 
 
 def by_turn(trace: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -133,7 +151,7 @@ def _bar(span: list[float], row: int, kind: str, label: str, length_s: float) ->
 
 
 def _pictures(
-    trace: Mapping[str, Any], video: Path | None, camera: Thumbnailer, length_s: float
+    trace: Mapping[str, Any], video: Path | None, camera: Thumbnailer
 ) -> dict[str, list[Thumbnail]]:
     """Pictures of every look, by entry."""
     if video is None:
@@ -142,12 +160,15 @@ def _pictures(
     for entry in trace["entries"]:
         times = entry["data"].get("times_s", ())
         if times:
-            step = max(1, len(times) // PICTURES)
-            chosen = tuple(times[::step][:PICTURES])
-            gap_s = (times[-1] - times[0]) / max(1, len(times) - 1) or 1.0
-            wanted = Wanted(chosen, PICTURES, max(1.0, 1 / gap_s), length_s)
-            found[entry["id"]] = camera.take(video, wanted)
+            found[entry["id"]] = camera.take(video, Wanted(_spread(times), PICTURES))
     return found
+
+
+def _spread(times_s: Sequence[float]) -> tuple[float, ...]:
+    """At most `PICTURES` of some times, from the first to the last."""
+    count = min(PICTURES, len(times_s))
+    steps = (len(times_s) - 1) / max(1, count - 1)
+    return tuple(times_s[round(place * steps)] for place in range(count))
 
 
 def _source_hash(text: str) -> str:

@@ -15,28 +15,27 @@ import argparse
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
 from internvideo3.tasks.scoring import Score, aggregate, score
 from internvideo3.tasks.world import difficulty as d
-from internvideo3.tasks.world import media
+from internvideo3.tasks.world import visits
 from internvideo3.tasks.world.build import (
+    WORLD,
     BuildError,
     Built,
+    Form,
     Progress,
-    checked_split,
-    locked,
+    build_suite,
+    checked_suite,
+    video_id,
     world_build,
 )
-from internvideo3.tasks.world.files import digest, video_name, write_whole
-from internvideo3.tasks.world.paint import paint
+from internvideo3.tasks.world.files import digest, video_name
 from internvideo3.tasks.world.questions import Question, questions
-from internvideo3.tasks.world.render import frame_times
-from internvideo3.tasks.world.scenes import Scene, VideoSpec, draw_video
-from internvideo3.tasks.world.suites import SPLIT_BASE, SUITES, Split, Suite
+from internvideo3.tasks.world.scenes import VideoSpec
+from internvideo3.tasks.world.suites import SPLIT_BASE, SUITES, Split, Suite, video_seed
 
 BRIEF: Final = Suite(
     name="world_brief",
@@ -94,45 +93,28 @@ def doc_to_visual(doc):
 '''
 
 
-def draw_brief(seed: int, length_s: float) -> VideoSpec:
-    """The world's video of a seed, with every visit cut down to `VISIT_S` within its scene."""
-    spec = draw_video(seed, length_s)
-    rng = random.Random(f"brief/{seed}")
-    return replace(spec, scenes=tuple(_shortened(scene, rng) for scene in spec.scenes))
-
-
-def _shortened(scene: Scene, rng: random.Random) -> Scene:
-    # Not the first second of a scene: the one before may still shine through.
-    first, last = int(scene.start_s) + 1, int(scene.end_s - VISIT_S)
-    starts = [float(rng.randint(min(first, last), last)) for _ in scene.things]
-    things = (
-        replace(thing, enter_s=start, leave_s=start + VISIT_S)
-        for thing, start in zip(scene.things, starts, strict=True)
-    )
-    return replace(scene, things=tuple(things))
-
-
 def draw_suite(split: Split, videos: int) -> Iterator[tuple[VideoSpec, list[Question]]]:
     """Videos in order, each with its questions; no pixels."""
     (length_s,) = BRIEF.lengths
     for index in range(videos):
-        seed = SPLIT_BASE[split] + BRIEF.seed_block * 10**6 + index
-        spec = draw_brief(seed, length_s)
+        seed = video_seed(BRIEF, split, index)
+        spec = visits.draw(seed, length_s, BRIEF.profile, VISIT_S)
         rng = random.Random(f"questions/{seed}")
         yield spec, questions(spec, rng, BRIEF.families, BRIEF.questions_per_video)
 
 
-def documents(split: Split, videos: int) -> Iterator[dict[str, Any]]:
+def documents(suite: Suite, split: Split, limit_videos: int | None) -> Iterator[dict[str, Any]]:
     """The rows of the documents, in order; needs no files."""
     number = 0
+    videos = min(limit_videos or suite.videos, suite.videos)
     for index, (spec, asked) in enumerate(draw_suite(split, videos)):
-        name = f"{BRIEF.name}-{index:04d}"
+        name = video_id(suite, index)
         for one in asked:
             yield {
-                "id": f"{BRIEF.name}/{number:06d}",
+                "id": f"{suite.name}/{number:06d}",
                 "video_id": name,
                 "video": video_name(name),
-                "suite": BRIEF.name,
+                "suite": suite.name,
                 "family": one.family,
                 "length_s": spec.length_s,
                 "question": one.question,
@@ -161,11 +143,7 @@ def build_suites(
     Raises:
         BuildError: as `world_build`; or a sound track is asked for this suite, which is silent.
     """
-    others = [name for name in suites if name != BRIEF.name]
-    unknown = [name for name in others if name not in SUITES]
-    if unknown:
-        near = get_close_matches(unknown[0], EVALUABLE, n=3, cutoff=0.4) or list(EVALUABLE)
-        raise BuildError(f"unknown suite {unknown[0]!r}; did you mean {' or '.join(near)}?")
+    others = [checked_suite(name, EVALUABLE).name for name in suites if name != BRIEF.name]
     brief = BRIEF.name in suites
     if brief and sound:
         raise BuildError(f"{BRIEF.name} has no sound; build it by itself, without --sound")
@@ -181,70 +159,59 @@ def build_suites(
             progress=progress,
         )
     if brief:
-        built.append(build_brief(root, checked_split(split), videos, progress))
+        built.append(build_brief(root, split, videos, workers=workers, progress=progress))
     return built
 
 
 def build_brief(
     root: Path,
-    split: Split = "test",
+    split: str = "test",
     limit_videos: int | None = None,
+    *,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> Built:
-    """Make the videos that are missing, then the documents and the task; in this process alone.
-
-    A video's file appears under its name only when it is whole, so that a build can be killed.
+    """Make what is missing of this suite, as `build_suite` does for the world's own.
 
     Args:
         root: of the world.
         split: train, validation or test.
         limit_videos: only the first so many videos.
+        workers: processes; by default one a core.
         progress: told of every finished video.
 
     Raises:
-        BuildError: the limit makes no sense.
-        OSError: the disk is full or refuses.
+        BuildError: as `build_suite`.
     """
-    if limit_videos is not None and limit_videos < 1:
-        raise BuildError(f"the limit on videos must be at least 1, got {limit_videos}")
-    videos = min(limit_videos or BRIEF.videos, BRIEF.videos)
-    folder = root / split
-    with locked(folder):
-        made = _make_missing(folder, split, videos, progress)
-        docs = _write_documents(folder, split, videos)
-    return Built(
-        suite=BRIEF.name, folder=folder, docs=docs, tasks=folder / "lmms", videos=videos,
-        questions=len(docs.read_bytes().splitlines()), made=made,
-    )  # fmt: skip
+    return build_suite(
+        BRIEF, root, split, limit_videos, workers=workers, progress=progress, form=FORM
+    )
 
 
-def _make_missing(folder: Path, split: Split, videos: int, progress: Progress | None) -> int:
-    """Makes the videos that are not there; returns how many."""
-    made = 0
-    (folder / "videos").mkdir(parents=True, exist_ok=True)
-    for index, (spec, _) in enumerate(draw_suite(split, videos)):
-        path = folder / video_name(f"{BRIEF.name}-{index:04d}")
-        if not path.is_file():
-            write_whole(path, media.encode_video(paint(spec, frame_times(spec))))
-            made += 1
-        if progress is not None:
-            progress(BRIEF.name, index + 1, videos)
-    return made
-
-
-def _write_documents(folder: Path, split: Split, videos: int) -> Path:
-    """The questions, the same in chat form, and lmms-eval's task; returns the first."""
-    docs = folder / f"{BRIEF.name}.jsonl"
-    lines = "".join(json.dumps(doc) + "\n" for doc in documents(split, videos))
+def _files(suite: Suite, folder: Path) -> dict[Path, str]:
+    """The questions in chat form, and lmms-eval's task."""
+    docs = folder / f"{suite.name}.jsonl"
     where = json.dumps(str(docs.resolve()))
-    yaml = _YAML.format(suite=BRIEF.name, docs=where, version=d.VERSION)
-    (folder / "lmms").mkdir(exist_ok=True)
-    write_whole(folder / "lmms" / "iv3_brief.py", _FUNCTIONS.encode())
-    write_whole(folder / "lmms" / f"iv3_{BRIEF.name}.yaml", yaml.encode())
-    chats = "".join(json.dumps(_chat(json.loads(line))) + "\n" for line in lines.splitlines())
-    write_whole(folder / f"{BRIEF.name}.chat.jsonl", chats.encode())
-    write_whole(docs, lines.encode())
-    return docs
+    with docs.open(encoding="utf-8") as lines:
+        chats = "".join(json.dumps(_chat(json.loads(line))) + "\n" for line in lines)
+    return {
+        folder / "lmms" / "iv3_brief.py": _FUNCTIONS,
+        folder / "lmms" / f"iv3_{suite.name}.yaml": _YAML.format(
+            suite=suite.name, docs=where, version=d.VERSION
+        ),
+        folder / f"{suite.name}.chat.jsonl": chats,
+    }
+
+
+FORM: Final = Form(
+    documents=documents, files=_files, visit_s=VISIT_S, subtitles=False, key=visits.digest()
+)
+"""Its videos are silent, their visits short."""
+
+
+def form_of(suite: Suite) -> Form:
+    """What the files of a suite are: this one's, or those of the scale world proper."""
+    return FORM if suite.name == BRIEF.name else WORLD
 
 
 def _chat(doc: Mapping[str, Any]) -> dict[str, Any]:

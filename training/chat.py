@@ -26,11 +26,10 @@ from internvideo3.model.fitting import fit_frames, fit_image
 from internvideo3.model.prompt import Medium, Piece, Prompter
 from internvideo3.model.scale.build import SYSTEM_PROMPT
 from internvideo3.tasks.decoder import IsolatedReader
-from internvideo3.tasks.scoring.entry import score
 from internvideo3.training.acted import Shelf, acted, is_rollout
 from internvideo3.training.curation.budget import FEW, UNUSABLE
 from internvideo3.training.curation.records import DataError, Row, read_rows
-from internvideo3.training.documents import SCORED_AS, Document, Prompt, replied
+from internvideo3.training.documents import Document, Prompt, check_scored, replied
 from internvideo3.training.mixture import block_of, dealt, in_order
 from internvideo3.training.recipe import ChatData, Modality
 
@@ -262,8 +261,8 @@ class ChatDocuments:
             asked = self.prompter.piece(text, media.frames)
             self._check_length(len(asked.ids) + self.row.answer_tokens)
         made = Prompt(text, media.frames[0], self._doc(row, media.frames[0]), row.get("benchmark"))
-        if self.row.scored:  # a document that no rule can score is told now
-            score(made.benchmark or SCORED_AS, made.doc, "", rule="plain")
+        if self.row.scored:
+            check_scored(made.benchmark, made.doc)
         return made
 
     def _doc(self, row: Row, frames: Any) -> Mapping[str, Any]:

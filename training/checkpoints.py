@@ -11,8 +11,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,9 @@ class Progress:
 
 
 log = logging.getLogger("internvideo3.training")
+STATE = re.compile(r"step-[0-9]{8}")
+OWN = re.compile(rf"{STATE.pattern}(\.part)?")
+"""Names that are written here, whole states and halves; `step-00000100-keep` is somebody's copy."""
 NOTHING = "step-00000000"
 """A state before the first step, as earlier versions wrote. Beginning again is exact and it is not:
 to tell an optimiser's state, torch takes a step of one that has none."""
@@ -74,7 +80,8 @@ def save(
             part.mkdir(parents=True)
 
     def write() -> None:
-        save_state(held, checkpoint_id=part, no_dist=group.count == 1)
+        with _unwarned():
+            save_state(held, checkpoint_id=part, no_dist=group.count == 1)
 
     def finish() -> None:
         if group.first:
@@ -111,7 +118,8 @@ def resume(
     model, state = get_state_dict(policy, optimizer)
     held: dict[str, Any] = {"model": model, "optimizer": state}
     try:
-        load_state(held, checkpoint_id=place, no_dist=group.count == 1)
+        with _unwarned():
+            load_state(held, checkpoint_id=place, no_dist=group.count == 1)
     except (OSError, CheckpointException) as error:
         raise _unread(place, _reason(error)) from error
     set_state_dict(
@@ -122,8 +130,9 @@ def resume(
 
 def newest(folder: Path) -> Path | None:
     """The newest whole state of a folder, if there is one."""
-    found = sorted(folder.glob("step-????????/progress.json"))
-    return found[-1].parent if found and found[-1].parent.name != NOTHING else None
+    found = sorted(path.parent for path in folder.glob("step-*/progress.json"))
+    whole = [place for place in found if STATE.fullmatch(place.name) and place.name != NOTHING]
+    return whole[-1] if whole else None
 
 
 def _progress(place: Path) -> Progress:
@@ -142,17 +151,25 @@ def _note(path: Path, progress: Progress) -> None:
 
 
 def _remove_others(folder: Path, place: Path) -> None:
-    """Remove older states and halves of states; files of others stay (a desktop's `.DS_Store`).
+    """Remove older states and halves of states; what others put here stays (`.DS_Store`, a copy).
 
     The new state is whole by now, so nothing here ends training.
     """
     for old in folder.glob("step-*"):
-        if old == place:
+        if old == place or not OWN.fullmatch(old.name):
             continue
         try:
             shutil.rmtree(old)
         except OSError as error:
             log.warning("the old state %s cannot be removed: %s", old, _reason(error))
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without torch's warning that there is one process only, which was asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _failure(act: Callable[[], None]) -> OSError | CheckpointException | None:

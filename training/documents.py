@@ -19,11 +19,14 @@ import numpy as np
 
 from internvideo3.model.prompt import Medium, Piece, Prompter
 from internvideo3.model.scale.build import SYSTEM_PROMPT
+from internvideo3.tasks.scoring.entry import score
+from internvideo3.tasks.scoring.result import Outcome
 from internvideo3.tasks.video import Frames
 from internvideo3.tasks.world.difficulty import FILE_FPS, OPTIONS
 from internvideo3.tasks.world.paint import paint
 from internvideo3.tasks.world.questions import Question
 from internvideo3.tasks.world.scenes import VideoSpec, draw_video
+from internvideo3.training.curation.records import DataError
 from internvideo3.training.mixture import check_shares, in_order
 from internvideo3.training.recipe import Modality, RecipeError, WorldData
 from internvideo3.training.scale.batches import (
@@ -38,6 +41,11 @@ from internvideo3.training.scale.pixels import NOISE, SAMPLE_FPS, SIDE_PX, sampl
 
 SCORED_AS = "world_manyq"
 """The suite by whose rules answers are rewarded; all suites of the world share one scorer."""
+WITHOUT_SCORE = {
+    Outcome.NO_TRUTH: "it has no right answer that {} could score responses by; give one",
+    Outcome.JUDGE_NEEDED: "of {} only a judge could score responses to it; give one that rules can",
+}
+"""Outcome → why no response can earn anything, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,23 @@ class Prompt:
     """The question's fields as the scorers read them."""
     benchmark: str | None = None
     """By whose rules the answer is scored; None: the scale world's."""
+
+
+def check_scored(benchmark: str | None, doc: Mapping[str, Any]) -> None:
+    """What no response could earn anything by is told before one is sampled.
+
+    Args:
+        benchmark: By whose rules responses are scored; None: the scale world's.
+        doc: The question's fields as the scorers read them.
+
+    Raises:
+        ScoringError: Nobody has such rules, or they need fields that are not there.
+        DataError: There is no right answer, or only a judge could tell.
+    """
+    rules = benchmark or SCORED_AS
+    outcome = score(rules, doc, "", rule="plain").outcome
+    if outcome in WITHOUT_SCORE:
+        raise DataError(f"{WITHOUT_SCORE[outcome].format(rules)}, or leave the row out")
 
 
 class Source(Protocol):

@@ -81,7 +81,9 @@ class Endpoint:
         }  # fmt: skip
         reply = self.post("chat/completions", body)
         try:
-            return str(reply["choices"][0]["message"]["content"]).strip()
+            text = str(reply["choices"][0]["message"]["content"]).strip()
+            # Of a reply that is cut within a character JSON may hold a half, and no file can.
+            return text.encode("utf-8", "replace").decode()
         except (LookupError, TypeError) as error:
             raise EndpointError(f"{self.url} answers in another form: {reply!r:.300}") from error
 

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from internvideo3.model.attention import RowAttention
 from internvideo3.model.prerope import PreropeAttention
+from internvideo3.model.recompute import recompute as recompute_activations
 from internvideo3.model.vision import Encoded
 from internvideo3.training.attention import GQA_NAME, Backend, PackedAttention, Sharing
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE, chunk_tokens
@@ -65,7 +66,7 @@ class Policy(nn.Module):
         _check_attention(model)
         model.model.visual.requires_grad_(train_vision)
         if recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(model)
 
     def beside(self, model: Any) -> Policy:
         """Another model, not trained, on the same rows in the same way."""

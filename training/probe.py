@@ -10,6 +10,7 @@ Letters: N predicted tokens, W text width, V vocabulary.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +25,22 @@ from internvideo3.training.documents import Document
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE, linear_cross_entropy
 from internvideo3.training.packing import pack
 from internvideo3.training.policy import Policy
-from internvideo3.training.recipe import ChatData, Convert, Cpt, Modality, Shares, WorldData
+from internvideo3.training.recipe import (
+    ChatData,
+    Convert,
+    Cpt,
+    Modality,
+    Shares,
+    WorldData,
+    file_digest,
+)
 
+log = logging.getLogger("internvideo3.training")
 FIRST_SEED = 9 * 10**8
 """Videos of the training split that no recipe trains on."""
 EVEN = Shares(text=0.4, image=0.3, video=0.3)
+MEASURED_ON = "measured on"
+"""Key of `losses.json` beside the moments: what their documents are."""
 
 
 class Held(Protocol):
@@ -79,6 +91,20 @@ def held_of(options: Convert | Cpt, processor: Any) -> Held | None:
     return HeldFiles(options.data, options.held_out, processor, row)
 
 
+def measured_on(options: Convert | Cpt) -> dict[str, Any]:
+    """What tells the documents of `held_of` from others, as plain JSON data.
+
+    Raises:
+        RecipeError: A file is not there.
+    """
+    if isinstance(options.data, WorldData):
+        lengths = {str(length): share for length, share in options.data.lengths.items()}
+        return {"documents": options.probe, "lengths": lengths}
+    # In their order, by which the first documents of a kind are chosen.
+    files = [[name, file_digest(Path(name))] for name in options.held_out or ()]
+    return {"documents": options.probe, "held_out": files}
+
+
 @torch.no_grad()
 def modality_losses(policy: Policy, held: Held, documents: int) -> dict[str, float]:
     """Loss on so many documents of each kind; a kind that is not there has none.
@@ -107,10 +133,28 @@ def _loss(policy: Policy, documents: Iterable[Document]) -> float | None:
     return total / tokens if tokens else None
 
 
-def note_losses(folder: Path, moment: str, losses: dict[str, float]) -> None:
-    """Add a moment's losses to a stage's `losses.json`, if it has none yet."""
+def note_losses(
+    folder: Path, moment: str, losses: dict[str, float], documents: Mapping[str, Any]
+) -> None:
+    """Add a moment's losses to a stage's `losses.json`, if it has none yet.
+
+    Losses of other documents are left out from then on: beside these they would tell a change of
+    the documents as one of the model.
+
+    Args:
+        folder: Of the stage.
+        moment: When they were measured.
+        losses: By kind.
+        documents: What they were measured on (`measured_on`).
+    """
     path = folder / "losses.json"
     held = json.loads(path.read_text()) if path.is_file() else {}
+    if held.get(MEASURED_ON) != documents:
+        others = ", ".join(sorted(held.keys() - {MEASURED_ON}))
+        if others:
+            log.warning("%s: %s left out, measured on other documents than now", path, others)
+        held = {}
+    told = {moment: losses, MEASURED_ON: documents} | held
     part = path.with_suffix(".part")
-    part.write_text(json.dumps({moment: losses} | held, indent=1, sort_keys=True) + "\n")
+    part.write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
     part.replace(path)

@@ -32,6 +32,8 @@ STRICT = ConfigDict(extra="forbid", strict=True)
 Profile = Literal["main", "ego", "spatial"]
 Modality = Literal["text", "image", "video"]
 Row = dict[str, Any]
+DEFAULT_TEACHER = "teacher"
+"""Name at its server of a teacher that nobody named."""
 FULL = "full"
 """The variant that is everything."""
 WHOLE = "files"
@@ -222,8 +224,8 @@ class Opd(StageOptions):
     teacher: str
     """Checkpoint folder or name, or the address of a server of OpenAI's form; it must have the
     student's token ids."""
-    teacher_model: str = "teacher"
-    """Name of the teacher at the server."""
+    teacher_model: str = DEFAULT_TEACHER
+    """Name of the teacher at the server; by default its address tells it from others."""
     group: Annotated[int, Field(ge=1)] = 1
     """Responses sampled for each prompt."""
     max_new_tokens: Annotated[int, Field(ge=1)]
@@ -459,14 +461,23 @@ def stage_digest(
         RecipeError: A file is not there.
     """
     files = stage.data.files if isinstance(stage.data, ChatData) else {}
-    rows = {name: _file_digest(Path(name)) for name in files}
+    rows = {name: file_digest(Path(name)) for name in files}
     options = {key: one for key, one in asdict(stage).items() if key not in ELSEWHERE}
     options |= {key: one for key, one in SAME_NUMBERS.items() if key in options}
     if isinstance(stage, Opd) and stage.remote:
-        options["teacher"] = "a server"  # `teacher_model` says which one; the address, only where
+        known_by = served_teacher(stage.teacher, stage.teacher_model)
+        options["teacher"] = "a server" if known_by == stage.teacher_model else known_by
     decides = [_without_none(options), seed, start, rows, teacher]
     text = json.dumps(decides, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def served_teacher(address: str, name: str) -> str:
+    """What tells a teacher behind a server from others: its name, wherever it is served.
+
+    One that nobody named is known by its address: another one there is not seen.
+    """
+    return address.rstrip("/") if name == DEFAULT_TEACHER else name
 
 
 def _without_none(value: Any) -> Any:
@@ -476,7 +487,12 @@ def _without_none(value: Any) -> Any:
     return {key: _without_none(one) for key, one in value.items() if one is not None}
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Digest of a file of rows.
+
+    Raises:
+        RecipeError: It is not there.
+    """
     if not path.is_file():
         raise RecipeError(f"the recipe's file {path} does not exist (from {Path.cwd()})")
     held = path.stat()

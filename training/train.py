@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from internvideo3.model.checkpoint import (
+    bars_for,
     load_model,
     processor_digest,
     resolve_checkpoint,
@@ -41,7 +42,7 @@ from internvideo3.training.loop import (
     together,
 )
 from internvideo3.training.policy import Policy, vision_ids
-from internvideo3.training.probe import held_of, modality_losses, note_losses
+from internvideo3.training.probe import held_of, measured_on, modality_losses, note_losses
 from internvideo3.training.processes import Processes
 from internvideo3.training.recipe import (
     ChatData,
@@ -291,13 +292,18 @@ class Job:
         return Ended.FINISHED_AND_STOPPED if loop.stopped else Ended.FINISHED
 
     def _describe(self) -> None:
-        """Say what is trained here, while nothing is that was begun by other options."""
+        """Say what is trained here, while nothing is that was begun as another stage.
+
+        What decides no weights, such as the files of `held_out`, may be another when a stage goes
+        on: then the losses before it are measured anew, from its start.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "stage.json"
-        if path.exists() and newest(self.folder / "states") is not None:
-            return  # it is of that state, and whether that is this stage's is told when it is read
+        held = path.read_text() if path.exists() else ""
+        if held and self.digest not in held and newest(self.folder / "states") is not None:
+            return  # it is of that state, which is refused when it is read
         told = describe(self.options, self.seed, self.start, self.digest)
-        if not path.exists() or path.read_text() != told:
+        if held != told:
             (self.folder / "losses.json").unlink(missing_ok=True)
             path.write_text(told)
 
@@ -307,9 +313,10 @@ class Job:
         held = held_of(options, processor) if isinstance(options, Cpt) else None
         if held is None or not isinstance(options, Cpt):
             return
+        documents = measured_on(options)
         losses = modality_losses(policy.eval(), held, options.probe)
         if group.first:
-            note_losses(self.folder, moment, losses)
+            note_losses(self.folder, moment, losses, documents)
 
 
 def _check_documents(name: str, options: StageOptions, group: Processes) -> None:
@@ -484,7 +491,8 @@ def _write_part(part: Path, model: Any, weights: Any, processor: Any, digest: st
     named = {key.removeprefix("model."): value.cpu() for key, value in weights.items()}
     if model.config.tie_word_embeddings:
         named.pop("lm_head.weight", None)
-    model.save_pretrained(part, state_dict=named)
+    with bars_for(sum(value.nbytes for value in named.values())):
+        model.save_pretrained(part, state_dict=named)
     processor.save_pretrained(part)
     (part / "trained.txt").write_text(digest + "\n")
     os.sync()

@@ -24,11 +24,10 @@ import yaml
 
 from internvideo3.model.checkpoint import resolve_checkpoint
 from internvideo3.model.scale.build import SYSTEM_PROMPT
-from internvideo3.tasks.scoring.entry import score
 from internvideo3.training import verl_reward
 from internvideo3.training.chat import MARK, asked_of, doc_of
 from internvideo3.training.curation.records import DataError, Row, read_rows
-from internvideo3.training.documents import SCORED_AS
+from internvideo3.training.documents import SCORED_AS, check_scored
 from internvideo3.training.recipe import ChatData, Gspo, Open, Recipe, RecipeError, require
 
 PLACE = "<video>"
@@ -119,7 +118,7 @@ def _row(row: Row, folder: Path, data: ChatData, index: int) -> Row:
     if doc is None and row.get("answer") is None:
         raise DataError("it has no `answer` to score responses by")
     doc = doc_of(row) if doc is None else doc
-    score(row.get("benchmark") or SCORED_AS, doc, "", rule="plain")  # what no rule can score
+    check_scored(row.get("benchmark"), doc)
     return {
         "data_source": row.get("benchmark") or SCORED_AS,
         "prompt": prompt,

@@ -24,6 +24,7 @@ from internvideo3.harness.serving.admission import (
     admit,
     json_body,
     left,
+    stopping,
     told_if_cut,
 )
 from internvideo3.harness.serving.jobs import Event, Job, Line, Words
@@ -128,7 +129,7 @@ class Serving:
             job = stack.enter_context(
                 self.line.job(lambda say: self.studio.answer(turns, limits, say, agentic=agentic))
             )
-            events = _events(job, request)
+            events = _events(job, request, self.line)
             if not asked.stream:
                 return await self._whole(asked, events)
             # Errors before the first words are errors of the request, not of the stream.
@@ -241,8 +242,11 @@ def _part(part: TextPart | VideoPart, shelf: Shelf) -> str | Path:
     return part.text if isinstance(part, TextPart) else shelf.find(part.video_url.url)
 
 
-async def _events(job: Job, request: Request) -> AsyncIterator[Event | None]:
-    """What comes of a job, None now and then while nothing does; ends when the client leaves."""
+async def _events(job: Job, request: Request, line: Line) -> AsyncIterator[Event | None]:
+    """What comes of a job, None now and then while nothing does; ends when the client leaves.
+
+    Where the server stops in a long step, its word for that comes before uvicorn cuts connections.
+    """
     looked_s = time.monotonic()
     while True:
         one = None
@@ -252,6 +256,7 @@ async def _events(job: Job, request: Request) -> AsyncIterator[Event | None]:
             looked_s = time.monotonic()
             if await request.is_disconnected():
                 return
+            one = one or (stopping() if line.is_stuck() else None)
         yield one
         if isinstance(one, Told | ApiError):
             return

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from internvideo3.harness.serving.studio import Say, Told
 from internvideo3.harness.serving.wire import ApiError
 
 LOG = logging.getLogger("uvicorn.error")
+STOPPING_S = 5.0
+"""Seconds after which those who wait are told that the server stops, though a step goes on."""
 
 
 class Gone(Exception):  # noqa: N818 - not an error
@@ -86,7 +89,7 @@ class Line:
         self._current: Job | None = None
         # Reentrant: a signal may call `close` while its thread holds it.
         self._lock = threading.RLock()
-        self._closed = False
+        self._closed_s: float | None = None
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
@@ -97,7 +100,7 @@ class Line:
         Raises:
             ApiError: the line is full, or closed.
         """
-        if self._closed:
+        if self._closed_s is not None:
             raise stopping()
         if self.inside > self.waiting:
             raise ApiError(
@@ -124,7 +127,7 @@ class Line:
         self._jobs.put(job)
         try:
             # Only behind the `put` is it certain that the end of the line comes after the job.
-            if self._closed:
+            if self._closed_s is not None:
                 raise stopping()
             yield job
         finally:
@@ -132,11 +135,15 @@ class Line:
 
     def close(self) -> None:
         """Ends the answer in progress and those that wait; new ones are refused."""
-        self._closed = True
+        self._closed_s = time.monotonic()
         self._jobs.put(None)
         current = self._current
         if current is not None:
             self._give_up(current)
+
+    def is_stuck(self) -> bool:
+        """Whether it was closed, and a step of an answer goes on that cannot be ended."""
+        return self._closed_s is not None and time.monotonic() - self._closed_s > STOPPING_S
 
     def join(self, seconds: float) -> bool:
         """Waits until the thread has ended; whether it has."""
@@ -153,7 +160,7 @@ class Line:
         while (job := self._jobs.get()) is not None:
             with self._lock:
                 self._current = job
-            outcome = stopping() if self._closed else _outcome(job)
+            outcome = _outcome(job) if self._closed_s is None else stopping()
             with self._lock:
                 self._current = None
             job.tell(outcome)

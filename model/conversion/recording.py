@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from internvideo3.model.conversion.source import Batch, Source, valid_tokens
+from internvideo3.model.recompute import recompute
 
 RECOMPUTE_ABOVE_BYTES = 2 << 30
 """Estimated activations from which a layer's are recomputed in the backward pass."""
@@ -188,14 +189,14 @@ def _recomputing(source: Source, batch: Batch) -> Iterator[None]:
     if per_token * tokens * text.num_hidden_layers < RECOMPUTE_ABOVE_BYTES:
         yield
         return
-    source.model.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute(source.model)
     for layer in source.layers:
         # The layer alone: its dropout, a child, stays off.
         layer.training = True
     try:
         yield
     finally:
-        source.model.gradient_checkpointing_disable()
+        recompute(source.model, on=False)
         for layer in source.layers:
             layer.training = False
 

@@ -152,6 +152,48 @@ def egoschema(name: str, rows: Any) -> Iterator[Raw]:
         yield row
 
 
+SUBSET_ANSWERS = "subset_answers.json"
+
+
+def egoschema_subset(name: str, rows: Any) -> Iterator[Raw]:
+    """As `egoschema`; `subset_answers.json`, an index by question, becomes a row an answer."""
+    if PurePosixPath(name).name != SUBSET_ANSWERS:
+        yield from egoschema(name, rows)
+        return
+    if not isinstance(rows, Mapping) or not rows:
+        raise LayoutError(f"{name} is no object of answers by q_uid; get it again.")
+    for key, index in rows.items():
+        if str(index) not in ("0", "1", "2", "3", "4"):
+            raise LayoutError(f"{name}: the answer to {key} is {index!r}, expected 0 to 4.")
+        yield {"q_uid": key, "answer": str(index)}
+
+
+def answered_questions(docs: Sequence[Raw]) -> Iterator[Raw]:
+    """EgoSchema's subset: the questions that have an answer, of their own or of the answers' file.
+
+    Raises:
+        LayoutError: no question has one, or an answer is to no question.
+    """
+    questions = [doc for doc in docs if "question" in doc]
+    answers = {str(doc["q_uid"]): doc["answer"] for doc in docs if "question" not in doc}
+    for doc in questions:
+        given = answers.pop(str(doc.get("q_uid")), None)
+        doc["answer"] = doc["answer"] if given is None else given
+    if answers:
+        raise LayoutError(
+            f"{SUBSET_ANSWERS} answers {len(answers)} questions that questions.json does not have, "
+            f"such as {next(iter(answers))}; get both again."
+        )
+    answered = [doc for doc in questions if doc["answer"] not in (None, "")]
+    if not answered:
+        raise LayoutError(
+            f"the {len(questions)} questions have no answers. The subset is the questions whose "
+            f"answers are public: put EgoSchema's {SUBSET_ANSWERS} beside its questions.json (and "
+            "no annotations.* file), or take the configuration Subset of lmms-eval/egoschema."
+        )
+    yield from answered
+
+
 def nextqa(name: str, rows: Any) -> Iterator[Raw]:
     """The original csv; video names are numbers there."""
     for row in records(name, rows):

@@ -63,6 +63,11 @@ def annotation_files(benchmark: Benchmark, folder: Path) -> tuple[Path, ...]:
 
     Patterns that name parts of one whole (one file a task) all count.
     """
+    return tuple(p for p in _matching(benchmark, folder) if p.name not in benchmark.data.skipped)
+
+
+def _matching(benchmark: Benchmark, folder: Path) -> tuple[Path, ...]:
+    """As `annotation_files`, with files that the benchmark publishes and does not score."""
     whole = [sorted(folder.glob("annotations.*"))] if folder.is_dir() else []
     rest = [p for pattern in benchmark.data.annotations for p in sorted(folder.glob(pattern))]
     found = next(iter([*filter(None, whole), rest]), [])
@@ -90,9 +95,7 @@ def load_local(
             f"{benchmark.title}: no annotations in {folder} "
             f"(looked for {', '.join(benchmark.data.annotations)}). Get them: {benchmark.data.get}."
         )
-    raws = list(_documents(benchmark, files, folder))
-    if benchmark.data.complete is not None:
-        raws = list(benchmark.data.complete(raws))
+    raws = _completed(benchmark, list(_documents(benchmark, files, folder)), folder)
     if subtitles and benchmark.subtitles is not None:
         _check_subtitles(benchmark, raws, folder)
     docs = [
@@ -113,8 +116,19 @@ def load_local(
         docs=tuple(_distinct(docs)),
         missing=tuple(sorted(missing)),
         digest=_digest(files),
-        notes=(*_absent_parts(benchmark, files), *_impossible(benchmark, docs)),
+        notes=(
+            *_absent_parts(benchmark, files),
+            *_skipped(benchmark, folder),
+            *_impossible(benchmark, docs),
+        ),
     )
+
+
+def _skipped(benchmark: Benchmark, folder: Path) -> Iterator[str]:
+    """Say which published files hold no questions that the benchmark's number counts."""
+    here = [p.name for p in _matching(benchmark, folder) if p.name in benchmark.data.skipped]
+    if here:
+        yield f"left out: {', '.join(here)} ({benchmark.data.skipped_why})"
 
 
 def _absent_parts(benchmark: Benchmark, files: Sequence[Path]) -> Iterator[str]:
@@ -157,6 +171,16 @@ def _check_subtitles(benchmark: Benchmark, raws: Sequence[Raw], folder: Path) ->
         )
 
 
+def _completed(benchmark: Benchmark, raws: list[Raw], folder: Path) -> list[Raw]:
+    """Documents with what others of the benchmark hold about them."""
+    if benchmark.data.complete is None:
+        return raws
+    try:
+        return list(benchmark.data.complete(raws))
+    except LayoutError as error:
+        raise DataError(f"{benchmark.title}: {folder}: {error}") from error
+
+
 def _documents(benchmark: Benchmark, files: Sequence[Path], folder: Path) -> Iterator[Raw]:
     read = benchmark.data.read or records
     for path in files:
@@ -164,7 +188,7 @@ def _documents(benchmark: Benchmark, files: Sequence[Path], folder: Path) -> Ite
             yield from read(path.relative_to(folder).as_posix(), read_rows(path))
         except LayoutError as error:
             raise DataError(f"{benchmark.title}: {folder}/{error}") from error
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, csv.Error) as error:
             raise DataError(
                 f"{benchmark.title}: {path} is in another layout than published: "
                 f"{type(error).__name__}: {error}. Get it again: {benchmark.data.get}."
@@ -181,12 +205,16 @@ def read_rows(path: Path) -> Any:
         import pyarrow.parquet
 
         return pyarrow.parquet.read_table(path).to_pylist()
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    if path.suffix == ".csv":
-        return list(csv.DictReader(text.splitlines(keepends=True)))
-    return text.splitlines() if path.suffix == ".txt" else json.loads(text)
+    # Lines end at line feeds alone: questions hold U+2028, U+0085 and others at which `splitlines`
+    # would cut them in two. A csv's own line ends are the csv module's to read.
+    with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in file if line.strip()]
+        if path.suffix == ".csv":
+            return list(csv.DictReader(file))
+        if path.suffix == ".txt":
+            return [line.rstrip("\n") for line in file]
+        return json.load(file)
 
 
 def _checked(

@@ -266,6 +266,8 @@ MLVU = Benchmark(
         licence="CC BY-NC-SA 4.0, research only",
         get="github.com/JUNJIE99/MLVU data/*.json; videos from Hugging Face MLVU/MVLU",
         annotations=("annotations.*", "*.json"),
+        skipped=("8_sub_scene.json", "9_summary.json"),
+        skipped_why="MLVU's two generation tasks, which M-Avg does not count",
         read=layouts.mlvu,
     ),
     paper=Preset(
@@ -378,9 +380,12 @@ def _egoschema(name: str, title: str, questions: int, note: str, reason: str) ->
             questions=questions,
             counted="verified",
             licence="Ego4D's terms for the videos; none stated for the questions",
-            get="Hugging Face lmms-eval/egoschema, or egoschema/EgoSchema's questions.json",
-            annotations=("annotations.*", "questions.json"),
-            read=layouts.egoschema,
+            get="Hugging Face lmms-eval/egoschema, or egoschema/EgoSchema's questions.json"
+            + ("" if full else f" and {layouts.SUBSET_ANSWERS}"),
+            annotations=("annotations.*", "questions.json")
+            + (() if full else (layouts.SUBSET_ANSWERS,)),
+            read=layouts.egoschema if full else layouts.egoschema_subset,
+            complete=None if full else layouts.answered_questions,
         ),
         paper=Preset(
             source=f"{SCRIPTS}/eval_egoschema.sh",

@@ -76,6 +76,10 @@ class Data:
     """Names of the annotation files below the folder, as patterns; json, jsonl, csv or parquet."""
     parts: tuple[str, ...] = ()
     """Stems of the published annotation files, where each holds a part of the questions."""
+    skipped: tuple[str, ...] = ()
+    """Names of published files that fit a pattern and hold nothing that is scored here."""
+    skipped_why: str = ""
+    """What they hold."""
     read: Callable[[str, Any], Iterator[Raw]] | None = None
     """(file's stem, its rows) → documents, where the file has another layout than a row each."""
     complete: Callable[[Sequence[Raw]], Iterator[Raw]] | None = None

@@ -18,7 +18,7 @@ import importlib.metadata
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -72,6 +72,22 @@ class Built:
     questions: int
     made: int
     """Videos that this call made; the others were there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """What a suite's files are, beside its recipe: `WORLD`, or that of tasks/brief.py."""
+
+    documents: Callable[[Suite, Split, int | None], Iterable[dict[str, Any]]]
+    """(suite, split, limit on videos) → rows of the documents."""
+    files: Callable[[Suite, Path], Mapping[Path, str]]
+    """(suite, `<root>/<split>`) → what lies beside the documents, which are written by then."""
+    visit_s: float | None = None
+    """See `visits.draw`."""
+    subtitles: bool = True
+    """Whether videos have some."""
+    key: str = ""
+    """Digest of what decides the files and is in neither recipe nor world."""
 
 
 def world_root(root: str | Path | None = None) -> Path:
@@ -128,6 +144,7 @@ def build_suite(
     sound: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
+    form: Form | None = None,
 ) -> Built:
     """Make what is missing of a suite.
 
@@ -142,6 +159,7 @@ def build_suite(
         sound: Give the videos a sound track (files get several times as large).
         workers: Processes; by default one a core.
         progress: Told of every finished video.
+        form: What its files are; by default those of the world's suites.
 
     Raises:
         BuildError: Unknown suite or split, senseless limit, full or read-only disk, killed worker.
@@ -150,28 +168,31 @@ def build_suite(
     if limit_videos is not None and limit_videos < 1:
         raise BuildError(f"the limit on videos must be at least 1, got {limit_videos}")
     folder = world_root(root) / checked_split(split)
-    build = _Build(recipe, checked_split(split), folder, sound)
+    build = _Build(recipe, checked_split(split), folder, sound, form or WORLD)
     with _failures_in_words(build), locked(folder):
         return build.run(limit_videos, workers, progress)
 
 
-def suite_key(suite: Suite, split: Split, sound: bool) -> str:
+def suite_key(suite: Suite, split: Split, sound: bool, form: Form | None = None) -> str:
     """Digest of all that decides a suite's files, apart from how many there are."""
     recipe = asdict(suite)
     del recipe["videos"]
     # JSON has no integer keys, and the order of lengths decides which video gets which.
     recipe["lengths"] = list(suite.lengths.items())
     # `deal_lengths` looks at the count only to know when to stop.
-    content = [SCHEMA, d.digest(), media.ENCODING, sound, split, recipe]
+    content: list[Any] = [SCHEMA, d.digest(), media.ENCODING, sound, split, recipe]
+    if form is not None and form != WORLD:
+        content += [form.visit_s, form.subtitles, form.key]
     return digest(json.dumps(content, sort_keys=True).encode())[:16]
 
 
 class _Build:
     """One suite's build in its folder."""
 
-    def __init__(self, suite: Suite, split: Split, folder: Path, sound: bool) -> None:
+    def __init__(self, suite: Suite, split: Split, folder: Path, sound: bool, form: Form) -> None:
         self.suite, self.split, self.folder, self.sound = suite, split, folder, sound
-        self.key = suite_key(suite, split, sound)
+        self.form = form
+        self.key = suite_key(suite, split, sound, form)
         self.journal = Journal(folder / f".{suite.name}.journal")
         self.docs = folder / f"{suite.name}.jsonl"
         self.finished = 0
@@ -229,6 +250,8 @@ class _Build:
                 length_s=lengths[index],
                 profile=self.suite.profile,
                 sound=self.sound,
+                visit_s=self.form.visit_s,
+                subtitles=self.form.subtitles,
             )
             for index in range(self.wanted)
         ]
@@ -264,7 +287,7 @@ class _Build:
         return self.docs.is_file() and digest(self.docs.read_bytes()) == entry["docs_sha256"]
 
     def _write_docs(self, records: list[Record]) -> dict[str, Any]:
-        docs = list(documents(self.suite, self.split, self.wanted))
+        docs = list(self.form.documents(self.suite, self.split, self.wanted))
         data = "".join(json.dumps(doc, ensure_ascii=False) + "\n" for doc in docs).encode()
         write_whole(self.docs, data)
         entry = {
@@ -279,8 +302,7 @@ class _Build:
             "docs_sha256": digest(data),
             "bytes": sum(record.size for record in records),
             "packages": {name: importlib.metadata.version(name) for name in ("av", "numpy")},
-            "files": {video_name(one.video_id): one.video_sha256 for one in records}
-            | {subtitles_name(one.video_id): one.subtitles_sha256 for one in records},
+            "files": {name: sha for one in records for name, sha in one.files().items()},
         }
         manifest = self._manifest()
         manifest["suites"][self.suite.name] = entry
@@ -292,7 +314,7 @@ class _Build:
         write_whole(self.folder / "manifest.json", data)
 
     def _write_tasks(self) -> None:
-        for path, text in task_files(self.suite, self.folder).items():
+        for path, text in self.form.files(self.suite, self.folder).items():
             path.parent.mkdir(exist_ok=True)
             if not path.is_file() or path.read_text(encoding="utf-8") != text:
                 write_whole(path, text.encode())
@@ -316,6 +338,10 @@ def documents(
             name = video_id(suite, index)
             yield _document(suite, f"{suite.name}/{number:06d}", name, spec.length_s, question)
             number += 1
+
+
+WORLD: Final = Form(documents=documents, files=task_files)
+"""The form of the scale world's six suites."""
 
 
 def _document(
@@ -343,15 +369,15 @@ def _intact(record: Record | None, folder: Path) -> Record | None:
     return record if record is not None and record.is_intact(folder) else None
 
 
-def checked_suite(name: str) -> Suite:
+def checked_suite(name: str, known: Mapping[str, Suite] = SUITES) -> Suite:
     """The suite of a name.
 
     Raises:
         BuildError: If there is none; the nearest names are offered.
     """
-    if name not in SUITES:
-        raise BuildError(f"unknown suite {name!r}; {_nearest(name, SUITES)}")
-    return SUITES[name]
+    if name not in known:
+        raise BuildError(f"unknown suite {name!r}; {_nearest(name, known)}")
+    return known[name]
 
 
 def checked_split(name: str) -> Split:

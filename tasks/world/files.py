@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from internvideo3.tasks.world import media
+from internvideo3.tasks.world import media, visits
 from internvideo3.tasks.world.paint import paint
 from internvideo3.tasks.world.render import frame_times
-from internvideo3.tasks.world.scenes import Profile, draw_video
+from internvideo3.tasks.world.scenes import Profile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +33,10 @@ class Job:
     length_s: float
     profile: Profile
     sound: bool
+    visit_s: float | None = None
+    """See `visits.draw`."""
+    subtitles: bool = True
+    """Whether what is said is written beside the video."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,19 +46,21 @@ class Record:
     video_id: str
     key: str
     video_sha256: str
-    subtitles_sha256: str
+    subtitles_sha256: str | None
+    """None for a video without subtitles."""
     size: int
     """Bytes of the mp4 file."""
 
+    def files(self) -> dict[str, str]:
+        """The video's files, relative to `<root>/<split>`, with their digests."""
+        found = {video_name(self.video_id): self.video_sha256}
+        if self.subtitles_sha256 is not None:
+            found[subtitles_name(self.video_id)] = self.subtitles_sha256
+        return found
+
     def is_intact(self, folder: Path) -> bool:
-        """Whether both files are there with the recorded content."""
-        return all(
-            _digest_of(folder / name) == digest
-            for name, digest in (
-                (video_name(self.video_id), self.video_sha256),
-                (subtitles_name(self.video_id), self.subtitles_sha256),
-            )
-        )
+        """Whether all files are there with the recorded content."""
+        return all(_digest_of(folder / name) == one for name, one in self.files().items())
 
 
 def video_name(video_id: str) -> str:
@@ -68,23 +74,25 @@ def subtitles_name(video_id: str) -> str:
 
 
 def make_video(job: Job) -> Record:
-    """Draw, encode and write one video and its subtitles.
+    """Draw, encode and write one video and, where it has some, its subtitles.
 
     Raises:
         OSError: If the disk is full or refuses.
     """
-    spec = draw_video(job.seed, job.length_s, job.profile)
+    spec = visits.draw(job.seed, job.length_s, job.profile, job.visit_s)
     tones = media.tones_of(spec) if job.sound else None
     video = media.encode_video(paint(spec, frame_times(spec)), tones=tones)
-    subtitles = media.encode_subtitles(media.cues_of(spec)).encode()
     folder = Path(job.folder)
-    write_whole(folder / subtitles_name(job.video_id), subtitles)
+    subtitles = None
+    if job.subtitles:
+        subtitles = media.encode_subtitles(media.cues_of(spec)).encode()
+        write_whole(folder / subtitles_name(job.video_id), subtitles)
     write_whole(folder / video_name(job.video_id), video)
     return Record(
         video_id=job.video_id,
         key=job.key,
         video_sha256=digest(video),
-        subtitles_sha256=digest(subtitles),
+        subtitles_sha256=None if subtitles is None else digest(subtitles),
         size=len(video),
     )
 
@@ -125,7 +133,7 @@ class Journal:
     def read(self, key: str) -> dict[str, Record]:
         """Finished videos made with this key: video id → record. A torn last line is no video."""
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = self.path.read_text(encoding="utf-8").split("\n")
         except FileNotFoundError:
             return {}
         records = (_record(line) for line in lines)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,17 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from internvideo3.tasks.brief import EVALUABLE, form_of
 from internvideo3.tasks.video import frame_indices, read_frames
 from internvideo3.tasks.world import difficulty as d
-from internvideo3.tasks.world.build import (
-    BuildError,
-    checked_split,
-    checked_suite,
-    documents,
-    world_root,
-)
+from internvideo3.tasks.world import visits
+from internvideo3.tasks.world.build import BuildError, checked_split, checked_suite, world_root
 from internvideo3.tasks.world.paint import paint
-from internvideo3.tasks.world.scenes import draw_video
 from internvideo3.tasks.world.suites import Split, Suite, deal_lengths, video_seed
 
 TILES: Final = 18
@@ -74,7 +68,7 @@ def world_show(
         BuildError: Unknown suite, split, index or id.
         VideoError: The suite's video file is damaged.
     """
-    recipe, part = checked_suite(suite), checked_split(split)
+    recipe, part = checked_suite(suite, EVALUABLE), checked_split(split)
     doc = _find(recipe, part, index, sample_id)
     tiles = _tiles(recipe, part, doc, world_root(root) / part)
     target = Path(out) if out is not None else Path(doc["id"].replace("/", "-") + ".png")
@@ -84,13 +78,14 @@ def world_show(
 
 
 def _find(suite: Suite, split: Split, index: int, sample_id: str | None) -> dict[str, Any]:
+    rows = form_of(suite).documents(suite, split, None)
     if sample_id is None:
-        found = next(islice(documents(suite, split), index, None), None) if index >= 0 else None
-        if found is None:
-            count = sum(1 for _ in documents(suite, split))
-            raise BuildError(f"{suite.name} has questions 0 to {count - 1}, got {index}")
-        return found
-    docs = {doc["id"]: doc for doc in documents(suite, split)}
+        number = -1
+        for number, doc in enumerate(rows):
+            if number == index:
+                return doc
+        raise BuildError(f"{suite.name} has questions 0 to {number}, got {index}")
+    docs = {doc["id"]: doc for doc in rows}
     if sample_id not in docs:
         close = get_close_matches(sample_id, docs, n=3)
         hint = f"near: {', '.join(close)}" if close else f"for example: {next(iter(docs))}"
@@ -108,7 +103,8 @@ def _tiles(suite: Suite, split: Split, doc: dict[str, Any], folder: Path) -> _Ti
         times_s = tuple(frames.indices[n] / frames.source_fps for n in picked)
         return _Tiles(pixels_THWC, times_s, str(path))
     video = int(doc["video_id"].rsplit("-", 1)[1])
-    spec = draw_video(video_seed(suite, split, video), deal_lengths(suite)[video], suite.profile)
+    seed, length_s = video_seed(suite, split, video), deal_lengths(suite)[video]
+    spec = visits.draw(seed, length_s, suite.profile, form_of(suite).visit_s)
     times_s = tuple(sampled[n] / d.FILE_FPS for n in picked)
     return _Tiles(paint(spec, times_s), times_s, "drawn now; not built")
 

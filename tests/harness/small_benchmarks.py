@@ -141,6 +141,9 @@ def mlvu(home: Path) -> None:
                 }
             ],
         )  # fmt: skip
+    told = {"video": "m0.mp4", "duration": 2.0, "question": "Tell it.", "answer": "A ring moves."}
+    as_json(home / "8_sub_scene.json", [told | {"scoring_points": ["a ring"]}])
+    as_json(home / "9_summary.json", [told])
 
 
 def lvbench(home: Path) -> None:
@@ -185,7 +188,7 @@ def vrbench(home: Path) -> None:
     )  # fmt: skip
 
 
-def egoschema(home: Path, *, answers: bool = False) -> None:
+def egoschema(home: Path) -> None:
     video(home / "videos/ego_1.mp4", 7, seconds=3)
     five = [*OPTIONS, "everything"]
     as_parquet(
@@ -194,7 +197,7 @@ def egoschema(home: Path, *, answers: bool = False) -> None:
             {
                 "question_idx": str(number), "question": QUESTION, "video_idx": "ego_1",
                 "option": [f"{x}. {o}" for x, o in zip("ABCDE", five, strict=True)],
-                "answer": str(number) if answers else None,
+                "answer": None,
             }
             for number in range(2)
         ],
@@ -202,7 +205,12 @@ def egoschema(home: Path, *, answers: bool = False) -> None:
 
 
 def egoschema_subset(home: Path) -> None:
-    egoschema(home, answers=True)
+    five = {f"option {i}": text for i, text in enumerate([*OPTIONS, "everything"])}
+    asked = {"google_drive_id": "none", "question": QUESTION} | five
+    as_json(home / "questions.json", [{"q_uid": f"ego_{n}"} | asked for n in range(3)])
+    as_json(home / "subset_answers.json", {"ego_2": 0, "ego_0": 1})
+    for number in (0, 2):
+        video(home / f"videos/ego_{number}.mp4", 7 + number, seconds=3)
 
 
 def nextqa(home: Path) -> None:

@@ -10,7 +10,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from fractions import Fraction
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from rich.console import Console
 
 from internvideo3.harness.ask import Asked, AskOptions, ask
 from internvideo3.harness.ask_live import live_view, printable
-from internvideo3.reports.trace import render
+from internvideo3.reports.trace import _spread, plain, render
 
 CHROMIUM = (
     os.environ.get("IV3_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -192,6 +194,22 @@ def hostile_trace(real: dict[str, Any]) -> dict[str, Any]:
     return spoiled
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 6, 7, 11, 32])
+def test_pictures_of_a_look_are_from_its_first_frame_to_its_last(count: int) -> None:
+    times_s = [float(number) for number in range(count)]
+    chosen = _spread(times_s)
+    assert (chosen[0], chosen[-1], len(set(chosen))) == (0.0, count - 1.0, min(6, count))
+
+
+def test_settings_are_in_words() -> None:
+    agent = {"policy": "model", "budget": {"turns": 8, "tool_calls": 12}, "verifies": True,
+             "tools": ["asr", "ocr"], "captions": "", "route": None, "parts": []}  # fmt: skip
+    assert plain(agent) == (
+        "policy model, budget (turns 8, tool calls 12), verifies yes, tools (asr, ocr), "
+        "captions –, route –, parts –"
+    )
+
+
 def test_hostile_text_does_nothing_on_the_page(run: Ask, tmp_path: Path) -> None:
     trace = hostile_trace(run(clip("bikes.mp4"), fps=1.0).trace)
     page_file = tmp_path / "trace.html"
@@ -215,3 +233,19 @@ def test_hostile_text_does_nothing_on_the_page(run: Ask, tmp_path: Path) -> None
         browser.close()
     assert trouble == [] and wide <= 1280
     assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+
+
+@pytest.mark.parametrize(
+    ("terminal", "end"),
+    [(False, "an entry\nError: what\n"), (True, "\x1b[?25h\r\x1b[1A\x1b[2KError: what\n")],
+)
+def test_a_line_that_changes_is_gone_in_the_end(*, terminal: bool, end: str) -> None:
+    """And never in a log, where what is said next stood behind the spinner."""
+    log = StringIO()
+    console = Console(file=log, force_terminal=terminal, width=60)
+    with suppress(ValueError), live_view(console) as watch:
+        watch.advance(1, 3)
+        console.print("an entry")
+        raise ValueError
+    log.write("Error: what\n")
+    assert log.getvalue().endswith(end) and ("\u280b" in log.getvalue()) == terminal

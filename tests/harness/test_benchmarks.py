@@ -28,9 +28,9 @@ from internvideo3.harness.check import Rates, check
 from internvideo3.harness.direct import Answerer
 from internvideo3.harness.options import EvalOptions
 from internvideo3.harness.preflight import PreflightError, suite_names
-from internvideo3.harness.recorder import ErrorBudgetError
+from internvideo3.harness.recorder import ErrorBudgetError, SuiteRecorder
 from internvideo3.harness.rescore import rescore
-from internvideo3.harness.store import read_rows
+from internvideo3.harness.store import RunStore, read_rows
 from internvideo3.reports.summary import summarise_paths
 from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS
 from internvideo3.tasks.benchmarks.lmms import task_files
@@ -253,6 +253,10 @@ def test_subtitles_stand_between_the_pictures_that_they_fall_between(
     )
     with remembered() as mixed:
         assert not evaluate.evaluate(run).errors
+    assert [row["sampling"] for row in samples(run, "longvideobench_interleaved")] == [
+        {"steps_over_s": doc["between"]["length_s"]}
+        for doc in evaluate.load_benchmarks(run)[0].docs
+    ]
     other = mixed[0][0].images
     assert [image.tobytes() for image in other] != [i.tobytes() for i in shown[0][0].images]
 
@@ -366,8 +370,25 @@ def test_frames_of_all_videos_together_where_the_protocol_counts_so(
         assert not evaluate.evaluate(run).errors
     assert {clip.fps for question, _ in seen for clip in question.clips} == {8}
     rows = samples(run, "mmsi_video_sc")
+    # Reports show the frames of each question, and a suite's settings do not tell them.
+    assert [row["sampling"] for row in rows] == [{"fps": 8}] * 2
     # 16 of 16 frames of each video, in pairs of 4 tokens; the other question has one video.
     assert rows[0]["tokens"]["prompt"] - rows[1]["tokens"]["prompt"] > 8 * 4
+
+
+@pytest.mark.parametrize("asked_for", [{}, {"fps": 1.0}, {"max_frames": 4}])
+def test_a_question_says_how_its_frames_were_taken_where_its_suite_does_not(
+    options: EvalOptions, tmp_path: Path, asked_for: dict[str, Any]
+) -> None:
+    """A rate that the command gives holds for every question."""
+    run = replace(options, suites=("mmsi_video",), preset="official", out=tmp_path, max_frames=None)
+    run = replace(run, **asked_for)
+    (one,) = evaluate.load_benchmarks(run)
+    recorder = SuiteRecorder(
+        one, RunStore(tmp_path, {}, ()), mine=one.docs, blind=None, options=run,
+        progress=lambda *_: None,
+    )  # fmt: skip
+    assert recorder._sampling(one.docs[0]) == {"sampling": {"fps": None if asked_for else 8}}
 
 
 def test_settings_are_those_of_the_protocol_unless_given(options: EvalOptions) -> None:

@@ -289,3 +289,14 @@ def test_a_table_has_no_rows_of_lengths_that_only_others_have() -> None:
     table = efficiency.markdown(read(runs))
     assert sum("fill prefill" in line for line in table) == 2 * 2
     assert sum("fill random" in line for line in table) == 2 * 7
+
+
+@pytest.mark.parametrize("rates", [(101.0, 190.0), (103.0,), (9.0, 9000.0), (99.0, 101.0)])
+def test_rates_can_be_read_off_also_where_they_are_close(
+    rates: tuple[float, ...], tmp_path: Path
+) -> None:
+    rows = [{"context_tokens": 128 << n, "tokens_per_s": rate} for n, rate in enumerate(rates)]
+    (axes,) = decode_figure(read([written(tmp_path, *rows)])).axes
+    low, high = axes.get_ylim()
+    shown = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    assert len(shown) >= 2 and low < min(rates) and max(rates) < high

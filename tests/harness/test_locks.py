@@ -1,4 +1,7 @@
-"""Locks: who has one, who has to wait, and what a process that was killed leaves."""
+"""Locks: who has one, who waits, what a killed process leaves.
+
+pytest tests/harness/test_locks.py
+"""
 
 import os
 import signal

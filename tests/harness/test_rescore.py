@@ -9,7 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from internvideo3.harness.store import dumps
+import pytest
+
+from internvideo3.harness.judge import judge
+from internvideo3.harness.rescore import rescore
+from internvideo3.harness.store import StoreError, dumps
+from internvideo3.reports.load import RunError, load_run
+from internvideo3.training.endpoint import Endpoint
 
 SAMPLES = 10_000
 REPLIES = (
@@ -142,3 +148,36 @@ def test_the_command_keeps_to_that_too_where_the_number_is_no_mean(tmp_path: Pat
     assert measured["heavy"] == []
     assert measured["cpu_s"] <= 10
     assert measured["peak_bytes"] < 300e6
+
+
+@pytest.mark.parametrize("merged", [(), ("nextqa",)])
+def test_answers_in_parts_are_merged_before_they_are_scored(
+    merged: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Also where other suites are merged: theirs alone would look like the whole run."""
+    row = {
+        "id": "nextqa/1", "video_id": "v", "prediction": "B", "benchmark": "nextqa", "error": None,
+        "answer": "1", "doc": {"answer": 1, "type": "CW"} | {f"a{i}": str(i) for i in range(5)},
+    }  # fmt: skip
+    command = ["internvideo3", "eval", "--suite", "nextqa", "--shard", "1/2", "--out", "a b"]
+    run = {"schema": 1, "suites": {"nextqa": {"n": 1}}, "command": command}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    blank = {"value": None, "parsed": None, "outcome": "error"}
+    line = dumps(row | {"official": blank, "plain": blank}) + "\n"
+    for name in (*(f"samples/{suite}" for suite in merged), "parts/shard-0-of-2/samples/mlvu"):
+        path = tmp_path / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(line)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
+    said = r"answers to mlvu are in parts.*without --shard: internvideo3 eval --suite nextqa --out "
+    with pytest.raises(StoreError, match=said + "'a b'"):
+        rescore(tmp_path)
+    nobody = Endpoint(url="http://127.0.0.1:9/v1", model="judge")
+    with pytest.raises(StoreError, match=said):
+        judge(tmp_path, nobody, lambda *_: None)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == before
+    if merged:
+        assert "answers to mlvu are in parts" in load_run(tmp_path).notes[0]
+    else:
+        with pytest.raises(RunError, match="answers to mlvu are in parts"):
+            load_run(tmp_path)

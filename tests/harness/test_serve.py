@@ -289,6 +289,7 @@ def test_a_taken_port_is_told(served: Served) -> None:
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert taken.returncode == 1 and "Give another --port" in taken.stderr
+    assert len(taken.stderr.splitlines()) == 1
 
 
 def test_a_token_is_asked_for_and_sigterm_ends_an_answer(world: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import httpx
 import pytest
 import uvicorn
 
-from internvideo3.harness.serving import app
+from internvideo3.harness.serving import app, jobs
 from internvideo3.harness.serving.app import Serving
 from internvideo3.harness.serving.hosts import of_this_machine
 from internvideo3.harness.serving.jobs import Line, Words
@@ -32,12 +32,17 @@ from internvideo3.harness.serving.wire import ApiError, Usage
 from internvideo3.model.session import Limits
 from internvideo3.tasks.video import VideoError
 
+URL = "data:video/mp4;base64," + base64.b64encode(b"\0\0\0\x18ftypmp42").decode()
+FILM = {"type": "video_url", "video_url": {"url": URL}}
+"""An upload that begins as an MP4 does."""
+
 
 @dataclass
 class Puppet:
     """A studio that speaks for as long as somebody listens when it is asked to go on."""
 
     begun: threading.Event = field(default_factory=threading.Event)
+    freed: threading.Event = field(default_factory=threading.Event)
     ended: list[str] = field(default_factory=list)
     interrupted: int = 0
     line: Line | None = None
@@ -62,6 +67,9 @@ class Puppet:
                 say("content", "")
                 self.begun.set()
                 time.sleep(0.01)
+            if asked == "be deaf":
+                self.begun.set()
+                self.freed.wait(30)
         finally:
             self.ended.append(asked)
         for word in ("two ", "words"):
@@ -387,11 +395,7 @@ def test_uploads_go_with_their_request_however_it_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    film = base64.b64encode(b"\0\0\0\x18ftypmp42").decode()
-    parts = [
-        {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{film}"}},
-        {"type": "text", "text": asked},
-    ]
+    parts = [FILM, {"type": "text", "text": asked}]
     request = body("", messages=[{"role": "user", "content": parts}])
     with serving() as (puppet, client):
         if asked == "go on":
@@ -429,3 +433,31 @@ def test_which_addresses_are_of_this_machine() -> None:
         assert of_this_machine(host)
     for host in ("0.0.0.0", "::", "192.168.0.1", "example.com", "", "localhost.evil.example"):
         assert not of_this_machine(host)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_server_that_stops_in_a_long_step_says_so_and_leaves_no_upload(
+    stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "STOPPING_S", 0.1)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    content = [FILM, {"type": "text", "text": "be deaf"}]
+    messages = [{"role": "user", "content": content}]
+    with serving() as (puppet, client):
+        assert puppet.line is not None
+        held: list[list[Path]] = []
+
+        def stop() -> None:
+            puppet.begun.wait(20)
+            held.append(list(tmp_path.glob("iv3-upload-*/*.video")))
+            puppet.line.close()  # type: ignore[union-attr]
+
+        stopper = threading.Thread(target=stop)
+        stopper.start()
+        reply = client.post("/v1/chat/completions", json=body("", messages=messages, stream=stream))
+        stopper.join()
+        assert reply.status_code == (200 if stream else 503)
+        assert "the server is stopping" in reply.text
+        assert len(held[0]) == 1
+        until(lambda: not list(tmp_path.iterdir()))
+        puppet.freed.set()

@@ -3,9 +3,12 @@
 pytest tests/harness/test_store.py
 """
 
+import gzip
+import hashlib
 import json
 import os
 import resource
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +20,7 @@ from hypothesis import strategies as st
 
 from internvideo3.harness import store
 from internvideo3.harness.store import RunStore, StoreError, read_rows
+from internvideo3.harness.traces import TraceError, read_trace, trace_path, write_trace
 
 
 def run_json(**changes: Any) -> dict[str, Any]:
@@ -52,7 +56,9 @@ def test_what_is_added_is_there_after_reopening_and_finish_sorts_it(tmp_path: Pa
     samples = read_rows(tmp_path / "run/samples/world_long.jsonl")
     assert samples == rows("a", "b", "c")
     assert read_rows(tmp_path / "run/timings/world_long.jsonl") == seconds("a", "b", "c")
-    assert json.loads((tmp_path / "run/results.json").read_text()) == {"world_long": {"value": 0.5}}
+    digest = hashlib.sha256((tmp_path / "run/samples/world_long.jsonl").read_bytes()).hexdigest()
+    result = {"value": 0.5, "samples_sha256": digest}
+    assert json.loads((tmp_path / "run/results.json").read_text()) == {"world_long": result}
 
 
 def test_a_torn_last_line_is_cut_off_wherever_it_is_torn(tmp_path: Path) -> None:
@@ -195,3 +201,104 @@ def test_a_full_disk_at_the_end_leaves_the_unsorted_file(tmp_path: Path) -> None
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "samples/s.jsonl").read_bytes() == before
     assert not [path for path in (tmp_path / "samples").iterdir() if path.name != "s.jsonl"]
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bytes]]:
+    """Name and content of each file when it was synced, in order."""
+    seen: list[tuple[str, bytes]] = []
+    sync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        seen.append((path.name, path.read_bytes()))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    return seen
+
+
+def test_what_is_added_is_synced_whole_its_timings_first(
+    tmp_path: Path, synced: list[tuple[str, bytes]]
+) -> None:
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "timings").mkdir()
+    RunStore(tmp_path, {}, ()).add("s", rows("a", "b"), seconds("a", "b"))
+    samples, timings = (tmp_path / name / "s.jsonl" for name in ("samples", "timings"))
+    assert synced == [("s.jsonl", timings.read_bytes()), ("s.jsonl", samples.read_bytes())]
+
+
+def test_what_is_rewritten_is_synced_whole_before_it_takes_its_name(
+    tmp_path: Path, synced: list[tuple[str, bytes]]
+) -> None:
+    path = tmp_path / "results.json"
+    store.write_json(path, {"a": 1})
+    ((name, content),) = synced
+    assert name.endswith(".part") and content == path.read_bytes()
+
+
+def test_a_trace_is_on_disk_like_the_rest_of_a_run(
+    tmp_path: Path, synced: list[tuple[str, bytes]]
+) -> None:
+    write_trace(tmp_path, "world_long/000001", {"entries": []})
+    path = trace_path(tmp_path, "world_long/000001")
+    assert read_trace(path) == {"entries": []}
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert [content for _, content in synced] == [path.read_bytes()]
+
+
+def test_what_a_killed_process_left_of_traces_is_swept(tmp_path: Path) -> None:
+    RunStore.open(tmp_path, run_json()).__exit__()
+    write_trace(tmp_path, "suite/clips.part/a b", {"entries": []})
+    folder = trace_path(tmp_path, "suite/clips.part/a b").parent
+    litter = [folder / name for name in (".a b.json.gz.x1_.part", "tmpx1_.part")]
+    for path in litter:
+        path.touch()
+    RunStore.open(tmp_path, run_json(), "rank-0").__exit__()
+    assert all(path.exists() for path in litter), "another rank may be writing them"
+    RunStore.open(tmp_path, run_json()).__exit__()
+    assert [path.name for path in folder.iterdir()] == ["a b.json.gz"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["字" * 30, "a person " * 60 + "sits down", "/".join(["ü" * 60] * 3)],
+    ids=["chinese", "sentence", "folders"],
+)
+def test_an_id_that_no_file_name_holds_has_a_trace_all_the_same(tmp_path: Path, name: str) -> None:
+    first, second = f"activitynet/{name} 1.0 2.0", f"activitynet/{name} 1.0 3.0"
+    write_trace(tmp_path, first, {"entries": [1]})
+    write_trace(tmp_path, second, {"entries": [2]})
+    assert read_trace(trace_path(tmp_path, first)) == {"entries": [1]}
+    assert read_trace(trace_path(tmp_path, second)) == {"entries": [2]}
+    assert trace_path(tmp_path, first).is_relative_to(tmp_path / "traces")
+
+
+def test_an_id_that_a_file_name_holds_keeps_its_trace_where_it_was(tmp_path: Path) -> None:
+    """Runs of earlier versions are continued, and their traces read."""
+    longest = "x" * (255 - len(".json.gz"))
+    for folder in ("y" * 255, "a b"):
+        path = tmp_path / "traces" / folder / f"{longest}.json.gz"
+        assert trace_path(tmp_path, f"{folder}/{longest}") == path
+        write_trace(tmp_path, f"{folder}/{longest}", {"entries": []})
+        assert path.is_file()
+
+
+DAMAGED = {
+    "a deflate stream": gzip.compress(b'{"entries": []}')[:10] + b"\xff" * 20,
+    "cut off": gzip.compress(b'{"entries": []}' * 9)[:-9],
+    "another format": b"PK\x03\x04",
+    "no text": gzip.compress(b"\xff\xfe\x00"),
+    "no JSON": gzip.compress(b"{"),
+    "nested without end": gzip.compress(b"[" * 200_000),
+    "no object": gzip.compress(b"[]"),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_trace_is_named(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "one.json.gz"
+    path.write_bytes(DAMAGED[what])
+    with pytest.raises(TraceError, match=r"one\.json\.gz is "):
+        read_trace(path)

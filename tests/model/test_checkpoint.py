@@ -55,9 +55,9 @@ def test_a_gqa_checkpoint_is_loaded_too(source: Any, processor: Any, tmp_path: P
     assert inspect(tmp_path).attention == "gqa" and inspect(tmp_path).latent_ranks == ()
 
 
-@pytest.mark.parametrize("shown", [True, False])
-def test_a_bar_is_shown_only_where_reading_takes_long(
-    saved: Path, monkeypatch: pytest.MonkeyPatch, shown: bool
+@pytest.mark.parametrize(("long", "terminal"), [(True, True), (True, False), (False, True)])
+def test_a_bar_is_shown_only_where_reading_takes_long_and_somebody_looks(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, long: bool, terminal: bool
 ) -> None:
     """And the setting of transformers' is left as it was."""
     seen = []
@@ -70,9 +70,10 @@ def test_a_bar_is_shown_only_where_reading_takes_long(
 
     before = logging.is_progress_bar_enabled()
     monkeypatch.setattr(kind, "from_pretrained", reading)
-    monkeypatch.setattr(checkpoint_module, "LONG_BYTES", 0 if shown else 2**40)
+    monkeypatch.setattr(checkpoint_module, "LONG_BYTES", 0 if long else 2**40)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     load_model(saved, "cpu")
-    assert seen == [shown and before] and logging.is_progress_bar_enabled() == before
+    assert seen == [long and terminal and before] and logging.is_progress_bar_enabled() == before
 
 
 def test_a_description_needs_no_weights(saved: Path, half: Any, source: Any) -> None:

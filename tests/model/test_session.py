@@ -23,7 +23,7 @@ from internvideo3.model.cache import allocated_bytes
 from internvideo3.model.engine import Engine
 from internvideo3.model.prompt import Prompter, PromptError
 from internvideo3.model.session import Limits, Session, StopReason
-from internvideo3.model.vision import FeatureCache
+from internvideo3.model.vision import Encoded, FeatureCache
 
 TOLERANCE = 1e-9
 QUESTIONS = ("Why?", "Who moves left, then right of the red circle?", "How many squares are there?")
@@ -513,6 +513,20 @@ def test_no_frames_are_encoded_twice(source: Any, asker: Asker) -> None:
     small = FeatureCache(max_bytes=1)
     asker.prefix(source, features=small)
     assert len(small) <= 1
+
+
+def test_a_medium_larger_than_the_store_pushes_nothing_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        "internvideo3.model.vision.encode",
+        lambda model, kind, pixels, grid: Encoded(torch.zeros(len(pixels), 1), ()),
+    )
+    features, grid = FeatureCache(max_bytes=1_000), torch.tensor([1, 1, 1])
+    for key, tokens in [("zoom", 100), ("film", 300), ("film", 300), ("zoom", 100)]:
+        kept = features.encode(None, "video", torch.zeros(tokens, 1), grid, key)
+        assert len(kept.tokens_VX) == tokens
+    assert (features.hits, features.misses, len(features)) == (1, 3, 1)
 
 
 def test_long_videos_are_encoded_in_runs(

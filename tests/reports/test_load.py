@@ -1,6 +1,7 @@
 """Run with: pytest tests/reports/test_load.py -q."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -145,4 +146,26 @@ def test_a_sample_without_its_fields_is_an_error_that_names_it(make_run: MakeRun
     file = folder / "samples" / "world_long.jsonl"
     file.write_text('{"id": "x"}\n' + file.read_text())
     with pytest.raises(RunError, match="'x' cannot be read"):
+        load_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"length_s": math.nan}, "length_s is nan"),
+        ({"length_s": math.inf}, "length_s is inf"),
+        ({"evidence": [[0.0, math.inf]]}, "evidence is inf"),
+        ({"official": {"value": math.nan, "parsed": "A", "outcome": "answered"}}, "official.value"),
+        ({"plain": {"value": -math.inf, "parsed": "A", "outcome": "answered"}}, "plain.value"),
+        ({"tokens": {"prompt": math.inf}}, "infinity"),
+    ],
+)
+def test_a_number_that_is_none_is_refused_with_file_and_sample(
+    make_run: MakeRun, changed: dict[str, object], said: str
+) -> None:
+    folder = make_run()
+    file = folder / "samples" / "world_long.jsonl"
+    first, *rest = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([json.dumps(json.loads(first) | changed) + "\n", *rest]))
+    with pytest.raises(RunError, match=f"world_long.jsonl: sample 'world_long/000000' .*{said}"):
         load_run(folder)

@@ -12,11 +12,13 @@ from xml.etree import ElementTree
 import pytest
 from playwright.sync_api import Browser, Error, Page, sync_playwright
 
+from internvideo3.reports import figures, table6, thumbnails
 from internvideo3.reports.browser import collect
 from internvideo3.reports.page import build_report
 from internvideo3.reports.summary import summarise_paths
-from internvideo3.reports.thumbnails import Thumbnailer, Wanted, moments
+from internvideo3.reports.thumbnails import Sampling, Thumbnailer, Wanted, moments
 from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS
+from internvideo3.tasks.video import read_frames
 
 # The system's Chromium, or else the one that `playwright install chromium` fetched.
 CHROMIUM = (
@@ -104,6 +106,34 @@ def test_the_files_beside_the_page(report: Path) -> None:
 def test_building_twice_gives_the_same_bytes(report: Path, runs: list[Path]) -> None:
     before = report.read_bytes()
     assert build_report(runs, report.parent, title="Runs <i>& more</i>").read_bytes() == before
+
+
+def test_a_report_in_a_used_folder_leaves_nothing_of_the_former_one(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    """Its tables and drawings would be taken for those of the runs that the page shows."""
+    out, folder = tmp_path / "page", make_run()
+    shutil.copy(folder / "samples/world_long.jsonl", folder / "samples/videomme.jsonl")
+    build_report([folder], out, title="with a benchmark")
+    drawn = {path.stem for path in (out / "plots").iterdir()}
+    assert "family-videomme" in drawn and all(map(figures.NAMES.fullmatch, drawn))
+    assert {path.suffix for path in out.glob("tables.*")} == {".md", ".tex", ".csv"}
+    others = {
+        out / "notes.txt": "mine",
+        out / "plots/thesis.svg": "<svg/>",
+        out / "plots/family-photo.svg": "<svg/>",
+        out / "plots/length-notes.txt": "x",
+    }
+    for path, text in others.items():
+        path.write_text(text)
+
+    (folder / "samples/videomme.jsonl").unlink()
+    build_report([folder], out, title="without")
+    alone = build_report([folder], tmp_path / "alone", title="without").parent
+    left = {path.relative_to(out) for path in out.rglob("*.*")}
+    fresh = {path.relative_to(alone) for path in alone.rglob("*.*")}
+    assert left == fresh | {path.relative_to(out) for path in others}
+    assert {path: path.read_text() for path in others} == others
 
 
 def test_it_loads_alone_and_without_trouble(visit: Callable[..., Visit], report: Path) -> None:
@@ -241,6 +271,27 @@ def test_a_phone_needs_no_horizontal_scroll(visit: Callable[..., Visit], scheme:
     assert seen.trouble == []
 
 
+def test_a_phone_shows_all_of_table_6(browser: Browser, tmp_path: Path) -> None:
+    """Each system with its numbers below it; of a wide table most was beyond the edge."""
+    file = tmp_path / "table6.html"
+    run = {"run": "r", "command": "internvideo3 eval --mode agentic", "commit": "a", "dirty": True}
+    file.write_text(table6.html([], [run]))
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto(file.as_uri())
+    wide = page.evaluate(
+        "[...document.querySelectorAll('main *')].filter(e => "
+        "e.getBoundingClientRect().right > 391 && !e.closest('thead')).length"
+    )
+    assert (page.evaluate("document.documentElement.scrollWidth"), wide) == (390, 0)
+    number = page.locator("td", has_text="+2.7")
+    assert number.get_attribute("data-label") == "− direct" and number.is_visible()
+    assert page.locator("td", has_text="–").first.is_hidden()
+    # A command is not broken within an option.
+    tops = page.locator(".word").evaluate_all("words => words.map(word => word.offsetHeight)")
+    assert len(tops) == 4 and len(set(tops)) == 1
+    page.close()
+
+
 @pytest.mark.parametrize("systems", [2, 6])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_thirty_suites_stand_below_one_another(
@@ -322,16 +373,85 @@ def test_pictures_stop_at_their_budget(make_run: MakeRun) -> None:
     folder = make_run()
     video = next((folder.parent / "videos").glob("*.mp4"))
     camera = Thumbnailer(budget_bytes=1)
-    wanted = Wanted((0.5, 1.5), 2, 2.0, 4.0)
+    wanted = Wanted((0.5, 1.5), 2, Sampling(2.0, 768))
     assert len(camera.take(video, wanted)) == 2
     assert camera.take(video, wanted) == []
 
 
-def test_long_videos_are_decoded_around_the_moments_only(make_run: MakeRun) -> None:
+@pytest.mark.parametrize("short_s", [0.0, 180.0], ids=["long", "short"])
+@pytest.mark.parametrize(
+    ("settings", "own"),
+    [
+        ({"fps": 2.0, "max_frames": 4}, {}),
+        ({"fps": 0.7, "max_frames": 768}, {}),
+        ({"fps": 2.0, "max_frames": 768}, {"fps": 0.4}),
+        ({"fps": 2.0, "max_frames": 5}, {"steps_over_s": 23.0}),
+    ],
+    ids=["few", "slow", "of the question", "single pictures"],
+)
+def test_frames_are_those_that_the_model_was_given(
+    make_run: MakeRun,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, float],
+    own: dict[str, float],
+    short_s: float,
+) -> None:
+    """By the reader's own choice, whether a video is decoded whole or around each frame."""
+    monkeypatch.setattr(thumbnails, "WHOLE_VIDEO_S", short_s)
     folder = make_run()
-    video = folder.parent / "videos" / "v2.mp4"
-    taken = Thumbnailer(10**6).take(video, Wanted((3.0, 20.0), 2, 2.0, None))
-    assert [abs(p.time_s - t) < 0.6 for p, t in zip(taken, (3.0, 20.0), strict=True)] == [True] * 2
+    meta = json.loads((folder / "run.json").read_text())
+    meta["config"] |= settings
+    (folder / "run.json").write_text(json.dumps(meta))
+    file = folder / "samples/world_long.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [row | {"sampling": own} for row in rows if row["video_id"] == "v2"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "samples/world_grounding.jsonl").unlink()
+
+    given = read_frames(folder.parent / "videos/v2.mp4", **(settings | own))  # type: ignore[arg-type]
+    seen = {
+        round(number / given.source_fps, 3): place for place, number in enumerate(given.indices)
+    }
+    payload = collect(summarise_paths([folder])).payload
+    assert len(payload["samples"]) == 3
+    for row in payload["samples"]:
+        assert len(row["frames"]) >= min(4, len(given.indices))
+        for frame in row["frames"]:
+            pixels_HWC = given.pixels_THWC[seen[frame["t"]]]
+            assert payload["images"][frame["image"]] == thumbnails.encode(pixels_HWC)
+
+
+def test_pictures_of_a_moment_are_of_the_frame_at_it(make_run: MakeRun) -> None:
+    """As a look of an agent has times of its own, and no sampler of the whole video."""
+    video = make_run().parent / "videos" / "v2.mp4"
+    wanted = Wanted((3.0, 20.0, 0.0, 23.875), 4)
+    taken = Thumbnailer(10**6).take(video, wanted)
+    assert [one.time_s for one in taken] == [0.0, 3.0, 20.0, 23.875]
+    every = read_frames(video, fps=8.0)
+    assert [one.uri for one in taken] == [
+        thumbnails.encode(every.pixels_THWC[int(8 * one.time_s)]) for one in taken
+    ]
+
+
+def test_a_text_only_run_has_no_pictures(make_run: MakeRun) -> None:
+    folder = make_run()
+    meta = json.loads((folder / "run.json").read_text())
+    meta["config"]["control"] = "text"
+    (folder / "run.json").write_text(json.dumps(meta))
+    assert all(row["frames"] == [] for row in collect(summarise_paths([folder])).payload["samples"])
+
+
+@pytest.mark.parametrize(("own", "told"), [(None, 1), ({}, 0)])
+def test_frames_that_a_run_does_not_tell_are_said_to_be_unknown(
+    make_run: MakeRun, own: dict[str, float] | None, told: int
+) -> None:
+    folder = make_run()
+    name = "longvideobench_interleaved"
+    rows = (folder / "samples/world_long.jsonl").read_text().splitlines()
+    text = "".join(json.dumps(json.loads(row) | {"sampling": own}) + "\n" for row in rows)
+    (folder / f"samples/{name}.jsonl").write_text(text)
+    notes = collect(summarise_paths([folder])).notes
+    assert sum("how frames were taken depends on the question" in note for note in notes) == told
 
 
 def test_moments_put_the_evidence_first() -> None:

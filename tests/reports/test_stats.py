@@ -1,11 +1,13 @@
 """Run with: pytest tests/reports/test_stats.py -q."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 
 from internvideo3.reports.stats import (
+    _expanded_tail,
     cluster_interval,
     clustered_se,
     mcnemar,
@@ -43,6 +45,29 @@ def test_bootstrap_interval_agrees_with_the_normal_one_on_many_clusters() -> Non
     assert got.low == pytest.approx(got.mean - 1.966 * got.se, abs=0.002)
     assert got.high == pytest.approx(got.mean + 1.966 * got.se, abs=0.002)
     assert (got.n, got.clusters) == (2000, 400)
+
+
+@pytest.mark.parametrize(
+    ("clusters", "t"),
+    [(5, 2.7764451052), (12, 2.2009851601), (61, 2.0002978220)],
+)
+def test_quantiles_of_few_clusters_are_those_of_a_t_interval(clusters: int, t: float) -> None:
+    """Resamples spread by the root of (C - 1) / C too little, and t of C - 1 is wider than normal.
+
+    The values of t are a table's; the normal distribution is from the error function.
+    """
+    at = t * math.sqrt(clusters / (clusters - 1))
+    assert _expanded_tail(0.95, clusters) == pytest.approx(math.erfc(at / math.sqrt(2)) / 2)
+
+
+def test_the_interval_of_five_clusters_is_known() -> None:
+    """Means of 0.1 to 0.9: quantiles 0.00095 and 0.99905 of all 3125 resamples, counted out."""
+    values = [0.1, 0.3, 0.5, 0.7, 0.9]
+    every = sorted(sum(drawn) / 5 for drawn in itertools.product(values, repeat=5))
+    got = cluster_interval(values, list("abcde"), resamples=40_000)
+    # Of 3125 resamples one has a mean of 0.1, five of 0.14, and fifteen of 0.18.
+    assert every[:7] == pytest.approx([0.1] + [0.14] * 5 + [0.18])
+    assert (got.low, got.high) == pytest.approx((0.14, 0.86), abs=1e-6)
 
 
 def test_intervals_are_reproducible_and_need_no_order() -> None:

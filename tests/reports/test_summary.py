@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from internvideo3.harness.store import RunStore, read_rows
 from internvideo3.reports import export, markdown, page, wording
 from internvideo3.reports.load import load_run
 from internvideo3.reports.profile import collect
-from internvideo3.reports.summary import Summary, summarise, summarise_paths
-from internvideo3.reports.terminal import print_report
+from internvideo3.reports.summary import Summary, readings, summarise, summarise_paths
+from internvideo3.reports.terminal import footnotes, print_report
 
 MakeRun = Callable[..., Path]
 
@@ -99,6 +100,23 @@ def test_a_system_without_a_suite_has_no_mean(make_run: MakeRun, runs: list[Path
     assert "M²LA" not in got.suites[1].cells
 
 
+def test_a_run_that_was_stopped_has_no_mean_and_says_what_is_left(make_run: MakeRun) -> None:
+    run = make_run()
+    samples = run / "samples"
+    whole = summarise_paths([run])
+    (name,) = (one.name for one in whole.systems)
+    assert whole.mean(name) is not None and "begun" not in " ".join(footnotes(whole))
+    (run / "results.json").unlink()
+    (samples / "world_grounding.jsonl").unlink()
+    begun = summarise_paths([run])
+    assert begun.mean(name) is None
+    assert "failed; 1 not begun" in footnotes(begun)[1]
+    assert any("not begun: world_grounding" in note for note in begun.notes)
+    lines = (samples / "world_long.jsonl").read_text().splitlines()
+    (samples / "world_long.jsonl").write_text("\n".join(lines[:4]) + "\n")
+    assert "; 1 suite incomplete, 1 not begun" in footnotes(summarise_paths([run]))[1]
+
+
 def test_an_unfinished_suite_is_marked_and_its_stale_result_unused(make_run: MakeRun) -> None:
     folder = make_run(videos=4)
     file = folder / "samples" / "world_long.jsonl"
@@ -106,6 +124,68 @@ def test_an_unfinished_suite_is_marked_and_its_stale_result_unused(make_run: Mak
     cell = summarise([load_run(folder)]).suites[0].cells["GQA base"]
     assert not cell.complete and (cell.n, cell.expected) == (6, 12)
     assert cell.value == pytest.approx(cell.interval.mean)
+
+
+def finished(make_run: MakeRun) -> tuple[Path, list[dict[str, Any]]]:
+    """A run whose first suite was finished by the store, and that suite's rows."""
+    folder = make_run()
+    rows = read_rows(folder / "samples/world_long.jsonl")
+    result = json.loads((folder / "results.json").read_text())["world_long"]
+    RunStore(folder, {}, ()).finish("world_long", [row["id"] for row in rows], result)
+    return folder, rows
+
+
+def shown(folder: Path) -> tuple[float | None, bool]:
+    """The headline of the first suite, and whether a note says that results.json is of others."""
+    summary = summarise_paths([folder])
+    stale = any("world_long: results.json is of other answers" in note for note in summary.notes)
+    return summary.suites[0].cells["GQA base"].value, stale
+
+
+def test_a_finished_suite_shows_its_recorded_result(make_run: MakeRun) -> None:
+    folder, _ = finished(make_run)
+    file = folder / "results.json"
+    results = json.loads(file.read_text())
+    results["world_long"]["value"] = 0.123  # by which one sees that it is read
+    file.write_text(json.dumps(results))
+    assert shown(folder) == (0.123, False)
+
+
+def test_a_retry_that_has_not_ended_shows_the_answers_of_now(make_run: MakeRun) -> None:
+    """As many answers as before, so that their number tells nothing."""
+    folder, rows = finished(make_run)
+    before, _ = shown(folder)
+    (failed,) = (row for row in rows if row["error"])
+    right = {"value": 1.0, "parsed": failed["answer"], "outcome": "answered"}
+    retried = failed | {"prediction": failed["answer"], "error": None, "official": right}
+    RunStore(folder, {}, ()).add("world_long", [retried], [])
+    assert before is not None
+    assert shown(folder) == (pytest.approx(before + 1 / len(rows)), True)
+    # Results of earlier versions have no digest; the sample that is there twice tells.
+    file = folder / "results.json"
+    results = json.loads(file.read_text())
+    del results["world_long"]["samples_sha256"]
+    file.write_text(json.dumps(results))
+    assert shown(folder) == (pytest.approx(before + 1 / len(rows)), True)
+
+
+def test_a_scoring_that_has_not_ended_shows_the_scores_of_now(make_run: MakeRun) -> None:
+    folder, rows = finished(make_run)
+    nothing = {"value": 0.0, "parsed": None, "outcome": "unreadable"}
+    RunStore(folder, {}, ()).rewrite("world_long", [row | {"official": nothing} for row in rows])
+    assert shown(folder) == (0.0, True)
+
+
+def test_verdicts_that_are_missing_are_counted_before_the_run_ends(tmp_path: Path) -> None:
+    """The number comes from the answers where there is no result that is of them."""
+    waiting = {"value": None, "parsed": None, "outcome": "judge_needed"}
+    row = {"id": "q0", "video_id": "v0", "question": "?", "answer": "a", "answer_type": "text",
+           "benchmark": "tomato", "doc": {"answer": "a"}, "prediction": "b", "error": None,
+           "official": waiting, "plain": waiting}  # fmt: skip
+    (tmp_path / "run.json").write_text(json.dumps({"schema": 1, "suites": {}}))
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples/tomato.jsonl").write_text(json.dumps(row) + "\n")
+    assert [one.judge_needed for one in readings(summarise_paths([tmp_path]))] == [1]
 
 
 def test_other_averages_than_the_mean_have_no_interval(make_run: MakeRun) -> None:

@@ -16,6 +16,7 @@ from internvideo3.reports.table6 import (
     Table6Error,
     cells,
     html,
+    latex,
     lines,
     markdown,
     provenance,
@@ -85,6 +86,57 @@ def test_the_table_pairs_runs_and_tells_their_cost(both: tuple[Path, Path]) -> N
     assert (ours.calls, ours.without_tools) == (3.5, 0.125)
     assert (ours.mended, ours.spoilt) == (0.125, 0.125)
     assert base.calls is None and ours.label == "scale"
+
+
+def failing(folder: Path, ids: set[str]) -> Run:
+    """A run some of whose questions failed, as `eval` writes them: no cost, and no time."""
+    file = folder / "samples/world_long.jsonl"
+    failed = {
+        "prediction": None, "error": {"type": "VideoError", "message": "it is truncated"},
+        "official": {"value": 0.0, "parsed": None, "outcome": "error"},
+        "plain": {"value": 0.0, "parsed": None, "outcome": "error"},
+        "tokens": {"prompt": 0, "new": 0},
+    }  # fmt: skip
+    read = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in read:
+        if row["id"] in ids:
+            row.pop("agent", None)
+            row |= failed
+    file.write_text("".join(json.dumps(row) + "\n" for row in read))
+    times = [{"id": row["id"]} if row["id"] in ids else
+             {"id": row["id"], "generate_s": 3.0} for row in read]  # fmt: skip
+    timings = folder / "timings/world_long.jsonl"
+    timings.write_text("".join(json.dumps(row) + "\n" for row in times))
+    return load_run(folder)
+
+
+def test_what_failed_is_in_the_score_and_in_no_mean_of_cost(both: tuple[Path, Path]) -> None:
+    direct = load_run(both[0])
+    whole = lines(direct, [load_run(both[1])])
+    agentic = failing(both[1], {"world_long/000000", "world_long/000004", "world_long/000005"})
+    base, ours = found = lines(direct, [agentic])
+    assert (ours.n, ours.failed, base.failed) == (8, 3, 0)
+    assert (ours.tokens, ours.seconds, ours.calls) == (1000, 3.0, 3.2)
+    assert (whole[1].score.value, ours.score.value) == (0.75, 0.5), "a failure scores 0"
+    assert [row["failed"] for row in rows(found)] == [0, 3] and "Failed" not in markdown(whole)
+    said = "Failed, and in no mean of cost: agentic (controller), 3 of 8."
+    for text in (markdown(found), latex(found), html(found, [])):
+        assert text.count(said) == 1
+
+
+def test_where_nothing_was_answered_there_is_no_cost(both: tuple[Path, Path]) -> None:
+    agentic = failing(both[1], {f"world_long/{number:06d}" for number in range(8)})
+    (_, ours) = lines(load_run(both[0]), [agentic])
+    assert (ours.tokens, ours.seconds, ours.calls, ours.spoilt) == (None, None, None, None)
+    assert cells(ours)[6:] == ["–"] * 6
+
+
+def test_the_time_of_a_retried_question_is_that_of_its_answer(both: tuple[Path, Path]) -> None:
+    """A retry that has not ended leaves the failure's row, which has no time, beside it."""
+    file = both[1] / "timings/world_long.jsonl"
+    file.write_text('{"id": "world_long/000003", "decode_s": 0.0}\n' + file.read_text())
+    (_, ours) = lines(load_run(both[0]), [load_run(both[1])])
+    assert ours.seconds == 0.75
 
 
 def test_looks_that_are_chosen_are_paired_with_looks_at_random(

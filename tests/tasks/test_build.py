@@ -270,7 +270,7 @@ def test_a_full_disk_keeps_what_is_finished(
 
 
 def test_an_error_of_the_disk_comes_back_from_a_worker(tmp_path: Path) -> None:
-    job = build_module._Build(SUITES["world_short"], "test", tmp_path, False)
+    job = build_module._Build(SUITES["world_short"], "test", tmp_path, False, build_module.WORLD)
     job.wanted = 2
     (tmp_path / "videos").write_text("a file where the folder should be")
     with pytest.raises(NotADirectoryError) as caught:

@@ -1,15 +1,17 @@
-"""Benchmarks on disk: which file a video's name means, and which it does not.
+"""Benchmarks on disk: what annotation files hold, which file a video's name means.
 
 pytest tests/tasks/test_local.py -q
 """
 
+import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS
-from internvideo3.tasks.benchmarks.local import Local, load_local
+from internvideo3.tasks.benchmarks.local import DataError, Local, load_local, read_rows
 
 VIEWS = ("std", "reverse", "hflip", "reverse_hflip")
 OPTIONS = ["1", "2"]
@@ -197,3 +199,93 @@ def test_the_prompt_with_subtitles_has_those_of_the_video(tmp_path: Path) -> Non
     benchmark = BENCHMARKS["longvideobench"]
     local = load_local(benchmark, tmp_path, benchmark.paper, subtitles=True)
     assert local.docs[0]["raw"]["iv3_subtitles"] == "into it\nin it\nout of it"
+
+
+# What `str.splitlines` takes for line ends beside "\n" and "\r".
+ODD = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven\x1deight\x1enine"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])
+def test_a_line_ends_at_a_line_feed_and_nowhere_else(tmp_path: Path, ending: str, end: str) -> None:
+    path = tmp_path / f"annotations.{ending}"
+    rows: list[Any] = [{"question": ODD, "answer": "A"}, {"question": "plain", "answer": "B"}]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        if ending == "csv":
+            rows[1]["question"] = "two\nlines"
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator=end)
+            writer.writeheader()
+            writer.writerows(rows)
+        elif ending == "jsonl":
+            file.write(end.join([json.dumps(row, ensure_ascii=False) for row in rows] + [""]))
+        else:
+            rows = [ODD, "plain"]
+            file.write(end.join([*rows, ""]))
+    assert read_rows(path) == rows
+
+
+def test_an_odd_character_makes_no_second_question(tmp_path: Path) -> None:
+    home = dsi_bench(tmp_path, VIEWS[:1])
+    path = home / "metadatas/std.csv"
+    path.write_text(path.read_text().replace("Where?", "Where\u2028is it?"))
+    (doc,) = load(tmp_path, "dsi_bench").docs
+    assert doc["question"] == "Where\u2028is it?"
+
+
+def mlvu(root: Path) -> Path:
+    home = root / "mlvu"
+    row = {"video": "a.mp4", "duration": 2.0, "question": "q?", "question_type": "plotQA"}
+    annotate(home / "1_plotQA.json", [row | {"candidates": OPTIONS, "answer": "2"}])
+    return home
+
+
+def test_mlvus_generation_tasks_are_left_out_and_said(tmp_path: Path) -> None:
+    home = mlvu(tmp_path)
+    before = load(tmp_path, "mlvu")
+    row = {"video": "a.mp4", "duration": 2.0, "question": "Tell it.", "answer": "A man walks."}
+    annotate(home / "8_sub_scene.json", [row | {"scoring_points": ["a man"]}])
+    annotate(home / "9_summary.json", [row])
+    local = load(tmp_path, "mlvu")
+    assert local.docs == before.docs and local.digest == before.digest
+    (note,) = local.notes
+    assert "8_sub_scene.json, 9_summary.json" in note and before.notes == ()
+
+
+def egoschema(root: Path, count: int = 3) -> Path:
+    home = root / "egoschema_subset"
+    rows = [
+        {"q_uid": f"u{n}", "google_drive_id": "x", "question": f"q{n}?"}
+        | {f"option {i}": f"o{i}" for i in range(5)}
+        for n in range(count)
+    ]
+    annotate(home / "questions.json", rows)
+    return home
+
+
+def test_egoschemas_subset_is_the_questions_with_a_public_answer(tmp_path: Path) -> None:
+    annotate(egoschema(tmp_path) / "subset_answers.json", {"u2": 4, "u0": 1})
+    local = load(tmp_path, "egoschema_subset")
+    assert [(doc["id"], doc["answer"]) for doc in local.docs] == [
+        ("egoschema_subset/u0", "o1"), ("egoschema_subset/u2", "o4"),
+    ]  # fmt: skip
+    assert [path.name for path in local.files] == ["questions.json", "subset_answers.json"]
+
+
+def test_egoschemas_subset_without_answers_is_refused(tmp_path: Path) -> None:
+    home = egoschema(tmp_path)
+    with pytest.raises(DataError, match=r"have no answers.*subset_answers\.json beside"):
+        load(tmp_path, "egoschema_subset")
+    annotate(home / "subset_answers.json", {"u0": 1, "other": 2})
+    with pytest.raises(DataError, match=r"answers 1 questions that questions\.json.*other"):
+        load(tmp_path, "egoschema_subset")
+    annotate(home / "subset_answers.json", {"u0": 5})
+    with pytest.raises(DataError, match=r"the answer to u0 is 5, expected 0 to 4"):
+        load(tmp_path, "egoschema_subset")
+    annotate(home / "subset_answers.json", ["u0"])
+    with pytest.raises(DataError, match=r"no object of answers by q_uid"):
+        load(tmp_path, "egoschema_subset")
+
+
+def test_the_full_egoschema_needs_no_answers(tmp_path: Path) -> None:
+    egoschema(tmp_path).rename(tmp_path / "egoschema")
+    assert len(load(tmp_path, "egoschema").docs) == 3

@@ -22,6 +22,7 @@ from internvideo3.harness import ablate as ablate_module
 from internvideo3.harness.ablate import AblateOptions, ablate, suites_of
 from internvideo3.harness.ablate_jobs import AblationStoppedError, graph
 from internvideo3.harness.preflight import PreflightError
+from internvideo3.harness.train import alone_in
 from internvideo3.model.checkpoint import weights_digest
 from internvideo3.reports.ablation import (
     MAPPING,
@@ -35,6 +36,7 @@ from internvideo3.reports.ablation import (
 from internvideo3.reports.load import Sample
 from internvideo3.tasks.scoring import Outcome, Score
 from internvideo3.tasks.world.build import build_suite
+from internvideo3.training.loop import TrainingError
 from internvideo3.training.recipe import Convert, RecipeError, load_recipe, load_variant, variants
 
 TINY = """
@@ -149,6 +151,19 @@ def test_what_is_evaluated_is_missed_before_anything_is_trained(tmp_path: Path) 
     with pytest.raises(RecipeError, match="stages.gspo.group.*nobody published"):
         ablate(replace(options, preset="paper"), lambda *_: None)
     assert not (tmp_path / "out").exists()
+
+
+def test_two_ablations_do_not_work_in_one_folder(world: Path, tmp_path: Path) -> None:
+    """They would train one stage twice at once, and each write its own runs into the plan."""
+    preset = tmp_path / "own.yaml"
+    preset.write_text(TINY)
+    options = AblateOptions(
+        recipes=("full",), preset=str(preset), seeds=(0,), out=tmp_path / "out", limit=1,
+        root=world,
+    )  # fmt: skip
+    with alone_in(options.out), pytest.raises(TrainingError, match="another command trains in"):
+        ablate(options, lambda *_: None)
+    assert not options.out.exists()
 
 
 def test_a_signal_in_the_last_step_of_a_recipe_stops_the_ablation(

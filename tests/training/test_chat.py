@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +29,7 @@ from internvideo3.training.documents import Document
 from internvideo3.training.objectives.linear_cross_entropy import IGNORE
 from internvideo3.training.packing import pack
 from internvideo3.training.policy import Policy
+from internvideo3.training.probe import note_losses
 from internvideo3.training.processes import Processes
 from internvideo3.training.recipe import (
     ChatData,
@@ -38,6 +42,7 @@ from internvideo3.training.recipe import (
     RecipeError,
     Sft,
     Shares,
+    file_digest,
     load_recipe,
     stage_digest,
 )
@@ -176,12 +181,64 @@ def test_losses_by_modality_are_measured_on_files_that_are_held_out(
     train(Recipe(about="test", start="scale:base", stages=stages), tmp_path)
     told = [json.loads((tmp_path / f / "losses.json").read_text()) for f in ("1-convert", "2-cpt")]
     assert [list(one) for one in told] == [
-        ["after conversion", "before conversion"], ["after CPT", "before CPT"],
+        ["after conversion", "before conversion", "measured on"],
+        ["after CPT", "before CPT", "measured on"],
     ]  # fmt: skip
+    files = [[name, file_digest(Path(name))] for name in held]
+    assert [one.pop("measured on") for one in told] == [{"documents": 2, "held_out": files}] * 2
     for moments in told:
         for losses in moments.values():
             assert losses.keys() == {"text", "image", "video"} and min(losses.values()) > 0
     assert told[1]["before CPT"] == pytest.approx(told[0]["after conversion"], rel=1e-4)
+
+
+def test_losses_before_and_after_are_of_the_same_documents_when_a_stage_goes_on_with_others(
+    tmp_path: Path,
+) -> None:
+    """Those before it are measured anew: a change of the files would look like one of the model."""
+
+    def texts(name: str, reply: str) -> str:
+        said = [{"role": "user", "content": "Say."}, {"role": "assistant", "content": reply}]
+        write_rows(tmp_path / name, [{"id": str(n), "messages": said} for n in range(3)])
+        return str(tmp_path / name)
+
+    def stop(name: str, done: int, total: int) -> None:
+        if done == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    learnt, first, other = (texts(f"{n}.jsonl", " red" * n) for n in (1, 2, 3))
+    options = common(ChatData(files={learnt: 1.0})) | {"steps": 2}
+    stage = Cpt(kind="cpt", probe=3, shares=Shares(text=1, image=0, video=0), **options)
+
+    def run(held: str, out: str, *progress: Any) -> tuple[dict[str, Any], Any]:
+        stages = {"cpt": replace(stage, held_out=(held,))}
+        folder = tmp_path / out / "1-cpt"
+        train(Recipe(about="t", start="scale:m2la", stages=stages), folder.parent, *progress)
+        told = json.loads((folder / "stage.json").read_text())
+        return json.loads((folder / "losses.json").read_text()), told["options"]["held_out"]
+
+    whole, named = run(other, "whole")
+    begun, _ = run(first, "stopped", stop)
+    assert named == [other] and begun["before CPT"] != whole["before CPT"]
+    assert run(other, "stopped") == (whole, [other])
+
+
+def test_losses_of_other_documents_are_left_out_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where a held-out file changes while a stage is trained."""
+    now = {"documents": 1, "held_out": [["a", "digest"]]}
+    note_losses(tmp_path, "before CPT", {"text": 2.0}, now)
+    note_losses(tmp_path, "before CPT", {"text": 9.0}, now)
+    note_losses(tmp_path, "after CPT", {"text": 1.0}, now)
+    told = json.loads((tmp_path / "losses.json").read_text())
+    assert told == {"before CPT": {"text": 2.0}, "after CPT": {"text": 1.0}, "measured on": now}
+    then = {"documents": 1, "held_out": [["a", "another"]]}
+    with caplog.at_level(logging.WARNING):
+        note_losses(tmp_path, "after CPT", {"text": 3.0}, then)
+    assert "after CPT, before CPT left out, measured on other documents than now" in caplog.text
+    told = json.loads((tmp_path / "losses.json").read_text())
+    assert told == {"after CPT": {"text": 3.0}, "measured on": then}
 
 
 def test_every_reply_of_a_conversation_is_learnt(corpus: Path, loaded: Any) -> None:
@@ -444,6 +501,34 @@ def test_the_order_in_which_files_are_named_changes_nothing(corpus: Path, loaded
     one = ChatDocuments(data(corpus, **shares), loaded[1], 0)
     other = ChatDocuments(data(corpus, **dict(reversed(shares.items()))), loaded[1], 0)
     assert [one._row(n) for n in range(200)] == [other._row(n) for n in range(200)]
+
+
+def test_rows_on_which_no_response_can_earn_are_no_prompts_of_gspo(
+    corpus: Path, loaded: Any
+) -> None:
+    """Every response to one would have a reward of 0, and the group teach nothing."""
+    docs: dict[str, dict[str, Any]] = {
+        "egoschema": {"option": ["A. x", "B. y", "C. z", "D. w", "E. v"], "answer": None},
+        "motionbench": {"answer": "NA", "options": ["x", "y"], "question_type": "t"},
+        "tempcompass": {"qtype": "captioning", "question": "q", "answer": "x", "dim": "d"},
+    }
+    rows = [video_row(name, "v0.mp4") | {"benchmark": name, "doc": doc}
+            for name, doc in docs.items()]  # fmt: skip
+    write_rows(corpus / "no_truth.jsonl", [*rows, video_row("good", "v0.mp4")])
+    files = data(corpus, no_truth__jsonl=1.0)
+    source = ChatDocuments(files, loaded[1], 0, RowLimits(2048))
+    assert {source.prompt(index).doc["id"] for index in range(4)} == {"good"}
+    why = {source.rows[name][number]["id"]: told for (name, number), told in source.bad.items()}
+    assert why == {
+        "egoschema": "it has no right answer that egoschema could score responses by; give one, or "
+        "leave the row out",
+        "motionbench": "it has no right answer that motionbench could score responses by; give "
+        "one, or leave the row out",
+        "tempcompass": "of tempcompass only a judge could score responses to it; give one that "
+        "rules can, or leave the row out",
+    }
+    unscored = ChatDocuments(files, loaded[1], 0, RowLimits(2048, scored=False))
+    assert len({unscored.prompt(index).benchmark for index in range(4)}) == 4 and not unscored.bad
 
 
 def test_rollouts_and_rewards_work_on_files(corpus: Path, loaded: Any) -> None:

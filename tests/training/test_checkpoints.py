@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,6 +107,22 @@ def test_files_of_others_beside_states_stay_and_end_nothing(
         taught.save(3)
     assert "step-00000002 cannot be removed" in caplog.text and "Permission denied" in caplog.text
     assert taught.resume() == 3
+
+
+def test_copies_that_somebody_keeps_beside_states_stay_and_are_no_states(taught: Taught) -> None:
+    """`step-original` is as long as a state's name, and comes behind all of them."""
+    taught.save(1)
+    kept = ["step-00000001-keep", "step-00000001.part.old", "step-notes", "step-original"]
+    for name in kept:
+        shutil.copytree(taught.folder / "step-00000001", taught.folder / name)
+    (taught.folder / "step-00000003.part").mkdir()
+    taught.learn()
+    taught.save(2)
+    assert names(taught.folder) == sorted([*kept, "step-00000002"])
+    assert (taught.folder / "step-notes" / "progress.json").is_file()
+    newest = taught.weight()
+    taught.learn()
+    assert taught.resume() == 2 and torch.equal(taught.weight(), newest)
 
 
 def test_the_first_state_that_cannot_be_written_says_that_there_is_none(taught: Taught) -> None:

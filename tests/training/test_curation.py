@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from internvideo3.harness.data import (
     CurateOptions,
@@ -21,20 +23,25 @@ from internvideo3.harness.data import (
     describe,
     filter_rows,
     mix_rows,
-    scene_changes,
 )
-from internvideo3.tasks.video import read_frames
+from internvideo3.harness.locks import lock
+from internvideo3.harness.rollouts import RolloutsOptions, write_rollouts
+from internvideo3.harness.sample import SampleOptions, write_samples
+from internvideo3.harness.video_files import found_videos
+from internvideo3.tasks.video import Frames, read_frames
 from internvideo3.training.curation import filters, fingerprints, synthesis
 from internvideo3.training.curation.distribution import distribution, figure5, table1
 from internvideo3.training.curation.fingerprints import fingerprint, named, same
 from internvideo3.training.curation.mixing import told_apart
 from internvideo3.training.curation.narrative import entity_fault, order_fault
+from internvideo3.training.curation.pipeline import Curation
 from internvideo3.training.curation.records import (
     Asked,
     Clip,
     DataError,
     Narrative,
     chat_row,
+    keys_of,
     moved,
     read_rows,
     write_rows,
@@ -264,6 +271,82 @@ class TestFilters:
         found = filters.without_benchmarks(rows, {"k": ()}, {}, {"b/1": question + options})
         assert found.dropped == {"k": "repeats the question b/1"}
 
+    @staticmethod
+    def listed(form: str) -> str:
+        """Four options behind a question, each in a form such as `\n[{letter}] {text}`."""
+        texts = ("red like the sea", "blue like a house", "green as the grass", "grey as a star")
+        return "".join(
+            form.format(letter="ABCD"[n], number=n, next=n + 1, text=text)
+            for n, text in enumerate(texts)
+        )
+
+    @pytest.mark.parametrize("tail", ["", "\nAnswer with the option's letter from the list above."])
+    @pytest.mark.parametrize(
+        "form",
+        [
+            " {next}. {text}", " ({next}) {text}", "\n**{letter}.** {text}", "\n[{letter}] {text}",
+            "\n- {text}", "\nOption {letter}: {text}", "\n{letter} - {text}", "\n{letter} {text}",
+            "\n- {letter}. {text}", "\n{letter}\u3001{text}", "\n{number}. {text}", "\n* {text}?",
+            "\n{letter}. {text}", "\n\u2460 {text}", "; {text}",
+        ],
+    )  # fmt: skip
+    def test_a_benchmarks_bare_question_is_found_however_its_options_are_written(
+        self, form: str, tail: str
+    ) -> None:
+        """Also by a row that has options of its own, in whatever form."""
+        question = "What colour is the ring that the man lifts after the second cut of the film?"
+        context = "A man in a red coat enters a kitchen and takes a knife. He cuts two onions. "
+        asked = {
+            "bare": question, "list": f"{question}\n- a\n- b b b b b b b b b",
+            "told": f"Pick the best of the options below by what you see.\n{question}{tail}",
+        }  # fmt: skip
+        rows = [{"id": key, "messages": [{"role": "user", "content": text}]}
+                for key, text in asked.items()]  # fmt: skip
+        benchmark = {"b/1": question + self.listed(form) + tail}
+        found = filters.without_benchmarks(rows, dict.fromkeys(asked, ()), {}, benchmark)
+        assert found.dropped == dict.fromkeys(asked, "repeats the question b/1")
+        benchmark = {"b/1": context + question + self.listed(form) + tail}
+        found = filters.without_benchmarks(rows, dict.fromkeys(asked, ()), {}, benchmark)
+        assert found.dropped == dict.fromkeys(asked, "repeats the question b/1")
+
+    def test_a_benchmarks_request_without_a_question_mark_is_found_before_a_list(self) -> None:
+        text = "Name the colour of the ring that the man lifts after the cut"
+        rows = [{"id": "k", "messages": [{"role": "user", "content": text}]}]
+        for form in ("\n- {text}", "\n[{letter}] {text}", "\nOption {letter}: {text}"):
+            found = filters.without_benchmarks(
+                rows, {"k": ()}, {}, {"b/1": text + self.listed(form)}
+            )
+            assert found.dropped == {"k": "repeats the question b/1"}
+
+    @pytest.mark.parametrize(
+        "asked",
+        [
+            "What is the man doing in the video?",
+            "Watch the video. What is the man doing in the video?\n- he cuts\n- he fries",
+            "Which of the following statements is correct?\n- he cuts\n- he fries",
+            "Who wins it?\n- he\n- she\nAnswer with the option's letter from the list above.",
+            "Describe the video in detail.", "What happens after the second cut of the film?",
+            "What is the man in the red coat doing?", "Pick the best of the options below.",
+        ],
+    )  # fmt: skip
+    @pytest.mark.parametrize("form", ["\n- {text}", "\n[{letter}] {text}", "\n{letter}. {text}"])
+    def test_what_is_part_of_a_longer_question_repeats_none(self, asked: str, form: str) -> None:
+        """Common questions and instructions are in many a benchmark's question, and none of it."""
+        tail = self.listed(form) + "\nAnswer with the option's letter from the list above."
+        questions = [
+            "What is the man doing in the video when the woman in the blue dress opens the door?",
+            "What is the man in the red coat doing while the woman in blue opens the door to the "
+            "garden after the second cut of the film?",
+            "The dog runs out of the house. Which of the following statements is correct?",
+            "The cat stays in the warm kitchen. Which of the following statements is correct?",
+            "Describe the video in detail. Then tell what colour the ring has that he lifts there.",
+            "Describe the video in detail. Then count the onions that the man cuts in the kitchen.",
+            "Pick the best of the options below.\nHow many onions lie on the table at the end?",
+        ]
+        rows = [{"id": "k", "messages": [{"role": "user", "content": asked}]}]
+        benchmark = {f"b/{n}": question + tail for n, question in enumerate(questions)}
+        assert filters.without_benchmarks(rows, {"k": ()}, {}, benchmark).dropped == {}
+
     @pytest.mark.parametrize(
         "text",
         [
@@ -448,6 +531,37 @@ class TestFingerprints:
         assert same(blank, grey) and not same(blank, shown)
         assert named({"blank": blank, "shown": shown, "grey": grey})["grey"] == "blank"
 
+    def test_clips_of_one_fixed_camera_are_different_videos(self) -> None:
+        """What stands still is most of them; a copy of one is found all the same."""
+        rng = np.random.default_rng(0)
+        coarse = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8))
+        room_HWC = np.asarray(coarse.resize((320, 180), Image.Resampling.BICUBIC))
+
+        def clip(seed: int, later_s: float = 0.0, noise: float = 0.0) -> Any:
+            rng = np.random.default_rng(seed)
+            (x, y), speed = rng.integers(0, (280, 120)), rng.integers(-15, 15, 2)
+            colour = rng.integers(0, 255, 3)
+            pixels_THWC = np.repeat(room_HWC[None], 16, 0)
+            for second, frame_HWC in enumerate(pixels_THWC):
+                at = np.clip((x, y) + speed * (second + later_s), 0, (280, 120)).astype(int)
+                frame_HWC[at[1] : at[1] + 60, at[0] : at[0] + 40] = colour
+            noisy = pixels_THWC + rng.normal(0, noise, pixels_THWC.shape)
+            return fingerprint(np.clip(noisy, 0, 255).astype(np.uint8))
+
+        clips = {str(seed): clip(seed) for seed in range(12)}
+        alike = [fingerprints.likeness(a, b) for a in clips.values() for b in clips.values()]
+        assert float(np.median(alike)) > fingerprints.ALIKE
+        names = named(clips)
+        assert len(set(names.values())) >= 11
+        copies = {f"copy of {n}": clip(int(n), later_s=0.25, noise=8) for n in clips}
+        assert fingerprints.shown_in(copies, clips) == {
+            f"copy of {n}": name for n, name in names.items()
+        }
+        still = np.repeat(room_HWC[None], 16, 0)
+        shaken = [np.clip(still + rng.normal(0, 8, still.shape), 0, 255) for _ in "ab"]
+        one, other = (fingerprint(frames.astype(np.uint8)) for frames in shaken)
+        assert same(one, other), "noise is no motion"
+
     def test_a_copy_of_a_benchmarks_second_video_is_found_where_the_first_is_like_that(
         self, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -480,10 +594,11 @@ class TestFingerprints:
         monkeypatch.setattr(fingerprints, "BLOCK", 16)
         monkeypatch.setattr(fingerprints, "COLUMNS", 24)
         rng = np.random.default_rng(0)
-        held = {f"b{n}": rng.normal(0, 2, 5).astype(np.float32) for n in range(60)}
-        held["blank"] = np.zeros(5, np.float32)
-        mine = {f"v{n}": rng.normal(0, 2, 5).astype(np.float32) for n in range(60)}
-        mine["black"] = np.zeros(5, np.float32)
+        held = {f"b{n}": rng.normal(0, 2, 8).astype(np.float32) for n in range(60)}
+        held["blank"] = np.zeros(8, np.float32)
+        mine = {f"v{n}": steps + rng.normal(0, 1, 8).astype(np.float32)
+                for n, steps in enumerate(list(held.values())[:60])}  # fmt: skip
+        mine["black"] = np.zeros(8, np.float32)
         truth = {
             key: first for key, steps in mine.items()
             if (first := next((k for k, one in held.items() if same(one, steps)), None))
@@ -513,6 +628,94 @@ class TestFingerprints:
         assert named(drawn) == names
         assert 50 < len(set(names.values())) < 250
         assert named({}) == {}
+
+
+class TestPipeline:
+    """With a reader and a writer that know nothing of videos."""
+
+    @staticmethod
+    def curate(out: Path, videos: Any, question: str = json.dumps(GOOD), **more: Any) -> Any:
+        def write(prompt: str, pictures: Any) -> str:
+            if "Write [n]" in prompt:
+                return "A man cooks [1]."
+            return question if "Reply with JSON" in prompt else "A man cooks."
+
+        def read(path: Path, **_: Any) -> Frames:
+            return Frames(pixels_THWC=np.zeros((2, 8, 8, 3), np.uint8), indices=(0, 1),
+                          source_fps=1.0, total_frames=20, duration_s=20.0, digest="x")  # fmt: skip
+
+        told = Curation(out=out, changes=lambda video: [], read=read, write=write, per_video=1)
+        return replace(told, **more).run(videos, lambda *_: None)
+
+    @staticmethod
+    def files(folder: Path, *names: str) -> list[Path]:
+        for name in names:
+            (folder / name).write_bytes(name.encode(errors="surrogateescape"))
+        return sorted(folder.iterdir())
+
+    def test_videos_of_odd_names_end_no_run(self, tmp_path: Path) -> None:
+        """A name may be as long as a file's, and of bytes that are no text."""
+        (tmp_path / "in").mkdir()
+        long = "é" * 125 + ".mp4"
+        videos = self.files(tmp_path / "in", "a.mp4", long, "caf\udce9.mp4")
+        rows = self.curate(tmp_path / "out", videos, most_failures=0.5)
+        shown = [row["messages"][0]["content"][0]["video_url"]["url"] for row in rows]
+        assert [Path(one).name for one in shown] == ["a.mp4", long]
+        keys_of(tmp_path / "out" / "questions.jsonl", rows)
+        (drop,) = read_rows(tmp_path / "out" / "dropped.jsonl")
+        assert r"caf\udce9.mp4': that is no UTF-8; rename it" in drop["reason"]
+        usual = tmp_path / "in" / "a.mp4"
+        digest = hashlib.sha256(str(usual.resolve()).encode()).hexdigest()[:8]
+        assert rows[0]["id"] == f"a-{digest}/0", "folders of earlier versions have these names"
+
+    @pytest.mark.parametrize(
+        "reply",
+        [
+            '{"question": ' + "[" * 20_000,
+            json.dumps(GOOD).replace('"start_s": 2', '"start_s": 2' + "0" * 400),
+            json.dumps(GOOD | {"question": "What is \ud83d cut?"}),
+            json.dumps(GOOD | {"distractors": ["a \udc00 leek", "a green pepper", "a carrot"]}),
+        ],
+        ids=["brackets", "digits", "half a character", "half a character in an option"],
+    )
+    def test_a_degenerate_reply_costs_one_question(self, reply: str, tmp_path: Path) -> None:
+        (tmp_path / "in").mkdir()
+        assert self.curate(tmp_path / "out", self.files(tmp_path / "in", "a.mp4"), reply) == []
+        (drop,) = read_rows(tmp_path / "out" / "dropped.jsonl")
+        assert "the reply is not the JSON that was asked for" in drop["reason"]
+
+    def test_videos_that_are_added_are_dealt_the_next_categories(self, tmp_path: Path) -> None:
+        """Whatever their names are; also where an earlier version wrote down no places."""
+        (tmp_path / "in").mkdir()
+        out = tmp_path / "out"
+        self.curate(out, self.files(tmp_path / "in", *(f"{name}.mp4" for name in "klmnop")))
+        for path in (out / "asked").iterdir():
+            kept = json.loads(path.read_text())
+            path.write_text(json.dumps({"rows": kept["rows"], "dropped": kept["dropped"]}))
+        self.curate(out, self.files(tmp_path / "in", "a.mp4", "z.mp4"))
+        rows = self.curate(out, self.files(tmp_path / "in", "b.mp4", "c.mp4"))
+        wanted = Counter(synthesis.category_at(n) for n in range(10))
+        assert Counter(row["category"] for row in rows) == wanted
+        # One that is gone leaves its place to the next one.
+        (tmp_path / "in" / "a.mp4").unlink()
+        rows = self.curate(out, self.files(tmp_path / "in", "d.mp4"))
+        assert Counter(row["category"] for row in rows) == wanted
+
+    def test_a_video_that_was_replaced_is_curated_anew(self, tmp_path: Path) -> None:
+        (tmp_path / "in").mkdir()
+        videos = self.files(tmp_path / "in", "a.mp4", "b.mp4")
+        self.curate(tmp_path / "out", videos)
+        other = json.dumps(GOOD | {"question": "What does he cut last?"})
+        videos[0].touch()
+        asked = self.asked(self.curate(tmp_path / "out", videos, other))
+        assert asked == [GOOD["question"]] * 2, "the same file with another time is no other one"
+        videos[0].write_bytes(b"b.mp4")  # as long as before
+        asked = self.asked(self.curate(tmp_path / "out", videos, other))
+        assert asked == ["What does he cut last?", GOOD["question"]]
+
+    @staticmethod
+    def asked(rows: Any) -> list[str]:
+        return [row["messages"][0]["content"][1]["text"].split("\n")[0] for row in rows]
 
 
 class TestCommands:
@@ -589,7 +792,7 @@ class TestCommands:
         (tmp_path / "in").mkdir()
         spec = make_video(tmp_path / "in" / "v.mp4", 1, 16)
         cuts = [scene.start_s for scene in spec.scenes[1:]]
-        made = self.options(tmp_path / "in", tmp_path / "out", teacher, changes=scene_changes)
+        made = self.options(tmp_path / "in", tmp_path / "out", teacher, changes=None)
         curate(made, lambda *_: None)
         (path,) = (tmp_path / "out" / "narratives").glob("*.json")
         ends = [clip["end_s"] for clip in json.loads(path.read_text())["clips"]][:-1]
@@ -653,6 +856,37 @@ class TestCommands:
         assert drop["id"].startswith("bad-") and "bad.mp4" in drop["reason"]
         with pytest.raises(DataError, match="1 of 3 videos failed, more than 10%"):
             curate(replace(options, out=tmp_path / "strict", most_failures=0.1), lambda *_: None)
+
+    def test_a_video_in_which_no_scenes_can_be_found_is_dropped(
+        self, tmp_path: Path, teacher: Any
+    ) -> None:
+        """Its first and last pictures can be read, and one in the middle cannot."""
+        import av
+
+        path = tmp_path / "in" / "damaged.mp4"
+        path.parent.mkdir()
+        with av.open(str(path), "w") as container:
+            stream: Any = container.add_stream("libx264", rate=10)
+            stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 64, "yuv420p", 10
+            for number in range(400):
+                frame = av.VideoFrame.from_ndarray(
+                    np.full((64, 64, 3), number % 200, np.uint8), format="rgb24"
+                )
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        with av.open(str(path)) as container:
+            at = [packet.pos for packet in container.demux(video=0) if packet.size][206]
+        damaged = bytearray(path.read_bytes())
+        damaged[at : at + 4] = b"\xff" * 4
+        path.write_bytes(bytes(damaged))
+        options = CurateOptions(
+            videos=(path,), out=tmp_path / "out", writer=patient(teacher), guesser=None,
+            most_failures=1.0,
+        )  # fmt: skip
+        with pytest.raises(DataError, match="no question passed the checks"):
+            curate(options, lambda *_: None)
+        (drop,) = read_rows(tmp_path / "out" / "dropped.jsonl")
+        assert "damaged.mp4 cannot be found: video_segmentation: " in drop["reason"]
 
     def test_rows_with_broken_videos_are_dropped_within_a_budget(
         self, videos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -740,6 +974,118 @@ class TestCommands:
         assert dropped["copied"] == "repeats the question videomme/7"
         assert {r["id"] for r in read_rows(tmp_path / "clean.dropped.jsonl")} == set(dropped)
 
+    def test_a_benchmarks_videos_are_found_whatever_they_are_called_and_linked(
+        self, videos: Path, tmp_path: Path
+    ) -> None:
+        def row(number: int) -> Any:
+            asked = Asked(category="Plot Understanding", question=f"What of {number}?",
+                          options=("a", "b"), answer="a", evidence_s=(0, 1))  # fmt: skip
+            story = replace(STORY, video=str(videos / f"v{number}.mp4"))
+            return chat_row(str(number), story, asked)
+
+        write_rows(tmp_path / "rows.jsonl", [row(n) for n in range(4)])
+        held, away = tmp_path / "held", tmp_path / "away"
+        for folder in (held, away):
+            folder.mkdir()
+        names = held / "a.M4V", held / "b1946ac9", away / "c.ts"
+        for number, name in enumerate(names):
+            name.write_bytes((videos / f"v{number}.mp4").read_bytes())
+        moving = [Image.new("L", (32, 32), shade) for shade in (0, 90, 30, 200, 10)]
+        moving[0].save(held / "d.gif", save_all=True, append_images=moving[1:], duration=400)
+        (held / "linked").symlink_to(away)
+        (away / "round").symlink_to(held)
+        (held / "notes.txt").write_text("no video")
+        (held / "parts.zip").write_bytes(b"no video")
+        told: list[str] = []
+        kept, dropped = check_rows(
+            tmp_path / "rows.jsonl", tmp_path / "clean.jsonl", held, None, tell=told.append
+        )
+        assert kept == 1 and dropped.keys() == {"0", "1", "2"}
+        assert told == [
+            f"{held}: compared with 4 of its files; not with 1 that no decoder reads (parts.zip), "
+            "nor with 1 texts, pictures and the like."
+        ]
+
+    def test_videos_are_found_once(self, videos: Path, tmp_path: Path) -> None:
+        """Named and in the folder, by a link, in another writing; a named one by any ending."""
+        (tmp_path / "again.mp4").symlink_to(videos / "v0.mp4")
+        (tmp_path / "all").symlink_to(videos)
+        (tmp_path / "clip.dat").write_bytes(b"")
+        found = found_videos((videos / "v1.mp4", videos, tmp_path, videos / ".." / videos.name))
+        assert [path.name for path in found] == ["v1.mp4", "v0.mp4", "v2.mp4", "v3.mp4"]
+        assert found_videos((tmp_path / "clip.dat",)) == [tmp_path / "clip.dat"]
+        with pytest.raises(DataError, match="vidoes is not there"):
+            found_videos((videos, tmp_path / "vidoes"))
+
+    def test_the_place_of_results_is_made_before_the_work(self, tmp_path: Path) -> None:
+        commands: dict[str, Any] = {
+            "check": lambda rows, out: check_rows(rows, out, None, None),
+            "filter": lambda rows, out: filter_rows("iou", rows, out, None, 0),
+            "mix": lambda rows, out: mix_rows([f"{rows}=1"], out, 1, 0),
+        }
+        rows = tmp_path / "rows.jsonl"
+        (tmp_path / "folder.jsonl").mkdir()
+        for name, command in commands.items():
+            with pytest.raises(DataError, match=r"out\.csv must end in \.jsonl or \.parquet"):
+                command(rows, tmp_path / "out.csv")
+            with pytest.raises(DataError, match=r"folder\.jsonl is a folder; give a file"):
+                command(rows, tmp_path / "folder.jsonl")
+            with pytest.raises(DataError, match=r"rows\.jsonl does not exist"):
+                command(rows, tmp_path / "new" / name / "out.jsonl")
+            assert (tmp_path / "new" / name).is_dir()
+        write_rows(rows, [TestFilters.rollout("half", "10 - 15")])
+        commands["filter"](rows, tmp_path / "newer" / "kept.jsonl")
+        assert len(read_rows(tmp_path / "newer" / "kept.jsonl")) == 1
+
+    def test_two_commands_do_not_write_to_one_place(self, videos: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out.jsonl"
+        nobody = Endpoint(url="http://127.0.0.1:9/v1", model="m", attempts=1)
+        rows, asking = tmp_path / "rows.jsonl", Any
+        curated = self.options(videos, tmp_path, nobody, writer=nobody, guesser=None)
+        sampled = SampleOptions(rows=rows, out=out, model="none")
+        rollouts = RolloutsOptions(rows=rows, out=out, asking=asking)  # type: ignore[arg-type]
+        commands: dict[str, Any] = {
+            "curate": lambda: curate(curated, lambda *_: None),
+            "sample": lambda: write_samples(sampled, lambda *_: None),
+            "rollouts": lambda: write_rollouts(rollouts, lambda *_: None),
+        }
+        for name, command in commands.items():
+            path = tmp_path / (".lock" if name == "curate" else ".out.jsonl.lock")
+            with lock(path), pytest.raises(DataError, match="another command is writing to"):
+                command()
+            with pytest.raises(ValueError, match=r"did not answer|does not exist|no checkpoint"):
+                command()
+            assert not path.exists()
+
+    def test_rows_of_different_pictures_are_no_repeats(self, tmp_path: Path) -> None:
+        def row(key: str, *shown: str, kind: str = "image_url") -> Any:
+            parts = [{"type": kind, kind: {"url": one}} for one in shown]
+            said = {"type": "text", "text": "What is seen here?"}
+            return {"id": key, "messages": [{"role": "user", "content": [*parts, said]}]}
+
+        for n in range(4):
+            Image.new("RGB", (8, 8), (40 * n, 0, 0)).save(tmp_path / f"{n}.png")
+        (tmp_path / "copy.png").write_bytes((tmp_path / "0.png").read_bytes())
+        web = "https://host/a.png"
+        rows = [
+            *(row(str(n), f"{n}.png") for n in range(4)), row("copied", "copy.png"),
+            row("pair", "0.png", "1.png"), row("turned", "1.png", "0.png"),
+            row("pair again", "copy.png", "1.png"), row("web", web), row("web again", web),
+            row("lost", "none.png"), row("text"), row("text again"),
+            row("heard", "a.wav", kind="audio_url"), row("heard else", "b.wav", kind="audio_url"),
+        ]  # fmt: skip
+        write_rows(tmp_path / "rows.jsonl", rows)
+        _, dropped = check_rows(tmp_path / "rows.jsonl", tmp_path / "clean.jsonl", None, None)
+        assert f"cannot read the picture {tmp_path / 'none.png'}: " in dropped.pop("lost")
+        assert dropped == {
+            "copied": "asks what 0 asks of the same picture",
+            "pair again": "asks what pair asks of the same pictures",
+            "web again": "asks what web asks of the same picture",
+            "text again": "asks what text asks",
+        }
+        unnamed = filters.without_repeats(rows[:2], {"0": (), "1": ()})
+        assert not unnamed.dropped, "rows with media of which nothing is known are no repeats"
+
     def test_the_command_line_tells_a_mistake_in_a_sentence(self, tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "internvideo3.harness.cli", "data", "curate", str(tmp_path),
@@ -764,6 +1110,10 @@ class TestEndpoint:
         teacher.missing = [10_000, 0]
         assert patient(teacher).write("x") == "I cannot know."
         assert not teacher.missing and len(teacher.requests) == 2
+
+    def test_half_a_character_becomes_one_that_can_be_written(self, teacher: Any) -> None:
+        teacher.answer = lambda prompt, pictures: "A man \ud83d"
+        assert patient(teacher).write("x") == "A man ?"
 
     def test_a_refusal_is_final_and_silence_ends(self, teacher: Any) -> None:
         teacher.failures = [400]

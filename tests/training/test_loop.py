@@ -20,7 +20,10 @@ import pytest
 import torch
 import yaml
 from safetensors import SafetensorError
+from typer.testing import CliRunner
 
+from internvideo3.harness.cli import app
+from internvideo3.harness.train import LOCK, alone_in, run_training
 from internvideo3.model.checkpoint import load_model
 from internvideo3.training import train as training
 from internvideo3.training.checkpoints import CheckpointMismatchError, Progress, newest, save
@@ -354,6 +357,59 @@ def test_fewer_documents_than_processes_are_told_and_nothing_waits(tmp_path: Pat
     assert done.returncode != 0
     said = done.stderr.replace("\n", " ")
     assert "stages.gspo.documents is 1, and 2 processes" in said, done.stderr[-2000:]
+
+
+def own_recipe(path: Path, stage: StageOptions) -> str:
+    told = {"about": "t", "start": START, "seed": 5, "stages": {"sft": _plain_data(stage)}}
+    path.write_text(json.dumps(told))
+    return str(path)
+
+
+def test_two_commands_do_not_train_in_one_folder(plain: Path, tmp_path: Path) -> None:
+    """The second one wrote over the states and checkpoints of the first."""
+    own, out, tried = own_recipe(tmp_path / "own.yaml", sft()), tmp_path / "out", []
+
+    def second(name: str, done: int, total: int) -> None:
+        with pytest.raises(TrainingError, match=f"another command trains in {out}. Wait for it"):
+            run_training(own, out, 1, quiet)
+        tried.append(done)
+
+    run_training(own, out, 1, second)
+    assert tried == [0, 1, 2, 2] and weights(out) == weights(plain)
+    assert [one.name for one in out.iterdir()] == ["1-sft"], "its lock is gone"
+    nothing = tmp_path / "nothing"
+    with pytest.raises(RecipeError, match="not set"):
+        run_training("official", nothing, 1, quiet)
+    assert not nothing.exists()
+
+
+@pytest.mark.slow
+def test_a_folder_is_free_when_the_command_that_trains_in_it_is_killed(tmp_path: Path) -> None:
+    own, out = own_recipe(tmp_path / "own.yaml", sft(steps=100_000)), tmp_path / "out"
+    command = ["train", own, "--out", str(out), "--device", "cpu"]
+    with subprocess.Popen([sys.executable, "-m", "internvideo3.harness.cli", *command]) as first:
+        waited = time.monotonic() + 120
+        while not (out / "1-sft" / "metrics.jsonl").exists() and time.monotonic() < waited:
+            time.sleep(0.1)
+        refused = CliRunner().invoke(app, command)
+        said = " ".join(refused.stderr.split())
+        assert refused.exit_code == 1
+        assert (
+            said == f"Error: another command trains in {out}. Wait for it, or give another --out."
+        )
+        first.kill()
+    with alone_in(out):
+        assert (out / LOCK).exists()
+
+
+@pytest.mark.slow
+def test_two_processes_are_both_refused_a_folder_in_use(tmp_path: Path) -> None:
+    """The second one, which asks for no lock, would wait for the first for ever."""
+    own = own_recipe(tmp_path / "own.yaml", sft())
+    with alone_in(tmp_path / "out"):
+        done = trained_by_two(Path(own), tmp_path / "out")
+    assert done.returncode != 0
+    assert done.stderr.count(f"another command trains in {tmp_path / 'out'}") == 2, done.stderr
 
 
 def test_a_checkpoint_that_cannot_be_written_loses_no_step(

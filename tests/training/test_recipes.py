@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from internvideo3.harness.ablate_jobs import graph
 from internvideo3.model.checkpoint import load_model, resolve_checkpoint, weights_digest
 from internvideo3.training.documents import WorldDocuments
 from internvideo3.training.loop import rate_at
@@ -343,11 +344,37 @@ def test_shipped_recipes_say_lengths_in_order(name: str) -> None:
 def test_where_a_teacher_is_and_when_states_are_kept_decide_no_weights() -> None:
     stage = complete(load_recipe("scale"))["opd"]
     assert isinstance(stage, Opd)
+    stage = replace(stage, teacher_model="deep")
     here, there = (replace(stage, teacher=f"http://{host}:1/v1") for host in "ab")
     assert stage_digest(here, 0, "a") == stage_digest(there, 0, "a")
     assert stage_digest(replace(here, teacher_model="x"), 0, "a") != stage_digest(here, 0, "a")
     assert stage_digest(here, 0, "a") != stage_digest(stage, 0, "a")
     assert stage_digest(replace(stage, save_every=7), 0, "a") == stage_digest(stage, 0, "a")
+
+
+def test_teachers_that_nobody_named_are_told_apart_by_their_addresses() -> None:
+    """Both are called `teacher`; an ablation trained once for the two."""
+    stage = complete(load_recipe("scale"))["opd"]
+    assert isinstance(stage, Opd)
+    small, large = (replace(stage, teacher=f"http://{host}:1/v1") for host in ("small", "large"))
+    assert stage_digest(small, 0, "a") != stage_digest(large, 0, "a")
+    slashed = replace(small, teacher=f"{small.teacher}/")
+    assert stage_digest(slashed, 0, "a") == stage_digest(small, 0, "a")
+    base = load_recipe("scale")
+    rows = {one.teacher: replace(base, stages={"opd": one}) for one in (small, large)}
+    assert sum(not work.evaluates for work in graph(rows, (0,))) == 2
+
+
+def test_a_named_teachers_stage_keeps_its_digest() -> None:
+    """Of what was trained before unnamed ones were told apart."""
+    data = WorldData(lengths={2: 1.0}, videos=4)
+    stage = Opd(
+        kind="opd", teacher="http://a:1/v1", teacher_model="deep", steps=2, documents=2, data=data,
+        pack_tokens=2048, max_new_tokens=4, optimiser=Optimiser(learning_rate=1e-5),
+    )  # fmt: skip
+    assert stage_digest(stage, 0, "a").startswith("9a2d8b418666")
+    local = replace(stage, teacher="scale:teacher", teacher_model="teacher")
+    assert stage_digest(local, 0, "a").startswith("5f97873cd07e")
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "processor_config.json"])

@@ -159,19 +159,39 @@ def test_rows_that_cannot_be_used_are_told_within_a_budget(videos: Path, tmp_pat
     rows = [
         about("broken", "broken.mp4"), about("good", str(videos / "v0.mp4")),
         {"id": "silent"}, about("unruled", str(videos / "v0.mp4"), benchmark="vidomme"),
+        about("hidden", str(videos / "v0.mp4"), benchmark="motionbench",
+              doc={"answer": "NA", "options": ["x", "y"]}),
     ]  # fmt: skip
     write_rows(tmp_path / "rows.jsonl", rows)
     made = write_samples(options(tmp_path / "rows.jsonl", tmp_path / "out.jsonl"), quiet)
-    assert (made.rows, made.dropped) == (1, 3)
+    assert (made.rows, made.dropped) == (1, 4)
     why = {row["id"]: row["reason"] for row in read_rows(tmp_path / "out.dropped.jsonl")}
     assert "broken.mp4" in why["broken"] and why["silent"] == "cannot be used: has no 'messages'"
     assert "did you mean videomme" in why["unruled"]
+    assert "no right answer that motionbench could score responses by" in why["hidden"]
     write_rows(tmp_path / "many.jsonl", [about(f"b{n}", "broken.mp4") for n in range(30)])
     with pytest.raises(DataError, match="11 of 30 rows of .* more than 1%"):
         write_samples(options(tmp_path / "many.jsonl", tmp_path / "none.jsonl"), quiet)
     write_rows(tmp_path / "nameless.jsonl", [rows[1], {"messages": []}])
     with pytest.raises(DataError, match=r"nameless\.jsonl, row 2, has no `id`"):
         write_samples(options(tmp_path / "nameless.jsonl", tmp_path / "none.jsonl"), quiet)
+
+
+def test_another_teacher_that_nobody_named_does_not_go_on_with_the_first_ones_answers(
+    videos: Path, tmp_path: Path, teacher: Any
+) -> None:
+    rows = write_asked(videos, "two.jsonl", "needle")
+
+    def stop(name: str, done: int, total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    first = options(rows, tmp_path / "out.jsonl", teacher=teacher.url)
+    with pytest.raises(KeyboardInterrupt):
+        write_samples(first, stop)
+    with pytest.raises(DataError, match="What differs:\n  teacher: .*http://b:1/v1"):
+        write_samples(replace(first, teacher="http://b:1/v1"), quiet)
+    assert write_samples(first, quiet).kept == 1
 
 
 def test_a_served_teacher_sees_the_video_and_describes_it_better(

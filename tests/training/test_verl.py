@@ -113,6 +113,19 @@ def test_a_letter_earns_what_it_earns_in_training_and_a_last_question_is_asked(
     assert "'F' is none of its options" in whys[0] and "no `answer`" in whys[1]
 
 
+def test_a_row_on_which_no_response_can_earn_is_not_exported(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    doc = {"answer": "NA", "options": ["x", "y"], "question_type": "t"}
+    hidden = row("a", "v.mp4") | {"benchmark": "motionbench", "doc": doc}
+    public = hidden | {"id": "b", "doc": doc | {"answer": "A"}}
+    write_rows(tmp_path / "rl.jsonl", [hidden, public])
+    made = export(recipe, "gspo", tmp_path / "out")
+    (why,) = made.dropped.items()
+    assert made.kept == 1 and why[0].endswith("rl.jsonl, row 1")
+    assert why[1].startswith("it has no right answer that motionbench could score responses by")
+
+
 def test_the_reward_that_verl_loads_by_path_is_the_rule_of_training(
     recipe: Recipe, tmp_path: Path
 ) -> None:

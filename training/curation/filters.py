@@ -10,13 +10,14 @@ from __future__ import annotations
 import random
 import re
 import string
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from internvideo3.tasks.scoring.entry import score
 from internvideo3.tasks.scoring.result import ScoringError
-from internvideo3.training.curation.records import DataError, Row, user_text
+from internvideo3.training.curation.records import DataError, Row, media_of, user_text
 from internvideo3.training.curation.synthesis import plain
 
 LOW_IOU, HIGH_IOU = 0.1, 0.7
@@ -44,7 +45,9 @@ _IN_LINE = (r"(?<=[?.!:\u3002\uff1f\uff01\uff1a])[ \t]*", r"[ \t]")
 """What stands before the first option's label, and before the next ones'."""
 _TAG = re.compile(r"<[^<>\s]{1,40}>")
 """A place of media in a text, such as `<VIDEO_CONTEXT>`."""
-_SENTENCE_END = re.compile(r"[.?!:]+(?=\s|$)|[\u3002\uff1f\uff01\uff1a]|\n")
+_SENTENCE_END = re.compile(r"[?\uff1f]+|[.!:]+(?=\s|$)|[\u3002\uff01\uff1a]|\n")
+LISTED = 2
+"""So many lines or more behind the first one may be options, whatever they look like."""
 
 
 @dataclass(frozen=True)
@@ -155,29 +158,39 @@ def sampled(rows: Sequence[Row], count: int, seed: int) -> Kept:
 
 
 def without_repeats(rows: Sequence[Row], prints: Mapping[str, Sequence[str]]) -> Kept:
-    """The first of each group of rows that ask the same of the same videos.
+    """The first of each group of rows that ask the same of the same videos and pictures.
 
     The questions must be alike, and so must all that is said with them: options alone, which may be
     longer than the questions, make no repeat.
 
     Args:
         rows: Rows in the chat form.
-        prints: id → names of the row's videos by content (`fingerprints.py`).
+        prints: id → names of what the row shows, by content: of videos by `fingerprints.py`.
     """
     asked: dict[tuple[str, ...], list[tuple[str, tuple[frozenset[str], ...]]]] = {}
 
     def reason(row: Row) -> str | None:
+        shown, names = _media_words(row), tuple(prints[str(row["id"])])
+        if shown and not names:  # nobody knows of what it asks
+            return None
         text = user_text(row)
         mine = (shingles(stem(text)), shingles(text))
-        seen = asked.setdefault(tuple(prints[str(row["id"])]), [])
+        seen = asked.setdefault(names, [])
         for other, theirs in seen:
             pairs = zip(mine, theirs, strict=True)
             if all(len(a & b) >= NEAR * len(a | b) for a, b in pairs):
-                return f"asks what {other} asks of the same video"
+                return f"asks what {other} asks{shown}"
         seen.append((str(row["id"]), mine))
         return None
 
     return _filtered(rows, reason)
+
+
+def _media_words(row: Row) -> str:
+    """What a row shows, in words; empty where it is text alone."""
+    kinds = Counter(kind for kind, _ in media_of(row))
+    words = [f"{kind}{'s' if count > 1 else ''}" for kind, count in kinds.items()]
+    return f" of the same {' and '.join(words)}" if words else ""
 
 
 def without_benchmarks(
@@ -206,42 +219,101 @@ def without_benchmarks(
     return _filtered(rows, reason)
 
 
+class _Texts:
+    """Texts of at least `SHINGLE` words, found by the shingles that they share with another."""
+
+    def __init__(self) -> None:
+        self.index: dict[str, list[int]] = {}
+        self.named: list[tuple[str, int]] = []
+        """Name of each text, and how many shingles it has."""
+
+    def add(self, name: str, text: str) -> None:
+        """Take in a text, unless it is shorter."""
+        if _is_long(text):
+            parts = shingles(text)
+            for part in parts:
+                self.index.setdefault(part, []).append(len(self.named))
+            self.named.append((name, len(parts)))
+
+    def within(self, text: str) -> str | None:
+        """The first one of which a text repeats enough."""
+        return self._first(shingles(text), 0)
+
+    def like(self, text: str) -> str | None:
+        """The first one of which a text repeats enough, and says not much more."""
+        parts = shingles(text)
+        return self._first(parts, len(parts)) if _is_long(text) else None
+
+    def _first(self, parts: frozenset[str], fewest: int) -> str | None:
+        shared = Counter(place for part in parts for place in self.index.get(part, ()))
+        found = [
+            place for place, count in shared.items()
+            if count >= LEAKED * max(fewest, self.named[place][1])
+        ]  # fmt: skip
+        return self.named[min(found)][0] if found else None
+
+
 class _Questions:
     """Questions of benchmarks by what of a text gives a repetition away.
 
     A question of at least `SHINGLE` words is repeated where enough of its shingles are. A shorter
     one has none: it is repeated where a text has it as a sentence, a line, or all that is asked;
     within a longer sentence its few words are another question's.
+
+    Where options are in a form that `stem` does not know, a question seems to be longer than it is,
+    and nobody repeats enough of it. So what asks in it (`_asking`) is also compared alone, and then
+    both must have enough in common: "What is the man doing?" is in many a longer question, which it
+    is not. A sentence that is in several questions, such as an instruction, is none of them.
     """
 
     def __init__(self, questions: Mapping[str, str]) -> None:
         self.short: dict[str, str] = {}
-        self.index: dict[str, list[str]] = {}
-        self.sizes: dict[str, int] = {}
+        self.whole, self.asking = _Texts(), _Texts()
+        found_in: dict[str, dict[str, str]] = {}
         for name, text in questions.items():
-            self._add(name, plain(stem(text)))
-
-    def _add(self, name: str, asked: str) -> None:
-        if asked and len(asked.split()) < SHINGLE:
-            self.short.setdefault(asked, name)
-        elif asked:
-            parts = shingles(asked)
-            self.sizes[name] = len(parts)
-            for part in parts:
-                self.index.setdefault(part, []).append(name)
+            asked = stem(text)
+            if len(plain(asked).split()) < SHINGLE:
+                self.short.setdefault(plain(asked), name)
+            self.whole.add(name, asked)
+            head, *parts = _asking(asked)
+            self.asking.add(name, head)
+            for part in map(plain, parts):
+                found_in.setdefault(part, {})[plain(head or asked)] = name
+        for part, names in found_in.items():
+            if len(names) == 1 and part not in names:
+                (name,) = names.values()
+                self.asking.add(name, part)
 
     def repeated_by(self, text: str) -> str | None:
         """The name of a question that a text repeats."""
         asked = stem(text)
         pieces = [asked, *asked.splitlines(), *_SENTENCE_END.split(asked)]
         for piece in map(plain, pieces):
-            if piece in self.short:
+            if piece and piece in self.short:
                 return self.short[piece]
-        shared: dict[str, int] = {}
-        for part in shingles(text):
-            for name in self.index.get(part, ()):
-                shared[name] = shared.get(name, 0) + 1
-        return next((n for n, count in shared.items() if count >= LEAKED * self.sizes[n]), None)
+        alike = (self.asking.like(part) for part in (asked, *_asking(asked)))
+        return self.whole.within(text) or next(filter(None, alike), None)
+
+
+def _is_long(text: str) -> bool:
+    return len(plain(text).split()) >= SHINGLE
+
+
+def _asking(asked: str) -> list[str]:
+    """What of a text may be its question, in whatever form options follow.
+
+    First all up to its last question mark, empty where it has none. Then each sentence that ends in
+    one, for options and instructions may have their own; without any, the first of several lines.
+    """
+    if not (marks := list(re.finditer("[?\uff1f]", asked))):
+        lines = [line for line in asked.splitlines() if line.strip()]
+        return ["", *lines[:1]] if len(lines) > LISTED else [""]
+    sentences, at = [], 0
+    for end in _SENTENCE_END.finditer(asked):
+        if end[0][0] in "?\uff1f":
+            sentences.append(asked[at : end.start()])
+        at = end.end()
+    return [asked[: marks[-1].end()], *sentences]
 
 
 def stem(text: str) -> str:

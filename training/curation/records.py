@@ -17,6 +17,7 @@ from typing import Any
 Row = dict[str, Any]
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 """Of an address, such as `https://` or `data:`, which is no path; `part 1: hall.mp4` is one."""
+_MEDIA = {"video_url": "video", "image_url": "picture"}
 _HELD_AS = b"internvideo3"
 """Key of a Parquet column's metadata; `json` says that its strings are JSON."""
 
@@ -101,6 +102,16 @@ def read_rows(path: Path) -> list[Row]:
     return list(_lines(path))
 
 
+def check_ending(path: Path) -> None:
+    """Make sure that rows can be written to a file of this name.
+
+    Raises:
+        DataError: It ends in neither `.jsonl` nor `.parquet`.
+    """
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise DataError(f"{path} must end in .jsonl or .parquet")
+
+
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows, all or nothing.
 
@@ -110,8 +121,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         DataError: The name ends in neither `.jsonl` nor `.parquet`, or JSON has no form of a value.
     """
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise DataError(f"{path} must end in .jsonl or .parquet")
+    check_ending(path)
     part = path.with_suffix(f"{path.suffix}.part")
     if path.suffix == ".parquet":
         _write_parquet(path, part, list(rows))
@@ -221,15 +231,32 @@ def user_text(row: Mapping[str, Any]) -> str:
 
 def videos_of(row: Mapping[str, Any]) -> list[str]:
     """Paths of a row's videos, as they are written."""
+    return [where for kind, where in media_of(row) if kind == "video"]
+
+
+def media_of(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a row shows beside its texts, in order.
+
+    Returns:
+        Kind and place of each: `video` or `picture` with its path or address as it is written;
+        what is neither as its own type, with all that is said of it.
+    """
     if "messages" not in row:
-        return [str(row["video"])]
+        return [("video", str(row["video"]))]
     return [
-        part["video_url"]["url"]
+        _medium(part)
         for message in row["messages"]
         if isinstance(message["content"], Sequence) and not isinstance(message["content"], str)
         for part in message["content"]
-        if part["type"] == "video_url"
+        if part["type"] != "text"
     ]
+
+
+def _medium(part: Mapping[str, Any]) -> tuple[str, str]:
+    kind = str(part["type"])
+    if kind in _MEDIA:
+        return _MEDIA[kind], part[kind]["url"]
+    return kind, json.dumps(part, sort_keys=True, default=str)
 
 
 def keys_of(path: Path, rows: Sequence[Row]) -> list[str]:
@@ -273,12 +300,17 @@ def moved(row: Row, source: Path, target: Path) -> Row:
     return row | {"messages": messages}
 
 
+def is_address(url: str) -> bool:
+    """Whether a place of media is an address, such as `https://` or `data:`, and no path."""
+    return _SCHEME.match(url) is not None
+
+
 def _moved_part(part: dict[str, Any], source: Path) -> dict[str, Any]:
     kind = part["type"]
-    if kind not in ("video_url", "image_url"):
+    if kind not in _MEDIA:
         return part
     url = str(part[kind]["url"])
-    if _SCHEME.match(url):
+    if is_address(url):
         return part
     return part | {kind: part[kind] | {"url": str(source.resolve() / url)}}
 

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from internvideo3.tasks.scoring.entry import score
 from internvideo3.tasks.scoring.numeric import read_span
 from internvideo3.training.chat import MARK, ChatDocuments, RowLimits
 from internvideo3.training.curation.records import DataError, Row, user_text
-from internvideo3.training.documents import SCORED_AS, Prompt
+from internvideo3.training.documents import SCORED_AS, Prompt, check_scored
 from internvideo3.training.endpoint import Endpoint
 from internvideo3.training.recipe import ChatData
 from internvideo3.training.rollouts import Sampler
@@ -143,14 +142,14 @@ def judged_by(row: Row, prompt: Prompt) -> Row:
     """By what the filters judge responses: `benchmark`, `doc`, and of a description `reference`.
 
     Raises:
-        ScoringError: Its rule cannot score the row.
+        ScoringError, DataError: Its rule cannot score the row.
     """
     benchmark = prompt.benchmark or SCORED_AS
     judged: Row = {"benchmark": benchmark, "doc": dict(prompt.doc)}
     if is_description(row):
         return judged | {"reference": str(row.get("reference") or row["answer"])}
     # What cannot be scored is told now, before it is sampled, and not by the filter.
-    score(benchmark, judged["doc"], "", rule="plain")
+    check_scored(benchmark, judged["doc"])
     return judged
 
 

@@ -95,15 +95,20 @@ def _read(reply: str, category: str, rng: random.Random) -> Asked:
         told = json.loads(found.group(0) if found else reply)
         options = [str(told["answer"]).strip(), *(str(d).strip() for d in told["distractors"])]
         rng.shuffle(options)
-        return Asked(
+        asked = Asked(
             category=category,
             question=str(told["question"]).strip(),
             options=tuple(options),
             answer=str(told["answer"]).strip(),
             evidence_s=(float(told["start_s"]), float(told["end_s"])),
         )
-    except (ValueError, LookupError, TypeError) as error:
-        raise RejectedError(f"the reply is not the JSON that was asked for ({error!r})") from error
+        # Half of a character, which JSON can say, cannot be written down.
+        "".join([asked.question, *asked.options]).encode()
+        return asked
+    # Of replies without an end: brackets in brackets, and numbers of hundreds of digits.
+    except (ValueError, LookupError, TypeError, RecursionError, OverflowError) as error:
+        fault = f"the reply is not the JSON that was asked for ({error!r:.200})"
+        raise RejectedError(fault) from error
 
 
 def plain(text: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from internvideo3.model.conversion.convert import convert_with_report
 from internvideo3.training.documents import Document
 from internvideo3.training.policy import Policy
-from internvideo3.training.probe import held_of, modality_losses, note_losses
+from internvideo3.training.probe import held_of, measured_on, modality_losses, note_losses
 from internvideo3.training.recipe import Convert, require
 from internvideo3.training.sources import documents_of
 
@@ -53,7 +53,8 @@ def _probe(moment: str, options: Convert, model: Any, processor: Any, folder: Pa
     """Losses by modality, where the recipe has held-out documents."""
     held = held_of(options, processor)
     if held is not None:
-        note_losses(folder, moment, modality_losses(Policy(model.eval()), held, options.probe))
+        losses = modality_losses(Policy(model.eval()), held, options.probe)
+        note_losses(folder, moment, losses, measured_on(options))
 
 
 def _inputs(document: Document, config: Any) -> dict[str, Tensor]:

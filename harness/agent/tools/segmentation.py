@@ -6,6 +6,7 @@ PyAV at the size that the network wants, so that no ffmpeg program is needed.
 Axes: T frames, H rows, W columns, C colours.
 """
 
+import contextlib
 import functools
 import hashlib
 from pathlib import Path
@@ -19,6 +20,8 @@ WEIGHTS_SHA256 = "a313d0b3bebfa9a71914b375bfdf918a30b5c3b1e6be51972d35dd8078b442
 HEIGHT, WIDTH = 27, 48
 MOST_FRAMES = 60_000
 """About half an hour at 30 frames a second; longer parts are asked for in pieces."""
+BEFORE_S = 2.0
+"""By so much before a part decoding begins, at a picture that needs none before it."""
 THRESHOLD = 0.5
 """The network's own; a change lies where its output is above."""
 
@@ -50,6 +53,20 @@ def _runs(above: NDArray[np.bool_]) -> list[tuple[int, int]]:
 def _frames(
     path: Path, start_s: float, end_s: float | None
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64], float]:
+    if start_s > BEFORE_S:
+        # What cannot be sought is decoded from its beginning.
+        with contextlib.suppress(_NotSoughtError, av.FFmpegError):
+            return _decoded(path, start_s, end_s, seek=True)
+    return _decoded(path, start_s, end_s, seek=False)
+
+
+class _NotSoughtError(Exception):
+    """A file began behind the place that was sought in it."""
+
+
+def _decoded(
+    path: Path, start_s: float, end_s: float | None, *, seek: bool
+) -> tuple[NDArray[np.uint8], NDArray[np.float64], float]:
     pictures, times = [], []
     with av.open(str(path)) as container:
         if not container.streams.video:
@@ -57,8 +74,12 @@ def _frames(
         stream = container.streams.video[0]
         frame_s = 1.0 / float(stream.average_rate or 25)
         first_s = float((stream.start_time or 0) * (stream.time_base or 0))
-        for frame in container.decode(stream):
+        if seek:
+            container.seek(int((first_s + start_s - BEFORE_S) * av.time_base))
+        for number, frame in enumerate(container.decode(stream)):
             at_s = float(frame.time or 0.0) - first_s
+            if seek and number == 0 and at_s > start_s:
+                raise _NotSoughtError
             if end_s is not None and at_s >= end_s:
                 break
             if at_s >= start_s:
