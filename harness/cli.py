@@ -3,11 +3,13 @@
 Nothing heavy is imported at the top, so that `--help` answers at once.
 """
 
+import errno
 import inspect
 import json
 import os
 import re
 import select
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -25,16 +27,19 @@ if TYPE_CHECKING:
 USER_ERROR = 1
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+BOXES = shutil.get_terminal_size().columns >= 110
+"""Whether help is in boxes: in narrow ones names of options are cut off."""
+FULL = {errno.ENOSPC, errno.EDQUOT}
 POLICIES = ("controller", "model", "trained")
 
 _EXAMPLES = """
-[bold]First steps[/bold]
+First steps:
 
   internvideo3 demo                               all of it, small, in minutes
 
   internvideo3 world show world_long --index 3    one video and its question
 
-[bold]Evaluate, compare, read[/bold]
+Evaluate, compare, read:
 
   internvideo3 world build world_long             make the videos, once
 
@@ -51,7 +56,7 @@ computed twice.
 app = typer.Typer(
     name="internvideo3",
     help="Evaluate, profile and compare M²LA video-language models.\n" + _EXAMPLES,
-    rich_markup_mode="rich",
+    rich_markup_mode="rich" if BOXES else None,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -281,7 +286,7 @@ def evaluate_command(
 
     Under torchrun every process answers a share of the videos, and the first one merges.
 
-    [bold]Examples[/bold]
+    For example:
 
       internvideo3 eval --model scale:m2la --suite scale --out runs/m2la
 
@@ -422,7 +427,7 @@ def ask_command(
     the `agent` extra, checks that its answer rests on what was seen, and stops at its budget. Equal
     commands write equal traces.
 
-    [bold]Examples[/bold]
+    For example:
 
       internvideo3 ask film.mp4 "What is written on the door?"
 
@@ -544,7 +549,7 @@ def serve_command(
     NAME answers directly, NAME-agentic by the agent. A video is a `video_url` part: a data URL, or
     the path of a file in --folder. Nothing is fetched from the network. Needs the `serve` extra.
 
-    [bold]Examples[/bold]
+    For example:
 
       internvideo3 serve --folder ~/videos
 
@@ -583,7 +588,7 @@ def trace_show_command(
 ) -> None:
     """Write the page of a rollout.
 
-    [bold]Example[/bold]
+    For example:
 
       internvideo3 trace show runs/agent/traces/world_long/000007.json.gz --video clip.mp4
     """
@@ -618,7 +623,7 @@ def trace_replay_command(
 ) -> None:
     """Run a rollout again from its file, and say whether it came out the same.
 
-    [bold]Example[/bold]
+    For example:
 
       internvideo3 trace replay ask/trace.json film.mp4
     """
@@ -659,7 +664,7 @@ def table6_command(
 ) -> None:
     """Set agentic runs beside a direct one: score, paired difference, cost (the paper's table 6).
 
-    [bold]Example[/bold]
+    For example:
 
       internvideo3 table6 runs/direct runs/agentic --out table6
     """
@@ -683,7 +688,7 @@ def suites_command(
 ) -> None:
     """List benchmarks and suites: how they are asked and scored, and whether their data is here.
 
-    [bold]Examples[/bold]
+    For example:
 
       internvideo3 suites
 
@@ -709,7 +714,7 @@ def score_command(
 ) -> None:
     """Score the stored answers of a run again; needs no model and no GPU.
 
-    [bold]Example[/bold]
+    For example:
 
       internvideo3 score runs/m2la
     """
@@ -749,7 +754,7 @@ def serve_policy_command(
     before each step; `teacher: http://HOST:8001/v1` has the model here judge the student's tokens.
     On one machine the result is the same to the bit as without a server.
 
-    [bold]Examples[/bold]
+    For example:
 
       internvideo3 serve-policy --model scale:control
 
@@ -785,7 +790,7 @@ def judge_command(
     are kept in the run as they come, so `score` needs no network afterwards. A busy or restarting
     server is asked again, five times with growing waits; after that the same command goes on.
 
-    [bold]Example[/bold]
+    For example:
 
       internvideo3 judge runs/short --endpoint http://localhost:8000/v1 --judge qwen
     """
@@ -824,9 +829,11 @@ def report_command(
     out: Annotated[Path, typer.Option(help="Folder for report.html and report.md.")],
     title: Annotated[str, typer.Option(help="Title of the page.")] = "InternVideo3",
 ) -> None:
-    """Make the leaderboard page from runs: tables, plots, and every answer with its frames.
+    """Make the leaderboard page from runs: tables, plots, and answers with their frames.
 
-    [bold]Example[/bold]
+    Of many answers the page has a selection, with all kinds of right and wrong; the runs have all.
+
+    For example:
 
       internvideo3 report runs/base runs/m2la runs/blind --out page
     """
@@ -858,7 +865,7 @@ def world_build_command(
 ) -> None:
     """Make the videos, questions and lmms-eval tasks of suites; only what is missing.
 
-    [bold]Example[/bold]
+    For example:
 
       internvideo3 world build world_long world_ego --videos 50
     """
@@ -893,7 +900,7 @@ def world_show_command(
 
     The suite need not be built: frames are then drawn on the spot.
 
-    [bold]Example[/bold]
+    For example:
 
       internvideo3 world show world_long --index 3
     """
@@ -989,7 +996,7 @@ def profile_command(
     attention agrees with float32 at its own depth. What this code measured already is kept, what
     does not fit is recorded as that, and the others go on.
 
-    [bold]Example[/bold]
+    For example:
 
       internvideo3 profile --model scale:base --model scale:m2la --out runs/profile
       internvideo3 profile --workload figure6 --plan --memory h100
@@ -1105,7 +1112,7 @@ def train_command(
 
     Under torchrun the processes share the model (FSDP2) and the documents of each step.
 
-    [bold]Examples[/bold]
+    For example:
 
       internvideo3 train scale --out runs/scale
 
@@ -1165,7 +1172,7 @@ def data_curate_command(
     dropped.jsonl with its reason. Writes the chat form that training reads, Table 1 and Figure 5
     of the corpus, and a data card. A folder that other options made is refused.
 
-    [bold]Example[/bold]
+    For example:
 
       internvideo3 data curate videos/ --endpoint http://localhost:8000/v1 --model qwen --out corpus
     """
@@ -1188,7 +1195,12 @@ def data_report_command(
     rows: Annotated[Path, typer.Argument(help="Curated questions, .jsonl or .parquet.")],
     out: Annotated[Path, typer.Option(help="Folder for Table 1, Figure 5 and the card.")],
 ) -> None:
-    """Write the distribution of a corpus beside the paper's (Table 1, Figure 5), and a card."""
+    """Write the distribution of a corpus beside the paper's (Table 1, Figure 5), and a card.
+
+    For example:
+
+      internvideo3 data report corpus/questions.jsonl --out corpus/card
+    """
     with _errors_in_words(out):
         from internvideo3.harness.data import describe
 
@@ -1246,7 +1258,7 @@ def data_sample_command(
     written, and what a filter keeps of it, trains as it is. Frames are those of training where
     the limits of frames, pixels, --pack-tokens, --group and --max-new-tokens are the recipe's.
 
-    [bold]Example[/bold]
+    For example:
 
       internvideo3 data sample corpus/questions.jsonl --model ./checkpoint --out sampled.jsonl
     """
@@ -1283,7 +1295,14 @@ def data_filter_command(
     count: Annotated[int | None, typer.Option(min=1, help="Draw so many of them.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
 ) -> None:
-    """Keep the rollouts that reinforcement learning or distillation can learn from."""
+    """Keep the rollouts that reinforcement learning or distillation can learn from.
+
+    For example:
+
+      internvideo3 data filter mixed responses.jsonl --out learnable.jsonl
+
+      internvideo3 data filter gap responses.jsonl --count 10000 --out distil.jsonl
+    """
     with _errors_in_words(out):
         from internvideo3.harness.data import filter_rows
 
@@ -1309,6 +1328,10 @@ def data_check_command(
 
     A row that cannot be used, such as one with a broken video, is dropped too, up to a budget. Of
     a benchmark's folder every file is tried that is no text or picture by its name.
+
+    For example:
+
+      internvideo3 data check rows.jsonl --benchmark-videos /data/videomme --out clean.jsonl
     """
     with _errors_in_words(out):
         from internvideo3.harness.data import check_rows
@@ -1342,7 +1365,7 @@ def data_mix_command(
 ) -> None:
     """Mix files with exact shares, spread evenly; no row twice.
 
-    [bold]Example[/bold]
+    For example:
 
       internvideo3 data mix long.jsonl=0.3 text.jsonl=0.7 --total 10000 --out mixed.jsonl
     """
@@ -1363,7 +1386,7 @@ def data_verl_command(
     Files only; neither verl nor Ray is needed here. Where verl runs, this package must be
     installed too, since its scorers are the reward.
 
-    [bold]Example[/bold]
+    For example:
 
       internvideo3 data verl my_recipe.yaml --out verl
     """
@@ -1406,7 +1429,7 @@ def data_rollouts_command(
     data names the file. Budget and frames must be those with which the model will act
     (`eval --mode agentic --policy trained`).
 
-    [bold]Example[/bold]
+    For example:
 
       internvideo3 data rollouts corpus/questions.jsonl --model ./checkpoint --out rollouts.jsonl
     """
@@ -1466,7 +1489,7 @@ def ablate_command(
     each evaluation, so that what is finished can be read while the rest is trained. Repeat the
     command to continue, or with more recipes or seeds to add them.
 
-    [bold]Examples[/bold]
+    For example:
 
       internvideo3 world build world_long world_grounding world_ego world_manyq
 
@@ -1522,7 +1545,7 @@ def demo_command(
 
     Repeat the command to continue an interrupted demo.
 
-    [bold]Example[/bold]
+    For example:
 
       internvideo3 demo --out demo
     """
@@ -1555,7 +1578,7 @@ def compare_stock_command(
     The gate first: equal input ids and grids, equal answers. Then seconds for decoding, prefill
     and answering, apart.
 
-    [bold]Example[/bold]
+    For example:
 
       internvideo3 compare-stock --videos 6 --repeats 3
     """
@@ -1649,7 +1672,7 @@ def convert_command(
       metric_ridge=NUMBER             added to the metric
       refit_ridge=NUMBER              added to the refit
 
-    [bold]Examples[/bold]
+    For example:
 
       internvideo3 convert scale:base converted
 
@@ -1689,7 +1712,7 @@ def inspect_command(
 ) -> None:
     """Say what a checkpoint is: attention, ranks, parameters, cache bytes per token.
 
-    [bold]Example[/bold]
+    For example:
 
       internvideo3 inspect scale:m2la
     """
@@ -1795,6 +1818,12 @@ def _worded(error: ValueError | OSError) -> str:
     """An error's text; a file's own, which the system words, with what it was about first."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}. Give another place, or make this one usable."
+    if isinstance(error, OSError) and error.errno in FULL:
+        # Of a write, not an opening, the system names no file.
+        return (
+            f"{error.strerror}, where the results or temporary files are. Make room, or give "
+            "another --out, and repeat the command."
+        )
     return str(error)
 
 
@@ -1944,6 +1973,23 @@ def _tell_summary(summary: "EvalSummary", max_errors: int) -> None:
     if len(summary.errors) > max_errors:
         _leave(USER_ERROR)
 
+
+def _keep_lines(text: str) -> str:
+    """A command's help whose examples and lists stay lines where it is not in boxes."""
+    paragraphs = inspect.cleandoc(text).split("\n\n")
+    return "\n\n".join(f"\b\n{one}" if one.startswith("  ") else one for one in paragraphs)
+
+
+def _lay_out_help() -> None:
+    app.info.help = _keep_lines(str(app.info.help))
+    for one in (app, world_app, trace_app, data_app):
+        for command in one.registered_commands:
+            assert command.callback is not None
+            command.help = _keep_lines(command.help or command.callback.__doc__ or "")
+
+
+if not BOXES:
+    _lay_out_help()
 
 if __name__ == "__main__":
     main()

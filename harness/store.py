@@ -318,13 +318,40 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two commands' run.json, one line each; empty for the same run."""
     old, new = dict(_flat(_identity(before))), dict(_flat(_identity(now)))
-    return [
-        f"{key}: {old.get(key, 'absent')} in the directory, {new.get(key, 'absent')} now"
+    differing = [
+        key
         for key in sorted(old.keys() | new.keys())
         if old.get(key, "absent") != new.get(key, "absent")
         # A setting that an older version did not have is the same where it is not used.
         and {old.get(key, "absent"), new.get(key, "absent")} - _UNUSED
     ]
+    lines = dict.fromkeys(
+        _difference(key, before, now, old.get(key, "absent"), new.get(key, "absent"))
+        for key in differing
+    )
+    return list(lines)
+
+
+def _difference(
+    key: str, before: Mapping[str, Any], now: Mapping[str, Any], old: str, new: str
+) -> str:
+    """One setting in two commands, a model by its name and a suite that one lacks as a whole."""
+    if key == "model.digest":
+        key = "model"
+        old, new = (
+            f"{run.get('model', {}).get('name')} ({digest.strip('"')[:12]})"
+            for run, digest in ((before, old), (now, new))
+        )
+    elif key.startswith("suites."):
+        key = ".".join(key.split(".")[:2])
+        told = [run.get("suites", {}).get(key.partition(".")[2]) for run in (before, now)]
+        if None in told:
+            old, new = ("absent" if one is None else "asked" for one in told)
+        else:
+            old, new = (
+                f"{one.get('n')} questions ({str(one.get('data_digest'))[:12]})" for one in told
+            )
+    return f"{key}: {old} in the directory, {new} now"
 
 
 def _identity(run: Mapping[str, Any]) -> Row:
@@ -544,6 +571,6 @@ def _explained(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = "no space left" if error.errno in _FULL else (error.strerror or str(error))
         raise StoreError(
-            f"Cannot write {path}: {reason}. Everything answered before is kept; "
+            f"Cannot write {path}: {reason}. Everything that was written before is kept; "
             "make room or fix the directory, and repeat the command to continue."
         ) from error

@@ -329,7 +329,8 @@ def decoded(video: Mapping[str, Any]) -> Frames:
 def _picture(text: str) -> np.ndarray[Any, Any]:
     content = base64.b64decode(text, validate=True)
     try:
-        return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+        # One kind alone: some that PIL knows run other programs (EPS, Ghostscript).
+        return np.asarray(Image.open(io.BytesIO(content), formats=("PNG",)).convert("RGB"))
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
 

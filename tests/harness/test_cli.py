@@ -45,6 +45,18 @@ def test_help_answers_within_half_a_second() -> None:
     assert best <= 0.5
 
 
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_help_cuts_off_no_option_and_no_example(columns: str) -> None:
+    done = internvideo3("data", "check", "--help", COLUMNS=columns)
+    assert "--benchmark-questions " in done.stdout and "…" not in done.stdout
+    example = "internvideo3 data check rows.jsonl --benchmark-videos /data/videomme --out clean"
+    assert example in done.stdout
+    done = internvideo3("convert", "--help", COLUMNS=columns)
+    assert "    tempered=on|off                 ranks differ by layer\n" in done.stdout or (
+        columns == "200" and "tempered=on|off" in done.stdout
+    )
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["eval", "--help"], ["score", "--help"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (

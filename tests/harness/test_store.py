@@ -111,7 +111,7 @@ def test_another_command_is_refused_with_what_differs(tmp_path: Path) -> None:
     message = str(refusal.value)
     assert "config.fps: 2.0 in the directory, 4.0 now" in message
     assert "config.limit: null in the directory, 5 now" in message
-    assert 'model.digest: "abc" in the directory, "def" now' in message
+    assert "model: scale:base (abc) in the directory, x (def) now" in message
     assert "created" not in message
     assert json.loads((tmp_path / "run.json").read_text()) == run_json()
 
