@@ -338,10 +338,8 @@ def _difference(
     """One setting in two commands, a model by its name and a suite that one lacks as a whole."""
     if key == "model.digest":
         key = "model"
-        old, new = (
-            f"{run.get('model', {}).get('name')} ({digest.strip('"')[:12]})"
-            for run, digest in ((before, old), (now, new))
-        )
+        models = [run.get("model", {}) for run in (before, now)]
+        old, new = (f"{one.get('name')} ({str(one.get('digest'))[:12]})" for one in models)
     elif key.startswith("suites."):
         key = ".".join(key.split(".")[:2])
         told = [run.get("suites", {}).get(key.partition(".")[2]) for run in (before, now)]
