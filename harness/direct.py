@@ -22,8 +22,7 @@ import torch
 
 from internvideo3.harness.frame_cache import FrameCache
 from internvideo3.harness.settings import NEW_TOKENS, Settings
-from internvideo3.model.fitting import fit_frames as fit_frames
-from internvideo3.model.fitting import fit_image as fit_image
+from internvideo3.model.fitting import fit_image, fitter
 from internvideo3.model.session import Limits, Reply, Session
 from internvideo3.tasks.decoder import IsolatedReader
 from internvideo3.tasks.video import Frames
@@ -220,15 +219,14 @@ class Answerer:
         fps = clip.fps or settings.fps
 
         def make() -> Frames:
-            read = self.reader.read(
+            return self.reader.read(
                 clip.path,
                 fps=fps,
                 max_frames=settings.max_frames,
                 start_s=clip.start_s,
                 end_s=clip.end_s,
+                fit=fitter(factor, settings.bounds),
             )
-            low, high = settings.bounds(len(read.indices))
-            return fit_frames(read, factor=factor, min_pixels=low, max_pixels=high)
 
         if self.cache is None:
             frames = make()

@@ -26,9 +26,7 @@ class Cue(NamedTuple):
     text: str
 
 
-def read_cues(
-    path: Path, starts_at_s: float, length_s: float, *, whole: bool = False
-) -> list[Cue]:
+def read_cues(path: Path, starts_at_s: float, length_s: float, *, whole: bool = False) -> list[Cue]:
     """The subtitles of a file in either of the two published layouts.
 
     Args:
@@ -105,6 +103,7 @@ def doc_to_messages(
         video,
         max_frames=int(doc.get("iv3_max_frames") or between["max_frames"]),
         steps_over_s=between["length_s"],
+        time_limit_s=doc.get("iv3_decode_limit_s"),
     )
     times_s = [index / frames.source_fps for index in frames.indices]
     cues = read_cues(Path(between["path"]), between["starts_at_s"], between["length_s"])

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from internvideo3.tasks.video import frame_indices, read_frames
+from internvideo3.tasks.sampling import frame_indices
+from internvideo3.tasks.video import read_frames
 from internvideo3.tasks.world import difficulty as d
 from internvideo3.tasks.world.build import (
     BuildError,

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwen_vl_utils import process_vision_info
 
-from internvideo3.harness.direct import Answerer, Clip, Question, decoders, fit_frames
+from internvideo3.harness.direct import Answerer, Clip, Question, decoders
 from internvideo3.harness.settings import Settings, pixel_range
+from internvideo3.model.fitting import fit_frames, fit_pixels
 from internvideo3.tasks.decoder import IsolatedReader
 from internvideo3.tasks.video import Frames, read_frames
 
@@ -81,6 +82,17 @@ def test_fitted_sides_are_whole_patches_and_keep_to_the_budget(
     else:
         assert rows * columns >= budget
     assert fitted.indices == (0, 1, 2, 3) and fitted.source_fps == 2.0
+
+
+@pytest.mark.parametrize(("height", "width"), [(65, 97), (240, 426), (360, 640), (1080, 1920)])
+def test_frames_fitted_a_few_at_a_time_have_the_same_bits(height: int, width: int) -> None:
+    pixels_THWC = np.random.default_rng(0).integers(0, 256, (7, height, width, 3), np.uint8)
+    for budget in (4096, 60_000, 786_432):
+        how = {"factor": 32, "min_pixels": budget, "max_pixels": budget}
+        whole = fit_pixels(pixels_THWC, **how)
+        for size in (1, 2, 5):
+            parts = [fit_pixels(pixels_THWC[at : at + size], **how) for at in range(0, 7, size)]
+            assert np.array_equal(np.concatenate(parts), whole)
 
 
 def test_each_video_is_read_and_encoded_once(
