@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from internvideo3.harness.frame_cache import FrameCache
 from internvideo3.harness.settings import NEW_TOKENS, Settings
@@ -312,20 +313,25 @@ class Answerer:
 
 
 def shuffle_frames(frames: Frames) -> Frames:
-    """The same pictures in an order drawn from their content, at the times of the true order."""
-    count = len(frames.indices)
-    order = np.random.default_rng(int(frames.digest[:16], 16)).permutation(count)
+    """The same pictures in an order drawn from their content, at the times of the true order.
+
+    It is never the true order, unless there is one picture.
+    """
+    order = _another_order(frames.digest, len(frames.indices))
     pixels_THWC = np.ascontiguousarray(frames.pixels_THWC[order])
     return replace(frames, pixels_THWC=pixels_THWC, digest=f"{frames.digest} shuffled")
 
 
 def shuffle_images(images: Sequence[Any]) -> tuple[Any, ...]:
     """The same images in an order drawn from their content, which is never their own order."""
-    seed = hashlib.sha256("".join(map(_image_key, images)).encode()).hexdigest()[:16]
-    order = np.random.default_rng(int(seed, 16)).permutation(len(images))
-    if (order == np.arange(len(images))).all():
-        order = np.roll(order, 1)
-    return tuple(images[at] for at in order)
+    digest = hashlib.sha256("".join(map(_image_key, images)).encode()).hexdigest()
+    return tuple(images[at] for at in _another_order(digest, len(images)))
+
+
+def _another_order(digest: str, count: int) -> NDArray[np.int64]:
+    """An order of so many things drawn from a digest, and not the one that they are in."""
+    order = np.random.default_rng(int(digest[:16], 16)).permutation(count)
+    return np.roll(order, 1) if (order == np.arange(count)).all() else order
 
 
 def _image_key(image: Any) -> str:

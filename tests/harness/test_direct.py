@@ -3,6 +3,7 @@
 pytest tests/harness/test_direct.py
 """
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwen_vl_utils import process_vision_info
 
-from internvideo3.harness.direct import Answerer, Clip, Question, decoders
+from internvideo3.harness.direct import Answerer, Clip, Question, decoders, shuffle_frames
 from internvideo3.harness.settings import Settings, pixel_range
 from internvideo3.model.fitting import fit_frames, fit_pixels
 from internvideo3.tasks.decoder import IsolatedReader
@@ -93,6 +94,22 @@ def test_frames_fitted_a_few_at_a_time_have_the_same_bits(height: int, width: in
         for size in (1, 2, 5):
             parts = [fit_pixels(pixels_THWC[at : at + size], **how) for at in range(0, 7, size)]
             assert np.array_equal(np.concatenate(parts), whole)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
+def test_shuffled_frames_are_never_in_their_own_order(count: int) -> None:
+    """By chance half of all pairs were. What is on record besides is as it was."""
+    pixels_THWC = np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(3, 3)
+    orders = set()
+    for seed in range(500):
+        digest = hashlib.sha256(str(seed).encode()).hexdigest()
+        frames = Frames(pixels_THWC, tuple(range(count)), 2.0, count, count / 2, digest)
+        order = shuffle_frames(frames).pixels_THWC[:, 0, 0, 0].tolist()
+        drawn = np.random.default_rng(int(digest[:16], 16)).permutation(count).tolist()
+        assert sorted(order) == list(range(count))
+        assert order == drawn if drawn != sorted(drawn) else count == 1 or order != drawn
+        orders.add(tuple(order))
+    assert len(orders) > 1 or count < 3
 
 
 def test_each_video_is_read_and_encoded_once(
