@@ -27,7 +27,7 @@ from internvideo3.reports.wording import suite_title
 from internvideo3.tasks.benchmarks.catalogue import BENCHMARKS, SUBTITLED
 from internvideo3.tasks.benchmarks.protocol import TOKEN_PIXELS, no_images
 from internvideo3.tasks.benchmarks.protocol import Benchmark as Protocol
-from internvideo3.tasks.video import FRAME_FACTOR
+from internvideo3.tasks.sampling import FRAME_FACTOR
 
 TOKEN_BYTES = 4
 """Bytes of English text that a token stands for, as a rule of thumb."""

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from internvideo3.harness.frame_cache import FrameCache
 from internvideo3.harness.settings import NEW_TOKENS, Settings
-from internvideo3.model.fitting import fit_frames as fit_frames
-from internvideo3.model.fitting import fit_image as fit_image
+from internvideo3.model.fitting import fit_image, fitter
 from internvideo3.model.session import Limits, Reply, Session
 from internvideo3.tasks.decoder import IsolatedReader
 from internvideo3.tasks.video import Frames
@@ -91,6 +91,8 @@ class Outcome:
     """How a rollout came to it and what it cost; None for a direct answer."""
     trace: dict[str, Any] | None = None
     """The whole rollout."""
+    notes: tuple[str, ...] = ()
+    """What is to be known of its videos, though they were read."""
 
 
 @dataclass(frozen=True)
@@ -220,15 +222,14 @@ class Answerer:
         fps = clip.fps or settings.fps
 
         def make() -> Frames:
-            read = self.reader.read(
+            return self.reader.read(
                 clip.path,
                 fps=fps,
                 max_frames=settings.max_frames,
                 start_s=clip.start_s,
                 end_s=clip.end_s,
+                fit=fitter(factor, settings.bounds),
             )
-            low, high = settings.bounds(len(read.indices))
-            return fit_frames(read, factor=factor, min_pixels=low, max_pixels=high)
 
         if self.cache is None:
             frames = make()
@@ -269,8 +270,10 @@ class Answerer:
             encode_s=prefix.encode_s / len(everything),
             prefill_s=(appended_s - prefix.encode_s) / len(everything),
         )
+        notes = _notes(video.frames)
         for batch in batches:
-            yield self._answer_batch(prefix, batch, shared)
+            outcomes = self._answer_batch(prefix, batch, shared)
+            yield [replace(outcome, notes=notes) for outcome in outcomes]
 
     def _answer_batch(self, prefix: Session, batch: Batch, shared: Seconds) -> list[Outcome]:
         """Decode a batch together; if that fails, one by one, so that one cannot fail others."""
@@ -314,20 +317,38 @@ class Answerer:
 
 
 def shuffle_frames(frames: Frames) -> Frames:
-    """The same pictures in an order drawn from their content, at the times of the true order."""
-    count = len(frames.indices)
-    order = np.random.default_rng(int(frames.digest[:16], 16)).permutation(count)
+    """The same pictures in an order drawn from their content, at the times of the true order.
+
+    It is never the true order, unless there is one picture.
+    """
+    order = _another_order(frames.digest, len(frames.indices))
     pixels_THWC = np.ascontiguousarray(frames.pixels_THWC[order])
     return replace(frames, pixels_THWC=pixels_THWC, digest=f"{frames.digest} shuffled")
 
 
 def shuffle_images(images: Sequence[Any]) -> tuple[Any, ...]:
     """The same images in an order drawn from their content, which is never their own order."""
-    seed = hashlib.sha256("".join(map(_image_key, images)).encode()).hexdigest()[:16]
-    order = np.random.default_rng(int(seed, 16)).permutation(len(images))
-    if (order == np.arange(len(images))).all():
-        order = np.roll(order, 1)
-    return tuple(images[at] for at in order)
+    digest = hashlib.sha256("".join(map(_image_key, images)).encode()).hexdigest()
+    return tuple(images[at] for at in _another_order(digest, len(images)))
+
+
+def _another_order(digest: str, count: int) -> NDArray[np.int64]:
+    """An order of so many things drawn from a digest, and not the one that they are in."""
+    order = np.random.default_rng(int(digest[:16], 16)).permutation(count)
+    return np.roll(order, 1) if (order == np.arange(count)).all() else order
+
+
+UNEVEN_S = 0.5
+"""A frame may be so far from the time that the model is told before it is noted."""
+
+
+def _notes(videos: Sequence[Frames]) -> tuple[str, ...]:
+    return tuple(
+        f"uneven frame times: a frame is up to {frames.off_s:.1f} s from the time that is told of "
+        "it, which is its number by the average rate"
+        for frames in videos
+        if frames.off_s > UNEVEN_S
+    )
 
 
 def _image_key(image: Any) -> str:

@@ -18,7 +18,8 @@ import numpy as np
 
 from internvideo3.tasks.video import Frames, VideoError
 
-_VERSION = 1
+_VERSION = 2
+"""2: what decord decoded is not used again; of some files it was not what was asked for."""
 _ENDING = ".frames.npz"
 
 
@@ -86,7 +87,8 @@ class FrameCache:
                     pixels_THWC=frames.pixels_THWC,
                     indices=np.asarray(frames.indices, np.int64),
                     numbers=np.asarray(
-                        [frames.source_fps, frames.total_frames, frames.duration_s], np.float64
+                        [frames.source_fps, frames.total_frames, frames.duration_s, frames.off_s],
+                        np.float64,
                     ),
                     digest=np.asarray(frames.digest),
                 )
@@ -120,7 +122,7 @@ def _load(path: Path) -> Frames | None:
     """The frames of a file, marked as used; None if it is not there or damaged."""
     try:
         with np.load(path, allow_pickle=False) as kept:
-            source_fps, total, duration_s = kept["numbers"].tolist()
+            source_fps, total, duration_s, off_s = kept["numbers"].tolist()
             frames = Frames(
                 pixels_THWC=kept["pixels_THWC"],
                 indices=tuple(kept["indices"].tolist()),
@@ -128,6 +130,7 @@ def _load(path: Path) -> Frames | None:
                 total_frames=int(total),
                 duration_s=duration_s,
                 digest=str(kept["digest"]),
+                off_s=off_s,
             )
         os.utime(path)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from internvideo3.tasks.decoder import IsolatedReader
-from internvideo3.tasks.video import Frames, frame_indices, step_indices
+from internvideo3.tasks.sampling import frame_indices, step_indices
+from internvideo3.tasks.video import Frames
 
 MAX_SIDE_PX = 160
 JPEG_QUALITY = 78

@@ -1,19 +1,16 @@
 """Videos decoded in a process of their own: a file that crashes the decoder costs that file only.
 
-About one in a hundred files with a few flipped bits in its header makes decord 0.6 read where it
-must not (measured by flipping bits: segmentation fault), which no `try` can catch. The process
-lives as long as it can and is started again after a crash or at the time limit, which also ends
-native calls that never return.
-
-decord hides damage inside a picture and only writes about it: most copies of a clip with a few
-flipped bits in its pictures gave noise without an error. Here such a file is an error. What no
-decoder can notice is a flipped bit that leaves a valid picture.
+The process lives as long as it can and is started again after a crash or at the time limit, which
+also ends native calls that never return. Frames come over a few at a time and are fitted on this
+side while more are decoded, so that a film of 2,048 frames takes the room of the fitted ones.
 
     reader = IsolatedReader()
     frames = reader.read("clip.mp4", fps=2.0)
 
-The other side is `python -m internvideo3.tasks.decoder`: a JSON line with the request comes in, a
-JSON line with the answer goes out, followed by the pixels.
+The other side is `python -m internvideo3.tasks.decoder`: a JSON line with the request comes in.
+Messages go out, each a JSON object behind its length in eight bytes: first what will come
+(`plan`; again if it has to be begun anew), then frames (`shape`, followed by the pixels), at the
+end the `digest`, or at any time an `error`.
 """
 
 import contextlib
@@ -25,13 +22,27 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from internvideo3.tasks.video import TIME_LIMIT_S, Frames, VideoError, read_frames
+from internvideo3.tasks.sampling import Choice, Plan
+from internvideo3.tasks.video import (
+    TIME_LIMIT_S,
+    Clock,
+    Fit,
+    Frames,
+    Gathered,
+    VideoError,
+    check_file,
+    decode,
+    too_slow,
+)
 
 _GRACE_S = 5.0
 """The process looks at the clock itself and answers; only where it cannot is it killed."""
@@ -42,11 +53,13 @@ class IsolatedReader:
 
     Args:
         processes: how many videos are decoded at once; more callers wait their turn.
+        time_limit_s: longest that one is decoded; None for what its length allows.
     """
 
-    def __init__(self, processes: int = 1) -> None:
+    def __init__(self, processes: int = 1, time_limit_s: float | None = None) -> None:
         if processes < 1:
             raise ValueError(f"a reader needs at least one process, got {processes}")
+        self.time_limit_s = time_limit_s
         self._workers = tuple(_Worker() for _ in range(processes))
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         for worker in self._workers:
@@ -61,9 +74,13 @@ class IsolatedReader:
         start_s: float | None = None,
         end_s: float | None = None,
         steps_over_s: float | None = None,
-        time_limit_s: float = TIME_LIMIT_S,
+        time_limit_s: float | None = None,
+        fit: Fit | None = None,
     ) -> Frames:
         """The frames of a video; arguments, result and errors are those of `read_frames`.
+
+        `fit` is called here, in the thread of the caller; without a `time_limit_s` the reader's
+        own holds.
 
         Raises:
             VideoError: as `read_frames`, or the decoder crashed on the file.
@@ -76,11 +93,11 @@ class IsolatedReader:
             "start_s": start_s,
             "end_s": end_s,
             "steps_over_s": steps_over_s,
-            "time_limit_s": time_limit_s,
+            "time_limit_s": self.time_limit_s if time_limit_s is None else time_limit_s,
         }
         worker = self._idle.get()
         try:
-            return worker.read(request)
+            return worker.read(request, fit)
         finally:
             self._idle.put(worker)
 
@@ -96,7 +113,7 @@ class _Worker:
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
 
-    def read(self, request: Mapping[str, Any]) -> Frames:
+    def read(self, request: Mapping[str, Any], fit: Fit | None) -> Frames:
         """One video.
 
         Raises:
@@ -105,16 +122,17 @@ class _Worker:
         """
         process = self._running()
         try:
-            return _ask(process, request)
+            return _ask(process, request, fit)
+        except _RefusedError as refused:
+            raise refused.error from None
         except BaseException as error:
-            if isinstance(error, VideoError | ValueError):
-                raise
             # Whatever else happens, an interrupt too, leaves the pipe in the middle of a reply.
             status = _end(process)
             self.process = None
+            if isinstance(error, _LateError):
+                raise too_slow(request["path"], error.limit_s) from None
             if isinstance(error, _CrashError | OSError):
-                said = _said(request["path"], status, request["time_limit_s"])
-                raise VideoError(said) from None
+                raise VideoError(_said(request["path"], status)) from None
             raise
 
     def close(self) -> None:
@@ -132,6 +150,8 @@ class _Worker:
                 [sys.executable, "-m", __name__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                # Waiting looks at the pipe, so nothing may be held back on this side of it.
+                bufsize=0,
                 # The process keeps what decoders write; its replies say what is of use.
                 stderr=subprocess.DEVNULL,
                 env=os.environ | {"PYTHONPATH": _python_path()},
@@ -140,7 +160,23 @@ class _Worker:
 
 
 class _CrashError(RuntimeError):
-    """The process ended, or did not answer in time."""
+    """The process ended."""
+
+
+class _LateError(RuntimeError):
+    """It did not answer in time."""
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(limit_s)
+        self.limit_s = limit_s
+
+
+class _RefusedError(RuntimeError):
+    """It answered with an error."""
+
+    def __init__(self, error: ValueError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 def _python_path() -> str:
@@ -148,37 +184,68 @@ def _python_path() -> str:
     return os.pathsep.join(filter(None, [str(source), os.environ.get("PYTHONPATH")]))
 
 
-def _ask(process: "subprocess.Popen[bytes]", request: Mapping[str, Any]) -> Frames:
+def _ask(process: "subprocess.Popen[bytes]", request: Mapping[str, Any], fit: Fit | None) -> Frames:
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(json.dumps(request).encode() + b"\n")
-    process.stdin.flush()
-    ready, _, _ = select.select([process.stdout], [], [], request["time_limit_s"] + _GRACE_S)
-    line = process.stdout.readline() if ready else b""
-    if not line.endswith(b"\n"):
-        raise _CrashError
-    answer = json.loads(line)
-    if "error" in answer:
-        kind = VideoError if answer["kind"] == "VideoError" else ValueError
-        raise kind(answer["error"])
-    pixels_THWC = np.empty(answer["shape"], np.uint8)
-    _fill(process.stdout, pixels_THWC.reshape(-1).data)
-    return Frames(
-        pixels_THWC=pixels_THWC,
-        indices=tuple(answer["indices"]),
-        source_fps=answer["source_fps"],
-        total_frames=answer["total_frames"],
-        duration_s=answer["duration_s"],
-        digest=answer["digest"],
-    )
+    limit_s = request["time_limit_s"]
+    replies = _Replies(process.stdout, TIME_LIMIT_S if limit_s is None else limit_s)
+    gathered = Gathered(Path(request["path"]), fit)
+    while True:
+        answer = replies.next()
+        if "error" in answer:
+            kind = VideoError if answer["kind"] == "VideoError" else ValueError
+            raise _RefusedError(kind(answer["error"]))
+        if "digest" in answer:
+            return gathered.frames(answer["digest"])
+        if "plan" in answer:
+            replies.allow(answer["limit_s"])
+            plan = answer["plan"]
+            gathered.begin(Plan(**plan | {"indices": tuple(plan["indices"])}))
+        else:
+            pixels_THWC = np.empty(answer["shape"], np.uint8)
+            replies.fill(pixels_THWC.reshape(-1).data)
+            gathered.add(pixels_THWC)
 
 
-def _fill(stream: IO[bytes], room: memoryview) -> None:
-    while room:
-        chunk = stream.read(min(len(room), 1 << 24))
-        if not chunk:
-            raise _CrashError
-        room[: len(chunk)] = chunk
-        room = room[len(chunk) :]
+class _Replies:
+    """What a process answers; only the time spent in waiting for it counts."""
+
+    def __init__(self, stream: IO[bytes], limit_s: float) -> None:
+        self.stream = stream
+        self.limit_s = limit_s
+        self.left_s = limit_s + _GRACE_S
+
+    def allow(self, limit_s: float) -> None:
+        """Take in the limit of a video whose length is known now."""
+        self.left_s += limit_s - self.limit_s
+        self.limit_s = limit_s
+
+    def next(self) -> dict[str, Any]:
+        """The next message, without the pixels that may follow it.
+
+        Raises:
+            _CrashError: there will be none.
+            _LateError: there is none in time.
+        """
+        length = bytearray(8)
+        self.fill(memoryview(length))
+        message = bytearray(int.from_bytes(length, "little"))
+        self.fill(memoryview(message))
+        answer: dict[str, Any] = json.loads(message)
+        return answer
+
+    def fill(self, room: memoryview) -> None:
+        """As many bytes as there is room for; raises as `next`."""
+        while room:
+            before = time.monotonic()
+            ready, _, _ = select.select([self.stream], [], [], max(self.left_s, 0.0))
+            self.left_s -= time.monotonic() - before
+            if not ready:
+                raise _LateError(self.limit_s)
+            count = self.stream.readinto(room)  # type: ignore[attr-defined]
+            if not count:
+                raise _CrashError
+            room = room[count:]
 
 
 def _end(process: "subprocess.Popen[bytes]") -> int:
@@ -194,30 +261,52 @@ def _end(process: "subprocess.Popen[bytes]") -> int:
     return process.wait()
 
 
-def _said(path: str | Path, status: int, time_limit_s: float) -> str:
+def _said(path: str | Path, status: int) -> str:
+    """What became of a process that ended by itself."""
     if status == -signal.SIGKILL:
-        what = f"it did not decode within {time_limit_s:g} s"
-    else:
-        name = signal.Signals(-status).name if status < 0 else f"status {status}"
-        what = f"the decoder crashed on it ({name})"
-    return f"cannot read the video {path}: {what}. Check that it plays, or fetch or build it again"
+        # Nobody here sent it: at the limit it is another error.
+        return (
+            f"cannot read the video {path}: the decoder was killed (SIGKILL), as a system does "
+            "when memory runs out. Free memory, or lower max_frames"
+        )
+    name = signal.Signals(-status).name if status < 0 else f"status {status}"
+    return (
+        f"cannot read the video {path}: the decoder crashed on it ({name}). "
+        "Check that it plays, or fetch or build it again"
+    )
 
 
-_DAMAGE = re.compile(
-    r"\[\w+ @ 0x[0-9a-f]+\] .*(?:error while decoding|error decoding|concealing"
-    r"|corrupted macroblock|is invalid|out of range|too large|unavailable for requested).*"
+_CUT = re.compile(
+    r"\[[\w,]+ @ 0x[0-9a-f]+\] .*(?:File ended prematurely|partial file"
+    r"|exceeds containing master element|Invalid track number).*"
 )
-"""What FFmpeg's decoders write of a picture that they could not decode as it was encoded."""
+"""What FFmpeg writes of a file that is cut off or lacks a part, and then reads as a shorter one."""
 
 
 def damage(written: str) -> str | None:
-    """The first line of a decoder's messages that tells of a damaged picture."""
-    found = _DAMAGE.search(written)
+    """The first line of FFmpeg's messages that tells of a damaged file."""
+    found = _CUT.search(written)
     return None if found is None else found.group().partition("] ")[2]
+
+
+class _Pipe:
+    """Sends frames over as they are decoded."""
+
+    def __init__(self, stream: IO[bytes], clock: Clock) -> None:
+        self.stream = stream
+        self.clock = clock
+
+    def begin(self, plan: Plan) -> None:
+        _write(self.stream, {"plan": asdict(plan), "limit_s": self.clock.limit_s})
+
+    def add(self, pixels_THWC: NDArray[np.uint8]) -> None:
+        _write(self.stream, {"shape": pixels_THWC.shape}, pixels_THWC.reshape(-1).data)
 
 
 def main() -> None:
     """Answer requests until the other side closes."""
+    import av  # here: the other side needs none of it
+
     # Native code may print; the replies keep a descriptor of their own.
     replies = os.fdopen(os.dup(1), "wb")
     written = os.memfd_create("messages")
@@ -225,35 +314,40 @@ def main() -> None:
     os.dup2(written, 2)
     # Ctrl-C goes to the whole group; the other side decides what becomes of this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    av.logging.restore_default_callback()
+    av.logging.set_libav_level(av.logging.ERROR)
     for line in sys.stdin.buffer:
         request = json.loads(line)
         os.ftruncate(written, 0)
         os.lseek(written, 0, os.SEEK_SET)
-        path = request.pop("path")
+        path = Path(request.pop("path"))
         try:
-            frames = read_frames(path, speak=True, **request)
+            digest = _decode(path, request, replies)
             hidden = damage(os.pread(written, 1 << 20, 0).decode(errors="replace"))
             if hidden is not None:
                 raise VideoError(
-                    f"cannot read the video {path}: a picture is damaged ({hidden}). "
+                    f"cannot read the video {path}: it is damaged ({hidden}). "
                     "Check that it plays, or fetch or build it again"
                 )
         except ValueError as error:  # VideoError is one
             _write(replies, {"kind": type(error).__name__, "error": str(error)})
-            continue
-        header = {
-            "shape": frames.pixels_THWC.shape,
-            "indices": frames.indices,
-            "source_fps": frames.source_fps,
-            "total_frames": frames.total_frames,
-            "duration_s": frames.duration_s,
-            "digest": frames.digest,
-        }
-        _write(replies, header, np.ascontiguousarray(frames.pixels_THWC).reshape(-1).data)
+        else:
+            _write(replies, {"digest": digest})
 
 
-def _write(stream: IO[bytes], header: Mapping[str, Any], payload: memoryview | bytes = b"") -> None:
-    stream.write(json.dumps(header).encode() + b"\n")
+def _decode(path: Path, request: dict[str, Any], replies: IO[bytes]) -> str:
+    clock = Clock.of(request.pop("time_limit_s"))
+    choice = Choice(**request)
+    choice.check()
+    check_file(path)
+    return decode(path, choice, clock, _Pipe(replies, clock))
+
+
+def _write(
+    stream: IO[bytes], message: Mapping[str, Any], payload: memoryview | bytes = b""
+) -> None:
+    text = json.dumps(message).encode()
+    stream.write(len(text).to_bytes(8, "little") + text)
     stream.write(payload)
     stream.flush()
 

@@ -1,39 +1,43 @@
-"""Frames of a video file, chosen and decoded as lmms-eval's stock `qwen3_vl` model does.
+"""Frames of a video file: chosen as `sampling.py` says, decoded as `pictures.py` does, and fitted.
 
-The choice of frames repeats lmms-eval 0.7.3 (`models/chat/qwen3_vl.py`) with qwen-vl-utils 0.0.14
-(`vision_process.py`: `smart_nframes`, `calculate_video_frame_range`, then `torch.linspace(...)`
-rounded), so that a number measured here and one measured there saw the same pictures.
+They are those of lmms-eval's stock `qwen3_vl` model wherever decord, which decodes there, gives the
+pictures that it is asked for.
 
 Axes: T frames, H rows, W columns, C colours (red, green, blue).
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import hashlib
+import itertools
 import math
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-FRAME_FACTOR: Final = 2
-"""Frame counts are multiples of this: Qwen3-VL merges two frames into one temporal patch."""
-MIN_FRAMES: Final = 4
+from internvideo3.tasks.pictures import LostError, read_reel
+from internvideo3.tasks.sampling import Choice, Plan
+
 TIME_LIMIT_S: Final = 300.0
+"""Longest that a video is decoded, or twice its length if that is longer, up to `MOST_S`."""
+MOST_S: Final = 6 * 3600.0
 MAX_BYTES: Final = 8 << 30
-"""Decoded pixels of one call; more is refused before it is allocated."""
+"""Pixels that one call may keep; more is refused before it is allocated."""
 
 _CHUNK: Final = 64
-"""Frames decoded between two looks at the clock."""
-_SMALL_FILE: Final = 4 << 20
-"""Below this size starting decoder threads costs more than they save (measured: twice the time)."""
+"""Most frames that are fitted at once."""
+_CHUNK_BYTES: Final = 64 << 20
+"""Most bytes of them, if that is more than one frame."""
+
+Fit = Callable[[NDArray[np.uint8], int], NDArray[np.uint8]]
+"""Some frames' pixels `[T,H,W,C]` and how many frames there are in all → the pixels to keep."""
 
 
 class VideoError(ValueError):
@@ -53,7 +57,9 @@ class Frames:
     """Frames in the whole file, also when only a clip of it was read."""
     duration_s: float
     digest: str
-    """SHA-256 of pixels, indices and frame rate: equal digests are equal model inputs."""
+    """SHA-256 of decoded pixels, indices and frame rate: equal digests are equal model inputs."""
+    off_s: float = 0.0
+    """Farthest that a frame's own time in the file is from `index / source_fps`, in seconds."""
 
 
 def joined(looks: Sequence[Frames]) -> list[Frames]:
@@ -87,15 +93,14 @@ def read_frames(
     start_s: float | None = None,
     end_s: float | None = None,
     steps_over_s: float | None = None,
-    time_limit_s: float = TIME_LIMIT_S,
-    speak: bool = False,
+    time_limit_s: float | None = None,
+    fit: Fit | None = None,
 ) -> Frames:
     """Decode evenly spaced frames of a video, or of a clip of it.
 
-    decord decodes; where it fails (or has no build for the platform) PyAV does, and must then
-    deliver every frame without an error. The work runs in a daemon thread that looks at the clock
-    between chunks of frames. A native call that never returns cannot be killed from here: the
-    caller gets its error at the limit all the same, and the thread is left behind.
+    The work runs in a daemon thread that looks at the clock at every packet. A native call that
+    never returns cannot be killed from here: the caller gets its error at the limit all the same,
+    and the thread is left behind.
 
     Args:
         path: A local file.
@@ -104,269 +109,220 @@ def read_frames(
         start_s: Start of the clip in seconds; None for the start of the video.
         end_s: End of the clip in seconds; None for the end of the video.
         steps_over_s: Length of the video as annotated, in seconds, for single pictures as
-            LongVideoBench takes them (see `step_indices`); `fps` and the clip do not count then.
-        time_limit_s: Longest wait for the decoders, in seconds.
-        speak: Whether decord writes what it finds damaged to standard error; it hides damage in a
-            picture and goes on.
+            LongVideoBench takes them (`sampling.step_indices`); `fps` and the clip do not
+            count then.
+        time_limit_s: Longest wait for the decoder, in seconds; None for what the video's length
+            allows (see `TIME_LIMIT_S`).
+        fit: Makes frames smaller while more are decoded, so that only fitted ones are in memory;
+            None to keep them as they are.
 
     Returns:
         An even number of frames, at least 2; of single pictures any number from 1.
 
     Raises:
         VideoError: If the file is missing, empty, no video, damaged, too short or too large to
-            decode, or if the time limit is reached.
+            keep, or if the time limit is reached.
         ValueError: If `fps`, `max_frames` or the clip make no sense.
     """
-    _check_request(fps, max_frames)
-    file = Path(path)
-    _check_file(file)
-    choice = _Choice(fps, max_frames, start_s, end_s, steps_over_s)
-    job = _Job(file, choice, time.monotonic() + time_limit_s, speak)
+    choice = Choice(fps, max_frames, start_s, end_s, steps_over_s)
+    file, clock = Path(path), Clock.of(time_limit_s)
+    choice.check()
+    check_file(file)
+    gathered = Gathered(file, fit)
+    job = _Job(file, choice, clock, gathered)
     thread = threading.Thread(target=job.run, name=f"decode {file.name}", daemon=True)
     thread.start()
     # Half a second of grace, so that the thread's own look at the clock comes first.
-    thread.join(time_limit_s + 0.5)
+    while thread.is_alive() and (left_s := clock.left_s() + 0.5) > 0:
+        thread.join(left_s)
     if job.error is not None:
         raise job.error
-    if job.frames is None:
-        raise _too_slow(file)
-    return job.frames
+    if job.digest is None:
+        raise too_slow(file, clock.limit_s)
+    return gathered.frames(job.digest)
 
 
-def frame_indices(
-    total_frames: int,
-    source_fps: float,
-    *,
-    fps: float = 2.0,
-    max_frames: int = 768,
-    start_s: float | None = None,
-    end_s: float | None = None,
-) -> tuple[int, ...]:
-    """Frame numbers that stock `qwen3_vl` would take from such a video.
+class Receiver(Protocol):
+    """Takes frames as they are decoded."""
 
-    Raises:
-        ValueError: If the video or clip has fewer than two frames.
-    """
-    first, last = _clip_range(total_frames, source_fps, start_s, end_s)
-    available = last - first + 1
-    wanted = available / source_fps * fps
-    top = math.floor(max_frames / FRAME_FACTOR) * FRAME_FACTOR
-    count = math.floor(min(max(wanted, MIN_FRAMES), top, available) / FRAME_FACTOR) * FRAME_FACTOR
-    if count < FRAME_FACTOR:
-        raise ValueError(f"it has {available} frame(s), and at least {FRAME_FACTOR} are needed")
-    return tuple(_rounded_linspace(first, last, count).tolist())
+    def begin(self, plan: Plan) -> None:
+        """Frames will come; those that came before are to be forgotten."""
+
+    def add(self, pixels_THWC: NDArray[np.uint8]) -> None:
+        """The next frames."""
 
 
-def step_indices(
-    total_frames: int, source_fps: float, *, max_frames: int, length_s: float
-) -> tuple[int, ...]:
-    """Frame numbers at equal whole steps from the first frame, at most one a second.
+class Gathered:
+    """Frames as they come, fitted: only what is kept of them, and a chunk, is in memory."""
 
-    Source: longvideobench/LongVideoBench@2aa4f91:longvideobench/longvideobench_dataset.py
-    (`load_video`). Numbers beyond the end of the file, where the annotated length is too long, are
-    left out.
+    def __init__(self, path: Path, fit: Fit | None) -> None:
+        self.path = path
+        self.fit = fit
+        self.plan: Plan | None = None
+        self._pixels_THWC: NDArray[np.uint8] | None = None
+        self._filled = 0
 
-    Raises:
-        ValueError: If the length is shorter than a second.
-    """
-    count = min(max_frames, int(length_s))
-    if count < 1:
-        raise ValueError(f"a length of {length_s} s leaves no whole second to take a picture of")
-    step = int(int(length_s * source_fps) / count)
-    return tuple(step * i for i in range(count) if step * i < total_frames)
+    def begin(self, plan: Plan) -> None:
+        """Begin, or begin anew."""
+        self.plan, self._pixels_THWC, self._filled = plan, None, 0
 
+    def add(self, pixels_THWC: NDArray[np.uint8]) -> None:
+        """Fit and keep frames.
 
-def _rounded_linspace(first: int, last: int, count: int) -> NDArray[np.int64]:
-    """`torch.linspace(first, last, count).round()` to the bit, without torch.
+        Raises:
+            VideoError: All of them would be too large.
+        """
+        assert self.plan is not None
+        count = len(self.plan.indices)
+        kept_THWC = pixels_THWC if self.fit is None else self.fit(pixels_THWC, count)
+        if self._pixels_THWC is None:
+            shape = (count, *kept_THWC.shape[1:])
+            _check_size(self.path, shape)
+            self._pixels_THWC = np.empty(shape, np.uint8)
+        self._pixels_THWC[self._filled : self._filled + len(kept_THWC)] = kept_THWC
+        self._filled += len(kept_THWC)
 
-    torch computes in float32 from both ends towards the middle with fused multiply-add: one
-    rounding per value, which float64 followed by one cast reproduces. From about 5,000 frames on,
-    plain float64 would pick a neighbouring frame now and then.
-    """
-    step = float(np.float32(last - first) / np.float32(count - 1))
-    i = np.arange(count, dtype=np.float64)
-    values = np.where(i < count // 2, first + step * i, last - step * (count - 1 - i))
-    return np.rint(values.astype(np.float32)).astype(np.int64)
-
-
-def _clip_range(
-    total_frames: int, source_fps: float, start_s: float | None, end_s: float | None
-) -> tuple[int, int]:
-    """First and last frame of the clip, both included."""
-    duration_s = total_frames / source_fps
-    first, last = 0, total_frames - 1
-    if start_s is not None:
-        first = math.ceil(min(max(start_s, 0.0), duration_s) * source_fps)
-    if end_s is not None:
-        last = min(math.floor(min(max(end_s, 0.0), duration_s) * source_fps), last)
-    if (start_s is not None or end_s is not None) and first >= last:
-        raise ValueError(
-            f"the clip from {start_s} s to {end_s} s holds fewer than two frames; "
-            f"the video lasts {duration_s:.2f} s"
-        )
-    return first, last
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    fps: float
-    max_frames: int
-    start_s: float | None
-    end_s: float | None
-    steps_over_s: float | None
-
-    def indices(self, total_frames: int, source_fps: float) -> tuple[int, ...]:
-        if total_frames <= 0 or not source_fps > 0:
-            raise ValueError(f"it claims {total_frames} frames at {source_fps} a second")
-        if self.steps_over_s is not None:
-            return step_indices(
-                total_frames, source_fps, max_frames=self.max_frames, length_s=self.steps_over_s
-            )
-        return frame_indices(
-            total_frames,
-            source_fps,
-            fps=self.fps,
-            max_frames=self.max_frames,
-            start_s=self.start_s,
-            end_s=self.end_s,
+    def frames(self, digest: str) -> Frames:
+        """All of them, when all have come."""
+        assert self.plan is not None and self._pixels_THWC is not None
+        assert self._filled == len(self.plan.indices)
+        return Frames(
+            pixels_THWC=self._pixels_THWC,
+            indices=self.plan.indices,
+            source_fps=self.plan.source_fps,
+            total_frames=self.plan.total_frames,
+            duration_s=self.plan.duration_s,
+            digest=digest,
+            off_s=self.plan.off_s,
         )
 
 
 @dataclass(slots=True)
-class _Job:
-    """One decode: runs in its own thread and leaves either frames or an error."""
+class Clock:
+    """How long decoding may still take; what happens to the frames meanwhile does not count."""
 
-    path: Path
-    choice: _Choice
-    deadline: float
-    speak: bool
-    frames: Frames | None = None
-    error: BaseException | None = None
-    _failures: list[str] = field(default_factory=list)
+    limit_s: float
+    grows: bool
+    """Whether a long video may take longer."""
+    _started: float = field(default_factory=time.monotonic)
+    _paused: float | None = None
+    """Since when it stands still."""
 
-    def run(self) -> None:
+    @classmethod
+    def of(cls, limit_s: float | None) -> Clock:
+        """A clock that starts now; without a limit it takes the video's length into account."""
+        return cls(TIME_LIMIT_S if limit_s is None else limit_s, grows=limit_s is None)
+
+    def allow(self, duration_s: float) -> None:
+        """Take in how long the video lasts."""
+        if self.grows:
+            self.limit_s = max(TIME_LIMIT_S, min(2 * duration_s, MOST_S))
+
+    def left_s(self) -> float:
+        """Seconds that are left; below 0 when the limit is reached."""
+        return self._started + self.limit_s - (self._paused or time.monotonic())
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count what is done in the block."""
+        self._paused = before = time.monotonic()
+        yield
+        self._started += time.monotonic() - before
+        self._paused = None
+
+
+def decode(path: Path, choice: Choice, clock: Clock, receiver: Receiver) -> str:
+    """Decode frames into a receiver.
+
+    Returns:
+        The digest that belongs to them.
+
+    Raises:
+        VideoError: as `read_frames`.
+    """
+
+    def tick() -> None:
+        if clock.left_s() < 0:
+            raise too_slow(path, clock.limit_s)
+
+    with _in_words(path):
+        reel = read_reel(path, tick)
+    while True:
+        with _in_words(path):
+            plan = choice.plan(reel)
+        clock.allow(plan.duration_s)
+        with clock.paused():
+            receiver.begin(plan)
         try:
-            self.frames = self._decode()
-        except BaseException as error:  # raised again in the waiting thread
-            self.error = error
-
-    def _decode(self) -> Frames:
-        first_error: Exception | None = None
-        decord = functools.partial(_read_decord, speak=self.speak)
-        for name, reader in (("decord", decord), ("PyAV", _read_pyav)):
-            try:
-                return reader(self.path, self.choice, self._check_clock)
-            except VideoError:
-                raise
-            except Exception as error:
-                first_error = first_error or error
-                self._failures.append(f"{name}: {_first_line(error)}")
-        reason = "; ".join(dict.fromkeys(self._failures))
-        raise VideoError(
-            f"cannot read the video {self.path}: {reason}. "
-            "Check that it plays, or fetch or build it again"
-        ) from first_error
-
-    def _check_clock(self) -> None:
-        if time.monotonic() > self.deadline:
-            raise _too_slow(self.path)
+            return _deliver(path, reel.pictures(plan.indices, tick), plan, clock, receiver)
+        except LostError as lost:
+            reel = lost.instead
 
 
-def _read_decord(
-    path: Path, choice: _Choice, check_clock: Callable[[], None], *, speak: bool
-) -> Frames:
-    import decord  # here: 0.1 s that a run without videos need not pay
-
-    decord.logging.set_level(decord.logging.ERROR if speak else decord.logging.QUIET)
-    threads = 1 if path.stat().st_size < _SMALL_FILE else 0
-    reader = decord.VideoReader(str(path), num_threads=threads)
-    total, source_fps = len(reader), float(reader.get_avg_fps())
-    indices = choice.indices(total, source_fps)
-
-    def chunks() -> Iterator[NDArray[np.uint8]]:
-        for start in range(0, len(indices), _CHUNK):
-            check_clock()
-            yield reader.get_batch(indices[start : start + _CHUNK]).asnumpy()
-
-    return _assemble(path, chunks(), indices, source_fps, total)
-
-
-def _read_pyav(path: Path, choice: _Choice, check_clock: Callable[[], None]) -> Frames:
-    import av
-
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise VideoError(
-                f"{path} has no picture: its streams are "
-                f"{[stream.type for stream in container.streams]}. Give a file with a video stream"
-            )
-        stream = container.streams.video[0]
-        source_fps = float(stream.average_rate or 0)
-        total = sum(packet.pts is not None for packet in container.demux(stream))
-    indices = choice.indices(total, source_fps)
-    with av.open(str(path)) as container:
-        chunks = _pick(container, set(indices), check_clock)
-        frames = _assemble(path, chunks, indices, source_fps, total)
-    return frames
-
-
-def _pick(
-    container: Any, wanted: set[int], check_clock: Callable[[], None]
-) -> Iterator[NDArray[np.uint8]]:
-    last = max(wanted)
-    # Damage in a picture is an error; otherwise the decoder would hide it.
-    container.streams.video[0].codec_context.options = {"err_detect": "explode"}
-    for number, frame in enumerate(container.decode(video=0)):
-        if number % _CHUNK == 0:
-            check_clock()
-        if number in wanted:
-            yield frame.to_ndarray(format="rgb24")[None]
-        if number == last:
-            return
-
-
-def _assemble(
+def _deliver(
     path: Path,
-    chunks_THWC: Iterator[NDArray[np.uint8]],
-    indices: tuple[int, ...],
-    source_fps: float,
-    total_frames: int,
-) -> Frames:
-    pixels_THWC: NDArray[np.uint8] | None = None
-    filled = 0
-    for chunk_THWC in chunks_THWC:
-        if pixels_THWC is None:
-            shape = (len(indices), *chunk_THWC.shape[1:])
-            _check_size(path, shape)
-            pixels_THWC = np.empty(shape, np.uint8)
-        pixels_THWC[filled : filled + len(chunk_THWC)] = chunk_THWC
-        filled += len(chunk_THWC)
-    if pixels_THWC is None or filled < len(indices):
-        raise ValueError(f"only {filled} of {len(indices)} frames could be decoded")
-    return Frames(
-        pixels_THWC=pixels_THWC,
-        indices=indices,
-        source_fps=source_fps,
-        total_frames=total_frames,
-        duration_s=total_frames / source_fps,
-        digest=_digest(pixels_THWC, indices, source_fps),
-    )
-
-
-def _digest(pixels_THWC: NDArray[np.uint8], indices: tuple[int, ...], source_fps: float) -> str:
-    sha = hashlib.sha256(repr((pixels_THWC.shape, indices, source_fps)).encode())
-    sha.update(pixels_THWC.data)
+    pictures_HWC: Iterator[NDArray[np.uint8]],
+    plan: Plan,
+    clock: Clock,
+    receiver: Receiver,
+) -> str:
+    sha = None
+    for chunk_THWC in _chunks(path, pictures_HWC):
+        if sha is None:
+            shape = (len(plan.indices), *chunk_THWC.shape[1:])
+            sha = hashlib.sha256(repr((shape, plan.indices, plan.source_fps)).encode())
+        sha.update(chunk_THWC.data)
+        with clock.paused():
+            receiver.add(chunk_THWC)
+    assert sha is not None
     return sha.hexdigest()
 
 
-def _check_request(fps: float, max_frames: int) -> None:
-    if not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"fps must be a positive number, got {fps}")
-    if max_frames < FRAME_FACTOR:
-        raise ValueError(f"max_frames must be at least {FRAME_FACTOR}, got {max_frames}")
+def _chunks(path: Path, pictures_HWC: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
+    with _in_words(path):
+        for first_HWC in pictures_HWC:
+            size = max(1, min(_CHUNK, _CHUNK_BYTES // first_HWC.nbytes))
+            yield np.stack([first_HWC, *itertools.islice(pictures_HWC, size - 1)])
 
 
-def _check_file(path: Path) -> None:
+@contextlib.contextmanager
+def _in_words(path: Path) -> Iterator[None]:
+    """What a decoder raises in words of ours; it raises anything."""
+    try:
+        yield
+    except (VideoError, LostError):
+        raise
+    except Exception as error:
+        raise VideoError(
+            f"cannot read the video {path}: {_first_line(error)}. "
+            "Check that it plays, or fetch or build it again"
+        ) from error
+
+
+@dataclass(slots=True)
+class _Job:
+    """One decode: runs in its own thread and leaves either a digest or an error."""
+
+    path: Path
+    choice: Choice
+    clock: Clock
+    receiver: Receiver
+    digest: str | None = None
+    error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.digest = decode(self.path, self.choice, self.clock, self.receiver)
+        except BaseException as error:  # raised again in the waiting thread
+            self.error = error
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that is not there, or nothing.
+
+    Raises:
+        VideoError: as it says.
+    """
     try:
         size = path.stat().st_size
         if path.is_file() and size > 0:
@@ -387,21 +343,21 @@ def _check_size(path: Path, shape: tuple[int, ...]) -> None:
     needed = math.prod(shape)
     if needed > MAX_BYTES:
         raise VideoError(
-            f"{path}: {shape[0]} frames of {shape[2]}x{shape[1]} need {needed / 2**30:.1f} GiB "
-            f"decoded, the limit is {MAX_BYTES / 2**30:.0f} GiB. Lower max_frames or fps, or scale "
-            "the file down"
+            f"{path}: {shape[0]} frames of {shape[2]}x{shape[1]} need {needed / 2**30:.1f} GiB, "
+            f"the limit is {MAX_BYTES / 2**30:.0f} GiB. Lower max_frames, fps or max_pixels"
         )
 
 
-def _too_slow(path: Path) -> VideoError:
+def too_slow(path: str | Path, limit_s: float) -> VideoError:
+    """The error of a video whose decoding reached its limit."""
     return VideoError(
-        f"decoding {path} reached its time limit. The file may be damaged; for a very long video "
-        "raise time_limit_s"
+        f"decoding {path} reached its time limit of {limit_s:g} s. The file may be damaged; if it "
+        "plays, give more: --decode-limit of eval, time_limit_s in Python"
     )
 
 
 def _first_line(error: Exception) -> str:
-    """The message without decord's source positions and C++ stack."""
-    text = re.sub(r"\[[\d:]+\] \S+?:\d+: ", "", str(error))
+    """The message, without the number and path that a decoder's error has around it."""
+    text = str(getattr(error, "strerror", None) or error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__

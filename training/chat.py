@@ -22,7 +22,7 @@ from typing import Any, get_args
 
 from PIL import Image
 
-from internvideo3.model.fitting import fit_frames, fit_image
+from internvideo3.model.fitting import fit_image, fitter
 from internvideo3.model.prompt import Medium, Piece, Prompter
 from internvideo3.model.scale.build import SYSTEM_PROMPT
 from internvideo3.tasks.decoder import IsolatedReader
@@ -299,25 +299,26 @@ class ChatDocuments:
     def _video(self, path: Path, videos: int) -> Any:
         """A video at the size at which all frames of the row's videos are within the limits."""
         data = self.data
-        read = self.reader.read(path, fps=data.fps, max_frames=data.max_frames)
         totals = [] if data.total_pixels is None else [data.total_pixels]
         if self.row.tokens is not None:
             room = self.row.tokens - self.row.answer_tokens
             totals.append(int(SEEN * room / videos) * self.token_pixels)
-        most = max(1, min([data.max_pixels, *(total // len(read.indices) for total in totals)]))
-        return fit_frames(
-            read, factor=self.factor, min_pixels=min(data.min_pixels, most), max_pixels=most
+
+        def bounds(count: int) -> tuple[int, int]:
+            most = max(1, min([data.max_pixels, *(total // count for total in totals)]))
+            return min(data.min_pixels, most), most
+
+        return self.reader.read(
+            path, fps=data.fps, max_frames=data.max_frames, fit=fitter(self.factor, bounds)
         )
 
     def _look(self, path: Path, how: Mapping[str, Any]) -> Any:
         """Frames as a rollout's look says, whatever the recipe says of videos."""
-        read = self.reader.read(
+        return self.reader.read(
             path, fps=how["fps"], max_frames=how["max_frames"], start_s=how["start_s"],
             end_s=how["end_s"],
+            fit=fitter(self.factor, lambda _: (how["min_pixels"], how["max_pixels"])),
         )  # fmt: skip
-        return fit_frames(
-            read, factor=self.factor, min_pixels=how["min_pixels"], max_pixels=how["max_pixels"]
-        )
 
     def _image(self, path: Path) -> Any:
         with Image.open(path) as opened:

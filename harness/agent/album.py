@@ -28,7 +28,7 @@ MOST = 4_096
 """Pictures of one video; a longer one has fewer a second."""
 A_PAGE = 64
 """Pictures read and kept at once."""
-VERSION = 1
+VERSION = 2
 """Raised when pages change, so that old ones are not used."""
 
 

@@ -30,7 +30,7 @@ from internvideo3.training.curation.narrative import SUMMARY, Pictures, summaris
 from internvideo3.training.curation.records import Clip, DataError
 from internvideo3.training.curation.splitting import clips_of
 
-VERSION = 1
+VERSION = 2
 """Raised when what is kept changes, so that old files are not used."""
 AT_ONCE_S = 1200.0
 """Seconds in which scenes are looked for at once."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internvideo3.harness.agent.context import Span
-from internvideo3.harness.direct import fit_frames
+from internvideo3.model.fitting import fitter
 from internvideo3.tasks.decoder import IsolatedReader
 from internvideo3.tasks.video import Frames
 
@@ -78,11 +78,14 @@ class Eye:
     def _take(
         self, fps: float, max_frames: int, start_s: float | None, end_s: float | None
     ) -> Frames:
-        frames = self.reader.read(
-            self.video, fps=fps, max_frames=max_frames, start_s=start_s, end_s=end_s
+        return self.reader.read(
+            self.video,
+            fps=fps,
+            max_frames=max_frames,
+            start_s=start_s,
+            end_s=end_s,
+            fit=fitter(self.sight.factor, self.sight.bounds),
         )
-        low, high = self.sight.bounds(len(frames.indices))
-        return fit_frames(frames, factor=self.sight.factor, min_pixels=low, max_pixels=high)
 
 
 def seen_span(frames: Frames) -> Span:

@@ -21,8 +21,8 @@ ENDINGS = ("cache", "none")
 TRIED_AGAIN = ("failed", "gate red")
 MEASURED, MISSING, OTHER_CODE = "measured", "missing", "other code"
 PACKAGES = ("torch", "triton", "transformers", "flash-attn")
-DECODING = ("tasks/video.py", "tasks/decoder.py")
-DECODERS = ("av", "decord")
+DECODING = ("tasks/video.py", "tasks/sampling.py", "tasks/pictures.py", "tasks/decoder.py")
+DECODERS = ("av",)
 """What reads a video besides: sources and packages."""
 
 

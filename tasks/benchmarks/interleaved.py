@@ -103,6 +103,7 @@ def doc_to_messages(
         video,
         max_frames=int(doc.get("iv3_max_frames") or between["max_frames"]),
         steps_over_s=between["length_s"],
+        time_limit_s=doc.get("iv3_decode_limit_s"),
     )
     times_s = [index / frames.source_fps for index in frames.indices]
     cues = read_cues(Path(between["path"]), between["starts_at_s"], between["length_s"])

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from internvideo3.tasks.brief import EVALUABLE, form_of
-from internvideo3.tasks.video import frame_indices, read_frames
+from internvideo3.tasks.sampling import frame_indices
+from internvideo3.tasks.video import read_frames
 from internvideo3.tasks.world import difficulty as d
 from internvideo3.tasks.world import visits
 from internvideo3.tasks.world.build import BuildError, checked_split, checked_suite, world_root

@@ -14,8 +14,8 @@ from transformers.video_utils import VideoMetadata
 
 from internvideo3.harness.agent.context import Context, Control, Kind, Quoted
 from internvideo3.harness.agent.quoting import LONGEST_CHARS, Quoter, shorten
-from internvideo3.harness.direct import fit_frames
 from internvideo3.model import session as session_module
+from internvideo3.model.fitting import fit_frames
 from internvideo3.model.scale.build import load_processor
 from internvideo3.model.session import Limits, Session
 from internvideo3.tasks.video import Frames, read_frames

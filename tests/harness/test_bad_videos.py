@@ -9,6 +9,7 @@ import json
 import random
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def uneven(path: Path) -> None:
         for number, frame_HWC in enumerate(moving()):
             frame = av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")
             frame.pts, frame.time_base = clock, Fraction(1, 1000)
-            clock += 40 if number % 2 else 300
+            clock += 40 if number < 12 else 300
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
@@ -155,6 +156,8 @@ def test_a_hundred_bad_videos_give_the_clean_ones_frames_or_a_counted_error(
         assert np.abs(found_THWC - pixels_THWC).mean() < 0.1, name
         assert rows[name]["tokens"]["prompt"] == clean["tokens"]["prompt"], name
     assert rows["096.mp4"]["prediction"] == clean["prediction"]
+    noted = {name: row["notes"] for name, row in rows.items() if "notes" in row}
+    assert "uneven frame times" in noted.pop("094.mp4")[0] and "000.mp4" not in noted
 
 
 def test_a_damaged_video_gives_the_clean_pictures_or_an_error(data: Path, tmp_path: Path) -> None:
@@ -183,11 +186,20 @@ def test_a_video_of_uneven_times_or_turned_is_read(data: Path) -> None:
     assert len(read_frames(videos / "094.mp4").indices) >= 2
 
 
+def test_a_limit_of_decoding_fails_what_a_higher_one_answers(
+    options: EvalOptions, tmp_path: Path
+) -> None:
+    short = replace(options, out=tmp_path / "run", limit=1, decode_limit_s=1e-6)
+    (row,) = evaluate.evaluate(short).errors
+    assert "000.mp4 reached its time limit" in row["error"]["message"]
+    assert "--decode-limit" in row["error"]["message"]
+    summary = evaluate.evaluate(replace(short, decode_limit_s=None, retry_errors=True))
+    assert summary.computed == 1 and not summary.errors
+
+
 def test_the_error_budget_stops_the_run_and_keeps_what_is_answered(
     options: EvalOptions, tmp_path: Path
 ) -> None:
-    from dataclasses import replace
-
     few = replace(options, out=tmp_path / "run", max_errors=3)
     with pytest.raises(ErrorBudgetError, match="--max-errors accepts 3") as raised:
         evaluate.evaluate(few)

@@ -3,18 +3,22 @@
 pytest tests/harness/test_direct.py
 """
 
+import hashlib
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwen_vl_utils import process_vision_info
 
-from internvideo3.harness.direct import Answerer, Clip, Question, decoders, fit_frames
+from internvideo3.harness.direct import Answerer, Clip, Question, decoders, shuffle_frames
 from internvideo3.harness.settings import Settings, pixel_range
+from internvideo3.model.fitting import fit_frames, fit_pixels
 from internvideo3.tasks.decoder import IsolatedReader
 from internvideo3.tasks.video import Frames, read_frames
 
@@ -81,6 +85,52 @@ def test_fitted_sides_are_whole_patches_and_keep_to_the_budget(
     else:
         assert rows * columns >= budget
     assert fitted.indices == (0, 1, 2, 3) and fitted.source_fps == 2.0
+
+
+@pytest.mark.parametrize(("height", "width"), [(65, 97), (240, 426), (360, 640), (1080, 1920)])
+def test_frames_fitted_a_few_at_a_time_have_the_same_bits(height: int, width: int) -> None:
+    pixels_THWC = np.random.default_rng(0).integers(0, 256, (7, height, width, 3), np.uint8)
+    for budget in (4096, 60_000, 786_432):
+        how = {"factor": 32, "min_pixels": budget, "max_pixels": budget}
+        whole = fit_pixels(pixels_THWC, **how)
+        for size in (1, 2, 5):
+            parts = [fit_pixels(pixels_THWC[at : at + size], **how) for at in range(0, 7, size)]
+            assert np.array_equal(np.concatenate(parts), whole)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
+def test_shuffled_frames_are_never_in_their_own_order(count: int) -> None:
+    """By chance half of all pairs were. What is on record besides is as it was."""
+    pixels_THWC = np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(3, 3)
+    orders = set()
+    for seed in range(500):
+        digest = hashlib.sha256(str(seed).encode()).hexdigest()
+        frames = Frames(pixels_THWC, tuple(range(count)), 2.0, count, count / 2, digest)
+        order = shuffle_frames(frames).pixels_THWC[:, 0, 0, 0].tolist()
+        drawn = np.random.default_rng(int(digest[:16], 16)).permutation(count).tolist()
+        assert sorted(order) == list(range(count))
+        assert order == drawn if drawn != sorted(drawn) else count == 1 or order != drawn
+        orders.add(tuple(order))
+    assert len(orders) > 1 or count < 3
+
+
+def test_uneven_frame_times_are_noted(answerer: Answerer, world: Path, tmp_path: Path) -> None:
+    """The model is told a frame's number by the average rate, as the stock class tells it."""
+    path = tmp_path / "uneven.mp4"
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=8)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for t in range(40):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), t, np.uint8), format="rgb24")
+            frame.pts = 40 * t if t < 20 else 800 + 400 * (t - 20)
+            frame.time_base = Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    (uneven,), (even,) = answerer.answer([ask("a", path), ask("b", videos(world)[0])])
+    assert uneven.error is None and even.notes == ()
+    assert len(uneven.notes) == 1 and uneven.notes[0].startswith("uneven frame times")
 
 
 def test_each_video_is_read_and_encoded_once(

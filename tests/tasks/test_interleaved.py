@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from internvideo3.tasks.benchmarks import interleaved
 from internvideo3.tasks.benchmarks.interleaved import Cue, interleave, read_cues
-from internvideo3.tasks.video import read_frames, step_indices
+from internvideo3.tasks.sampling import step_indices
+from internvideo3.tasks.video import VideoError, read_frames
 from internvideo3.tasks.world.media import encode_video
 
 TIMES = st.floats(0, 60).map(lambda seconds: round(seconds, 1))
@@ -70,6 +72,15 @@ def test_pictures_stand_at_equal_whole_steps(
     total: int, fps: float, most: int, length_s: float, expected: tuple[int, ...]
 ) -> None:
     assert step_indices(total, fps, max_frames=most, length_s=length_s) == expected
+
+
+def test_the_commands_limit_of_decoding_holds_for_pictures_too(tmp_path: Path) -> None:
+    file = tmp_path / "clip.mp4"
+    file.write_bytes(encode_video(np.zeros((24, 64, 64, 3), np.uint8), fps=8))
+    between = {"max_frames": 4, "length_s": 3.0, "path": "none", "starts_at_s": 0.0}
+    doc = {"iv3_between": json.dumps(between), "iv3_media": json.dumps([str(file)])}
+    with pytest.raises(VideoError, match="reached its time limit of 1e-06 s"):
+        interleaved.doc_to_messages(doc | {"iv3_decode_limit_s": 1e-6})
 
 
 def test_pictures_are_decoded_at_those_steps(tmp_path: Path) -> None:

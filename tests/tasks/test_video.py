@@ -5,8 +5,8 @@ Run: python -m pytest tests/tasks/test_video.py
 
 from __future__ import annotations
 
+import hashlib
 import random
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,10 +16,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from qwen_vl_utils import vision_process as stock
 
 from internvideo3.tasks import video
-from internvideo3.tasks.video import VideoError, frame_indices, read_frames
+from internvideo3.tasks.sampling import frame_indices
+from internvideo3.tasks.video import Clock, VideoError, read_frames
 from internvideo3.tasks.world.media import Tone, encode_video
 
 
@@ -93,19 +95,45 @@ def test_every_half_second_of_a_world_video_gives_one_frame() -> None:
         assert [index // 4 for index in indices] == list(range(2 * length_s))
 
 
-def test_pyav_gives_the_same_frames(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_decord = read_frames(clip)
-    monkeypatch.setitem(sys.modules, "decord", None)
-    with_pyav = read_frames(clip)
-    assert with_pyav.digest == with_decord.digest
-    assert with_pyav.indices == with_decord.indices
+def test_the_digest_is_that_of_all_frames_at_once(clip: Path) -> None:
+    """As it was when decord decoded: what is on record names inputs by it."""
+    frames = read_frames(clip)
+    shape = frames.pixels_THWC.shape
+    sha = hashlib.sha256(repr((shape, frames.indices, frames.source_fps)).encode())
+    sha.update(frames.pixels_THWC.tobytes())
+    assert frames.digest == sha.hexdigest()
 
 
 def test_chunks_join_without_a_seam(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = read_frames(clip, fps=8.0)
-    monkeypatch.setattr(video, "_CHUNK", 7)
-    assert read_frames(clip, fps=8.0).digest == whole.digest
+    for name, value in (("_CHUNK", 7), ("_CHUNK_BYTES", 30_000), ("_CHUNK_BYTES", 1)):
+        monkeypatch.setattr(video, name, value)
+        parts = read_frames(clip, fps=8.0)
+        assert parts.digest == whole.digest
+        np.testing.assert_array_equal(parts.pixels_THWC, whole.pixels_THWC)
     assert len(whole.indices) == 202
+
+
+def test_frames_are_fitted_as_they_come(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "_CHUNK", 7)
+    seen: list[tuple[int, int]] = []
+
+    def half(pixels_THWC: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
+        seen.append((len(pixels_THWC), count))
+        return pixels_THWC[:, ::2, ::2]
+
+    whole, fitted = read_frames(clip), read_frames(clip, fit=half)
+    np.testing.assert_array_equal(fitted.pixels_THWC, whole.pixels_THWC[:, ::2, ::2])
+    assert fitted.digest == whole.digest and fitted.indices == whole.indices
+    assert seen == [(7, 50)] * 7 + [(1, 50)]
+
+
+def test_an_error_of_what_fits_is_not_the_videos(clip: Path) -> None:
+    def full(*_: object) -> NDArray[np.uint8]:
+        raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match="no room"):
+        read_frames(clip, fit=full)
 
 
 def test_the_digest_tells_different_inputs_apart(clip: Path, tmp_path: Path) -> None:
@@ -192,15 +220,16 @@ def test_senseless_frame_limit(clip: Path) -> None:
 
 def test_frames_that_would_not_fit_in_memory(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video, "MAX_BYTES", 100_000)
-    with pytest.raises(VideoError, match="50 frames of 64x64 need"):
+    with pytest.raises(VideoError, match="50 frames of 64x64 need .* Lower max_frames"):
         read_frames(clip)
+    assert len(read_frames(clip, fit=lambda pixels_THWC, _: pixels_THWC[:, ::8, ::8]).indices) == 50
 
 
 def test_a_decoder_that_never_returns_ends_at_the_limit(
     clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
-    monkeypatch.setattr(video, "_read_decord", lambda *_, **__: release.wait(60))
+    monkeypatch.setattr(video, "read_reel", lambda *_, **__: release.wait(60))
     started = time.monotonic()
     with pytest.raises(VideoError, match="reached its time limit"):
         read_frames(clip, time_limit_s=0.2)
@@ -209,8 +238,30 @@ def test_a_decoder_that_never_returns_ends_at_the_limit(
 
 
 def test_a_slow_decoder_notices_the_limit_itself(clip: Path) -> None:
-    with pytest.raises(VideoError, match="reached its time limit"):
+    with pytest.raises(VideoError, match=r"limit of -1 s.*--decode-limit of eval, time_limit_s"):
         read_frames(clip, time_limit_s=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "lasts_s", "limit_s"),
+    [(None, 10, 300), (None, 3600, 7200), (None, 1e9, 21_600), (40.0, 3600, 40)],
+)
+def test_a_long_video_may_take_twice_as_long_as_it_lasts(
+    given: float | None, lasts_s: float, limit_s: float
+) -> None:
+    """Unless told otherwise; and what a header claims does not keep a decoder for days."""
+    clock = Clock.of(given)
+    clock.allow(lasts_s)
+    assert clock.limit_s == limit_s
+    assert limit_s - 1 < clock.left_s() <= limit_s
+
+
+def test_fitting_takes_no_time_of_decoding(clip: Path) -> None:
+    def slow(pixels_THWC: NDArray[np.uint8], _: int) -> NDArray[np.uint8]:
+        time.sleep(1.5)
+        return pixels_THWC
+
+    assert len(read_frames(clip, fit=slow, time_limit_s=1.0).indices) == 50
 
 
 def test_an_interrupt_in_the_decoder_reaches_the_caller(
@@ -219,7 +270,7 @@ def test_an_interrupt_in_the_decoder_reaches_the_caller(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(video, "_read_decord", interrupted)
+    monkeypatch.setattr(video, "read_reel", interrupted)
     with pytest.raises(KeyboardInterrupt):
         read_frames(clip)
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from internvideo3.harness.direct import fit_frames
 from internvideo3.model.checkpoint import load_model
+from internvideo3.model.fitting import fit_frames
 from internvideo3.tasks.video import read_frames
 from internvideo3.tasks.world.media import encode_video
 from internvideo3.tasks.world.paint import paint

@@ -14,7 +14,7 @@ from transformers.video_utils import VideoMetadata
 import internvideo3.model.modeling  # noqa: F401
 from internvideo3.model.conversion.convert import convert
 from internvideo3.model.scale.build import SYSTEM_PROMPT, load_processor, random_model
-from internvideo3.tasks.video import frame_indices
+from internvideo3.tasks.sampling import frame_indices
 from internvideo3.tasks.world.difficulty import FILE_FPS
 from internvideo3.tasks.world.paint import paint
 from internvideo3.tasks.world.questions import questions

@@ -30,7 +30,13 @@ TOOLS: Mapping[str, Tool] = {
             seconds=1800,
         ),
         Tool(name=SUBTITLES, module=f"{_HERE}.subtitles", seconds=60),
-        Tool(name="ocr", module=f"{_HERE}.ocr", needs=("rapidocr", "onnxruntime"), seconds=300),
+        Tool(
+            name="ocr",
+            module=f"{_HERE}.ocr",
+            needs=("rapidocr", "onnxruntime"),
+            seconds=300,
+            version=2,  # the pictures of more files are those asked for
+        ),
         # Not cached: the web changes, and a trace keeps what it said.
         Tool(name="web_search", module=f"{_HERE}.search", seconds=30, cached=False),
         Tool(
