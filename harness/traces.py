@@ -10,7 +10,7 @@ import itertools
 import json
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
@@ -45,6 +45,7 @@ def claimed(folder: Path, *, numbered: bool = False) -> Iterator[Path]:
     """
     names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
     for place in itertools.chain([folder], names if numbered else ()):
+        made = not place.exists()
         try:
             held = _take(place)
             break
@@ -56,6 +57,13 @@ def claimed(folder: Path, *, numbered: bool = False) -> Iterator[Path]:
             yield place
         finally:
             (place / LOCK).unlink(missing_ok=True)
+            if made:
+                _remove_empty(place)
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # what is kept is not taken away
+        folder.rmdir()
 
 
 def _take(folder: Path) -> IO[str]:
