@@ -203,6 +203,13 @@ def evaluate_command(
         int | None,
         typer.Option(min=1, help="How many processes torchrun must have started; else stop."),
     ] = None,
+    decode_limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Most seconds for decoding one video. Default: twice its length, at least 300.",
+        ),
+    ] = None,
     frame_cache: Annotated[
         Path | None, typer.Option(help="Folder that keeps decoded frames for the next run.")
     ] = None,
@@ -344,6 +351,7 @@ def evaluate_command(
             max_errors=max_errors,
             shard=shard,
             processes=processes,
+            decode_limit_s=decode_limit,
             frame_cache=frame_cache,
             frame_cache_bytes=int(frame_cache_gb * 1e9),
             command=_command(),

@@ -31,6 +31,7 @@ from internvideo3.model.checkpoint import (
 from internvideo3.tasks.benchmarks.lmms import task_files
 from internvideo3.tasks.benchmarks.local import data_root
 from internvideo3.tasks.brief import EVALUABLE
+from internvideo3.tasks.decoder import IsolatedReader
 from internvideo3.tasks.scoring import aggregate, score
 from internvideo3.tasks.world.build import world_root
 
@@ -277,7 +278,8 @@ def load_plugin(options: EvalOptions, share: Share = Share()) -> "InternVideo3":
         cache = FrameCache(options.frame_cache.expanduser(), options.frame_cache_bytes)
     loaded = load_model(options.model, device, dtype)
     ahead = decoders(share.beside)
-    direct = Answerer(*loaded, options.settings(), cache, ahead=ahead)
+    reader = IsolatedReader(ahead, options.decode_limit_s)
+    direct = Answerer(*loaded, options.settings(), cache, reader, ahead)
     answerer: Any = direct
     if options.agent is not None:
         answerer = AgenticAnswerer(direct, options.agent, name=options.model)

@@ -213,7 +213,11 @@ class InternVideo3(lmms):  # type: ignore[misc]  # lmms_eval has no types
         _, doc_to_messages, gen_kwargs, _, task, _ = request.args
         shown = self.recorder.video(task, doc) if self.recorder else None
         # For tasks that take pictures out of the video themselves.
-        taken = {"iv3_shown": shown, "iv3_max_frames": self.answerer.settings.max_frames}
+        taken = {
+            "iv3_shown": shown,
+            "iv3_max_frames": self.answerer.settings.max_frames,
+            "iv3_decode_limit_s": self.answerer.reader.time_limit_s,
+        }
         messages = ChatMessages(messages=doc_to_messages({**doc, **taken})).to_hf_messages()
         if self.control == "text":
             messages = [_without_media(message) for message in messages]

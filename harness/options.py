@@ -73,6 +73,9 @@ class EvalOptions:
     """`2/8`: answer the second of eight parts only."""
     processes: int | None = None
     """How many processes the launcher must have started; None for any number."""
+    decode_limit_s: float | None = None
+    """Longest that one video is decoded; None for what its length allows. No part of a run's
+    settings: what it makes fail is answered at a higher one."""
     frame_cache: Path | None = None
     """Folder that keeps decoded frames; None for none."""
     agent: AgentSettings | None = None

@@ -121,10 +121,12 @@ def _serve(
     from internvideo3.harness.serving.server import Server
     from internvideo3.harness.serving.studio import Studio
     from internvideo3.tasks.decoder import IsolatedReader
+    from internvideo3.tasks.video import TIME_LIMIT_S
 
     asking = options.asking
     desk = Desk(TOOLS, asking.cache or cache_folder())
-    with closing(IsolatedReader()) as reader, desk:
+    # What lengths a caller's file claims gives it no more time.
+    with closing(IsolatedReader(time_limit_s=TIME_LIMIT_S)) as reader, desk:
         studio = Studio(
             place=load_place(asking, desk), sight=sight_of(asking), reader=reader,
             agent=agent_of(asking), threads=asking.threads,

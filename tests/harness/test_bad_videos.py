@@ -184,6 +184,17 @@ def test_a_video_of_uneven_times_or_turned_is_read(data: Path) -> None:
     assert len(read_frames(videos / "094.mp4").indices) >= 2
 
 
+def test_a_limit_of_decoding_fails_what_a_higher_one_answers(
+    options: EvalOptions, tmp_path: Path
+) -> None:
+    short = replace(options, out=tmp_path / "run", limit=1, decode_limit_s=1e-6)
+    (row,) = evaluate.evaluate(short).errors
+    assert "000.mp4 reached its time limit" in row["error"]["message"]
+    assert "--decode-limit" in row["error"]["message"]
+    summary = evaluate.evaluate(replace(short, decode_limit_s=None, retry_errors=True))
+    assert summary.computed == 1 and not summary.errors
+
+
 def test_the_error_budget_stops_the_run_and_keeps_what_is_answered(
     options: EvalOptions, tmp_path: Path
 ) -> None:

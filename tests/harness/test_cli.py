@@ -139,7 +139,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 OPTIONS = {
     "eval": "model suite out check data preset subtitles thinking limit sample-id control split "
     "fps max-frames min-pixels max-pixels max-new-tokens batch device dtype threads shard "
-    "processes frame-cache frame-cache-gb mode policy turns tool-calls tokens looks "
+    "processes decode-limit frame-cache frame-cache-gb mode policy turns tool-calls tokens looks "
     "zoom-frames tools verify captions compress-at retry-errors max-errors profile root",
     "ask": "mode model policy out turns tool-calls tokens fps max-frames zoom-frames web captions "
     "compress-at max-new-tokens temperature seed device dtype threads cache",
