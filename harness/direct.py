@@ -91,6 +91,8 @@ class Outcome:
     """How a rollout came to it and what it cost; None for a direct answer."""
     trace: dict[str, Any] | None = None
     """The whole rollout."""
+    notes: tuple[str, ...] = ()
+    """What is to be known of its videos, though they were read."""
 
 
 @dataclass(frozen=True)
@@ -268,8 +270,10 @@ class Answerer:
             encode_s=prefix.encode_s / len(everything),
             prefill_s=(appended_s - prefix.encode_s) / len(everything),
         )
+        notes = _notes(video.frames)
         for batch in batches:
-            yield self._answer_batch(prefix, batch, shared)
+            outcomes = self._answer_batch(prefix, batch, shared)
+            yield [replace(outcome, notes=notes) for outcome in outcomes]
 
     def _answer_batch(self, prefix: Session, batch: Batch, shared: Seconds) -> list[Outcome]:
         """Decode a batch together; if that fails, one by one, so that one cannot fail others."""
@@ -332,6 +336,19 @@ def _another_order(digest: str, count: int) -> NDArray[np.int64]:
     """An order of so many things drawn from a digest, and not the one that they are in."""
     order = np.random.default_rng(int(digest[:16], 16)).permutation(count)
     return np.roll(order, 1) if (order == np.arange(count)).all() else order
+
+
+UNEVEN_S = 0.5
+"""A frame may be so far from the time that the model is told before it is noted."""
+
+
+def _notes(videos: Sequence[Frames]) -> tuple[str, ...]:
+    return tuple(
+        f"uneven frame times: a frame is up to {frames.off_s:.1f} s from the time that is told of "
+        "it, which is its number by the average rate"
+        for frames in videos
+        if frames.off_s > UNEVEN_S
+    )
 
 
 def _image_key(image: Any) -> str:

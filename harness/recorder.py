@@ -124,6 +124,8 @@ class SuiteRecorder:
             },
             "error": outcome.error,
         }
+        if outcome.notes:
+            row["notes"] = list(outcome.notes)
         if outcome.agent is not None:
             row["agent"] = outcome.agent
         if self.benchmark.local is not None:

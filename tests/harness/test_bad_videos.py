@@ -156,6 +156,8 @@ def test_a_hundred_bad_videos_give_the_clean_ones_frames_or_a_counted_error(
         assert np.abs(found_THWC - pixels_THWC).mean() < 0.1, name
         assert rows[name]["tokens"]["prompt"] == clean["tokens"]["prompt"], name
     assert rows["096.mp4"]["prediction"] == clean["prediction"]
+    noted = {name: row["notes"] for name, row in rows.items() if "notes" in row}
+    assert "uneven frame times" in noted.pop("094.mp4")[0] and "000.mp4" not in noted
 
 
 def test_a_damaged_video_gives_the_clean_pictures_or_an_error(data: Path, tmp_path: Path) -> None:

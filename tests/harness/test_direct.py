@@ -5,9 +5,11 @@ pytest tests/harness/test_direct.py
 
 import hashlib
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -110,6 +112,25 @@ def test_shuffled_frames_are_never_in_their_own_order(count: int) -> None:
         assert order == drawn if drawn != sorted(drawn) else count == 1 or order != drawn
         orders.add(tuple(order))
     assert len(orders) > 1 or count < 3
+
+
+def test_uneven_frame_times_are_noted(answerer: Answerer, world: Path, tmp_path: Path) -> None:
+    """The model is told a frame's number by the average rate, as the stock class tells it."""
+    path = tmp_path / "uneven.mp4"
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=8)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for t in range(40):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), t, np.uint8), format="rgb24")
+            frame.pts = 40 * t if t < 20 else 800 + 400 * (t - 20)
+            frame.time_base = Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    (uneven,), (even,) = answerer.answer([ask("a", path), ask("b", videos(world)[0])])
+    assert uneven.error is None and even.notes == ()
+    assert len(uneven.notes) == 1 and uneven.notes[0].startswith("uneven frame times")
 
 
 def test_each_video_is_read_and_encoded_once(
