@@ -9,7 +9,9 @@ from internvideo3.tasks.benchmarks.protocol import Benchmark as Protocol
 _WORLD = "the scale world and the scale model are this repository's own"
 _SCALE = "the scale model is this repository's own"
 _CAVEAT = (
-    "The paper's model wrapper for lmms-eval is not published; settings are those of its scripts."
+    "The paper's model wrapper for lmms-eval is not published; settings are those of its scripts. "
+    "Of some files decord, with which lmms-eval reads, gives other pictures than asked; here they "
+    "are those asked for (tasks/README.md, Decoding)."
 )
 
 
