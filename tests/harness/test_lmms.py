@@ -26,6 +26,7 @@ from internvideo3.harness.lmms import InternVideo3, LmmsError
 from internvideo3.harness.settings import Settings
 from internvideo3.model.decoding import StopReason
 from internvideo3.model.session import Reply
+from internvideo3.tasks.decoder import IsolatedReader
 
 DOCS = [{"id": f"q{number}", "video": f"v{number % 2}.mp4"} for number in range(4)]
 
@@ -34,6 +35,7 @@ class Echo:
     """Answers each question with its video's name, videos grouped, and notes what it was asked."""
 
     settings = Settings(min_pixels=4096, max_pixels=4096)
+    reader = IsolatedReader()
 
     def __init__(self) -> None:
         self.asked: list[Question] = []
