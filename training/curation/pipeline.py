@@ -102,7 +102,7 @@ class Curation:
             except (VideoError, DataError) as error:
                 failed += 1
                 drops[key] = str(error)
-                log.warning("%s dropped: %s", video, error)
+                log.warning("%s dropped: %s", _shown(video), error)
                 self._check_budget(failed, len(videos), error)
                 continue
             rows += asked["rows"]
@@ -165,7 +165,7 @@ class Curation:
         told = _read(path).get("file") if path.is_file() else None
         if told is None or not _is_replaced(video, told):
             return
-        log.warning("%s is another file than before, and curated anew", video)
+        log.warning("%s is another file than before, and curated anew", _shown(video))
         # The narrative goes last: without it nobody would know that the questions are old.
         self._path("asked", video).unlink(missing_ok=True)
         path.unlink()
@@ -276,3 +276,8 @@ def _narrative(read: dict[str, Any]) -> Narrative:
     told = {key: value for key, value in read.items() if key != "file"}
     clips = tuple(Clip(**clip) for clip in read["clips"])
     return Narrative(**(told | {"clips": clips, "scenes": tuple(read["scenes"])}))
+
+
+def _shown(video: Path) -> str:
+    """A path for a log, which takes valid text only."""
+    return os.fsencode(video).decode(errors="replace")
