@@ -13,7 +13,7 @@ from internvideo3.harness import provenance
 
 _ANSWERING = (
     *("harness/agent", "harness/agentic.py", "harness/direct.py", "harness/lmms.py"),
-    *("kernels", "model", "tasks/decoder.py", "tasks/video.py"),
+    *("kernels", "model", *provenance.DECODING),
 )
 """Our code between a question and its answer."""
 _DIGITS = 16

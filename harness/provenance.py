@@ -70,6 +70,10 @@ def hardware() -> dict[str, Any]:
     return found
 
 
+DECODING = ("tasks/video.py", "tasks/sampling.py", "tasks/pictures.py", "tasks/decoder.py")
+"""Our code that chooses and decodes a video's frames."""
+
+
 def code_digest(folders: Sequence[str]) -> str:
     """SHA-256 of some of the package's Python files, and of those in some folders, as hex."""
     root = Path(internvideo3.__file__).resolve().parent

@@ -17,6 +17,8 @@ from internvideo3.tasks.video import Frames
 from internvideo3.training.curation.records import DataError
 
 TOOL = "video_segmentation"
+NOTHING = "there is nothing between"
+"""What the tool says of a piece without pictures."""
 WINDOW = 50
 """Frames that TransNetV2 judges at once; it sees half as many before and behind them."""
 PIECE, OVERLAP = 120 * WINDOW, 6 * WINDOW
@@ -74,6 +76,8 @@ class SceneFinder:
         if end is not None:
             asked["end_s"] = (end - 0.5) / whole.source_fps
         result = self.desk.call(TOOL, asked)
+        if not result.ok and NOTHING in result.message:
+            return []  # one picture stands there for long, or the file is shorter than it says
         if not result.ok:
             raise DataError(f"the scenes of {video} cannot be found: {result.message}")
         until_s = None if end is None else (end - OVERLAP // 2 - 0.5) / whole.source_fps

@@ -341,14 +341,11 @@ def _difference(
         models = [run.get("model", {}) for run in (before, now)]
         old, new = (f"{one.get('name')} ({str(one.get('digest'))[:12]})" for one in models)
     elif key.startswith("suites."):
-        key = ".".join(key.split(".")[:2])
-        told = [run.get("suites", {}).get(key.partition(".")[2]) for run in (before, now)]
+        suite = key.split(".")[1]
+        told = [run.get("suites", {}).get(suite) for run in (before, now)]
         if None in told:
+            key = f"suites.{suite}"
             old, new = ("absent" if one is None else "asked" for one in told)
-        else:
-            old, new = (
-                f"{one.get('n')} questions ({str(one.get('data_digest'))[:12]})" for one in told
-            )
     return f"{key}: {old} in the directory, {new} now"
 
 

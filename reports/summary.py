@@ -215,7 +215,7 @@ class Summary:
 
         A suite that was begun, or only named by the command, is not one that it ran.
         """
-        if any(_not_begun(one.run) for one in self.systems if one.name == system):
+        if any(_left_of_mean(one.run) for one in self.systems if one.name == system):
             return None
         cells = [suite.cells.get(system) for suite in self.averaged]
         whole = [cell for cell in cells if cell is not None and cell.complete]
@@ -225,11 +225,17 @@ class Summary:
         return _mean_of(present)
 
     def mean_difference(self, pair: str) -> Interval | None:
-        """Return a pair's difference as the mean over suites, if both ran more than one."""
-        found = [
-            c.difference.interval for s in self.averaged for c in s.comparisons if c.name == pair
-        ]
-        return _mean_of(found) if len(found) > 1 else None
+        """Return a pair's difference as the mean over suites, if both ran more than one.
+
+        None, too, where one of them was stopped: it would be of what came first.
+        """
+        found = [(s, c) for s in self.averaged for c in s.comparisons if c.name == pair]
+        both = {name for _, c in found for name in (c.a, c.b)}
+        if any(_left_of_mean(one.run) for one in self.systems if one.name in both):
+            return None
+        if not all(s.cells[name].complete for s, _ in found for name in both):
+            return None
+        return _mean_of([c.difference.interval for _, c in found]) if len(found) > 1 else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,6 +337,18 @@ def _not_begun(run: Run) -> list[str]:
     """Suites that the command named and nothing was answered of."""
     named = run.meta.get("suites", {})
     return [suite for suite in named if not run.samples.get(suite)]
+
+
+def _left_of_mean(run: Run) -> list[str]:
+    """Those of them that a mean would count: with a truth, and once without subtitles."""
+    named = run.meta.get("suites", {})
+    left = []
+    for suite in _not_begun(run):
+        plain = suite.removesuffix(SUBTITLED)
+        judged_elsewhere = plain in BENCHMARKS and "server" in BENCHMARKS[plain].verdict
+        if not judged_elsewhere and (plain == suite or plain not in named):
+            left.append(suite)
+    return left
 
 
 def _oddities(run: Run) -> Iterator[tuple[str, str]]:

@@ -144,9 +144,14 @@ class Reel:
         self, container: Any, stream: Any, numbers: Sequence[int], tick: Tick
     ) -> Iterator[Any]:
         wanted, count = set(numbers), 0
+        # Of H.265 that begins between keyframes FFmpeg makes up the pictures before the first one.
+        begun = stream.codec_context.name != "hevc"
         for packet in container.demux(stream):
             tick()
             for frame in packet.decode():
+                begun = begun or bool(frame.key_frame)
+                if not begun:
+                    continue
                 _check_whole(frame)
                 if count in wanted:
                     yield frame
@@ -186,6 +191,9 @@ def read_reel(path: Path, tick: Tick) -> Reel:
     if not rows or not rows[0][3] or None in stamps or len(set(stamps)) < len(stamps):
         return Reel(path, total, fps, times_N=None, packets=None, shown_N=None)
     packets = _packets(rows)
+    if (np.diff(packets.stamps_P[packets.keys_K]) < 0).any():
+        # Parts put behind one another, each with a clock of its own.
+        return Reel(path, total, fps, times_N=None, packets=None, shown_N=None)
     shown_N = np.sort(packets.stamps_P[[not hidden for *_, hidden in rows]])
     times_N = (shown_N - shown_N[:1]).astype(np.float64) * base_s
     return Reel(path, total, fps, times_N=times_N, packets=packets, shown_N=shown_N)

@@ -12,7 +12,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 HEAD_CHARS, TAIL_CHARS = 1_000, 2_000
 """Of a longer question what is put again and searched for: its beginning and its end, and as much
 as the beginning of what stands before its options."""
-_OPTION = re.compile(r"^\s*\(?([A-Z])[.):]\s+(\S.*?)\s*$", re.MULTILINE)
+_OPTION = re.compile(r"^[^\S\n]*\(?([A-Z])[.):]\s+(\S.*?)[^\S\n]*$", re.MULTILINE)
 _LEFT_OUT = "\n[…]\n"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from internvideo3.harness import provenance
 from internvideo3.harness.gpu.measure import MEASURED_CODE
 from internvideo3.harness.profile.workload import Point, Workload
+from internvideo3.harness.provenance import DECODING
 
 Row = dict[str, Any]
 ENDINGS = ("cache", "none")
@@ -21,9 +22,8 @@ ENDINGS = ("cache", "none")
 TRIED_AGAIN = ("failed", "gate red")
 MEASURED, MISSING, OTHER_CODE = "measured", "missing", "other code"
 PACKAGES = ("torch", "triton", "transformers", "flash-attn")
-DECODING = ("tasks/video.py", "tasks/sampling.py", "tasks/pictures.py", "tasks/decoder.py")
 DECODERS = ("av",)
-"""What reads a video besides: sources and packages."""
+"""Packages that read a video."""
 
 
 @functools.cache

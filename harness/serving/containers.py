@@ -18,7 +18,19 @@ from pathlib import Path
 HEAD_BYTES = 1 << 20
 """As many as FFmpeg looks at before it decides what a file is (`PROBE_BUF_MAX`)."""
 KINDS = "MP4, MOV, 3GP, Matroska, WebM, AVI, FLV, MPEG-TS, MPEG-PS, Ogg, WMV, GIF"
-_ATOMS = (b"ftyp", b"styp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
+_ATOMS = (
+    b"ftyp",
+    b"styp",
+    b"moov",
+    b"mdat",
+    b"wide",
+    b"free",
+    b"skip",
+    b"pnot",
+    b"moof",
+    b"sidx",
+    b"uuid",
+)
 """With what MP4 and older QuickTime files begin, after four bytes of length."""
 _BEGINNINGS = (
     b"\x1a\x45\xdf\xa3",  # Matroska, WebM
@@ -30,9 +42,9 @@ _BEGINNINGS = (
     b"GIF87a",
     b"GIF89a",
 )
-_STREAMS = ((0, 188), (4, 192), (0, 204))
-"""Where the first packet of an MPEG transport stream begins, and how long packets are."""
-_SYNC, _PACKETS = 0x47, 5
+_STREAMS = (188, 192, 204)
+"""How long packets of an MPEG transport stream are; a recording may begin in the middle of one."""
+_SYNC, _PACKETS = 0x47, 8
 # FFmpeg skips an ID3 tag before it looks.
 _LIST = re.compile(rb"\A(?:ID3|#EXTM3U|ffconcat)|(?:\A|\n)\r?c=IN IP")
 # XML is looked for up to the first zero, as in a text.
@@ -70,11 +82,12 @@ def problem_of(file: Path) -> str | None:
 
 
 def _is_transport_stream(head: bytes) -> bool:
-    for first, length in _STREAMS:
-        syncs = head[first::length][:_PACKETS]
-        if len(syncs) == _PACKETS and set(syncs) == {_SYNC}:
-            return True
-    return False
+    syncs = (
+        head[first : first + _PACKETS * length : length]
+        for length in _STREAMS
+        for first in range(length)
+    )
+    return any(len(one) == _PACKETS and set(one) == {_SYNC} for one in syncs)
 
 
 _CONTAINERS: tuple[Callable[[bytes], bool], ...] = (

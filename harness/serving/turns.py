@@ -102,8 +102,10 @@ class Turns:
     def _compute(self, task: _Task) -> None:
         try:
             set_outcome, what = task.outcome.set_result, task.work()
-        except Exception as error:  # raised again where it is waited for
-            set_outcome, what = task.outcome.set_exception, error
+        except BaseException as error:  # raised again where it is waited for
+            # One that ends a thread would leave all who come after it waiting.
+            told = error if isinstance(error, Exception) else RuntimeError(repr(error))
+            set_outcome, what = task.outcome.set_exception, told
 
         def tell() -> None:
             self._forget(task)

@@ -10,18 +10,19 @@ _LONE = re.compile(r"[(\[<{\"']?\s*([A-Za-z])\s*[)\]>}\"']?\s*[.:,;)]?\s*", re.A
 _LEAD_BRACKET = re.compile(r"[(\[]\s*([A-Za-z])\s*[)\]]", re.ASCII)
 _LEAD_MARK = re.compile(r"([A-Za-z])\s*[).:](?=\s|$)", re.ASCII)
 _LETTER = r"[(\[]?[A-Z][)\]]?(?!\w)"
-# A letter before one of these begins what is said next: "B, and A and C are wrong".
-_SUBJECT = (
-    rf"(?:\s*,?\s(?:or|and)\s+(?:option\s+)?{_LETTER})*\s+(?:is|are|was|were|has|have|does|do|did|would|can|could|will|may|might|must|shows?|seems?"
-    r"|appears?|happens?|comes?|never|cannot|(?:is|are|was|were|do|does|did|has|have|ca|could|wo"
-    r"|would)n['’]t)\b"
+_VERB = (
+    r"\s+(?:is|are|was|were|has|have|does|do|did|would|can|could|will|shows?|seems?|appears?"
+    r"|happens?|comes?|never|cannot"
+    r"|(?:is|are|was|were|do|does|did|has|have|ca|could|wo|would)n['’]t)\b"
 )
+_MORE = rf"(?:\s+and\s+(?:option\s+)?{_LETTER}){{0,3}}"
 _NEGATED = re.compile(
     r"\b(?:not|cannot|(?:is|ca|could|wo|would|should)n['’]t|hardly|scarcely|never|unlikely"
     r"|rather than|instead of|neither|nor)(?:\s+to)?(?:\s+be)?\s+(?:option\s+)?"
     + _LETTER
     # Of "not A or B" both are negated; after a comma the right one may follow.
-    + rf"(?:\s+(?:n?or|and)\s+(?:option\s+)?{_LETTER}(?!{_SUBJECT}))*"
+    + rf"(?:\s+n?or\s+(?:option\s+)?{_LETTER}"
+    + rf"|\s+and\s+(?:option\s+)?{_LETTER}(?!{_MORE}{_VERB})){{0,8}}"
     r"|(?<![\w'’])[(\[]?[A-Z][)\]]?\s+(?:is\s+(?:not|hardly|never|wrong|incorrect|false)"
     r"|isn['’]t|can(?:not|['’]t|\s+not))\b"
     r"|(?<![\w'’])[(\[]?[A-Z][)\]]?\s*[.:?)]\s*(?:no|wrong|incorrect|false)\b",
@@ -40,12 +41,20 @@ _STATED = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 _ALSO = re.compile(
-    r"[\"'”’]?(?:\s*,\s*[(\[]?[A-Z][)\]]?(?!\w))*\s*,?\s*(?:\b(?:or|and)\b|[&/])\s*[\"'“‘]?"
+    r"[\"'”’]?(?:\s*,\s*[(\[]?[A-Z][)\]]?(?!\w)){0,8}\s*,?\s*(?:\b(?:or|(and))\b|[&/])\s*[\"'“‘]?"
     r"(?:option\s+|choice\s+)?(?:[(\[]\s*([A-Za-z])\s*[)\]]|([A-Z])(?![\w]|['’]\w))"
-    rf"(?!{_SUBJECT})",
+    r"(?!\s+(?:is|was|shows?|has|does|would|can)\b)",
     re.ASCII,
 )
 """What follows a stated letter and makes it one of several: " or B", ", B and C"."""
+_BEGINS = re.compile(
+    _MORE
+    + _VERB
+    + r"(?!\s+(?:both|all|each|equally|plausible|possible|correct|right|true|valid|acceptable)\b)",
+    re.ASCII,
+)
+"""By what a letter after "and" begins what is said next, as in "B, and A and C are wrong". Letters
+that are called right together are several answers."""
 _BRACKETED = re.compile(r"[(\[]\s*([A-Z])\s*[)\]]", re.ASCII)
 _STANDALONE = re.compile(r"(?<![\w’])(?<!\w')([A-Z])(?![\w+]|['’]\w|-\w)", re.ASCII)
 _LABEL = re.compile(r"(?<![\w'’])[(\[]?([A-Z])[)\]]?\s*[.:)]", re.ASCII)
@@ -204,8 +213,10 @@ def _is_one_of_several(text: str, end: int, index: int, n_options: int) -> bool:
     also = _ALSO.match(text, end)
     if also is None:
         return False
-    letter = also.group(1) or also.group(2)
-    if also.group(2) and _is_article(letter, text, also.end()):
+    letter = also.group(2) or also.group(3)
+    if also.group(1) and _BEGINS.match(text, also.end()):
+        return False
+    if also.group(3) and _is_article(letter, text, also.end()):
         return False
     return letter_index(letter, n_options) not in (None, index)
 

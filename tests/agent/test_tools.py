@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from internvideo3.harness.agent.memory import Item, Memory
+from internvideo3.harness.agent.tools import segmentation
 from internvideo3.harness.agent.tools.catalogue import TOOLS
 from internvideo3.harness.agent.tools.desk import Desk
 
@@ -246,3 +247,24 @@ def test_subtitles_are_read_in_any_form(desk: Desk, tmp_path: Path) -> None:
     assert "<|im_end|>" in read[0].data["segments"][0]["text"]
     assert read[1].data["segments"][0]["text"] == "hello"
     assert not desk.call("subtitles", {"path": str(tmp_path / "bad.srt")}).ok
+
+
+@pytest.mark.parametrize(("codec", "container"), [("libx265", "mpegts"), ("libx264", "mpegts")])
+def test_a_part_of_a_video_is_seen_as_in_the_whole(
+    tmp_path: Path, codec: str, container: str
+) -> None:
+    """Where a jump ends between keyframes, decoders make pictures up, or there are none."""
+    path = tmp_path / "film.ts"
+    with av.open(str(path), "w", format=container) as out:
+        options = {"x265-params": "log-level=none:keyint=250:scenecut=0", "g": "250"}
+        stream = out.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for n in range(300):
+            pixels_HWC = np.random.default_rng(n // 20).integers(0, 255, (8, 12, 3), np.uint8)
+            shown = pixels_HWC.repeat(8, 0).repeat(8, 1)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(shown, format="rgb24")))
+        out.mux(stream.encode())
+    whole, times, _ = segmentation._frames(path, 0.0, None)
+    for start_s, end_s in ((5.0, 8.0), (7.0, 11.0)):
+        part, _, _ = segmentation._frames(path, start_s, end_s)
+        assert np.array_equal(part, whole[(times >= start_s) & (times < end_s)])

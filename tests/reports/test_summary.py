@@ -117,6 +117,20 @@ def test_a_run_that_was_stopped_has_no_mean_and_says_what_is_left(make_run: Make
     assert "; 1 suite incomplete, 1 not begun" in footnotes(summarise_paths([run]))[1]
 
 
+def test_a_mean_of_differences_is_of_whole_suites(make_run: MakeRun) -> None:
+    runs = [make_run(), make_run("m2la")]
+    pair = "M²LA − GQA base"
+    assert summarise_paths(runs).mean_difference(pair) is not None
+    # The same questions with subtitles would count once with them, so they take no mean away.
+    meta = json.loads((runs[0] / "run.json").read_text())
+    meta["suites"]["world_long_subtitles"] = meta["suites"]["world_long"]
+    (runs[0] / "run.json").write_text(json.dumps(meta))
+    assert summarise_paths(runs).mean_difference(pair) is not None
+    samples = runs[1] / "samples" / "world_long.jsonl"
+    samples.write_text("".join(samples.read_text().splitlines(keepends=True)[:4]))
+    assert summarise_paths(runs).mean_difference(pair) is None
+
+
 def test_an_unfinished_suite_is_marked_and_its_stale_result_unused(make_run: MakeRun) -> None:
     folder = make_run(videos=4)
     file = folder / "samples" / "world_long.jsonl"

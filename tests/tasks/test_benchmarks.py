@@ -154,11 +154,23 @@ READINGS = [
     ("The answer is B and C are shown earlier.", "B"), ("The answer is B, not A and C", "B"),
     ("The correct answer is B, A and D never appear in the video.", "B"),
     ("The answer is B and C. They are shown.", None), ("It is not A and B is right", "B"),
-    ("The answer is B and A or C don't fit", "B"), ("The answer is B or C, A is wrong.", None),
+    ("The answer is A or B, and C is clearly wrong.", None), ("not A or B is the answer", None),
+    ("The answer is A or D, and B and C are ruled out.", None),
+    ("Answer: A, B and C are all plausible.", None), ("The answer is A or B will do.", None),
+    ("The answer is A and B are both correct.", None), ("The answer is A or B might be.", None),
+    ("The answer is B or C, A is wrong.", None),
     # A correction replaces what was stated.
     ("The answer is A. Correction: D", "D"), ("The answer is A. Correction: (b).", "B"),
     ("The answer is A. Correction: the answer is D.", "D"),
 ]  # fmt: skip
+
+
+def test_degenerate_replies_are_read_at_once() -> None:
+    started = time.process_time()
+    for part in (" and B", " or B", ", B", ", and B", " not B"):
+        for opening in ("It is not A", "The answer is A"):
+            score("videomme", DOCS["videomme"], opening + part * 10_000, rule="plain")
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize(("reply", "letter"), READINGS)

@@ -244,6 +244,42 @@ def test_a_file_that_was_not_fetched_whole_is_refused(
         assert reader.read(made(folder, kind)).total_frames == FRAMES
 
 
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg2video"])
+def test_a_recording_that_begins_between_keyframes(codec: str, tmp_path: Path) -> None:
+    """Of H.265 FFmpeg makes up what is shown before the first keyframe, grey and without a word."""
+    options = {"x265-params": "log-level=none:keyint=30:min-keyint=30:bframes=2:scenecut=0"}
+    whole = encoded(numbered(), codec, "mpegts", **(options if "265" in codec else {"g": "30"}))
+    path = tmp_path / "cut.ts"
+    path.write_bytes(whole[188 * (len(whole) // 188 // 4) :])
+    seen = list(map(number_of, read_frames(path, fps=25.0, max_frames=400).pixels_THWC))
+    assert 100 < len(seen) < 180
+    # The number of frames is made even by giving the last one again.
+    assert [b - a for a, b in itertools.pairwise(dict.fromkeys(seen))] == [1] * (len({*seen}) - 1)
+    assert FRAMES - 1 in seen and len(seen) - len({*seen}) <= 1
+
+
+def test_parts_with_clocks_of_their_own_stand_in_the_order_of_the_file(tmp_path: Path) -> None:
+    """By their stamps alone the pictures of both were mixed, and otherwise for each frame rate."""
+    first = encoded(numbered(60), "libx264", "mpegts", g="15", bf="0")
+    second = io.BytesIO()
+    alone = encoded(numbered(120)[60:], "libx264", "mpegts", g="15", bf="0")
+    with av.open(io.BytesIO(alone)) as source, av.open(second, "w", format="mpegts") as out:
+        stream = source.streams.video[0]
+        copy = out.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.dts is not None and packet.pts is not None:
+                packet.pts, packet.dts = packet.pts + 7, packet.dts + 7
+                packet.stream = copy
+                out.mux(packet)
+    path = tmp_path / "joined.ts"
+    path.write_bytes(first + second.getvalue())
+    # Found by their stamps, with luck they are right: that no stamp leads astray, nobody knows.
+    assert read_reel(path, lambda: None).packets is None
+    for options in ({"fps": 25.0, "max_frames": 120}, {"max_frames": 8}, {"max_frames": 14}):
+        frames = read_frames(path, **options)  # type: ignore[arg-type]
+        assert list(map(number_of, frames.pixels_THWC)) == list(frames.indices), options
+
+
 def test_a_number_that_comes_again_gives_its_picture_again(folder: Path) -> None:
     reel = read_reel(made(folder, "H.264 in mp4"), lambda: None)
     found = map(number_of, reel.pictures([3, 3, 3, 90, 90, 91], lambda: None))

