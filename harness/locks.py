@@ -1,12 +1,9 @@
 """One process at a time: locks on files, which the system lets go when their process dies."""
 
-import errno
 import fcntl
 import os
 from pathlib import Path
 from typing import IO
-
-WITHOUT = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 def lock(path: Path, *, shared: bool = False) -> IO[str]:
@@ -18,13 +15,13 @@ def lock(path: Path, *, shared: bool = False) -> IO[str]:
 
     Raises:
         BlockingIOError: another process has it.
-        OSError: the file cannot be made.
+        OSError: the file cannot be made, or lies on a file system without locks.
     """
     while True:
         # To be read too: NFS shares a lock only with who may.
         file = path.open("a+")
         try:
-            _flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             # Whoever had it may have taken the file away since: then the next has another file.
             if _is_at(file, path):
                 return file
@@ -43,15 +40,6 @@ def is_locked(path: Path) -> bool:
     except BlockingIOError:
         return True
     return False
-
-
-def _flock(file: IO[str], how: int) -> None:
-    try:
-        fcntl.flock(file, how)
-    except OSError as error:
-        # A file system without locks, as of some clusters: work goes on, without what they keep.
-        if error.errno not in WITHOUT:
-            raise
 
 
 def _is_at(file: IO[str], path: Path) -> bool:

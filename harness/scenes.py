@@ -76,7 +76,7 @@ class SceneFinder:
         if end is not None:
             asked["end_s"] = (end - 0.5) / whole.source_fps
         result = self.desk.call(TOOL, asked)
-        if not result.ok and NOTHING in result.message:
+        if start and not result.ok and NOTHING in result.message:
             return []  # one picture stands there for long, or the file is shorter than it says
         if not result.ok:
             raise DataError(f"the scenes of {video} cannot be found: {result.message}")

@@ -95,6 +95,29 @@ def test_what_the_tool_cannot_do_is_a_fault_of_the_video(monkeypatch: pytest.Mon
         found(Path("v.mp4"))
 
 
+def test_a_piece_without_pictures_has_no_change_and_a_video_is_refused(
+    tmp_path: Path, asked: list[Mapping[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recorded screen may stand still for minutes, by the times in its file."""
+    write_film(tmp_path / "film.mp4", 10)
+    with pytest.raises(ValueError, match=r".") as nothing:
+        segmentation._frames(tmp_path / "film.mp4", 90.0, 95.0)
+    empty = Result(ok=False, error="failed", message=f"{scenes.TOOL} failed: {nothing.value}")
+    call = scenes.Desk.call
+
+    def still(self: Any, name: str, arguments: Mapping[str, Any]) -> Result:
+        stands = 200 < arguments.get("start_s", 0.0) < 300
+        return empty if stands else call(self, name, arguments)
+
+    monkeypatch.setattr(scenes.Desk, "call", still)
+    with closing(SceneFinder(Reader(1500 * FPS))) as found:
+        told = found(Path("screen.mp4"))
+    assert len(asked) == 6 and {*told} < {*np.arange(7.0, 1500.0, 7.0)} and len(told) > 150
+    monkeypatch.setattr(scenes.Desk, "call", lambda *_: empty)
+    with closing(SceneFinder(Reader(100))) as found, pytest.raises(DataError, match="cannot be"):
+        found(Path("v.mp4"))
+
+
 @pytest.mark.parametrize("ending", ["mp4", "mkv", "ts"])
 def test_a_part_has_the_frames_that_decoding_from_the_beginning_gives(
     ending: str, tmp_path: Path
